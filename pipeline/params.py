@@ -1,0 +1,286 @@
+"""`params.yaml`: its schema, its only reader, and its error messages.
+
+A stage is given only the sections that `dvc.yaml` declares for it, so that nothing undeclared can enter a result;
+`runtime` and `tracking`, which no stage declares, are open to all. The whole file is checked every time, and every
+mistake is reported at once.
+"""
+
+import difflib
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from ruamel.yaml import YAML
+from ruamel.yaml.error import YAMLError
+
+from pipeline import paths
+from pipeline.errors import UserError, listing
+
+Share = Annotated[float, Field(ge=0, le=1)]
+Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+Rouge = Literal["rouge1", "rouge2", "rougeL", "rougeLsum"]
+
+
+class Section(BaseModel):
+    """One section of `params.yaml`: frozen, typed without coercion, unknown keys are errors."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+    key: ClassVar[str]
+
+
+S = TypeVar("S", bound=Section)
+
+
+class Files(Section):
+    train: str
+    validation: str
+    test: str
+
+
+class Columns(Section):
+    source: str
+    target: str
+    id: str | None
+    group: str | None
+    aspect: str | None
+
+
+class Limits(Section):
+    train: Annotated[int, Field(ge=1)] | None
+    validation: Annotated[int, Field(ge=1)] | None
+    test: Annotated[int, Field(ge=1)] | None
+
+
+class Data(Section):
+    key = "data"
+    source: str
+    sha256: Sha256 | None
+    format: Literal["aclsum", "table"]
+    files: Files
+    columns: Columns | None
+    limits: Limits
+    overlap_threshold: Annotated[float, Field(gt=0, le=1)]
+    max_dropped_share: Share
+
+    @model_validator(mode="after")
+    def columns_go_with_tables(self) -> Self:
+        if (self.format == "table") != (self.columns is not None):
+            raise ValueError("columns must be given with format table, and be null otherwise")
+        return self
+
+
+class Model(Section):
+    key = "model"
+    source: str
+    sha256: Sha256 | None
+    dtype: Literal["bfloat16", "float16", "float32"]
+
+
+class Quantize(Section):
+    key = "quantize"
+    method: Literal["nf4", "fp4", "none"]
+    double_quantization: bool
+    perplexity_tokens: Annotated[int, Field(ge=256, le=1_000_000)]
+
+    @model_validator(mode="after")
+    def nothing_to_quantize_twice(self) -> Self:
+        if self.method == "none" and self.double_quantization:
+            raise ValueError("double_quantization must be false with method none")
+        return self
+
+
+class Prompt(Section):
+    key = "prompt"
+    style: Literal["chat", "plain"]
+    template: str
+    instructions: dict[str, str]
+    max_tokens: Annotated[int, Field(ge=16)]
+    truncate_source: bool
+
+    @model_validator(mode="after")
+    def template_is_known(self) -> Self:
+        names = set(re.findall(r"\{(\w*)\}", self.template))
+        if "source" not in names or names - {"source", "instruction"}:
+            raise ValueError("template must hold {source}, may hold {instruction}, and no other name in braces")
+        return self
+
+
+class Lora(Section):
+    key = "lora"
+    r: Annotated[int, Field(ge=1, le=1024)]
+    alpha: Annotated[float, Field(ge=1, le=4096)]
+    rslora: bool
+    dropout: Annotated[float, Field(ge=0, lt=1)]
+    target_modules: Literal["all-linear"] | Annotated[list[str], Field(min_length=1)]
+
+
+class Train(Section):
+    key = "train"
+    seeds: Annotated[list[Annotated[int, Field(ge=0, lt=2**32)]], Field(min_length=1)]
+    epochs: Annotated[int, Field(ge=1, le=1000)]
+    batch_size: Annotated[int, Field(ge=1, le=4096)]
+    micro_batch_tokens: Annotated[int, Field(ge=64, le=1_000_000)]
+    learning_rate: Annotated[float, Field(gt=0, le=1)]
+    schedule: Literal["linear", "cosine", "constant"]
+    warmup: Annotated[float, Field(ge=0, lt=1)]
+    weight_decay: Share
+    beta2: Annotated[float, Field(gt=0, lt=1)]
+    max_grad_norm: Annotated[float, Field(gt=0, le=1000)]
+    max_dropped_share: Share
+
+    @model_validator(mode="after")
+    def seeds_differ(self) -> Self:
+        if len(set(self.seeds)) < len(self.seeds):
+            raise ValueError("seeds must differ: the same seed twice is the same adapter twice")
+        return self
+
+
+class Generation(Section):
+    key = "generation"
+    max_new_tokens: Annotated[int, Field(ge=1, le=32768)]
+    num_beams: Annotated[int, Field(ge=1, le=64)]
+    length_penalty: float
+    repetition_penalty: Annotated[float, Field(ge=1, le=2)]
+    no_repeat_ngram_size: Annotated[int, Field(ge=0, le=32)]
+    batch_size: Annotated[int, Field(ge=1, le=1024)]
+
+    @model_validator(mode="after")
+    def length_penalty_is_for_beams(self) -> Self:
+        if self.num_beams == 1 and self.length_penalty != 1.0:
+            raise ValueError("length_penalty acts on beam search only: set num_beams above 1, or length_penalty to 1.0")
+        return self
+
+
+class Evaluate(Section):
+    key = "evaluate"
+    metrics: Annotated[list[Rouge], Field(min_length=1)]
+    use_stemmer: bool
+
+
+class Compare(Section):
+    key = "compare"
+    bootstrap_samples: Annotated[int, Field(ge=1000, le=1_000_000)]
+    confidence: Annotated[float, Field(ge=0.5, le=0.999)]
+    seed: Annotated[int, Field(ge=0, lt=2**32)]
+    decide_by: Annotated[list[Rouge], Field(min_length=1)]
+    examples: Annotated[int, Field(ge=0, le=100)]
+
+
+class Runtime(Section):
+    key = "runtime"
+    device: Literal["auto", "cpu", "cuda", "mps"]
+    threads: Annotated[int, Field(ge=0, le=1024)]
+    keep_dequantized: bool
+
+
+class Tracking(Section):
+    key = "tracking"
+    uri: str | None
+    experiment: Annotated[str, Field(min_length=1)]
+
+
+class Params(Section):
+    """The whole file. Stages do not use this: they are given a `Declared`."""
+
+    data: Data
+    model: Model
+    quantize: Quantize
+    prompt: Prompt
+    lora: Lora
+    train: Train
+    generation: Generation
+    evaluate: Evaluate
+    compare: Compare
+    runtime: Runtime
+    tracking: Tracking
+
+    @model_validator(mode="after")
+    def verdict_rests_on_scores(self) -> Self:
+        missing = [name for name in self.compare.decide_by if name not in self.evaluate.metrics]
+        if missing:
+            raise ValueError(f"compare.decide_by names {missing}, which evaluate.metrics does not compute")
+        return self
+
+
+UNDECLARED = (Runtime.key, Tracking.key)
+
+
+class Declared:
+    """The sections that one stage may read: `declared[Lora]` is the section, or an error for an undeclared one."""
+
+    def __init__(self, stage: str, params: Params, sections: frozenset[str]) -> None:
+        self._stage, self._params, self._sections = stage, params, sections
+
+    def __getitem__(self, section: type[S]) -> S:
+        if section.key not in self._sections:
+            raise LookupError(f"stage {self._stage} does not declare the params section {section.key} in dvc.yaml")
+        value = getattr(self._params, section.key)
+        assert isinstance(value, section)
+        return value
+
+
+def read(stage: str, folder: Path = Path()) -> Declared:
+    """Check `params.yaml` and return what `dvc.yaml` lets `stage` see of it."""
+    return Declared(stage, load(folder / paths.PARAMS), sections_of(stage, folder / paths.DVC_YAML))
+
+
+def load(path: Path = paths.PARAMS) -> Params:
+    """Parse and check a params file; UserError lists every mistake with its key, its value and the remedy."""
+    return check(_parse(path), str(path))
+
+
+def check(content: Any, name: str) -> Params:
+    """Check parsed params; `name` heads the error."""
+    if not isinstance(content, Mapping):
+        raise UserError(f"{name} must hold sections (data:, model:, ...), not {type(content).__name__}")
+    try:
+        return Params.model_validate(content)
+    except ValidationError as error:
+        problems = error.errors(include_url=False)
+        raise listing([_explain(problem) for problem in problems], f"{name}: {len(problems)} to mend") from None
+
+
+def sections_of(stage: str, dvc_yaml: Path) -> frozenset[str]:
+    """The params sections that `dvc.yaml` declares for a stage, and those that need no declaration."""
+    declared = _parse(dvc_yaml)["stages"][stage].get("params", [])
+    return frozenset([*declared, *UNDECLARED])
+
+
+def _parse(path: Path) -> Any:
+    try:
+        return YAML(typ="safe", pure=True).load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path} is missing: run this in the project folder, or restore it with git") from None
+    except YAMLError as error:
+        raise UserError(f"{path} is not YAML: {error}") from None
+
+
+def _explain(problem: Any) -> str:
+    """One pydantic error as `key = value: what is wrong and what is legal`."""
+    at = ".".join(str(part) for part in problem["loc"] if not _is_branch(part))
+    kind, given = problem["type"], problem["input"]
+    if kind == "missing":
+        return f"{at}: missing; every key must be present (see the comments of the default params.yaml)"
+    if kind == "extra_forbidden":
+        return f"{at} = {given!r}: unknown key{_suggestion(problem['loc'])}"
+    message = problem["msg"].removeprefix("Value error, ")
+    if kind == "value_error":
+        return f"{at}: {message}" if at else message
+    return f"{at} = {given!r}: {message[0].lower()}{message[1:]}"
+
+
+def _is_branch(part: str | int) -> bool:
+    """Pydantic adds the branch of a union to an error's location: not a key of the file."""
+    return isinstance(part, str) and bool(re.match(r"(literal|list|constrained|function|str|int)\b.*[\[\]]|^(str|int)$", part))
+
+
+def _suggestion(location: tuple[str | int, ...]) -> str:
+    model: Any = Params
+    for part in location[:-1]:
+        model = model.model_fields[part].annotation
+        if not hasattr(model, "model_fields"):
+            model = next(option for option in model.__args__ if hasattr(option, "model_fields"))
+    close = difflib.get_close_matches(str(location[-1]), model.model_fields, n=1)
+    return f"; did you mean {close[0]}?" if close else f"; known here: {', '.join(model.model_fields)}"

@@ -1,0 +1,79 @@
+"""Where everything lies, relative to the project folder, which is the working directory of every stage.
+
+`out/` is DVC's (cached, git-ignored); `reports/` is for people and kept in git; `.scratch/` holds what a killed
+stage leaves behind and is never an output.
+"""
+
+from pathlib import Path
+
+PARAMS = Path("params.yaml")
+DVC_YAML = Path("dvc.yaml")
+DVC_LOCK = Path("dvc.lock")
+
+OUT = Path("out")
+DATA = OUT / "data"
+DATA_CARD = DATA / "card.json"
+BASE = OUT / "models" / "base"
+BASE_FACTS = OUT / "models" / "base.json"
+QUANTIZED = OUT / "models" / "quantized"
+QUANTIZED_FACTS = OUT / "models" / "quantized.json"
+ADAPTERS = OUT / "adapters"
+TRAINING = OUT / "training"
+PREDICTIONS = OUT / "predictions"
+SCORES = OUT / "scores"
+COSTS = OUT / "costs"
+RECEIPT = OUT / "receipt.json"
+
+REPORTS = Path("reports")
+METRICS = REPORTS / "metrics.json"
+COMPARISON_MD = REPORTS / "comparison.md"
+REPORT_HTML = REPORTS / "index.html"
+COMPARISON_SVG = REPORTS / "comparison.svg"
+COMPARISON_PNG = REPORTS / "comparison.png"
+
+SCRATCH = Path(".scratch")
+
+SPLITS = ("train", "validation", "test")
+
+
+def split(name: str) -> Path:
+    """`out/data/<split>.jsonl`, one `records.Example` a line."""
+    return DATA / f"{name}.jsonl"
+
+
+def adapter(seed: int) -> Path:
+    """The adapter of one training seed, in PEFT's own format."""
+    return ADAPTERS / str(seed)
+
+
+def training_summary(seed: int) -> Path:
+    return TRAINING / f"{seed}.json"
+
+
+def training_log(seed: int) -> Path:
+    """The training curve, one row an optimizer step."""
+    return TRAINING / f"{seed}.csv"
+
+
+def variant(seed: int | None) -> str:
+    """`base` without an adapter, `tuned-<seed>` with one."""
+    return "base" if seed is None else f"tuned-{seed}"
+
+
+def predictions(variant: str) -> Path:
+    """One `records.Prediction` a line, in the order of the test split."""
+    return PREDICTIONS / f"{variant}.jsonl"
+
+
+def decoding(variant: str) -> Path:
+    """How the predictions of a variant were made: `records.Decoding`."""
+    return PREDICTIONS / f"{variant}.json"
+
+
+def scores(variant: str) -> Path:
+    return SCORES / f"{variant}.json"
+
+
+def costs(stage: str) -> Path:
+    """Wall time, peak memory and device of a stage: true of one machine, so no part of any identity."""
+    return COSTS / f"{stage}.json"

@@ -1,0 +1,156 @@
+"""What stages hand to each other: frozen records, and files written whole or not at all.
+
+JSON refuses NaN and infinities, has sorted keys and a trailing newline, so that equal content is equal bytes.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+from pipeline.errors import UserError
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class Example:
+    """One row of a split.
+
+    `group` names the source that rows share (a paper): shuffling, prefix sharing and the bootstrap keep its rows
+    together. `aspect` chooses the instruction. `lead` is the first sentence of `source`, a reference line.
+    """
+
+    id: str
+    group: str
+    aspect: str
+    source: str
+    target: str
+    lead: str
+
+
+@dataclass(frozen=True, slots=True)
+class Prediction:
+    """What a model wrote for one test example.
+
+    `prompt_sha256` is over the prompt's token ids; `tokens` counts new tokens, a closing EOS included; `finish` is
+    "stop" for EOS and "length" for the cap.
+    """
+
+    id: str
+    prompt_sha256: str
+    prompt_tokens: int
+    text: str
+    tokens: int
+    finish: str
+
+
+@dataclass(frozen=True, slots=True)
+class Decoding:
+    """The conditions under which a variant's predictions were made; base and tuned must agree on all but the adapter.
+
+    `prompts_sha256` is over ids and prompt tokens in order; `model_sha256` and `adapter_sha256` are over the files of
+    the quantized base and of the adapter; `generation` is the whole of transformers' GenerationConfig plus the batching.
+    """
+
+    variant: str
+    prompts_sha256: str
+    model_sha256: str
+    adapter_sha256: str | None
+    generation: dict[str, Any]
+    device: str
+    dtype: str
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write `content` atomically; ValueError for NaN or an infinity."""
+    text = json.dumps(content, indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False)
+    write_text(path, text + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write `text` as UTF-8 atomically."""
+    with replacing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8", newline="\n")
+
+
+def read_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path} is missing: run `dvc repro`, which makes it") from None
+    except ValueError as error:
+        raise UserError(f"{path} is not JSON ({error}): remove it and run `dvc repro`") from None
+
+
+def write_rows(path: Path, rows: Iterable[Any]) -> None:
+    """Write dataclass records as JSON lines, atomically."""
+    with replacing(path) as temporary, temporary.open("w", encoding="utf-8", newline="\n") as file:
+        for row in rows:
+            file.write(json_line(row))
+
+
+def json_line(row: Any) -> str:
+    """One record as one line of JSON, newline included."""
+    return json.dumps(asdict(row), ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def read_rows(path: Path, record: type[T]) -> list[T]:
+    """Read the JSON lines of `path` as `record`s; UserError names the line that does not fit."""
+    try:
+        # Not splitlines(): it also splits at U+2028 and its like, which JSON strings may hold.
+        lines = path.read_text(encoding="utf-8").split("\n")
+    except FileNotFoundError:
+        raise UserError(f"{path} is missing: run `dvc repro`, which makes it") from None
+    rows = []
+    for number, line in enumerate(lines, start=1):
+        if line:
+            try:
+                rows.append(record(**json.loads(line)))
+            except (ValueError, TypeError) as error:
+                raise UserError(f"{path}:{number} is not a {record.__name__} ({error})") from None
+    return rows
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Yield a temporary path beside `path` that takes its place if, and only if, the block succeeds."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        yield temporary
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def sha256_file(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def sha256_tree(folder: Path) -> str:
+    """Digest of a folder: sha256 over one line `<sha256>  <relative path>` a file, sorted by path.
+
+    Hidden files and folders are left out, as they do not belong to a checkpoint or a data set (`.cache`, `.git`).
+    """
+    lines = []
+    for path in sorted(folder.rglob("*"), key=lambda path: path.relative_to(folder).as_posix()):
+        relative = path.relative_to(folder)
+        if path.is_file() and not any(part.startswith(".") for part in relative.parts):
+            lines.append(f"{sha256_file(path)}  {relative.as_posix()}\n")
+    return hashlib.sha256("".join(lines).encode()).hexdigest()
+
+
+def sha256_path(path: Path) -> str:
+    """Digest of a file's bytes, or of a folder's files and their names."""
+    return sha256_tree(path) if path.is_dir() else sha256_file(path)
+
+
+def sha256_ids(ids: Iterable[int]) -> str:
+    """Digest of a sequence of token ids."""
+    return hashlib.sha256(" ".join(map(str, ids)).encode()).hexdigest()
