@@ -118,7 +118,6 @@ class Lora(Section):
 
 class Train(Section):
     key = "train"
-    seeds: Annotated[list[Annotated[int, Field(ge=0, lt=2**32)]], Field(min_length=1)]
     epochs: Annotated[int, Field(ge=1, le=1000)]
     batch_size: Annotated[int, Field(ge=1, le=4096)]
     micro_batch_tokens: Annotated[int, Field(ge=64, le=1_000_000)]
@@ -129,12 +128,6 @@ class Train(Section):
     beta2: Annotated[float, Field(gt=0, lt=1)]
     max_grad_norm: Annotated[float, Field(gt=0, le=1000)]
     max_dropped_share: Share
-
-    @model_validator(mode="after")
-    def seeds_differ(self) -> Self:
-        if len(set(self.seeds)) < len(self.seeds):
-            raise ValueError("seeds must differ: the same seed twice is the same adapter twice")
-        return self
 
 
 class Generation(Section):
@@ -189,12 +182,19 @@ class Params(Section):
     quantize: Quantize
     prompt: Prompt
     lora: Lora
+    seeds: Annotated[list[Annotated[int, Field(ge=0, lt=2**32)]], Field(min_length=1)]
     train: Train
     generation: Generation
     evaluate: Evaluate
     compare: Compare
     runtime: Runtime
     tracking: Tracking
+
+    @model_validator(mode="after")
+    def seeds_differ(self) -> Self:
+        if len(set(self.seeds)) < len(self.seeds):
+            raise ValueError("seeds must differ: the same seed twice is the same adapter twice")
+        return self
 
     @model_validator(mode="after")
     def verdict_rests_on_scores(self) -> Self:
@@ -214,11 +214,19 @@ class Declared:
         self._stage, self._params, self._sections = stage, params, sections
 
     def __getitem__(self, section: type[S]) -> S:
-        if section.key not in self._sections:
-            raise LookupError(f"stage {self._stage} does not declare the params section {section.key} in dvc.yaml")
+        self._require(section.key)
         value = getattr(self._params, section.key)
         assert isinstance(value, section)
         return value
+
+    @property
+    def seeds(self) -> list[int]:
+        self._require("seeds")
+        return self._params.seeds
+
+    def _require(self, key: str) -> None:
+        if key not in self._sections:
+            raise LookupError(f"stage {self._stage} does not declare the params section {key} in dvc.yaml")
 
 
 def read(stage: str, folder: Path = Path()) -> Declared:
@@ -273,7 +281,9 @@ def _explain(problem: Any) -> str:
 
 def _is_branch(part: str | int) -> bool:
     """Pydantic adds the branch of a union to an error's location: not a key of the file."""
-    return isinstance(part, str) and bool(re.match(r"(literal|list|constrained|function|str|int)\b.*[\[\]]|^(str|int)$", part))
+    return isinstance(part, str) and bool(
+        re.match(r"(literal|list|constrained|function|str|int)\b.*[\[\]]|^(str|int)$", part)
+    )
 
 
 def _suggestion(location: tuple[str | int, ...]) -> str:

@@ -54,7 +54,7 @@ class Decoding:
     """The conditions under which a variant's predictions were made; base and tuned must agree on all but the adapter.
 
     `prompts_sha256` is over ids and prompt tokens in order; `model_sha256` and `adapter_sha256` are over the files of
-    the quantized base and of the adapter; `generation` is the whole of transformers' GenerationConfig plus the batching.
+    the quantized base and of the adapter; `generation` is the whole of transformers' GenerationConfig and the batching.
     """
 
     variant: str

@@ -1,0 +1,34 @@
+# make repro | make test | make ui. Needs Python 3.11 to 3.13, git and make; everything else goes into .venv.
+
+PYTHON ?= python3
+VENV := .venv
+export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+INSTALL := $(VENV)/bin/python -m pip install --quiet -c constraints.txt
+
+.PHONY: repro test ui
+.DEFAULT_GOAL := repro
+
+repro: $(VENV)/installed ## run what has changed of the experiment, then say the verdict
+	@dvc repro
+	@lora-repro show
+
+test: $(VENV)/installed-dev ## lint, types and tests
+	@ruff check .
+	@ruff format --check .
+	@mypy
+	@pytest
+
+ui: $(VENV)/installed ## every experiment's parameters, curves, tables and adapter in MLflow
+	@mlflow ui --backend-store-uri sqlite:///.mlflow/mlflow.db
+
+$(VENV)/installed: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(0 if (3, 11) <= v <= (3, 13) else f"error: Python 3.11 to 3.13 is needed, and $(PYTHON) is {v[0]}.{v[1]}: run make PYTHON=python3.12")'
+	@echo "installing into $(VENV) (about two minutes, once)"
+	@test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
+	@$(INSTALL) -e .
+	@touch $@
+
+$(VENV)/installed-dev: $(VENV)/installed
+	@$(INSTALL) -e '.[dev]'
+	@touch $@

@@ -1,0 +1,123 @@
+"""LoRA adapters (arXiv 2106.09685) through PEFT: made, saved, and loaded with proof that they took effect."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pipeline import model as models
+from pipeline import params, records
+from pipeline.errors import UserError
+
+if TYPE_CHECKING:
+    import torch
+
+WEIGHTS = "adapter_model.safetensors"
+# Beside PEFT's two files, and ignored by it: the base that the adapter belongs to.
+ORIGIN = "origin.json"
+
+
+def attach(model: Any, lora: params.Lora, seed: int) -> Any:
+    """Put a fresh adapter on a loaded base: A random by `seed`, B zero, so that the model starts as the base."""
+    import torch
+    from peft import LoraConfig, get_peft_model
+
+    config = LoraConfig(
+        r=lora.r,
+        lora_alpha=lora.alpha,
+        use_rslora=lora.rslora,
+        lora_dropout=lora.dropout,
+        target_modules=targets(model, lora),
+        bias="none",
+        task_type="CAUSAL_LM",
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return get_peft_model(model, config)
+
+
+def targets(model: Any, lora: params.Lora) -> list[str]:
+    """The layer names to adapt; UserError for a name that the model does not have."""
+    known = models.linear_layers(model)
+    if lora.target_modules == "all-linear":
+        return known
+    unknown = sorted(set(lora.target_modules) - set(known))
+    if unknown:
+        raise UserError(
+            f"lora.target_modules names {', '.join(unknown)}, which this model does not have; "
+            f"it has {', '.join(known)} (all-linear takes them all)"
+        )
+    return sorted(set(lora.target_modules))
+
+
+def tensors(adapted: Any) -> dict[str, "torch.nn.Parameter"]:
+    """The trainable tensors by name; only the adapter's."""
+    return {name: tensor for name, tensor in adapted.named_parameters() if tensor.requires_grad}
+
+
+def save(adapted: Any, folder: Path, model_sha256: str) -> None:
+    """Write the adapter in PEFT's format; UserError when a value is not finite."""
+    import torch
+
+    bad = [name for name, tensor in tensors(adapted).items() if not torch.isfinite(tensor).all()]
+    if bad:
+        raise UserError(f"the trained adapter holds NaN or infinity (in {bad[0]}): lower train.learning_rate")
+    adapted.save_pretrained(folder)
+    (folder / "README.md").unlink(missing_ok=True)  # PEFT's empty model card
+    records.write_json(folder / ORIGIN, {"model_sha256": model_sha256})
+
+
+@dataclass(frozen=True)
+class Saved:
+    """A saved adapter: its digest, and its way back onto the base."""
+
+    folder: Path
+
+    @property
+    def sha256(self) -> str:
+        return records.sha256_tree(self.folder)
+
+    def load(self, model: Any, model_sha256: str) -> Any:
+        """Put the adapter on the base it was trained on, and prove that it acts.
+
+        UserError when it belongs to another base, when a tensor is missing, superfluous, not finite or not loaded as
+        saved, or when the logits stay what they were.
+        """
+        import torch
+        from peft import PeftModel, get_peft_model_state_dict
+        from safetensors.torch import load_file
+
+        origin = records.read_json(self.folder / ORIGIN)["model_sha256"]
+        if origin != model_sha256:
+            raise UserError(
+                f"{self.folder} was trained on another base (sha256 {origin}) than the one loaded ({model_sha256})"
+            )
+        saved = load_file(self.folder / WEIGHTS)
+        adapted = PeftModel.from_pretrained(model, self.folder, autocast_adapter_dtype=False)
+        loaded = get_peft_model_state_dict(adapted)
+        differing = sorted(set(saved) ^ set(loaded))
+        if differing:
+            raise UserError(f"{self.folder}: {len(differing)} tensors missing or unexpected, such as {differing[0]}")
+        for name, tensor in saved.items():
+            if not torch.isfinite(tensor).all():
+                raise UserError(f"{self.folder}: {name} holds NaN or infinity")
+            if not torch.equal(tensor.to(loaded[name]), loaded[name]):
+                raise UserError(f"{self.folder}: {name} was not loaded as saved")
+        for name, tensor in adapted.named_parameters():
+            if "lora_" in name:
+                tensor.data = tensor.data.to(model.dtype)
+        adapted.eval()
+        if logit_change(adapted) == 0.0:
+            raise UserError(f"{self.folder} does not change the model's logits: it was not trained, or is not applied")
+        return adapted
+
+
+def logit_change(adapted: Any) -> float:
+    """Largest absolute difference that the adapter makes to the next-token logits of a fixed sequence."""
+    import torch
+
+    ids = torch.arange(3, 19, device=adapted.device)[None] % adapted.config.vocab_size
+    with torch.no_grad():
+        with_adapter = adapted(input_ids=ids).logits
+        with adapted.disable_adapter():
+            without = adapted(input_ids=ids).logits
+    return float((with_adapter - without).abs().max())

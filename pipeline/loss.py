@@ -1,0 +1,43 @@
+"""Cross-entropy where there is a label, and nowhere else; perplexity from it."""
+
+import math
+from typing import TYPE_CHECKING, Any
+
+from pipeline import pack
+from pipeline.errors import UserError
+from pipeline.progress import bar
+from pipeline.prompt import Row
+
+if TYPE_CHECKING:
+    import torch
+
+
+def summed(model: Any, packed: pack.Packed) -> "torch.Tensor":
+    """Cross-entropy summed over the supervised tokens; logits are computed at their places only."""
+    import torch
+
+    logits_1xNxV = model(
+        input_ids=packed.input_ids_1xL,
+        attention_mask=packed.attention_mask_1x1xLxL,
+        position_ids=packed.position_ids_1xL,
+        logits_to_keep=packed.answer_at_N,
+        use_cache=False,
+    ).logits
+    return torch.nn.functional.cross_entropy(logits_1xNxV[0].float(), packed.target_N, reduction="sum")
+
+
+def perplexity(model: Any, windows: list[list[int]], label: str) -> float:
+    """exp of the mean negative log-likelihood of each token after the first of its window."""
+    import torch
+
+    total, count = 0.0, 0
+    with torch.no_grad(), bar(label, sum(map(len, windows)), "tokens") as advance:
+        for window in windows:
+            packed = pack.pack([pack.tree([Row("", "", window[:1], window[1:])])], model.device)
+            total += float(summed(model, packed))
+            count += packed.target_N.numel()
+            advance(len(window))
+    value = math.exp(total / count)
+    if not math.isfinite(value):
+        raise UserError(f"{label} is {value}: the weights are damaged, or model.dtype is too narrow for them")
+    return value

@@ -1,0 +1,84 @@
+"""The base model: the facts of its architecture, and loading it the way every stage does.
+
+LLaMA (RMSNorm, rotary embeddings, SwiGLU; arXiv 2302.13971) and its relatives with grouped-query attention (Llama 2,
+arXiv 2307.09288) are what transformers' causal language models of the same make cover.
+"""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pipeline import paths, records
+
+if TYPE_CHECKING:
+    import torch
+
+
+def architecture(model: Any) -> dict[str, Any]:
+    """What kind of model this is. KV bytes are those of keys and values of one token, over all layers."""
+    config = model.config
+    heads = config.num_attention_heads
+    kv_heads = getattr(config, "num_key_value_heads", None) or heads
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
+    return {
+        "family": config.model_type,
+        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "layers": config.num_hidden_layers,
+        "hidden_size": config.hidden_size,
+        "intermediate_size": config.intermediate_size,
+        "attention_heads": heads,
+        "key_value_heads": kv_heads,
+        "head_dim": head_dim,
+        "vocabulary": config.vocab_size,
+        "tied_embeddings": bool(config.tie_word_embeddings),
+        "context": config.max_position_embeddings,
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "kv_bytes_per_token": 2 * config.num_hidden_layers * kv_heads * head_dim * model.dtype.itemsize,
+        "stop_ids": stop_ids(model),
+        "linear_layers": linear_layers(model),
+    }
+
+
+def linear_layers(model: Any) -> list[str]:
+    """Names (last part) of all linear layers but the head: what `all-linear` adapts, and what is quantized."""
+    import torch
+
+    head = model.get_output_embeddings()
+    names = {
+        name.rpartition(".")[2]
+        for name, layer in model.named_modules()
+        if isinstance(layer, torch.nn.Linear) and layer is not head
+    }
+    return sorted(names)
+
+
+def stop_ids(model: Any) -> list[int]:
+    """The tokens at which the model's authors let decoding stop; the one thing taken from its generation config."""
+    ids = model.generation_config.eos_token_id
+    ids = model.config.eos_token_id if ids is None else ids
+    return sorted([ids] if isinstance(ids, int) else ids or [])
+
+
+def tokenizer(folder: Path = paths.QUANTIZED) -> Any:
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(folder)
+
+
+def load(device: "torch.device", keep_dequantized: bool, folder: Path = paths.QUANTIZED) -> Any:
+    """Load the base as `quantize` left it: frozen, in evaluation mode, on `device`.
+
+    With `keep_dequantized`, 4-bit layers become plain ones that hold the same values unpacked; else they unpack them
+    in every forward pass. Both give the same numbers. UserError when the checkpoint is not what its facts say.
+    """
+    from transformers import AutoModelForCausalLM
+
+    from pipeline import quantize
+
+    facts = records.read_json(paths.QUANTIZED_FACTS)
+    model = AutoModelForCausalLM.from_pretrained(folder, device_map={"": device}, attn_implementation="sdpa")
+    quantize.require_effective(model, facts)
+    if keep_dequantized:
+        quantize.dequantize(model)
+    else:
+        quantize.keep_unpacked(model)
+    return model.requires_grad_(False).eval()

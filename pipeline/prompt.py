@@ -1,0 +1,127 @@
+"""From an example to token ids: one prompt for training and inference, for base and tuned.
+
+The completion is tokenized apart from the prompt, so the prefix that training sees is, token by token, the one that
+inference continues.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+from pipeline import params
+from pipeline.errors import UserError
+from pipeline.records import Example
+
+# Some chat templates print today's date unless they are told one, which would change every prompt overnight.
+DATE = "26 Jul 2024"
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """A training or validation row: token ids of the prompt, and of the completion with its closing EOS."""
+
+    id: str
+    group: str
+    prompt: list[int]
+    completion: list[int]
+
+
+class Encoder:
+    """Encodes examples for one tokenizer and one `prompt` section."""
+
+    def __init__(self, tokenizer: Any, prompt: params.Prompt, context: int) -> None:
+        """`context` is the longest sequence the model can take, in tokens."""
+        if prompt.max_tokens > context:
+            raise UserError(f"prompt.max_tokens = {prompt.max_tokens}, but the model's context is {context} tokens")
+        if prompt.style == "chat" and not tokenizer.chat_template:
+            raise UserError("prompt.style = 'chat', but the model's tokenizer has no chat template: set it to plain")
+        self.tokenizer, self.params, self.context = tokenizer, prompt, context
+        self.end = self._end_of_completion()
+
+    def prompt(self, example: Example) -> list[int]:
+        """Token ids of the prompt; UserError for an aspect without an instruction and for more than one BOS."""
+        ids = self._encode(self._fill(example, example.source))
+        excess = len(ids) - self.params.max_tokens
+        if excess > 0 and self.params.truncate_source:
+            ids = self._encode(self._fill(example, self._cut(example.source, excess)))
+        bos = self.tokenizer.bos_token_id
+        if bos is not None and ids[:2] == [bos, bos]:
+            raise UserError(
+                f"the prompt of {example.id} starts with two BOS tokens ({self.tokenizer.bos_token}): "
+                f"remove the one in prompt.template or in the chat template"
+            )
+        return ids
+
+    def fits(self, prompt: list[int]) -> bool:
+        return len(prompt) <= self.params.max_tokens
+
+    def row(self, example: Example) -> Row:
+        """Prompt and completion; the completion ends in the EOS at which decoding stops."""
+        completion = self.tokenizer(example.target, add_special_tokens=False).input_ids
+        return Row(example.id, example.group, self.prompt(example), [*completion, self.end])
+
+    def holds(self, row: Row) -> bool:
+        """Whether the model's context holds the whole row."""
+        return len(row.prompt) + len(row.completion) <= self.context
+
+    def require_fit(self, prompts: dict[str, list[int]], split: str, new_tokens: int) -> None:
+        """UserError unless every prompt, and `new_tokens` behind it, fits. `prompts`: example id -> ids."""
+        long = sorted((len(ids), name) for name, ids in prompts.items() if not self.fits(ids))
+        if long:
+            raise UserError(
+                f"{len(long)} of {len(prompts)} {split} prompts are longer than prompt.max_tokens = "
+                f"{self.params.max_tokens}; the longest is {long[-1][1]} with {long[-1][0]} tokens: raise "
+                f"prompt.max_tokens (the model's context is {self.context}) or set prompt.truncate_source to true"
+            )
+        longest = max(map(len, prompts.values()))
+        if longest + new_tokens > self.context:
+            raise UserError(
+                f"the longest {split} prompt ({longest} tokens) and {new_tokens} tokens of answer exceed the model's "
+                f"context of {self.context} tokens: lower prompt.max_tokens or generation.max_new_tokens"
+            )
+
+    def _fill(self, example: Example, source: str) -> str:
+        instruction = self.params.instructions.get(example.aspect)
+        if instruction is None:
+            raise UserError(
+                f"prompt.instructions has no entry for {example.aspect!r} (example {example.id}); "
+                f"it has {', '.join(self.params.instructions) or 'none'}"
+            )
+        # Not str.format: braces in the source or in the instruction must stay what they are.
+        before, after = self.params.template.split("{source}", 1)
+        return before.replace("{instruction}", instruction) + source + after.replace("{instruction}", instruction)
+
+    def _encode(self, text: str) -> list[int]:
+        if self.params.style == "chat":
+            rendered = self._render([{"role": "user", "content": text}], add_generation_prompt=True)
+            ids: list[int] = self.tokenizer(rendered, add_special_tokens=False).input_ids
+        else:
+            ids = self.tokenizer(text, add_special_tokens=False).input_ids
+            if self.tokenizer.bos_token_id is not None and self._adds_bos():
+                ids = [self.tokenizer.bos_token_id, *ids]
+        return ids
+
+    def _render(self, messages: list[dict[str, str]], **options: Any) -> str:
+        rendered: str = self.tokenizer.apply_chat_template(messages, tokenize=False, date_string=DATE, **options)
+        return rendered
+
+    def _adds_bos(self) -> bool:
+        """Whether the model was trained with a BOS in front, as its tokenizer tells."""
+        return bool(self.tokenizer("a").input_ids[0] == self.tokenizer.bos_token_id)
+
+    def _cut(self, source: str, excess: int) -> str:
+        """`source` without its last `excess` tokens, and one more for what joins up differently at the cut."""
+        ids = self.tokenizer(source, add_special_tokens=False).input_ids
+        kept: str = self.tokenizer.decode(ids[: max(0, len(ids) - excess - 1)])
+        return kept
+
+    def _end_of_completion(self) -> int:
+        """The token that closes an answer: what the chat template puts behind one, else the tokenizer's EOS."""
+        if self.params.style == "chat":
+            mark = "\u2042"
+            rendered = self._render([{"role": "user", "content": "a"}, {"role": "assistant", "content": mark}])
+            behind = self.tokenizer(rendered.rpartition(mark)[2], add_special_tokens=False).input_ids
+            if behind and behind[0] in self.tokenizer.all_special_ids:
+                return int(behind[0])
+        if self.tokenizer.eos_token_id is None:
+            raise UserError("the model's tokenizer has no EOS token: without one, decoding cannot learn to stop")
+        return int(self.tokenizer.eos_token_id)

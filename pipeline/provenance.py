@@ -1,0 +1,103 @@
+"""Where a result comes from: commit, experiment, package versions, machine. Nothing here enters a result."""
+
+import os
+import platform
+import subprocess
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+PACKAGES = (
+    "torch",
+    "transformers",
+    "peft",
+    "bitsandbytes",
+    "accelerate",
+    "tokenizers",
+    "datasets",
+    "rouge-score",
+    "numpy",
+    "mlflow",
+    "dvc",
+)
+
+RESULTS = ("dvc.lock", "reports")
+"""What `dvc repro` itself writes into the git repository: changed after every run, so no sign of changed inputs."""
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of the packages that can move a number; packages that are not installed are left out."""
+    found = {"python": platform.python_version()}
+    for name in PACKAGES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def commit(folder: Path) -> tuple[str | None, bool]:
+    """The commit checked out at `folder`, and whether anything under `folder` but `RESULTS` differs from it.
+
+    `(None, False)` outside a git repository, before its first commit, and without git.
+    """
+    sha = _git(folder, "rev-parse", "--verify", "HEAD")
+    if sha is None:
+        return None, False
+    excluded = [f":(exclude){name}" for name in RESULTS]
+    changes = _git(folder, "status", "--porcelain", "--", ".", *excluded)
+    return sha, changes != ""
+
+
+def experiment() -> str | None:
+    """Name of the DVC experiment that runs this process; None under plain `dvc repro`."""
+    return os.environ.get("DVC_EXP_NAME") or None
+
+
+def main_repository() -> Path:
+    """The project that owns the records: an experiment in a temporary copy belongs to the repository it came from.
+
+    DVC gives its stages that repository in DVC_ROOT, except that a value in the user's environment wins in the
+    workspace. A stale one is recognised by not holding this folder (the copies lie under `<main>/.dvc/tmp`), or by
+    having no `.dvc`; then, and outside DVC, it is the nearest folder upwards that has one, or the current one.
+    """
+    here = Path.cwd().resolve()
+    upwards = [here, *here.parents]
+    given = os.environ.get("DVC_ROOT")
+    if given:
+        root = Path(given).resolve()
+        if root in upwards and (root / ".dvc").is_dir():
+            return root
+    return next((folder for folder in upwards if (folder / ".dvc").is_dir()), here)
+
+
+def platform_facts() -> dict[str, str | int]:
+    """The machine in four words: processor architecture, operating system, CPU model, cores."""
+    return {
+        "machine": platform.machine(),
+        "system": f"{platform.system()} {platform.release()}",
+        "cpu": _cpu_model(),
+        "cores": os.cpu_count() or 0,
+    }
+
+
+def _cpu_model() -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    except OSError:
+        pass  # not Linux
+    return _output("sysctl", "-n", "machdep.cpu.brand_string") or platform.processor() or "unknown"
+
+
+def _git(folder: Path, *arguments: str) -> str | None:
+    return _output("git", "-C", str(folder), *arguments)
+
+
+def _output(*command: str) -> str | None:
+    """What a command printed; None when it failed or does not exist."""
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return done.stdout.strip()

@@ -1,0 +1,152 @@
+"""4-bit quantization of the frozen base (QLoRA, arXiv 2305.14314, section 3), through bitsandbytes.
+
+The result is a checkpoint that transformers loads as it is. What quantization costs is measured: bits a parameter,
+the error of each layer's weights, and perplexity before and after.
+"""
+
+import shutil
+from typing import TYPE_CHECKING, Any
+
+from pipeline import device as devices
+from pipeline import loss, params, paths, records
+from pipeline import model as models
+from pipeline.errors import UserError
+from pipeline.progress import say
+
+if TYPE_CHECKING:
+    import torch
+
+WINDOW = 256  # tokens of the perplexity's windows
+
+
+def quantize(quantize: params.Quantize, runtime: params.Runtime) -> None:
+    """Write `out/models/quantized` and its facts; with method none, the base as it is."""
+    from transformers import AutoModelForCausalLM
+
+    device = devices.choose(runtime)
+    base_facts = records.read_json(paths.BASE_FACTS)
+    windows = _windows(quantize.perplexity_tokens)
+    base = AutoModelForCausalLM.from_pretrained(paths.BASE, device_map={"": device}, attn_implementation="sdpa")
+    before = loss.perplexity(base, windows, "perplexity before")
+    facts: dict[str, Any] = {"method": quantize.method, "double_quantization": quantize.double_quantization}
+    if quantize.method == "none":
+        shutil.copytree(paths.BASE, paths.QUANTIZED, dirs_exist_ok=True)
+        after, measured = before, {"bits_per_parameter": 8.0 * base.dtype.itemsize, "layers": {}, "quantized_layers": 0}
+    else:
+        config = _config(quantize, base.dtype)
+        quantized = AutoModelForCausalLM.from_pretrained(
+            paths.BASE, quantization_config=config, device_map={"": device}, attn_implementation="sdpa"
+        )
+        measured = _reconstruction(base, quantized)
+        quantized.save_pretrained(paths.QUANTIZED)
+        models.tokenizer(paths.BASE).save_pretrained(paths.QUANTIZED)
+        keep_unpacked(quantized)
+        after = loss.perplexity(quantized, windows, "perplexity after")
+    facts |= {
+        **measured,
+        "perplexity_before": before,
+        "perplexity_after": after,
+        "perplexity_tokens": sum(len(window) - 1 for window in windows),
+        "bytes": sum(path.stat().st_size for path in paths.QUANTIZED.glob("*.safetensors")),
+        "sha256": records.sha256_tree(paths.QUANTIZED),
+        # Facts of the base that later stages need, so that they depend on this one alone.
+        "context": base_facts["context"],
+        "dtype": base_facts["dtype"],
+        "stop_ids": base_facts["stop_ids"],
+    }
+    records.write_json(paths.QUANTIZED_FACTS, facts)
+    say(
+        f"quantize: {quantize.method}, {facts['bits_per_parameter']:.3f} bits a parameter in "
+        f"{facts['quantized_layers']} layers, perplexity {before:.3f} -> {after:.3f}"
+    )
+
+
+def require_effective(model: Any, facts: dict[str, Any]) -> None:
+    """UserError unless the loaded model is quantized as its facts say."""
+    found = {str(layer.weight.quant_type) for _, layer in _linear4bit(model)}
+    layers = sum(1 for _ in _linear4bit(model))
+    wanted = set() if facts["method"] == "none" else {facts["method"]}
+    if found != wanted or layers != facts["quantized_layers"]:
+        raise UserError(
+            f"quantize.method = {facts['method']!r} with {facts['quantized_layers']} layers was asked for, but the "
+            f"loaded model has {layers} layers of {found or 'no 4-bit type'}: run `dvc repro --force quantize`"
+        )
+
+
+def dequantize(model: Any) -> None:
+    """Replace 4-bit layers by plain ones that hold the same values in the model's dtype: 2 bytes a parameter more."""
+    import torch
+    from bitsandbytes.functional import dequantize_4bit
+
+    for name, layer in list(_linear4bit(model)):
+        weight = dequantize_4bit(layer.weight.data, layer.weight.quant_state).to(model.dtype)
+        plain = torch.nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta")
+        plain.weight = torch.nn.Parameter(weight, requires_grad=False)
+        plain.bias = layer.bias
+        model.set_submodule(name, plain)
+    # Without this mark transformers and PEFT would still take the layers for 4-bit ones.
+    model.is_loaded_in_4bit = model.is_quantized = False
+    model.quantization_method = None
+
+
+def keep_unpacked(model: Any) -> None:
+    """Stop bitsandbytes from repacking weights on the CPU.
+
+    On CPUs with AVX-512 BF16 the first evaluation forward repacks them for speed; gradients through packed weights are
+    silently wrong, and the packed product rounds differently.
+    """
+    for _, layer in _linear4bit(model):
+        layer.support_avx512bf16_for_cpu = False
+
+
+def _linear4bit(model: Any) -> Any:
+    from bitsandbytes.nn import Linear4bit
+
+    return ((name, layer) for name, layer in model.named_modules() if isinstance(layer, Linear4bit))
+
+
+def _config(quantize: params.Quantize, dtype: "torch.dtype") -> Any:
+    from transformers import BitsAndBytesConfig
+
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type=quantize.method,
+        bnb_4bit_use_double_quant=quantize.double_quantization,
+        bnb_4bit_compute_dtype=dtype,
+    )
+
+
+def _reconstruction(base: Any, quantized: Any) -> dict[str, Any]:
+    """Relative error |W - Q(W)| / |W| (Frobenius) of each layer, and the stored bits a parameter with the constants."""
+    from bitsandbytes.functional import dequantize_4bit
+
+    errors: dict[str, float] = {}
+    bits = parameters = 0
+    for name, layer in _linear4bit(quantized):
+        exact = base.get_submodule(name).weight.data.float()
+        restored = dequantize_4bit(layer.weight.data, layer.weight.quant_state).float()
+        errors[name] = float((exact - restored).norm() / exact.norm())
+        bits += 8 * layer.weight.data.numel() * layer.weight.data.itemsize + _constant_bits(layer.weight.quant_state)
+        parameters += exact.numel()
+    return {"bits_per_parameter": bits / parameters, "layers": errors, "quantized_layers": len(errors)}
+
+
+def _constant_bits(state: Any) -> int:
+    """Bits of a layer's quantization constants: one a block of 64, themselves quantized in blocks of 256 or not."""
+    tensors = [state.absmax]
+    if state.nested:
+        tensors += [state.state2.absmax, state.offset]
+    return sum(8 * tensor.numel() * tensor.itemsize for tensor in tensors)
+
+
+def _windows(tokens: int) -> list[list[int]]:
+    """The validation sources, one after another, in windows of WINDOW tokens."""
+    tokenizer = models.tokenizer(paths.BASE)
+    ids: list[int] = []
+    for text in dict.fromkeys(row.source for row in records.read_rows(paths.split("validation"), records.Example)):
+        ids += tokenizer(text + "\n", add_special_tokens=False).input_ids
+        if len(ids) >= tokens:
+            break
+    ids = ids[:tokens]
+    windows = [ids[start : start + WINDOW] for start in range(0, len(ids), WINDOW)]
+    return [window for window in windows if len(window) > 1]

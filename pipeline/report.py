@@ -1,0 +1,209 @@
+"""A comparison as people read it: one line for the terminal, Markdown for the repository, one offline page, numbers
+for `dvc metrics`. Nothing is computed here but the choice of words; templates lie in `pipeline/templates/`.
+
+What models wrote is never trusted: it is escaped for the place where it appears.
+"""
+
+import re
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup, escape
+
+from pipeline import charts, paths, records
+from pipeline.compare import Comparison, Interval
+from pipeline.errors import UserError
+
+TEMPLATES = Path(__file__).parent / "templates"
+
+LEAD = {
+    "better": "Fine-tuning made the model better",
+    "worse": "Fine-tuning made the model worse",
+    "mixed": "The metrics disagree about fine-tuning",
+    "none": "No difference between base and tuned was shown",
+}
+FEW_GROUPS = 30
+"""Below this many groups a percentile interval is noticeably too narrow, which the report then says."""
+MANY_CAPPED = 0.05
+"""Share of outputs stopped by the token cap above which the report says so."""
+
+UI = "mlflow ui --backend-store-uri sqlite:///.mlflow/mlflow.db"
+COMMANDS = (
+    ("dvc metrics diff", "these numbers against the last commit's"),
+    ("dvc params diff", "and what was changed to get them"),
+    ("dvc exp show", "all experiments side by side"),
+    (UI, "every experiment's parameters, curves and adapter"),
+)
+
+
+def write(comparison: Comparison) -> None:
+    """Write the five files of `reports/`; equal comparisons give equal bytes."""
+    records.write_json(paths.METRICS, metrics(comparison))
+    records.write_text(paths.COMPARISON_SVG, charts.svg(comparison, charts.FILE))
+    with records.replacing(paths.COMPARISON_PNG) as temporary:
+        temporary.write_bytes(charts.png(comparison, charts.FILE))
+    given = {
+        "c": comparison,
+        "lead": LEAD[comparison.verdict],
+        "basis": basis(comparison),
+        "caveats": caveats(comparison),
+        "labels": charts.LABELS,
+        "interval": f"{100 * comparison.confidence:g} % interval",
+        "chart": Markup(charts.inline(charts.svg(comparison, charts.PAGE))),
+        "shown": charts.LABELS[comparison.decide_by[0]],
+        "commands": COMMANDS,
+    }
+    environment = _environment()
+    for path, template in ((paths.COMPARISON_MD, "comparison.md.jinja"), (paths.REPORT_HTML, "index.html.jinja")):
+        records.write_text(path, environment.get_template(template).render(given))
+
+
+def metrics(comparison: Comparison) -> dict[str, Any]:
+    """The numbers for `dvc metrics`: nested, no list, no null; points for scores, [0, 1] for shares.
+
+    `lines` holds the reference lines' scores, and how far tuned is ahead of each in the deciding metrics.
+    """
+    content: dict[str, Any] = {"examples": comparison.n, "groups": comparison.groups, "seeds": len(comparison.tuned)}
+    for name, result in comparison.results.items():
+        content[name] = {
+            "base": result.base.value,
+            "tuned": result.tuned.value,
+            "diff": result.diff.value,
+            "ci_low": result.diff.low,
+            "ci_high": result.diff.high,
+            "wins": result.wins,
+            "ties": result.ties,
+            "losses": result.losses,
+        }
+        if name in comparison.seed_sd:
+            content[name]["seed_sd"] = comparison.seed_sd[name]
+    content["lines"] = {}
+    for line in comparison.lines:
+        content["lines"][line.key] = dict(line.scores)
+        for name in comparison.decide_by:
+            ahead = line.ahead[name]
+            content["lines"][line.key] |= {
+                f"{name}_diff": ahead.value,
+                f"{name}_ci_low": ahead.low,
+                f"{name}_ci_high": ahead.high,
+            }
+    content["words"] = {"references": comparison.reference_words}
+    content["stopped_by_cap"] = {}
+    for model, outputs in (("base", [comparison.base]), ("tuned", comparison.tuned)):
+        content["words"][model] = sum(one.words for one in outputs) / len(outputs)
+        content["stopped_by_cap"][model] = sum(one.stopped_by_cap for one in outputs) / len(outputs)
+    return content
+
+
+def basis(comparison: Comparison) -> str:
+    """The numbers that the verdict rests on: what follows the colon of the report's first sentence."""
+    parts = []
+    for i, name in enumerate(comparison.decide_by):
+        one = comparison.results[name]
+        interval = f"{100 * comparison.confidence:g} % interval " if i == 0 else ""
+        parts.append(
+            f"{charts.LABELS[name]} {points(one.base.value)} → {points(one.tuned.value)} "
+            f"({signed(one.diff.value)}, {interval}{span(one.diff)})"
+        )
+    over = f"{comparison.n} test examples"
+    if comparison.groups < comparison.n:
+        over += f" of {comparison.groups} groups"
+    if len(comparison.tuned) > 1:
+        over += f", mean of {len(comparison.tuned)} seeds"
+    return f"{', '.join(parts)}, over {over}."
+
+
+def caveats(comparison: Comparison) -> list[str]:
+    """What a careful reader would object to in this comparison, in plain sentences; may be empty."""
+    found: list[str] = []
+    if comparison.verdict == "better":
+        found.extend(
+            f"Tuned is not shown to be ahead of the reference line “{line.label}” ({line.about}) in "
+            f"{charts.LABELS[name]}: {signed(line.ahead[name].value)} ({span(line.ahead[name])})."
+            for line in comparison.lines
+            for name in comparison.decide_by
+            if line.ahead[name].low <= 0
+        )
+    found.extend(
+        f"{share(one.stopped_by_cap)} of the outputs of {one.variant} were stopped by the token cap, so its scores "
+        "depend on generation.max_new_tokens."
+        for one in (comparison.base, *comparison.tuned)
+        if one.stopped_by_cap > MANY_CAPPED
+    )
+    if comparison.groups < FEW_GROUPS:
+        found.append(f"With only {comparison.groups} groups of examples the intervals are too narrow.")
+    if len(comparison.tuned) == 1:
+        found.append("One training seed: the intervals cover the choice of test examples, not that of the seed.")
+    return found
+
+
+def closing_lines() -> str:
+    """The verdict of the last comparison and where to look next, for a terminal; nothing is computed.
+
+    UserError when there is no report yet.
+    """
+    try:
+        verdict = paths.COMPARISON_MD.read_text(encoding="utf-8").split("\n", 1)[0]
+    except FileNotFoundError:
+        raise UserError(f"{paths.COMPARISON_MD} is missing: run `dvc repro`, which makes it") from None
+    return "\n".join(
+        [
+            verdict.replace("**", ""),
+            "",
+            f"  report   {paths.REPORT_HTML}  (or {paths.COMPARISON_MD})",
+            f"  numbers  {paths.METRICS}  (dvc metrics diff)",
+            f"  record   {UI}",
+        ]
+    )
+
+
+def points(value: float) -> str:
+    """A score with one decimal."""
+    return f"{value:.1f}"
+
+
+def signed(value: float) -> str:
+    """A difference with its sign: one decimal, two below 0.1 so that its side of zero is seen."""
+    text = f"{abs(value):.1f}" if abs(value) >= 0.1 or value == 0 else f"{abs(value):.2f}"
+    return f"−{text}" if value < 0 else f"+{text}"
+
+
+def share(value: float) -> str:
+    return f"{100 * value:.0f} %"
+
+
+def span(interval: Interval) -> str:
+    return f"{signed(interval.low)} to {signed(interval.high)}"
+
+
+def markdown(text: str) -> str:
+    """Any text as one line of plain Markdown that may stand in a table cell: no markup, HTML or link of its own."""
+    text = _printable(text).strip().replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+    text = re.sub(r"([\\`*_\[\]|~$])", r"\\\1", text)
+    text = re.sub(r"://|(?<=www)\.|@", lambda found: "".join(f"&#{ord(c)};" for c in found[0]), text, flags=re.I)
+    return re.sub(r"\s*\n\s*", "<br>", text) or "*(empty)*"
+
+
+def html(text: str) -> Markup:
+    """Any text as HTML: escaped, and with no address in it that a careless reader or tool takes for a link."""
+    safe = str(escape(_printable(text).strip())).replace("://", "&#58;//")
+    return Markup(safe) or Markup("<em>(empty)</em>")
+
+
+def _printable(text: str) -> str:
+    """Control characters, line breaks and tabs aside, as U+FFFD; all line breaks as newlines."""
+    return re.sub(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]", "\ufffd", "\n".join(text.splitlines()))
+
+
+def _environment() -> Environment:
+    environment = Environment(
+        loader=FileSystemLoader(TEMPLATES),
+        autoescape=lambda name: name is not None and name.endswith(".html.jinja"),
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    environment.filters |= {function.__name__: function for function in (points, signed, span, share, markdown, html)}
+    return environment

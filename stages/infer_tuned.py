@@ -1,0 +1,17 @@
+"""Stage infer-tuned@<seed>: what the base with one seed's adapter writes for the same prompts."""
+
+import argparse
+
+from pipeline import adapter, generate, params, paths, stage
+
+
+def main(declared: params.Declared, seed: int) -> None:
+    prompt, generation, runtime = declared[params.Prompt], declared[params.Generation], declared[params.Runtime]
+    generate.infer(paths.variant(seed), prompt, generation, runtime, adapter.Saved(paths.adapter(seed)))
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--seed", type=int, required=True)
+    seed = parser.parse_args().seed
+    stage.run("infer-tuned", lambda declared: main(declared, seed), label=f"infer-{paths.variant(seed)}")

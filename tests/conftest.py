@@ -1,0 +1,150 @@
+"""What the tests share: a tiny random Llama with a tokenizer of its own, and a project folder around it."""
+
+import json
+import os
+import random
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import pytest
+from ruamel.yaml import YAML
+
+from pipeline import params, paths, records
+
+ROOT = Path(__file__).parent.parent
+TEMPLATE = (
+    "{% for message in messages %}<|{{ message.role }}|>{{ message.content }}<|end|>{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+WORDS = [
+    "red",
+    "green",
+    "blue",
+    "cat",
+    "dog",
+    "bird",
+    "runs",
+    "sleeps",
+    "sings",
+    "fast",
+    "slow",
+    "here",
+    "there",
+    "now",
+]
+ASPECTS = ("what", "who")
+SPLIT_GROUPS = {"train": 8, "validation": 4, "test": 4}
+
+
+@pytest.fixture(autouse=True)
+def clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    """DVC and MLflow obey their environment variables: those of the tests' caller are not for the tests."""
+    for name in list(os.environ):
+        if name.startswith(("DVC_", "MLFLOW_")):
+            monkeypatch.delenv(name)
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random LlamaForCausalLM with grouped-query attention and a byte-level tokenizer, in the hub's layout."""
+    import torch
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    folder = tmp_path_factory.mktemp("tiny")
+    bare = Tokenizer(models.BPE())
+    bare.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bare.decoder = decoders.ByteLevel()
+    specials = ["<|bos|>", "<|end|>", "<|user|>", "<|assistant|>", "<|system|>"]
+    trainer = trainers.BpeTrainer(
+        vocab_size=400,
+        special_tokens=specials,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    bare.train_from_iterator([" ".join(WORDS)] * 3, trainer)
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=bare, bos_token="<|bos|>", eos_token="<|end|>", pad_token="<|end|>", chat_template=TEMPLATE
+    )
+    tokenizer.save_pretrained(folder)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=512,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        tie_word_embeddings=True,
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = LlamaForCausalLM(config)
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                torch.nn.init.normal_(parameter, std=0.08)
+    model.save_pretrained(folder)
+    return folder
+
+
+def rows(split: str, groups: int) -> list[records.Example]:
+    """Examples with two aspects a group, none of them alike; the same for the same arguments."""
+    draw = random.Random(split)
+    made = []
+    for number in range(groups):
+        source = " ".join(draw.choices(WORDS, k=12)) + f" {split} {number}."
+        for aspect in ASPECTS:
+            name = f"{split}-{number}"
+            made.append(
+                records.Example(f"{name}/{aspect}", name, aspect, source, " ".join(draw.choices(WORDS, k=4)), source)
+            )
+    return made
+
+
+def tiny_params(tiny_model: Path, data: Path) -> dict[str, Any]:
+    """The default params.yaml, made small: local sources, tiny limits."""
+    content: dict[str, Any] = YAML(typ="safe", pure=True).load((ROOT / "params.yaml").read_text(encoding="utf-8"))
+    content["data"] |= {
+        "source": str(data),
+        "sha256": records.sha256_tree(data),
+        "format": "table",
+        "files": {split: f"{split}.jsonl" for split in paths.SPLITS},
+        "columns": {name: name for name in ("id", "group", "aspect", "source", "target")},
+    }
+    content["model"] |= {"source": str(tiny_model), "sha256": records.sha256_tree(tiny_model), "dtype": "float32"}
+    content["quantize"] |= {"perplexity_tokens": 256}
+    content["prompt"] |= {"max_tokens": 200, "instructions": {"what": "Say what.", "who": "Say who."}}
+    content["lora"] |= {"r": 4, "alpha": 8}
+    content["train"] |= {"batch_size": 4, "micro_batch_tokens": 64, "learning_rate": 1e-2}
+    content["generation"] |= {"max_new_tokens": 8, "batch_size": 4}
+    content["compare"] |= {"bootstrap_samples": 1000, "examples": 2}
+    content["runtime"] |= {"device": "cpu", "threads": 1}
+    return content
+
+
+def write_data(folder: Path) -> None:
+    """A local data set of JSON lines."""
+    for split, groups in SPLIT_GROUPS.items():
+        lines = [json.dumps(asdict(row)) for row in rows(split, groups)]
+        (folder / f"{split}.jsonl").write_text("\n".join(lines) + "\n")
+
+
+@pytest.fixture
+def project(tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> params.Params:
+    """A project folder as the working directory, with the splits and `params.yaml` in place; gives the parameters."""
+    data = tmp_path / "data"
+    data.mkdir()
+    write_data(data)
+    folder = tmp_path / "project"
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    content = tiny_params(tiny_model, data)
+    YAML().dump(content, paths.PARAMS)
+    paths.DVC_YAML.write_text((ROOT / "dvc.yaml").read_text())
+    for split, groups in SPLIT_GROUPS.items():
+        records.write_rows(paths.split(split), rows(split, groups))
+    return params.load()

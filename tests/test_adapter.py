@@ -1,0 +1,116 @@
+"""Adapters: the right layers, plain PEFT files, and a proof that they act once loaded."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+from pipeline import adapter, params
+from pipeline.errors import UserError
+
+
+def lora(**changes: Any) -> params.Lora:
+    base = {"r": 4, "alpha": 8.0, "rslora": False, "dropout": 0.0, "target_modules": "all-linear"}
+    return params.Lora.model_validate(base | changes)
+
+
+@pytest.fixture
+def base(tiny_model: Path) -> Any:
+    return AutoModelForCausalLM.from_pretrained(tiny_model, attn_implementation="sdpa").requires_grad_(False)
+
+
+@pytest.fixture
+def saved(tiny_model: Path, tmp_path: Path) -> Path:
+    adapted = adapter.attach(AutoModelForCausalLM.from_pretrained(tiny_model), lora(), 1)
+    for name, tensor in adapter.tensors(adapted).items():
+        if "lora_B" in name:
+            tensor.data.fill_(0.01)
+    adapter.save(adapted, tmp_path / "a", "abc")
+    return tmp_path / "a"
+
+
+def test_all_linear_is_every_linear_layer_but_the_head(base: Any) -> None:
+    adapted = adapter.attach(base, lora(), 1)
+    # 2 layers, 7 matrices each; r (in + out) parameters a matrix, hidden 64, kv 32, MLP 128.
+    each = 4 * ((64 + 64) * 2 + (64 + 32) * 2 + (64 + 128) * 3)
+    assert sum(tensor.numel() for tensor in adapter.tensors(adapted).values()) == 2 * each
+    assert not any("lm_head" in name or "embed" in name for name in adapter.tensors(adapted))
+
+
+def test_named_layers_alone_are_adapted_and_unknown_ones_refused(base: Any) -> None:
+    with pytest.raises(UserError, match=r"lora.target_modules names qproj, .*it has down_proj, gate_proj"):
+        adapter.attach(base, lora(target_modules=["qproj"]), 1)
+    adapted = adapter.attach(base, lora(target_modules=["q_proj", "v_proj"]), 1)
+    assert {name.split(".lora_")[0].rpartition(".")[2] for name in adapter.tensors(adapted)} == {"q_proj", "v_proj"}
+
+
+def test_initialization_depends_on_the_seed_alone(tiny_model: Path) -> None:
+    def first(seed: int, global_seed: int) -> torch.Tensor:
+        torch.manual_seed(global_seed)
+        fresh = AutoModelForCausalLM.from_pretrained(tiny_model)
+        return next(iter(adapter.tensors(adapter.attach(fresh, lora(), seed)).values())).detach()
+
+    assert torch.equal(first(1, 10), first(1, 20))
+    assert not torch.equal(first(1, 10), first(2, 10))
+
+
+def test_plain_peft_loads_it_and_it_changes_the_logits(saved: Path, tiny_model: Path) -> None:
+    from peft import PeftModel
+
+    fresh = AutoModelForCausalLM.from_pretrained(tiny_model)
+    ids = torch.tensor([[5, 6, 7]])
+    before = fresh(ids).logits.detach()
+    after = PeftModel.from_pretrained(fresh, saved)(ids).logits.detach()
+    assert float((before - after).abs().max()) > 1e-3
+    assert sorted(path.name for path in saved.iterdir()) == [
+        "adapter_config.json",
+        "adapter_model.safetensors",
+        "origin.json",
+    ]
+
+
+def test_it_loads_on_its_own_base_alone(saved: Path, base: Any) -> None:
+    with pytest.raises(UserError, match=r"was trained on another base \(sha256 abc\) than the one loaded \(def\)"):
+        adapter.Saved(saved).load(base, "def")
+    assert adapter.logit_change(adapter.Saved(saved).load(base, "abc")) > 0
+
+
+def planted(saved: Path, change: str) -> None:
+    tensors = load_file(saved / adapter.WEIGHTS)
+    name = next(name for name in tensors if "lora_B" in name)
+    if change == "missing":
+        del tensors[name]
+    elif change == "unexpected":
+        tensors["base_model.model.extra.lora_B.weight"] = torch.zeros(2)
+    elif change == "nan":
+        tensors[name][0] = float("nan")
+    else:
+        tensors = {name: torch.zeros_like(tensor) for name, tensor in tensors.items()}
+    save_file(tensors, saved / adapter.WEIGHTS, metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("missing", "missing or unexpected"),
+        ("unexpected", "missing or unexpected"),
+        ("nan", "NaN or infinity"),
+        ("zero", "does not change the model's logits"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:Found missing adapter keys:UserWarning")
+def test_an_adapter_that_is_not_applied_whole_is_refused(saved: Path, base: Any, change: str, message: str) -> None:
+    planted(saved, change)
+    with pytest.raises(UserError, match=message):
+        adapter.Saved(saved).load(base, "abc")
+
+
+def test_a_broken_adapter_is_not_saved(base: Any, tmp_path: Path) -> None:
+    adapted = adapter.attach(base, lora(), 1)
+    next(iter(adapter.tensors(adapted).values())).data[0] = float("inf")
+    with pytest.raises(UserError, match="NaN or infinity"):
+        adapter.save(adapted, tmp_path / "bad", "abc")
+    assert not (tmp_path / "bad").exists()

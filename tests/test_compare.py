@@ -1,0 +1,403 @@
+"""The paired bootstrap against slow and known answers, reference lines by hand, refusals of unequal variants."""
+
+import itertools
+import json
+import random
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from pipeline import compare, paths, records, rouge
+from pipeline.compare import Comparison, Interval
+from pipeline.errors import UserError
+from pipeline.params import Compare, Evaluate
+from pipeline.records import Decoding, Example, Prediction
+
+EVALUATE = Evaluate(metrics=["rouge1", "rouge2", "rougeL"], use_stemmer=False)
+COMPARE = Compare(bootstrap_samples=2000, confidence=0.95, seed=17, decide_by=["rouge1", "rouge2"], examples=3)
+KEEP = {"base": 0.3, "tuned-17": 0.8}
+ASPECTS = ("challenge", "approach")
+WORDS = [f"w{i}" for i in range(18)]
+
+
+def generator(seed: int = 0) -> np.random.Generator:
+    return np.random.Generator(np.random.PCG64(seed))
+
+
+def groups_of(sizes: list[int]) -> NDArray[Any]:
+    return np.array([f"g{i:03}" for i, size in enumerate(sizes) for _ in range(size)])
+
+
+# --- the bootstrap ---
+
+
+def test_equals_a_naive_bootstrap() -> None:
+    groups = groups_of([1, 4, 2, 3, 1])
+    values = generator(1).normal(size=(11, 2))
+    found = compare.resampled_means(values, groups, 50, generator())
+    rng, names = generator(), sorted(set(groups))
+    for mean in found:
+        rows = [i for g in rng.integers(len(names), size=len(names)) for i in range(11) if groups[i] == names[g]]
+        np.testing.assert_allclose(mean, [sum(values[i, k] for i in rows) / len(rows) for k in (0, 1)])
+
+
+def test_distribution_of_the_smallest_case() -> None:
+    # Two groups at 0 and 1: the means of all four equally likely resamples are 0, .5, .5, 1.
+    means = compare.resampled_means(np.array([[0.0], [1.0]]), groups_of([1, 1]), 20_000, generator())[:, 0]
+    shares = [float(np.mean(means == value)) for value in (0, 0.5, 1)]
+    assert shares == pytest.approx([0.25, 0.5, 0.25], abs=0.015)
+
+
+def test_chunks_do_not_show(monkeypatch: pytest.MonkeyPatch) -> None:
+    values, groups = generator(2).normal(size=(12, 1)), groups_of([3] * 4)
+    whole = compare.resampled_means(values, groups, 101, generator())
+    monkeypatch.setattr(compare, "DRAWS_AT_ONCE", 40)
+    np.testing.assert_array_equal(compare.resampled_means(values, groups, 101, generator()), whole)
+
+
+def test_order_of_rows_does_not_matter() -> None:
+    values, groups = generator(3).normal(size=(30, 1)), groups_of([3] * 10)
+    order = generator(4).permutation(30)
+    [here] = compare.intervals(values, groups, COMPARE)
+    [there] = compare.intervals(values[order], groups[order], COMPARE)
+    assert asdict(here) == pytest.approx(asdict(there))
+
+
+def test_same_seed_same_interval_other_seed_other_interval() -> None:
+    values, groups = generator(5).normal(size=(30, 1)), groups_of([3] * 10)
+    assert compare.intervals(values, groups, COMPARE) == compare.intervals(values, groups, COMPARE)
+    other = COMPARE.model_copy(update={"seed": 18})
+    assert compare.intervals(values, groups, other) != compare.intervals(values, groups, COMPARE)
+
+
+def test_the_global_generator_is_left_alone() -> None:
+    before = np.random.get_state(legacy=False)["state"]["key"].tolist()
+    compare.intervals(generator(5).normal(size=(6, 1)), groups_of([3, 3]), COMPARE)
+    assert np.random.get_state(legacy=False)["state"]["key"].tolist() == before
+
+
+def test_rows_of_a_group_that_agree_count_once() -> None:
+    # Three equal rows a group: row-wise resampling would believe in three times the evidence, sqrt(3) too narrow.
+    values = np.repeat(generator(6).normal(size=(60, 1)), 3, axis=0)
+    [clustered] = compare.intervals(values, groups_of([3] * 60), COMPARE)
+    [rowwise] = compare.intervals(values, np.array([f"{i:03}" for i in range(180)]), COMPARE)
+    ratio = (clustered.high - clustered.low) / (rowwise.high - rowwise.low)
+    assert ratio == pytest.approx(3**0.5, rel=0.12)
+
+
+@pytest.mark.parametrize(("confidence", "deviations"), [(0.95, 1.96), (0.8, 1.2816)])
+def test_ends_agree_with_the_normal_interval_of_many_rows(confidence: float, deviations: float) -> None:
+    values, wanted = generator(8).normal(5, 2, size=(400, 1)), COMPARE.model_copy(update={"confidence": confidence})
+    [one] = compare.intervals(values, groups_of([1] * 400), wanted)
+    half = deviations * values.std() / 20
+    assert (one.value - one.low) / half == pytest.approx(1, abs=0.08)
+    assert (one.high - one.value) / half == pytest.approx(1, abs=0.08)
+
+
+def test_coverage() -> None:
+    """An interval of 95 % over 40 groups holds the true mean about that often: a bit less, as percentiles do."""
+    rng, fast = generator(7), COMPARE.model_copy(update={"bootstrap_samples": 1000})
+    groups, hits = groups_of([3] * 40), 0
+    for _ in range(300):
+        values = np.repeat(rng.normal(size=(40, 1)), 3, axis=0) + rng.normal(size=(120, 1))
+        [one] = compare.intervals(values, groups, fast)
+        hits += one.low <= 0 <= one.high
+    assert 0.90 <= hits / 300 <= 0.98
+
+
+def test_a_single_group_is_refused() -> None:
+    with pytest.raises(UserError, match="nothing to resample"):
+        compare.resampled_means(np.ones((3, 1)), groups_of([3]), 10, generator())
+
+
+@pytest.mark.parametrize(
+    ("bounds", "expected"),
+    [
+        ([(0.1, 2), (0.01, 1)], "better"),
+        ([(-2, -1), (-2, -0.1)], "worse"),
+        ([(-1, 1), (0, 1)], "none"),
+        ([(1, 2), (-1, 1)], "mixed"),
+        ([(1, 2), (-2, -1)], "mixed"),
+    ],
+)
+def test_verdict(bounds: list[tuple[float, float]], expected: str) -> None:
+    assert compare.verdict([Interval((low + high) / 2, low, high) for low, high in bounds]) == expected
+
+
+def test_cut() -> None:
+    assert compare.cut("one two\nthree four", "a b c") == "one two three"
+    assert compare.cut("one", "a b c") == "one"
+
+
+# --- whole comparisons ---
+
+
+def examples(n_groups: int = 12) -> list[Example]:
+    rng = random.Random(1)
+    return [
+        Example(f"p{i}/{aspect}", f"p{i}", aspect, "source text", " ".join(rng.sample(WORDS, 8)), "alpha beta")
+        for i in range(n_groups)
+        for aspect in ASPECTS
+    ]
+
+
+def plant(rows: list[Example], keep: dict[str, float], **change: Any) -> None:
+    """Score variants in the current folder that keep a share of each reference's words; `change` alters the tuned."""
+    records.write_rows(paths.split("test"), rows)
+    for seed, (variant, share) in enumerate(keep.items()):
+        rng = random.Random(seed)
+        texts = [" ".join(w if rng.random() < share else "noise" for w in row.target.split()) for row in rows]
+        records.write_rows(
+            paths.predictions(variant),
+            [Prediction(row.id, "", 9, text, 9, "stop") for row, text in zip(rows, texts, strict=True)],
+        )
+        adapter = None if variant == "base" else f"{seed}" * 64
+        decoding = Decoding(variant, "a" * 64, "b" * 64, adapter, {"num_beams": 1, "top_k": 50}, "cpu", "float32")
+        if variant != "base":
+            decoding = replace(decoding, **change)
+        records.write_json(paths.decoding(variant), asdict(decoding))
+        rouge.evaluate(variant, EVALUATE)
+
+
+@pytest.fixture
+def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def run(*seeds: int, compare_by: Compare = COMPARE) -> Comparison:
+    return compare.compare(seeds or (17,), EVALUATE, compare_by)
+
+
+@pytest.mark.usefixtures("project")
+def test_a_better_adapter_is_called_better_and_its_mirror_worse() -> None:
+    plant(examples(), {"base": 0.3, "tuned-17": 0.8})
+    better = run()
+    plant(examples(), {"tuned-17": 0.3, "base": 0.8})
+    worse = run()
+    assert (better.verdict, worse.verdict) == ("better", "worse")
+    one = better.results["rouge1"]
+    assert one.diff.low <= one.diff.value <= one.diff.high
+    assert one.diff.value == pytest.approx(one.tuned.value - one.base.value)
+    assert one.wins + one.ties + one.losses == pytest.approx(1)
+    assert (better.n, better.groups, better.samples) == (24, 12, 2000)
+    assert [(aspect.name, aspect.n) for aspect in better.aspects] == [("challenge", 12), ("approach", 12)]
+    halves = [aspect.results["rouge1"].diff.value for aspect in better.aspects]
+    assert sum(halves) / 2 == pytest.approx(one.diff.value)
+
+
+@pytest.mark.usefixtures("project")
+def test_equal_outputs_differ_by_nothing() -> None:
+    plant(examples(), {"base": 0.5, "tuned-17": 0.5})
+    records.write_rows(paths.predictions("tuned-17"), records.read_rows(paths.predictions("base"), Prediction))
+    rouge.evaluate("tuned-17", EVALUATE)
+    found = run()
+    assert found.verdict == "none"
+    for result in found.results.values():
+        assert result.diff == Interval(0, 0, 0)
+        assert (result.wins, result.ties, result.losses) == (0, 1, 0)
+    assert (found.best, found.worst) == ([], [])
+
+
+@pytest.mark.usefixtures("project")
+def test_rounding_of_the_mean_over_seeds_is_no_gain() -> None:
+    # Three times .1, summed and divided by three, is more than .1; so are scores, here and there.
+    plant(examples(), {"base": 0.5, "tuned-1": 0.5, "tuned-2": 0.5, "tuned-3": 0.5})
+    for seed in (1, 2, 3):
+        records.write_rows(paths.predictions(f"tuned-{seed}"), records.read_rows(paths.predictions("base"), Prediction))
+    for variant in ("base", "tuned-1", "tuned-2", "tuned-3"):
+        edit(variant, examples=[row | {"rouge1": 0.1, "rouge2": 0.1} for row in rouge.read("base").examples])
+    assert sum([0.1] * 3) / 3 > 0.1
+    found = run(1, 2, 3)
+    assert found.verdict == "none"
+    assert found.results["rouge1"].ties == 1
+
+
+@pytest.mark.usefixtures("project")
+def test_order_of_groups_does_not_matter() -> None:
+    rows = examples()
+    plant(rows, {"base": 0.3, "tuned-17": 0.8})
+    here = run()
+    order = random.Random(3).sample(range(len(rows)), len(rows))
+    for path, record in (
+        (paths.split("test"), Example),
+        *((paths.predictions(variant), Prediction) for variant in ("base", "tuned-17")),
+    ):
+        lines: list[Any] = records.read_rows(path, record)
+        records.write_rows(path, [lines[i] for i in order])
+    rouge.evaluate("base", EVALUATE)
+    rouge.evaluate("tuned-17", EVALUATE)
+    there = run()
+    for name in EVALUATE.metrics:
+        assert asdict(here.results[name].diff) == pytest.approx(asdict(there.results[name].diff))
+    assert [pair.id for pair in here.best] == [pair.id for pair in there.best]
+
+
+@pytest.mark.usefixtures("project")
+def test_several_seeds_are_averaged_example_by_example() -> None:
+    plant(examples(), {"base": 0.3, "tuned-1": 0.6, "tuned-2": 0.9})
+    both, first, second = run(1, 2), run(1), run(2)
+    for name in EVALUATE.metrics:
+        a, b = (one.results[name].tuned.value for one in (first, second))
+        assert both.results[name].tuned.value == pytest.approx((a + b) / 2)
+        assert both.seed_sd[name] == pytest.approx(abs(a - b) / 2**0.5)
+    assert [one.variant for one in both.tuned] == ["tuned-1", "tuned-2"]
+    assert first.seed_sd == {}
+
+
+@pytest.mark.usefixtures("project")
+def test_extremes_are_ordered_and_disjoint() -> None:
+    plant(examples(), {"base": 0.5, "tuned-17": 0.5})
+    found = run(compare_by=COMPARE.model_copy(update={"examples": 100}))
+    gains = [pair.tuned_score - pair.base_score for pair in found.best]
+    losses = [pair.tuned_score - pair.base_score for pair in found.worst]
+    assert gains == sorted(gains, reverse=True)
+    assert losses == sorted(losses)
+    assert min(gains) > 0 > max(losses)
+    assert not {pair.id for pair in found.best} & {pair.id for pair in found.worst}
+    assert run(compare_by=COMPARE.model_copy(update={"examples": 0})).best == []
+
+
+@pytest.mark.usefixtures("project")
+def test_reference_lines_by_hand() -> None:
+    rows = [
+        Example("p/1", "p", "challenge", "s", "alpha beta gamma delta", "alpha beta gamma delta"),
+        Example("p/2", "p", "approach", "s", "alpha beta kappa mu", "alpha zeta zeta zeta"),
+        Example("q/1", "q", "challenge", "s", "pi rho", "sigma tau"),
+        Example("q/2", "q", "approach", "s", "pi xi", "pi rho"),
+        Example("r/1", "r", "challenge", "s", "nu", "nu"),
+    ]
+    plant(rows, {"base": 1.0, "tuned-17": 1.0})
+    texts = [f"{row.target} and words beyond" for row in rows]
+    records.write_rows(
+        paths.predictions("base"),
+        [Prediction(row.id, "", 1, text, 1, "stop") for row, text in zip(rows, texts, strict=True)],
+    )
+    rouge.evaluate("base", EVALUATE)
+    lines = {line.key: line for line in run().lines}
+    assert lines["lead"].scores["rouge1"] == pytest.approx((100 + 25 + 0 + 50 + 100) / 5)
+    # r has one aspect, so no other aspect's reference
+    assert lines["wrong_aspect"].n == 4
+    assert lines["wrong_aspect"].scores["rouge1"] == pytest.approx(50)
+    assert lines["wrong_aspect"].scores["rouge2"] == pytest.approx((100 / 3 + 100 / 3) / 4)
+    assert lines["wrong_aspect"].ahead["rouge1"].value == pytest.approx(50)
+    # cut to the reference, base's outputs are the references
+    assert lines["base_cut"].scores["rouge1"] == pytest.approx(100)
+    assert lines["base_cut"].ahead["rouge1"] == Interval(0, 0, 0)
+    assert "100 % of them were longer" in lines["base_cut"].about
+
+
+@pytest.mark.usefixtures("project")
+def test_no_wrong_aspect_and_no_table_without_aspects() -> None:
+    plant([replace(row, id=f"{i}", group=f"{i}", aspect="default") for i, row in enumerate(examples())], KEEP)
+    found = run()
+    assert [line.key for line in found.lines] == ["lead", "base_cut"]
+    assert found.aspects == []
+
+
+@pytest.mark.usefixtures("project")
+def test_an_aspect_within_one_group_has_no_interval_and_no_row() -> None:
+    rows = examples()
+    plant([*rows, replace(rows[0], id="p0/outcome", aspect="outcome")], KEEP)
+    assert [aspect.name for aspect in run().aspects] == list(ASPECTS)
+
+
+# --- refusals ---
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"prompts_sha256": "c" * 64}, f"prompts_sha256: tuned-17 has {'c' * 64}, base has {'a' * 64}"),
+        ({"model_sha256": "c" * 64}, "model_sha256: tuned-17"),
+        (
+            {"generation": {"num_beams": 4, "top_k": 50}},
+            "generation: tuned-17 has {'num_beams': 4}, base has {'num_beams': 1}",
+        ),
+        ({"device": "cuda"}, "device: tuned-17 has cuda, base has cpu"),
+        ({"dtype": "bfloat16"}, "dtype: tuned-17 has bfloat16, base has float32"),
+        ({"adapter_sha256": None}, "tuned-17 was decoded without an adapter"),
+    ],
+)
+@pytest.mark.usefixtures("project")
+def test_unequal_conditions_are_refused(change: dict[str, Any], said: str) -> None:
+    plant(examples(), KEEP, **change)
+    with pytest.raises(UserError) as refusal:
+        run()
+    assert said in str(refusal.value)
+
+
+@pytest.mark.usefixtures("project")
+def test_all_differences_are_listed_at_once() -> None:
+    plant(examples(), KEEP, prompts_sha256="c" * 64, dtype="bfloat16")
+    for variant in KEEP:
+        edit(variant, signature="rouge-score 0.0.1")
+    with pytest.raises(UserError) as refusal:
+        run()
+    assert len(str(refusal.value).splitlines()) == 1 + 2 + 2
+
+
+@pytest.mark.usefixtures("project")
+def test_base_with_an_adapter_is_refused() -> None:
+    plant(examples(), KEEP)
+    edit("base", decoding=json.loads(paths.scores("tuned-17").read_text())["decoding"])
+    with pytest.raises(UserError, match="base was decoded with an adapter"):
+        run()
+
+
+@pytest.mark.parametrize("what", ["scores", "predictions"])
+@pytest.mark.usefixtures("project")
+def test_other_rows_are_refused(what: str) -> None:
+    plant(examples(), KEEP)
+    if what == "scores":
+        edit("tuned-17", examples=rouge.read("tuned-17").examples[::-1])
+    else:
+        rows = records.read_rows(paths.predictions("tuned-17"), Prediction)
+        records.write_rows(paths.predictions("tuned-17"), rows[1:])
+    with pytest.raises(UserError, match=rf"tuned-17 \({what}\)"):
+        run()
+
+
+@pytest.mark.parametrize("bad", ["NaN", "Infinity"])
+@pytest.mark.usefixtures("project")
+def test_a_score_that_is_no_number_is_refused(bad: str) -> None:
+    plant(examples(), KEEP)
+    content = json.loads(paths.scores("tuned-17").read_text())
+    content["examples"][3]["rouge2"] = float(bad)
+    paths.scores("tuned-17").write_text(json.dumps(content))
+    with pytest.raises(UserError, match="not a finite number"):
+        run()
+
+
+@pytest.mark.usefixtures("project")
+def test_missing_scores_and_missing_seeds_are_refused() -> None:
+    plant(examples(), KEEP)
+    with pytest.raises(UserError, match=r"tuned-18\.json is missing"):
+        run(17, 18)
+    with pytest.raises(UserError, match="no tuned variant"):
+        compare.compare([], EVALUATE, COMPARE)
+
+
+@pytest.mark.usefixtures("project")
+def test_files_that_params_do_not_name_are_not_read() -> None:
+    plant(examples(), {**KEEP, "tuned-99": 1.0})
+    with_stray = run()
+    for path in (paths.scores("tuned-99"), paths.predictions("tuned-99")):
+        path.unlink()
+    assert run() == with_stray
+
+
+@pytest.mark.usefixtures("project")
+def test_seeds_in_any_order_give_the_same_result() -> None:
+    plant(examples(), {"base": 0.3, "tuned-1": 0.6, "tuned-2": 0.9, "tuned-3": 0.7})
+    found = [run(*seeds).results["rouge1"].diff for seeds in itertools.permutations((1, 2, 3))]
+    assert len(found) == 6
+    assert all(asdict(one) == pytest.approx(asdict(found[0])) for one in found)
+
+
+def edit(variant: str, **change: Any) -> None:
+    records.write_json(paths.scores(variant), asdict(rouge.read(variant)) | change)

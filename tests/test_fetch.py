@@ -1,0 +1,147 @@
+"""Fetching: any source becomes one checkpoint; what is not a causal language model is refused before it is loaded."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from pipeline import fetch, params, paths, records
+from pipeline.errors import UserError
+
+
+def test_a_local_folder_becomes_a_checkpoint_with_its_facts(project: params.Params, tiny_model: Path) -> None:
+    fetch.fetch(project.model)
+    facts = records.read_json(paths.BASE_FACTS)
+    assert facts["family"] == "llama"
+    # Embeddings once (tied), then 2 layers of attention (q and o 64x64, k and v 64x32), MLP (3 of 64x128), 2 norms.
+    assert facts["parameters"] == 316 * 64 + 2 * (2 * 64 * 64 + 2 * 64 * 32 + 3 * 64 * 128 + 2 * 64) + 64
+    assert (facts["attention_heads"], facts["key_value_heads"], facts["head_dim"]) == (4, 2, 16)
+    # Keys and values of 2 heads of 16 in 2 layers, 4 bytes each.
+    assert facts["kv_bytes_per_token"] == 2 * 2 * 2 * 16 * 4
+    assert facts["sha256"] == records.sha256_tree(paths.BASE)
+    ids = torch.tensor([[5, 6, 7]])
+    one, other = (AutoModelForCausalLM.from_pretrained(folder)(ids).logits for folder in (tiny_model, paths.BASE))
+    assert torch.equal(one, other)
+    assert str(tiny_model) not in (paths.BASE / "config.json").read_text()
+
+
+def test_the_stored_precision_is_the_requested_one(project: params.Params) -> None:
+    fetch.fetch(project.model.model_copy(update={"dtype": "bfloat16"}))
+    assert records.read_json(paths.BASE_FACTS)["dtype"] == "bfloat16"
+    loaded = AutoModelForCausalLM.from_pretrained(paths.BASE)
+    assert {parameter.dtype for parameter in loaded.parameters()} == {torch.bfloat16}
+
+
+def changed(tiny_model: Path, folder: Path, **config: Any) -> params.Model:
+    shutil.copytree(tiny_model, folder)
+    file = folder / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | config))
+    return params.Model(source=str(folder), sha256=records.sha256_tree(folder), dtype="float32")
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (
+            {"model_type": "t5", "architectures": ["T5ForConditionalGeneration"]},
+            "not a causal language model of a known",
+        ),
+        ({"architectures": ["LlamaForSequenceClassification"]}, "LlamaForSequenceClassification"),
+        ({"quantization_config": {"quant_method": "gptq"}}, "quantized already"),
+    ],
+)
+def test_what_cannot_be_the_base_is_refused(
+    project: params.Params, tiny_model: Path, tmp_path: Path, config: dict[str, Any], message: str
+) -> None:
+    assert project
+    with pytest.raises(UserError, match=message):
+        fetch.fetch(changed(tiny_model, tmp_path / "other", **config))
+    assert not paths.BASE.exists()
+
+
+def test_a_folder_without_a_model_and_a_strange_file_are_refused(project: params.Params, tmp_path: Path) -> None:
+    assert project
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "empty" / "notes.txt").write_text("x")
+    (tmp_path / "model.bin").write_text("x")
+    for path, message in (
+        (tmp_path / "empty", "no config.json in this folder; it has notes.txt"),
+        (tmp_path / "model.bin", "or a .gguf file"),
+    ):
+        given = params.Model(source=str(path), sha256=records.sha256_path(path), dtype="float32")
+        with pytest.raises(UserError, match=message):
+            fetch.fetch(given)
+
+
+def test_a_tokenizer_of_another_model_is_refused(project: params.Params, tiny_model: Path, tmp_path: Path) -> None:
+    assert project
+    folder = tmp_path / "mixed"
+    shutil.copytree(tiny_model, folder)
+    loaded = AutoModelForCausalLM.from_pretrained(folder)
+    loaded.resize_token_embeddings(100)
+    loaded.save_pretrained(folder)
+    given = params.Model(source=str(folder), sha256=records.sha256_tree(folder), dtype="float32")
+    with pytest.raises(UserError, match="the tokenizer has 316 tokens but the model embeds only 100"):
+        fetch.fetch(given)
+
+
+def test_a_gguf_file_becomes_the_checkpoint_it_holds(project: params.Params, tiny_model: Path, tmp_path: Path) -> None:
+    """Written with the gguf library from the tiny model: F32 tensors, so that nothing may differ."""
+    file = tmp_path / "tiny.gguf"
+    write_gguf(tiny_model, file)
+    given = params.Model(source=str(file), sha256=records.sha256_file(file), dtype="float32")
+    fetch.fetch(given)
+    assert project
+    ids = torch.tensor([[5, 6, 7, 8, 9]])
+    one, other = (AutoModelForCausalLM.from_pretrained(folder)(ids).logits for folder in (tiny_model, paths.BASE))
+    assert torch.allclose(one, other, atol=1e-5)
+
+
+def write_gguf(folder: Path, file: Path) -> None:
+    import gguf
+    from transformers import AutoTokenizer
+
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    config = model.config
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    writer = gguf.GGUFWriter(file, "llama")
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_vocab_size(config.vocab_size)
+    writer.add_tokenizer_model("gpt2")
+    vocabulary = sorted(tokenizer.get_vocab().items(), key=lambda item: item[1])
+    writer.add_token_list([token for token, _ in vocabulary])
+    writer.add_token_types([3 if index in tokenizer.all_special_ids else 1 for _, index in vocabulary])
+    merges = json.loads((folder / "tokenizer.json").read_text())["model"]["merges"]
+    writer.add_token_merges([merge if isinstance(merge, str) else " ".join(merge) for merge in merges])
+    writer.add_bos_token_id(tokenizer.bos_token_id)
+    writer.add_eos_token_id(tokenizer.eos_token_id)
+    writer.add_unk_token_id(tokenizer.bos_token_id)  # without one, transformers would add a token of its own
+    writer.add_pad_token_id(tokenizer.pad_token_id)
+    writer.add_chat_template(tokenizer.chat_template)
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
+    for name, tensor in model.state_dict().items():
+        if name == "lm_head.weight":
+            continue
+        array = tensor.float().numpy()
+        if name.endswith(("q_proj.weight", "k_proj.weight")):
+            # GGUF stores the two halves of a rotary head interleaved.
+            heads = config.num_attention_heads if "q_proj" in name else config.num_key_value_heads
+            array = array.reshape(heads, 2, -1, array.shape[1]).swapaxes(1, 2).reshape(array.shape)
+        mapped = names.get_name(name, try_suffixes=(".weight",))
+        assert mapped is not None
+        writer.add_tensor(mapped, array)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()

@@ -1,0 +1,114 @@
+"""Inference: explicit decoding, batches that do not change a text, and no line lost or doubled by a kill."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import AutoModelForCausalLM
+
+from pipeline import checkpoint, generate, model, params, paths, quantize, records
+from pipeline.errors import UserError
+from pipeline.records import Prediction
+
+
+@pytest.fixture
+def quantized(project: params.Params, tiny_model: Path) -> params.Params:
+    import shutil
+
+    shutil.copytree(tiny_model, paths.BASE)
+    records.write_json(paths.BASE_FACTS, {"context": 512, "dtype": "float32", "stop_ids": [1]})
+    quantize.quantize(project.quantize, project.runtime)
+    return project
+
+
+def infer(project: params.Params, **changes: Any) -> list[Prediction]:
+    generate.infer("base", project.prompt, project.generation.model_copy(update=changes), project.runtime)
+    return records.read_rows(paths.predictions("base"), Prediction)
+
+
+def test_every_test_row_is_answered_in_order_with_its_conditions(quantized: params.Params) -> None:
+    rows = infer(quantized)
+    assert [row.id for row in rows] == [f"test-{n}/{aspect}" for n in range(4) for aspect in ("what", "who")]
+    assert all(1 <= row.tokens <= 8 for row in rows)
+    assert all((row.finish == "stop") == (row.tokens < 8) or row.tokens == 8 for row in rows)
+    decoding = records.read_json(paths.decoding("base"))
+    assert decoding["generation"]["do_sample"] is False
+    assert decoding["generation"]["max_new_tokens"] == 8
+    assert decoding["generation"]["batch_size"] == 4
+    assert decoding["device"] == "cpu"
+    assert decoding["adapter_sha256"] is None
+
+
+def test_in_float32_the_batch_size_changes_no_token(quantized: params.Params) -> None:
+    one_by_one = [(row.text, row.tokens) for row in infer(quantized, batch_size=1)]
+    assert len({text for text, _ in one_by_one}) > 1
+    assert [(row.text, row.tokens) for row in infer(quantized, batch_size=3)] == one_by_one
+    assert [(row.text, row.tokens) for row in infer(quantized, batch_size=8)] == one_by_one
+
+
+def test_greedy_decoding_is_the_argmax_chain(quantized: params.Params, tiny_model: Path) -> None:
+    import torch
+
+    loaded = AutoModelForCausalLM.from_pretrained(tiny_model)
+    tokenizer = model.tokenizer(tiny_model)
+    config = generate.configuration(quantized.generation, [1], tokenizer)
+    prompt = [5, 6, 7, 8]
+    ids = list(prompt)
+    with torch.no_grad():
+        while len(ids) < 12 and ids[-1] != 1:
+            ids.append(int(loaded(torch.tensor([ids])).logits[0, -1].argmax()))
+    assert generate.complete(loaded, config, [prompt, [9, 10]])[0] == ids[4:]
+
+
+def test_a_models_own_generation_defaults_do_not_leak_in(quantized: params.Params) -> None:
+    before = infer(quantized)
+    planted = paths.QUANTIZED / "generation_config.json"
+    leak = {"do_sample": True, "temperature": 9.0, "repetition_penalty": 1.9, "max_new_tokens": 3, "min_new_tokens": 3}
+    planted.write_text(json.dumps(json.loads(planted.read_text()) | leak))
+    assert infer(quantized) == before
+
+
+def test_a_cap_on_new_tokens_is_reported_as_length(quantized: params.Params) -> None:
+    rows = infer(quantized, max_new_tokens=1)
+    assert {row.tokens for row in rows} == {1}
+    assert "length" in {row.finish for row in rows}
+
+
+def test_a_killed_run_goes_on_behind_its_last_whole_line(
+    quantized: params.Params, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    expected = infer(quantized)
+    original, calls = generate.complete, []
+
+    def dies(*arguments: Any) -> Any:
+        calls.append(1)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return original(*arguments)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(generate, "complete", dies)
+        infer(quantized)
+    (file,) = paths.SCRATCH.glob("infer-base-*/predictions.jsonl")
+    assert len(file.read_text().splitlines()) == 4
+    file.write_text(file.read_text()[:-20])  # the last line cut off by a power failure
+    capsys.readouterr()
+    assert infer(quantized) == expected
+    assert "going on behind 3 examples" in capsys.readouterr().out
+    assert not list(paths.SCRATCH.glob("infer-base-*"))
+
+
+def test_two_at_once_are_refused(quantized: params.Params) -> None:
+    with checkpoint.folder("infer-base", {}), pytest.raises(UserError, match="is being computed by another process"):
+        infer(quantized)
+
+
+def test_a_prompt_that_does_not_fit_fails_before_the_model_is_loaded(
+    quantized: params.Params, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(model, "load", lambda *_: pytest.fail("the model was loaded"))
+    with pytest.raises(UserError, match="longer than prompt.max_tokens = 16"):
+        generate.infer(
+            "base", quantized.prompt.model_copy(update={"max_tokens": 16}), quantized.generation, quantized.runtime
+        )

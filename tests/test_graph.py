@@ -1,0 +1,94 @@
+"""`dvc.yaml` against the code: what a stage imports is what it depends on; what it reads is what it declares."""
+
+import ast
+from pathlib import Path
+from typing import Any
+
+import pytest
+from ruamel.yaml import YAML
+
+from pipeline import params
+
+ROOT = Path(__file__).parent.parent
+STAGES: dict[str, Any] = YAML(typ="safe", pure=True).load((ROOT / "dvc.yaml").read_text())["stages"]
+COMPUTES = {"quantize", "train", "infer", "infer-tuned"}
+
+
+def command(definition: dict[str, Any]) -> str:
+    return str(definition.get("cmd", ""))
+
+
+def script(name: str) -> Path:
+    """The file behind `python -m stages.<script> ...`."""
+    start, module = command(STAGES[name]).split()[:2], command(STAGES[name]).split()[2]
+    assert start == ["python", "-m"], f"{name}: a queued experiment would import the main workspace's code"
+    return Path(*module.split(".")).with_suffix(".py")
+
+
+def closure(start: Path) -> set[str]:
+    """Every file of this project that `start` imports, directly or not, inside functions or not."""
+    found: set[str] = set()
+    queue = [start]
+    while queue:
+        path = queue.pop()
+        if path.as_posix() in found:
+            continue
+        found.add(path.as_posix())
+        for node in ast.walk(ast.parse((ROOT / path).read_text())):
+            if isinstance(node, ast.ImportFrom) and node.module:
+                modules = [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
+            elif isinstance(node, ast.Import):
+                modules = [alias.name for alias in node.names]
+            else:
+                continue
+            for module in modules:
+                file = Path(*module.split(".")).with_suffix(".py")
+                if module.split(".")[0] in ("pipeline", "stages") and (ROOT / file).is_file():
+                    queue.append(file)
+    return found
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_a_stage_depends_on_the_modules_it_imports(name: str) -> None:
+    declared = {dep for dep in STAGES[name]["deps"] if dep.endswith(".py")}
+    assert declared == closure(script(name))
+
+
+@pytest.mark.parametrize("name", sorted(COMPUTES))
+def test_compute_stages_depend_on_the_pinned_versions(name: str) -> None:
+    assert "constraints.txt" in STAGES[name]["deps"]
+
+
+def test_the_base_depends_on_nothing_of_lora_or_training() -> None:
+    for name in ("infer", "evaluate"):
+        inputs = [*STAGES[name]["deps"], *STAGES[name]["params"]]
+        inputs.remove("constraints.txt")
+        assert [item for item in inputs if any(word in item for word in ("lora", "adapter", "train", "tuned"))] == []
+
+
+def test_runtime_and_tracking_are_declared_by_no_stage() -> None:
+    declared = {section for stage in STAGES.values() for section in stage.get("params", [])}
+    sections = {section.key for section in params.Section.__subclasses__() if hasattr(section, "key")}
+    assert declared == sections - {"runtime", "tracking"} | {"seeds"}
+
+
+def test_the_graph_is_the_whole_design() -> None:
+    assert list(STAGES) == [
+        "prepare",
+        "fetch",
+        "quantize",
+        "train",
+        "infer",
+        "infer-tuned",
+        "evaluate",
+        "evaluate-tuned",
+        "compare",
+        "track",
+    ]
+
+
+def test_every_script_is_short() -> None:
+    scripts = sorted((ROOT / "stages").glob("*.py"))
+    assert len(scripts) == 10
+    for path in scripts:
+        assert len(path.read_text().splitlines()) <= 40, path

@@ -1,0 +1,116 @@
+"""The configuration: every mistake at once, each with its key; a stage sees only what it declares."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from ruamel.yaml import YAML
+
+from pipeline import params
+from pipeline.errors import UserError
+
+ROOT = Path(__file__).parent.parent
+
+
+def default() -> dict[str, Any]:
+    content: dict[str, Any] = YAML(typ="safe", pure=True).load((ROOT / "params.yaml").read_text(encoding="utf-8"))
+    return content
+
+
+def test_the_default_is_legal_and_reads_1e_3_as_a_number() -> None:
+    loaded = params.load(ROOT / "params.yaml")
+    assert loaded.train.learning_rate == 0.001
+    assert "1e-3" in (ROOT / "params.yaml").read_text(encoding="utf-8")
+
+
+def test_every_mistake_is_named_at_once() -> None:
+    content = default()
+    content["train"]["learning_rate"] = "abc"
+    content["train"]["epoch"] = 3
+    content["lora"]["r"] = 0
+    content["quantize"]["method"] = "int3"
+    content["lora"]["target_modules"] = []
+    content["data"]["files"]["trian"] = "x"
+    del content["model"]["dtype"]
+    with pytest.raises(UserError) as caught:
+        params.check(content, "params.yaml")
+    text = str(caught.value)
+    assert "params.yaml: " in text
+    for part in (
+        "train.learning_rate = 'abc': input should be a valid number",
+        "train.epoch = 3: unknown key; did you mean epochs?",
+        "lora.r = 0: input should be greater than or equal to 1",
+        "quantize.method = 'int3': input should be 'nf4', 'fp4' or 'none'",
+        "lora.target_modules",
+        "data.files.trian = 'x': unknown key; did you mean train?",
+        "model.dtype: missing",
+    ):
+        assert part in text
+
+
+@pytest.mark.parametrize(
+    ("section", "key", "value", "message"),
+    [
+        ("quantize", "method", "none", "double_quantization must be false"),
+        ("prompt", "template", "no place for it", "must hold {source}"),
+        ("prompt", "template", "{source} {aspect}", "no other name in braces"),
+        ("generation", "length_penalty", 2.0, "num_beams above 1"),
+        ("data", "columns", {"source": "a", "target": "b", "id": None, "group": None, "aspect": None}, "format table"),
+        ("data", "sha256", "abc", "data.sha256"),
+        ("lora", "r", 8.5, "lora.r = 8.5"),
+        ("lora", "r", True, "lora.r = True"),
+        ("train", "learning_rate", float("nan"), "learning_rate"),
+        ("train", "learning_rate", float("inf"), "learning_rate"),
+    ],
+)
+def test_what_is_illegal_is_refused(section: str, key: str, value: Any, message: str) -> None:
+    content = default()
+    content[section][key] = value
+    with pytest.raises(UserError) as caught:
+        params.check(content, "params.yaml")
+    assert message in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("seeds", "message"), [([1, 1], "seeds must differ"), ([], "at least 1 item"), ([-1], "seeds.0")]
+)
+def test_seeds_are_checked(seeds: list[int], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        params.check(default() | {"seeds": seeds}, "params.yaml")
+
+
+def test_the_verdict_rests_on_metrics_that_are_computed() -> None:
+    content = default()
+    content["evaluate"]["metrics"] = ["rouge1"]
+    with pytest.raises(UserError, match="evaluate.metrics does not compute"):
+        params.check(content, "params.yaml")
+
+
+def test_a_stage_cannot_read_what_it_does_not_declare() -> None:
+    declared = params.read("quantize", ROOT)
+    assert declared[params.Quantize].method == "nf4"
+    assert declared[params.Runtime].device == "auto"
+    with pytest.raises(LookupError, match="stage quantize does not declare the params section lora"):
+        declared[params.Lora]
+
+
+def test_every_knob_is_read_somewhere() -> None:
+    """A knob that nothing reads is a promise that nothing keeps."""
+    code = "".join(path.read_text() for path in sorted((ROOT / "pipeline").glob("*.py")) if path.name != "params.py")
+    code += "".join(path.read_text() for path in sorted((ROOT / "stages").glob("*.py")))
+    knobs = [
+        name for section in params.Section.__subclasses__() if hasattr(section, "key") for name in section.model_fields
+    ]
+    assert len(knobs) > 45
+    assert [name for name in knobs if f".{name}" not in code] == []
+
+
+def test_files_that_are_missing_or_not_yaml_are_named(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="is missing"):
+        params.load(tmp_path / "params.yaml")
+    (tmp_path / "params.yaml").write_text("a: [1\n")
+    with pytest.raises(UserError, match="is not YAML"):
+        params.load(tmp_path / "params.yaml")
+    (tmp_path / "params.yaml").write_text("- 1\n")
+    with pytest.raises(UserError, match="must hold sections"):
+        params.load(tmp_path / "params.yaml")

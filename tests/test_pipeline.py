@@ -1,0 +1,174 @@
+"""The experiment from end to end, as a user runs it: DVC, real stages, a tiny random Llama, MLflow.
+
+The tests of this module are one story in one project folder and run in the order in which they stand.
+"""
+
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from ruamel.yaml import YAML
+
+from pipeline import paths, records
+from tests.conftest import ROOT, SPLIT_GROUPS, tiny_params, write_data
+
+Run = Callable[..., subprocess.CompletedProcess[str]]
+
+
+@pytest.fixture(scope="module")
+def clone(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Path:
+    """The tracked files of this repository, with tiny parameters, committed in a repository of their own."""
+    folder = tmp_path_factory.mktemp("clone")
+    listed = subprocess.run(
+        ["git", "ls-files", "--cached", "--others", "--exclude-standard", "--deduplicate"],
+        cwd=ROOT, check=True, capture_output=True, text=True,
+    ).stdout.splitlines()  # fmt: skip
+    for name in listed:
+        if not name.startswith(("reports/", "tests/", "dvc.lock")) and (ROOT / name).is_file():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(ROOT / name, folder / name)
+    data = tmp_path_factory.mktemp("source")
+    write_data(data)
+    YAML().dump(tiny_params(tiny_model, data), folder / "params.yaml")
+    for command in ("init -q", "add -A", "commit -qm start"):
+        subprocess.run(["git", *command.split()], cwd=folder, check=True, env=environment())
+    return folder
+
+
+def environment() -> dict[str, str]:
+    """The tests' own environment without what DVC, MLflow and git would obey; stages write no byte-compiled files away
+    from where Python puts them."""
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(("DVC_", "MLFLOW_", "GIT_"))}
+    kept.pop("PYTHONDONTWRITEBYTECODE", None)
+    identity = {"GIT_AUTHOR_NAME": "a", "GIT_AUTHOR_EMAIL": "a@example.org"}
+    identity |= {"GIT_COMMITTER_NAME": "a", "GIT_COMMITTER_EMAIL": "a@example.org"}
+    return (
+        kept
+        | identity
+        | {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}", "DVC_NO_ANALYTICS": "1"}
+    )
+
+
+@pytest.fixture
+def dvc(clone: Path) -> Run:
+    def run(*arguments: str, cwd: Path = clone) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            ["dvc", *arguments], cwd=cwd, env=environment(), stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        )  # fmt: skip
+
+    return run
+
+
+def ran(output: str) -> list[str]:
+    return [line.split("'")[1] for line in output.splitlines() if line.startswith("Running stage")]
+
+
+def finished_runs(clone: Path) -> list[Any]:
+    import mlflow
+
+    client = mlflow.MlflowClient(f"sqlite:///{clone}/.mlflow/mlflow.db")
+    (experiment,) = client.search_experiments(filter_string="name = 'lora-repro'")
+    runs = client.search_runs([experiment.experiment_id])
+    assert {run.info.status for run in runs} == {"FINISHED"}
+    return list(runs)
+
+
+EVERY = [
+    "prepare", "fetch", "quantize", "infer@base", "evaluate@base",
+    "train@17", "infer-tuned@17", "evaluate-tuned@17", "compare", "track",
+]  # fmt: skip
+OF_TRAINING = EVERY[5:]
+
+
+def test_a_mistake_in_the_parameters_is_one_clear_error(clone: Path, dvc: Run) -> None:
+    text = (clone / "params.yaml").read_text()
+    (clone / "params.yaml").write_text(text.replace("learning_rate: 0.01", "learning_rate: fast"))
+    result = dvc("repro")
+    (clone / "params.yaml").write_text(text)
+    assert result.returncode != 0
+    assert "train.learning_rate = 'fast': input should be a valid number" in result.stdout
+    assert "Traceback" not in result.stdout
+
+
+def test_one_command_runs_everything(clone: Path, dvc: Run) -> None:
+    result = dvc("repro")
+    assert result.returncode == 0, result.stdout
+    assert sorted(ran(result.stdout)) == sorted(EVERY)
+    metrics = records.read_json(clone / paths.METRICS)
+    assert metrics["rouge1"]["ci_low"] <= metrics["rouge1"]["diff"] <= metrics["rouge1"]["ci_high"]
+    for report in (paths.COMPARISON_MD, paths.REPORT_HTML, paths.COMPARISON_SVG, paths.COMPARISON_PNG):
+        assert (clone / report).stat().st_size > 500
+    (run,) = finished_runs(clone)
+    assert run.data.params["lora.r"] == "4"
+    assert run.data.metrics["rouge1.diff"] == metrics["rouge1"]["diff"]
+
+
+def test_again_nothing_runs_and_the_status_is_clean(dvc: Run) -> None:
+    result = dvc("repro")
+    assert result.returncode == 0
+    assert ran(result.stdout) == []
+    assert "Data and pipelines are up to date." in dvc("status").stdout
+
+
+def test_the_logged_adapter_loads_with_peft_alone_on_the_fetched_base(clone: Path, tmp_path: Path) -> None:
+    import mlflow
+    import torch
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    (run,) = finished_runs(clone)
+    uri = f"sqlite:///{clone}/.mlflow/mlflow.db"
+    downloaded = mlflow.artifacts.download_artifacts(
+        run_id=run.info.run_id, artifact_path="adapter/17", dst_path=str(tmp_path), tracking_uri=uri
+    )
+    assert records.sha256_tree(Path(downloaded)) == records.sha256_tree(clone / paths.adapter(17))
+    base = AutoModelForCausalLM.from_pretrained(clone / paths.BASE)
+    ids = torch.tensor([[5, 6, 7]])
+    before = base(ids).logits.detach()
+    after = PeftModel.from_pretrained(base, downloaded)(ids).logits.detach()
+    assert float((before - after).abs().max()) > 1e-3
+
+
+def test_another_rank_runs_nothing_of_the_base(clone: Path, dvc: Run) -> None:
+    result = dvc("exp", "run", "-S", "lora.r=2", "-n", "rank-2")
+    assert result.returncode == 0, result.stdout
+    assert ran(result.stdout) == OF_TRAINING
+    assert sorted(run.data.params["lora.r"] for run in finished_runs(clone)) == ["2", "4"]
+
+
+def test_going_back_takes_the_training_from_the_cache_and_records_nothing_twice(clone: Path, dvc: Run) -> None:
+    result = dvc("exp", "run", "-S", "lora.r=4")
+    assert result.returncode == 0, result.stdout
+    assert set(ran(result.stdout)) <= {"compare", "track"}
+    assert "Stage 'train@17' is cached" in result.stdout
+    assert len(finished_runs(clone)) == 2
+
+
+def test_a_temporary_experiment_from_a_subfolder_ends_in_the_same_store(clone: Path, dvc: Run) -> None:
+    result = dvc(
+        "exp", "run", "--temp", "-S", "../params.yaml:train.learning_rate=5e-3", "../dvc.yaml", cwd=clone / "stages"
+    )
+    assert result.returncode == 0, result.stdout
+    runs = finished_runs(clone)
+    assert sorted(float(run.data.params["train.learning_rate"]) for run in runs) == [0.005, 0.01, 0.01]
+    assert all(str(clone / ".mlflow") in run.info.artifact_uri for run in runs)
+    assert not (clone / "stages" / ".mlflow").exists()
+
+
+def test_a_mistake_later_on_loses_nothing(clone: Path, dvc: Run) -> None:
+    text = (clone / "params.yaml").read_text()
+    (clone / "params.yaml").write_text(text.replace("target_modules: all-linear", "target_modules: [qproj]"))
+    result = dvc("repro")
+    assert result.returncode != 0
+    assert "lora.target_modules names qproj, which this model does not have" in result.stdout
+    assert "Traceback" not in result.stdout
+    (clone / "params.yaml").write_text(text)
+    assert dvc("repro").returncode == 0
+    assert len(finished_runs(clone)) == 3
+    assert SPLIT_GROUPS["test"] * 2 == len((clone / "out/predictions/base.jsonl").read_text().splitlines())

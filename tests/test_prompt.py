@@ -1,0 +1,105 @@
+"""Prompts: the same prefix in training and inference, one BOS, an answer that ends."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pipeline import model, params
+from pipeline.errors import UserError
+from pipeline.prompt import Encoder
+from pipeline.records import Example
+
+EXAMPLE = Example("a/what", "a", "what", "red cat runs {fast} here.", "blue dog", "red cat")
+
+
+@pytest.fixture
+def tokenizer(tiny_model: Path) -> Any:
+    return model.tokenizer(tiny_model)
+
+
+def section(**changes: Any) -> params.Prompt:
+    base = {
+        "style": "chat",
+        "template": "{source}\n\n{instruction}",
+        "instructions": {"what": "Say {what}."},
+        "max_tokens": 200,
+        "truncate_source": False,
+    }
+    return params.Prompt.model_validate(base | changes)
+
+
+def test_a_chat_prompt_is_the_template_filled_in(tokenizer: Any) -> None:
+    ids = Encoder(tokenizer, section(), 512).prompt(EXAMPLE)
+    assert tokenizer.decode(ids) == "<|user|>red cat runs {fast} here.\n\nSay {what}.<|end|><|assistant|>"
+
+
+def test_training_continues_the_very_prefix_of_inference_and_ends_in_eos(tokenizer: Any) -> None:
+    encoder = Encoder(tokenizer, section(), 512)
+    row = encoder.row(EXAMPLE)
+    assert row.prompt == encoder.prompt(EXAMPLE)
+    assert tokenizer.decode(row.completion) == "blue dog<|end|>"
+    assert row.completion[-1] == encoder.end == tokenizer.eos_token_id
+
+
+def test_the_end_is_what_the_chat_template_puts_behind_an_answer(tokenizer: Any) -> None:
+    """Llama 3's instruct models end a turn with <|eot_id|>, which is not every tokenizer's EOS."""
+    tokenizer.eos_token = "<|bos|>"
+    assert tokenizer.decode([Encoder(tokenizer, section(), 512).end]) == "<|end|>"
+
+
+def test_plain_prompts_start_with_bos_where_the_model_has_one(tokenizer: Any) -> None:
+    plain = section(style="plain")
+    assert Encoder(tokenizer, plain, 512).prompt(EXAMPLE)[0] != tokenizer.bos_token_id
+    tokenizer.add_bos_token = True
+    from tokenizers.processors import TemplateProcessing
+
+    tokenizer._tokenizer.post_processor = TemplateProcessing(
+        single="<|bos|> $A", special_tokens=[("<|bos|>", tokenizer.bos_token_id)]
+    )
+    ids = Encoder(tokenizer, plain, 512).prompt(EXAMPLE)
+    assert ids.count(tokenizer.bos_token_id) == 1
+    assert ids[0] == tokenizer.bos_token_id
+
+
+def test_two_bos_are_refused(tokenizer: Any) -> None:
+    planted = section(template="<|bos|>{source}", style="chat")
+    tokenizer.chat_template = "<|bos|>{{ messages[0].content }}"
+    with pytest.raises(UserError, match="starts with two BOS tokens"):
+        Encoder(tokenizer, planted, 512).prompt(EXAMPLE)
+
+
+def test_the_date_does_not_enter_a_prompt(tokenizer: Any) -> None:
+    tokenizer.chat_template = "{{ date_string if date_string is defined else strftime_now('%d %b %Y') }}"
+    assert tokenizer.decode(Encoder(tokenizer, section(), 512).prompt(EXAMPLE)) == "26 Jul 2024"
+
+
+def test_an_aspect_without_instruction_is_named(tokenizer: Any) -> None:
+    with pytest.raises(UserError, match=r"no entry for 'what' \(example a/what\); it has who"):
+        Encoder(tokenizer, section(instructions={"who": "x"}), 512).prompt(EXAMPLE)
+
+
+def test_limits_are_checked_before_anything_is_computed(tokenizer: Any) -> None:
+    with pytest.raises(UserError, match=r"prompt.max_tokens = 200, but the model's context is 100 tokens"):
+        Encoder(tokenizer, section(), 100)
+    tokenizer.chat_template = None
+    with pytest.raises(UserError, match="no chat template: set it to plain"):
+        Encoder(tokenizer, section(), 512)
+
+
+def test_long_prompts_are_refused_with_the_remedy(tokenizer: Any) -> None:
+    encoder = Encoder(tokenizer, section(max_tokens=16), 512)
+    prompts = {EXAMPLE.id: encoder.prompt(EXAMPLE)}
+    with pytest.raises(UserError, match=r"1 of 1 test prompts are longer than prompt.max_tokens = 16.*a/what"):
+        encoder.require_fit(prompts, "test", 8)
+    with pytest.raises(UserError, match="exceed the model's context of 512 tokens"):
+        Encoder(tokenizer, section(), 512).require_fit(prompts, "test", 500)
+
+
+def test_truncation_cuts_the_source_and_keeps_the_instruction(tokenizer: Any) -> None:
+    long = Example("b/what", "b", "what", "red cat runs " * 60, "blue", "red")
+    ids = Encoder(tokenizer, section(max_tokens=60, truncate_source=True), 512).prompt(long)
+    assert 55 <= len(ids) <= 60
+    text = tokenizer.decode(ids)
+    assert text.startswith("<|user|>red cat runs red")
+    assert text.endswith("\n\nSay {what}.<|end|><|assistant|>")

@@ -1,0 +1,123 @@
+"""4-bit weights: what they cost, that they are really there, and that gradients through them are right."""
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+from pipeline import adapter, loss, pack, params, paths, quantize, records
+from pipeline.errors import UserError
+from pipeline.prompt import Row
+
+CPU = torch.device("cpu")
+ROWS = [Row("a", "a", list(range(20, 40)), [50, 51, 52, 1]), Row("b", "b", list(range(60, 75)), [80, 81, 1])]
+LORA = params.Lora(r=4, alpha=8.0, rslora=False, dropout=0.0, target_modules="all-linear")
+
+
+def nf4(folder: Path, double: bool = True) -> Any:
+    config = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=double,
+        bnb_4bit_compute_dtype=torch.bfloat16,
+    )
+    return AutoModelForCausalLM.from_pretrained(
+        folder, quantization_config=config, dtype=torch.bfloat16, attn_implementation="sdpa"
+    )
+
+
+def gradient(adapted: Any) -> torch.Tensor:
+    adapted.zero_grad()
+    loss.summed(adapted, pack.pack(pack.trees(ROWS), CPU)).backward()
+    return torch.cat(
+        [tensor.grad.flatten().float() for tensor in adapter.tensors(adapted).values() if tensor.grad is not None]
+    )
+
+
+def evaluate(adapted: Any) -> None:
+    """A validation in the middle of training: this is what repacks the weights of bitsandbytes on the CPU."""
+    adapted.eval()
+    with torch.no_grad():
+        adapted(input_ids=torch.tensor([[5, 6, 7]]))
+
+
+def cosine(a: torch.Tensor, b: torch.Tensor) -> float:
+    return float(torch.nn.functional.cosine_similarity(a, b, dim=0))
+
+
+def adapted_pair(folder: Path) -> tuple[Any, Any]:
+    """The same adapter, B not zero, on NF4 weights and on the same weights unpacked."""
+    packed, plain = nf4(folder), nf4(folder)
+    quantize.keep_unpacked(packed)
+    quantize.dequantize(plain)
+    pair = adapter.attach(packed, LORA, 1), adapter.attach(plain, LORA, 1)
+    generator = torch.Generator().manual_seed(3)
+    noise = {name: torch.randn(t.shape, generator=generator) * 0.05 for name, t in adapter.tensors(pair[0]).items()}
+    for one in pair:
+        for name, tensor in adapter.tensors(one).items():
+            tensor.data = noise[name].to(tensor.dtype)
+    return pair
+
+
+def test_gradients_on_nf4_equal_those_on_the_dequantized_weights_also_after_an_evaluation(tiny_model: Path) -> None:
+    packed, plain = adapted_pair(tiny_model)
+    truth = gradient(plain)
+    assert float(truth.norm()) > 0
+    assert cosine(gradient(packed), truth) > 0.9999
+    for one in (packed, plain):
+        evaluate(one)
+        assert cosine(gradient(one), truth) > 0.9999
+
+
+@pytest.mark.parametrize("double", [True, False])
+def test_both_ways_of_holding_the_weights_give_the_same_logits(tiny_model: Path, double: bool) -> None:
+    on_the_fly, kept = nf4(tiny_model, double), nf4(tiny_model, double)
+    quantize.keep_unpacked(on_the_fly)
+    quantize.dequantize(kept)
+    ids = torch.tensor([[7, 8, 9, 10, 11]])
+    with torch.no_grad():
+        assert torch.equal(on_the_fly.eval()(ids).logits, kept.eval()(ids).logits)
+    assert not any("4bit" in type(layer).__name__ for layer in kept.modules())
+
+
+def test_the_stage_writes_a_checkpoint_that_loads_as_it_is_and_its_facts(
+    project: params.Params, tiny_model: Path
+) -> None:
+    import shutil
+
+    shutil.copytree(tiny_model, paths.BASE)
+    records.write_json(paths.BASE_FACTS, {"context": 512, "dtype": "float32", "stop_ids": [1]})
+    quantize.quantize(project.quantize, project.runtime)
+    facts = records.read_json(paths.QUANTIZED_FACTS)
+    # QLoRA, section 3: 4 bits and 0.127 bits of doubly quantized constants a parameter. The layers here are so small
+    # that the second level's own constants weigh more.
+    assert 4.127 <= facts["bits_per_parameter"] < 4.16
+    assert facts["quantized_layers"] == 14
+    assert 0.05 < max(facts["layers"].values()) < 0.15
+    assert facts["perplexity_after"] != facts["perplexity_before"]
+    loaded = AutoModelForCausalLM.from_pretrained(paths.QUANTIZED)
+    quantize.require_effective(loaded, facts)
+    assert facts["sha256"] == records.sha256_tree(paths.QUANTIZED)
+
+
+def test_a_silent_downgrade_is_refused(tiny_model: Path) -> None:
+    facts = {"method": "nf4", "quantized_layers": 14}
+    quantize.require_effective(nf4(tiny_model), facts)
+    unquantized = AutoModelForCausalLM.from_pretrained(tiny_model)
+    with pytest.raises(UserError, match="quantize.method = 'nf4' with 14 layers was asked for, but .* has 0 layers"):
+        quantize.require_effective(unquantized, facts)
+    with pytest.raises(UserError, match="of {'nf4'}"):
+        quantize.require_effective(nf4(tiny_model), facts | {"method": "fp4"})
+
+
+def test_damaged_weights_fail_the_perplexity(tiny_model: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(tiny_model)
+    damaged = copy.deepcopy(model)
+    damaged.model.norm.weight.data.fill_(float("nan"))
+    windows = [list(range(5, 60))]
+    assert loss.perplexity(model, windows, "before") > 1
+    with pytest.raises(UserError, match="before is nan"):
+        loss.perplexity(damaged, windows, "before")

@@ -1,0 +1,266 @@
+"""The report says what the comparison found, in every place the same, and no text of a model gets out of its cell."""
+
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import replace
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pipeline import charts, paths, report
+from pipeline.compare import Aspect, Comparison, Interval, Line, Output, Pair, Result
+from pipeline.errors import UserError
+
+NASTY = (
+    "a | b\n<script>alert(1)</script> `code` [x](https://evil.example/) **bold** &amp; $x$ \\ <!-- "
+    "\x00 www.evil.example"
+)
+
+
+def result(base: float, tuned: float, low: float, high: float) -> Result:
+    diff = tuned - base
+    return Result(
+        Interval(base, base - 1, base + 1),
+        Interval(tuned, tuned - 1, tuned + 1),
+        Interval(diff, low, high),
+        0.7,
+        0.1,
+        0.2,
+    )
+
+
+def comparison(**change: Any) -> Comparison:
+    results = {"rouge1": result(25.6, 31.3, 4.1, 7.2), "rouge2": result(7.8, 10.5, 1.2, 3.9)}
+    scores = {"rouge1": 22.0, "rouge2": 6.0}
+    ahead = {"rouge1": Interval(9.3, 8, 10), "rouge2": Interval(4.5, 3, 6)}
+    pair = Pair("p1/approach", "The source.", "The reference.", "Base said.", "Tuned said.", 10.0, 60.0)
+    return replace(
+        Comparison(
+            verdict="better",
+            decide_by=["rouge1", "rouge2"],
+            confidence=0.95,
+            samples=10000,
+            seed=17,
+            n=300,
+            groups=100,
+            signature="rouge-score 0.1.2|F1x100",
+            decoding={"device": "cpu", "dtype": "bfloat16", "prompts_sha256": "a" * 64, "model_sha256": "b" * 64},
+            results=results,
+            aspects=[Aspect("approach", 100, results)],
+            lines=[Line("lead", "Lead", "the first sentence", 300, scores, ahead)],
+            base=Output("base", 49.2, 0.01, 0.0, {"rouge1": 25.6, "rouge2": 7.8}),
+            tuned=[Output("tuned-17", 21.0, 0.0, 0.0, {"rouge1": 31.3, "rouge2": 10.5})],
+            seed_sd={},
+            reference_words=22.2,
+            best=[pair],
+            worst=[],
+        ),
+        **change,
+    )
+
+
+@pytest.fixture(autouse=True)
+def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+FIRST = (
+    "**Fine-tuning made the model better**: ROUGE-1 25.6 → 31.3 (+5.7, 95 % interval +4.1 to +7.2), "
+    "ROUGE-2 7.8 → 10.5 (+2.7, +1.2 to +3.9), over 300 test examples of 100 groups."
+)
+
+
+def test_the_first_line_is_the_verdict_everywhere() -> None:
+    report.write(comparison())
+    assert paths.COMPARISON_MD.read_text().split("\n")[0] == FIRST
+    assert report.closing_lines().split("\n")[0] == FIRST.replace("**", "")
+    assert "mlflow ui --backend-store-uri sqlite:///.mlflow/mlflow.db" in report.closing_lines()
+    page = paths.REPORT_HTML.read_text()
+    assert "<h1>Fine-tuning made the model better</h1>" in page
+    assert FIRST.split("**: ")[1] in page
+
+
+@pytest.mark.parametrize("verdict", sorted(report.LEAD))
+def test_every_verdict_has_its_words(verdict: Any) -> None:
+    report.write(comparison(verdict=verdict))
+    assert paths.COMPARISON_MD.read_text().startswith(f"**{report.LEAD[verdict]}**: ROUGE-1")
+
+
+def test_groups_and_seeds_are_named_only_where_they_say_something() -> None:
+    assert report.basis(comparison(n=100)).endswith("over 100 test examples.")
+    several = comparison(tuned=[replace(comparison().tuned[0], variant=f"tuned-{i}") for i in range(3)])
+    assert report.basis(several).endswith("of 100 groups, mean of 3 seeds.")
+
+
+def test_closing_lines_without_a_report() -> None:
+    with pytest.raises(UserError, match="run `dvc repro`"):
+        report.closing_lines()
+
+
+def test_equal_comparisons_give_equal_bytes() -> None:
+    files = [paths.METRICS, paths.COMPARISON_MD, paths.REPORT_HTML, paths.COMPARISON_SVG, paths.COMPARISON_PNG]
+    report.write(comparison())
+    before = [path.read_bytes() for path in files]
+    report.write(comparison())
+    assert [path.read_bytes() for path in files] == before
+    assert sorted(paths.REPORTS.iterdir()) == sorted(files)
+    assert before[4].startswith(b"\x89PNG")
+
+
+def leaves(content: Any) -> Iterator[Any]:
+    if isinstance(content, dict):
+        for value in content.values():
+            yield from leaves(value)
+    else:
+        yield content
+
+
+def test_metrics_hold_numbers_only() -> None:
+    report.write(comparison(seed_sd={"rouge1": 0.3, "rouge2": 0.2}))
+    content = json.loads(paths.METRICS.read_text())
+    numbers = list(leaves(content))
+    assert len(numbers) > 30
+    assert all(type(value) in (int, float) for value in numbers)
+    assert content["rouge1"] == {
+        "base": 25.6,
+        "tuned": 31.3,
+        "diff": pytest.approx(5.7),
+        "ci_low": 4.1,
+        "ci_high": 7.2,
+        "wins": 0.7,
+        "ties": 0.1,
+        "losses": 0.2,
+        "seed_sd": 0.3,
+    }
+    assert content["lines"]["lead"]["rouge2_ci_low"] == 3
+    assert "seed_sd" not in report.metrics(comparison())["rouge1"]
+
+
+def test_a_number_that_is_none_stops_the_report() -> None:
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        report.write(comparison(reference_words=float("nan")))
+
+
+class Tags(HTMLParser):
+    """Collects tags and text, and insists that what is opened is closed."""
+
+    VOID = frozenset({"meta", "path", "line", "rect", "br"})
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tags: list[str] = []
+        self.open: list[str] = []
+        self.text: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        assert not any(name.startswith("on") or name in ("src", "href") for name, _ in attrs)
+        self.tags.append(tag)
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.handle_starttag(tag, attrs)
+        self.handle_endtag(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        if tag not in self.VOID:
+            assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        self.text.append(data)
+
+
+def test_the_page_asks_nothing_of_any_network_and_holds_no_foreign_markup() -> None:
+    nasty = Pair(NASTY, NASTY, NASTY, NASTY, NASTY, 1.0, 2.0)
+    report.write(comparison(best=[nasty], worst=[nasty], aspects=[Aspect(NASTY, 3, comparison().results)]))
+    page = paths.REPORT_HTML.read_text()
+    assert not re.search(r"https?://|url\(|@import|<script|<link|<img", page)
+    tags = Tags()
+    tags.feed(page)
+    tags.close()
+    assert tags.open == []
+    assert {"svg", "main", "h1", "table", "article", "dl", "details", "figure"} <= set(tags.tags)
+    assert "prefers-color-scheme: dark" in page
+    # what the model wrote is shown as it wrote it, control characters aside
+    assert "".join(tags.text).count(NASTY.replace("\x00", "\ufffd")) == 2 * 5 + 2
+
+
+def test_markdown_keeps_foreign_text_in_its_cell() -> None:
+    nasty = Pair(NASTY, NASTY, NASTY, NASTY, NASTY, 1.0, 2.0)
+    report.write(comparison(best=[nasty], worst=[nasty], aspects=[Aspect(NASTY, 3, comparison().results)]))
+    text = paths.COMPARISON_MD.read_text()
+    tables = re.findall(r"(?:^\|.*\n)+", text, flags=re.M)
+    assert len(tables) == 6
+    for table in tables:
+        # as GitHub splits rows: at bars that no backslash escapes
+        assert len({len(re.findall(r"(?<!\\)\|", row)) for row in table.splitlines()}) == 1
+    assert not re.search(r"<(?!br>)|https?://", text)
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("plain, state-of-the-art (yes) 1.5!", "plain, state-of-the-art (yes) 1.5!"),
+        ("a|b", r"a\|b"),
+        ("a\n\n b", "a<br>b"),
+        ("a\r\nb\u2028c", "a<br>b<br>c"),
+        ("<b>&amp;", "&lt;b&gt;&amp;amp;"),
+        ("`x` *y* _z_ ~w~ $m$ [l](u) \\", r"\`x\` \*y\* \_z\_ \~w\~ \$m\$ \[l\](u) \\"),
+        ("http://x www.y.z a@b", "http&#58;&#47;&#47;x www&#46;y.z a&#64;b"),
+        ("  ", "*(empty)*"),
+    ],
+)
+def test_markdown_escapes(text: str, shown: str) -> None:
+    assert report.markdown(text) == shown
+
+
+def test_html_escapes() -> None:
+    assert report.html("<i>&\"' http://x") == "&lt;i&gt;&amp;&#34;&#39; http&#58;//x"
+    assert report.html(" ") == "<em>(empty)</em>"
+
+
+@pytest.mark.parametrize(
+    ("value", "shown"),
+    [(5.74, "+5.7"), (-1.26, "−1.3"), (0.0, "+0.0"), (0.04, "+0.04"), (-0.04, "−0.04"), (0.1, "+0.1")],
+)
+def test_signed(value: float, shown: str) -> None:
+    assert report.signed(value) == shown
+
+
+def test_caveats() -> None:
+    assert len(report.caveats(comparison())) == 1
+    assert "One training seed" in report.caveats(comparison())[0]
+    one = comparison()
+    close = replace(one.lines[0], ahead={"rouge1": Interval(1, -0.5, 2), "rouge2": Interval(4.5, 3, 6)})
+    found = report.caveats(
+        comparison(lines=[close], groups=12, base=replace(one.base, stopped_by_cap=0.2), tuned=one.tuned * 2)
+    )
+    assert [sentence.split(":")[0][:45] for sentence in found] == [
+        "Tuned is not shown to be ahead of the referen",
+        "20 % of the outputs of base were stopped by t",
+        "With only 12 groups of examples the intervals",
+    ]
+    # a line that tuned does not pass matters only to a claim of better
+    assert not any("ahead" in sentence for sentence in report.caveats(comparison(lines=[close], verdict="mixed")))
+
+
+def test_the_chart_follows_the_page_in_the_page_and_stands_alone_in_a_file() -> None:
+    report.write(comparison())
+    drawing = paths.COMPARISON_SVG.read_text()
+    assert drawing.startswith("<svg")
+    assert "var(" not in drawing
+    assert all(label in drawing for label in ("ROUGE-1", "ROUGE-2", "base", "tuned", "lead", "95 % intervals"))
+    page = paths.REPORT_HTML.read_text()
+    used = set(re.findall(r"var\((--[\w-]+)\)", page[page.index("<svg") : page.index("</svg>")]))
+    assert {"--text", "--grid", "--base", "--tuned", "--line-1"} <= used
+    assert all(page.count(f"{name}: #") == 2 for name in used)  # in light and in dark
+
+
+def test_inline_svg_drops_namespaces_and_size() -> None:
+    document = (
+        '<svg class="m" xmlns="x" xmlns:xlink="y" version="1.1" width="9" height="8" viewBox="0 0 9 8"><g/></svg>'
+    )
+    assert charts.inline(document) == '<svg class="m" version="1.1" viewBox="0 0 9 8"><g/></svg>'

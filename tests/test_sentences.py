@@ -1,0 +1,55 @@
+"""The sentence splitter: its rules one by one, and what holds for every text."""
+
+import pytest
+
+from pipeline.sentences import lead, sentences
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("One. Two! Three? Four", ["One.", "Two!", "Three?", "Four"]),
+        ("a word . Next words . Last .", ["a word .", "Next words .", "Last ."]),
+        ('He said "go." Then (quietly.) He left.', ['He said "go."', "Then (quietly.)", "He left."]),
+        ("He said : “ go . ” Then he left .", ["He said : “ go . ”", "Then he left ."]),
+        ("It cost 3.5 million. 200 people paid.", ["It cost 3.5 million.", "200 people paid."]),
+        ("Really?! Yes... Or not . . . Well", ["Really?!", "Yes...", "Or not . . .", "Well"]),
+        ("one line\nanother line\n\n  a third ", ["one line", "another line", "a third"]),
+        ("Élan vital. École. Über uns.", ["Élan vital.", "École.", "Über uns."]),
+        ("In 2018. Then 2019. Now.", ["In 2018.", "Then 2019.", "Now."]),
+        (".NET is used. Yes", [".NET is used.", "Yes"]),
+        ("", []),
+        (" \n ", []),
+        ("...", ["..."]),
+    ],
+)
+def test_splits(text: str, expected: list[str]) -> None:
+    assert sentences(text) == expected
+    assert lead(text) == "".join(expected[:1])
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "We use models, e.g. BERT, and others, i.e. GPT.",
+        "Devlin et al. (2019) agree.",
+        "Devlin et al . ( 2019 ) agree .",
+        "See Fig. 3 and Eq. (4), cf. Sec. 5.",
+        "Man vs. Machine by J. R. R. Tolkien and Dr. Who.",
+        "The U.S. Senate voted.",
+        "They went to approx. two places. and then home.",
+        "We love Yahoo! , a firm.",
+        "1. Introduction",
+    ],
+)
+def test_keeps_together(text: str) -> None:
+    assert sentences(text) == [text]
+
+
+@pytest.mark.parametrize(
+    "text", ["A b. C d.\u2028E f . G", "  x.  Y!\t(Z.)  'Q' R.\r\nS. T. Uvw. X", "No end", "? ! . A"]
+)
+def test_loses_nothing_but_white_space_and_splits_no_further(text: str) -> None:
+    found = sentences(text)
+    assert " ".join(found).split() == text.split()
+    assert all(sentence == sentence.strip() != "" for sentence in found)

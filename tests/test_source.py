@@ -1,0 +1,406 @@
+"""Sources: the three forms, their pins, and every way in which they fail. pip is real, its index a local folder."""
+
+import hashlib
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+from zipfile import ZipFile
+
+import huggingface_hub
+import pytest
+from filelock import FileLock
+from huggingface_hub import constants, errors
+
+from pipeline import source
+from pipeline.errors import UserError
+from pipeline.records import sha256_path
+from pipeline.source import check, resolved
+
+REVISION = "0123456789abcdef0123456789abcdef01234567"
+WRONG = "0" * 64
+
+
+def build_wheel(folder: Path, files: dict[str, str]) -> Path:
+    """A wheel of `demo-data` 1.0, as pip accepts it."""
+    info = "demo_data-1.0.dist-info"
+    metadata = {
+        f"{info}/METADATA": "Metadata-Version: 2.1\nName: demo-data\nVersion: 1.0\nRequires-Python: <3\n",
+        f"{info}/WHEEL": "Wheel-Version: 1.0\nGenerator: test\nRoot-Is-Purelib: true\nTag: py3-none-any\n",
+        f"{info}/RECORD": "",
+    }
+    folder.mkdir(exist_ok=True)
+    path = folder / "demo_data-1.0-py3-none-any.whl"
+    with ZipFile(path, "w") as archive:
+        for name, content in {**files, **metadata}.items():
+            archive.writestr(name, content)
+    return path
+
+
+@pytest.fixture
+def wheel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The one wheel that pip can find, by the user's own configuration; the cache is empty."""
+    for name in [name for name in os.environ if name.startswith("PIP_")]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("PIP_CONFIG_FILE", os.devnull)
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path / "links"))
+    monkeypatch.setenv("LORA_REPRO_CACHE", str(tmp_path / "cache"))
+    return build_wheel(
+        tmp_path / "links", {"demo/sets/a.txt": "A", "demo/sets/deep/b.txt": "B", "demo/model.gguf": "G"}
+    )
+
+
+def sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def pip_source(member: str) -> str:
+    return f"pip:Demo_Data==1.0/{member}"
+
+
+def cached(tmp_path: Path) -> list[Path]:
+    return list((tmp_path / "cache").rglob("*.whl"))
+
+
+def forbid_downloads(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: Any) -> None:
+        raise AssertionError("downloaded again")
+
+    monkeypatch.setattr(source, "_download", refuse)
+
+
+def test_wheel_is_downloaded_once_and_members_are_extracted(
+    wheel: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with resolved(pip_source("demo/sets"), sha256(wheel), kind="dataset", key="data") as folder:
+        assert (folder / "a.txt").read_text() == "A"
+        assert (folder / "deep" / "b.txt").read_text() == "B"
+        assert sorted(path.name for path in folder.rglob("*")) == ["a.txt", "b.txt", "deep"]
+    assert not folder.exists()
+    assert cached(tmp_path) == [tmp_path / "cache" / "wheels" / sha256(wheel) / wheel.name]
+    assert [path.name for path in (tmp_path / "cache" / "wheels").iterdir() if path.is_dir()] == [sha256(wheel)]
+
+    forbid_downloads(monkeypatch)
+    with resolved(pip_source("demo/model.gguf"), sha256(wheel), kind="model", key="model") as file:
+        assert file.name == "model.gguf"
+        assert file.read_text() == "G"
+
+
+def test_wheel_with_another_content_is_refused_and_not_kept(wheel: Path, tmp_path: Path) -> None:
+    with (
+        pytest.raises(UserError, match=f"data.sha256 = '{WRONG}'.*demo-data==1.0 is {sha256(wheel)}") as caught,
+        resolved(pip_source("demo/sets"), WRONG, kind="dataset", key="data"),
+    ):
+        pass
+    assert "set data.sha256 to it" in str(caught.value)
+    assert cached(tmp_path) == []
+
+
+def test_unpinned_wheel_is_refused_with_the_digest_to_paste(
+    wheel: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with (
+        pytest.raises(UserError, match=f"model.sha256 is null.*sha256: {sha256(wheel)}"),
+        resolved(pip_source("demo/model.gguf"), None, kind="model", key="model"),
+    ):
+        pass
+    forbid_downloads(monkeypatch)  # once pinned, it is there
+    with resolved(pip_source("demo/model.gguf"), sha256(wheel), kind="model", key="model") as file:
+        assert file.is_file()
+    assert len(cached(tmp_path)) == 1
+
+
+def test_corrupted_wheel_in_the_cache_is_named_and_downloaded_anew(
+    wheel: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    digest = sha256(wheel)
+    with resolved(pip_source("demo/sets/a.txt"), digest, kind="dataset", key="data"):
+        pass
+    [kept] = cached(tmp_path)
+    kept.write_bytes(kept.read_bytes()[:-1] + b"?")
+    capfd.readouterr()
+    with resolved(pip_source("demo/sets/a.txt"), digest, kind="dataset", key="data") as file:
+        assert file.read_text() == "A"
+    assert f"{kept} is corrupted" in capfd.readouterr().out
+    assert sha256(kept) == digest
+
+
+def test_leftovers_of_a_killed_download_are_removed(wheel: Path, tmp_path: Path) -> None:
+    left = tmp_path / "cache" / "wheels" / ".demo-data==1.0.download"
+    (left / "done").mkdir(parents=True)
+    (left / "done" / "half.whl").write_text("half")
+    with resolved(pip_source("demo/sets/a.txt"), sha256(wheel), kind="dataset", key="data") as file:
+        assert file.read_text() == "A"
+    assert not left.exists()
+
+
+def test_a_second_process_waits_for_the_download(wheel: Path, tmp_path: Path) -> None:
+    wheels = tmp_path / "cache" / "wheels"
+    wheels.mkdir(parents=True)
+    program = (
+        "import sys; from pipeline.source import resolved\n"
+        "with resolved(sys.argv[1], sys.argv[2], kind='dataset', key='data') as file: print(file.read_text())"
+    )
+    command = [sys.executable, "-u", "-c", program, pip_source("demo/sets/a.txt"), sha256(wheel)]
+    lock = FileLock(wheels / ".demo-data==1.0.lock")
+    with lock:
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=Path(source.__file__).parent.parent)
+        assert process.stdout
+        assert process.stdout.readline() == "demo-data==1.0: waiting for another process that is downloading it\n"
+        (wheels / command[-1]).mkdir()
+        wheel.rename(wheels / command[-1] / wheel.name)  # what the lock's holder brings
+    assert process.communicate(timeout=60)[0] == "A\n"  # and nothing about a second download
+    assert process.returncode == 0
+
+
+def test_missing_member_names_what_is_close(wheel: Path) -> None:
+    for member, hint in [
+        ("demo/set", "did you mean demo/sets"),
+        ("a.txt", "did you mean demo/sets/a.txt"),
+        ("zzzzzzzzz", "it has demo, demo/sets"),
+    ]:
+        with (
+            pytest.raises(UserError, match=f"data.source: demo-data==1.0 holds no '{member}'; {hint}"),
+            resolved(pip_source(member), sha256(wheel), kind="dataset", key="data"),
+        ):
+            pass
+
+
+def test_member_that_leads_out_of_its_folder_is_refused(wheel: Path, tmp_path: Path) -> None:
+    build_wheel(tmp_path / "links", {"demo/../../evil.txt": "!", "demo/good.txt": "G"})
+    with (
+        pytest.raises(UserError, match=r"demo/\.\./\.\./evil\.txt"),
+        resolved(pip_source("demo"), sha256(wheel), kind="dataset", key="data"),
+    ):
+        pass
+
+
+def test_wheel_that_is_no_archive_is_refused(wheel: Path, tmp_path: Path) -> None:
+    broken = b"no archive"
+    kept = tmp_path / "cache" / "wheels" / hashlib.sha256(broken).hexdigest() / wheel.name
+    kept.parent.mkdir(parents=True)
+    kept.write_bytes(broken)
+    with (
+        pytest.raises(UserError, match="is no sound wheel"),
+        resolved(pip_source("demo"), sha256(kept), kind="dataset", key="data"),
+    ):
+        pass
+
+
+def test_pip_failure_is_told_with_pips_words(wheel: Path) -> None:
+    with (
+        pytest.raises(
+            UserError, match=r"model.source: pip could not .* demo-data==2.0: ERROR: Could not find a version"
+        ),
+        resolved("pip:demo-data==2.0/demo", sha256(wheel), kind="model", key="model"),
+    ):
+        pass
+
+
+def test_missing_pip_is_told() -> None:
+    told = source._why_pip_failed("x==1", "/bin/python: No module named pip\n", "data")
+    assert "python -m ensurepip" in told
+
+
+def test_unusable_cache_is_told(wheel: Path, tmp_path: Path) -> None:
+    (tmp_path / "cache").write_text("a file where the folder should be")
+    with (
+        pytest.raises(UserError, match="set LORA_REPRO_CACHE"),
+        resolved(pip_source("demo"), sha256(wheel), kind="dataset", key="data"),
+    ):
+        pass
+
+
+def test_cache_folder(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/someone")
+    monkeypatch.delenv("LORA_REPRO_CACHE", raising=False)
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(sys, "platform", "linux")
+    assert source.cache() == Path("/home/someone/.cache/lora-repro")
+    monkeypatch.setenv("XDG_CACHE_HOME", "/xdg")
+    assert source.cache() == Path("/xdg/lora-repro")
+    monkeypatch.setattr(sys, "platform", "darwin")
+    assert source.cache() == Path("/home/someone/Library/Caches/lora-repro")
+    monkeypatch.setenv("LORA_REPRO_CACHE", "~/mine")
+    assert source.cache() == Path("/home/someone/mine")
+
+
+# Local
+
+
+def test_local_content_is_pinned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    folder = tmp_path / "mine"
+    folder.mkdir()
+    (folder / "a.txt").write_text("A")
+    digest = sha256_path(folder)
+    with resolved("~/mine", digest, kind="dataset", key="data") as path:
+        assert path == folder
+    with resolved(str(folder / "a.txt"), sha256(folder / "a.txt"), kind="model", key="model") as path:
+        assert path == folder / "a.txt"
+    with pytest.raises(UserError, match=f"data.sha256 is null: pin the content with sha256: {digest}"):
+        check("~/mine", None, "data")
+    (folder / "a.txt").write_text("B")
+    with (
+        pytest.raises(UserError, match=f"'{digest}'.*~/mine is {sha256_path(folder)}.*set data.sha256"),
+        resolved("~/mine", digest, kind="dataset", key="data"),
+    ):
+        pass
+
+
+# Forms
+
+
+@pytest.mark.parametrize(
+    ("written", "told"),
+    [
+        ("no/such/place", "no such file or folder here"),
+        ("https://example.org/x", "no such file or folder here"),
+        ("~nobody-of-this-name/x", "nobody-of-this-name|home"),
+        (" ", "data.source is empty"),
+        ("pip:demo/x", "one exact version"),
+        ("pip:demo==1.0", "one exact version"),
+        ("pip:demo>=1.0/x", "one exact version"),
+        ("pip:demo==1.*/x", "one exact version"),
+        ("pip:--index-url==1/x", "one exact version"),
+        ("pip:demo==1.0/../x", "lead down from the top"),
+        ("pip:demo==1.0//x", "lead down from the top"),
+        ("hf:owner/repo", "40 hex digits"),
+        ("hf:repo@" + REVISION, "40 hex digits"),
+        ("hf:owner/repo@main", "'main' is not a commit's 40 hex digits; a branch or tag can move"),
+        ("hf:owner/repo@refs/pr/1", "a branch or tag can move"),
+        (f"hf:owner/repo@{REVISION}/./x", "lead down from the top"),
+    ],
+)
+def test_malformed_source_is_refused_before_any_download(written: str, told: str) -> None:
+    with pytest.raises(UserError, match=told) as caught:
+        check(written, WRONG, "data")
+    assert "data.source" in str(caught.value)
+
+
+def test_well_formed_sources_pass() -> None:
+    check("pip:demo-data==1.0+local/x/y.gguf", None, "data")
+    check(f"hf:owner/repo.v2@{REVISION}", None, "data")
+    check(f"hf:owner/repo@{REVISION}/x/y.jsonl", None, "data")
+
+
+# The hub
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The hub's own cache with one model, and no network: huggingface_hub's code is real."""
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    snapshot = tmp_path / "hub" / "models--owner--repo" / "snapshots" / REVISION
+    blobs = tmp_path / "hub" / "models--owner--repo" / "blobs"
+    blobs.mkdir(parents=True)
+    for name in ["model.safetensors", "config.json", "pytorch_model.bin", "original/config.json", "q/m.Q4.gguf"]:
+        blob = blobs / hashlib.sha256(name.encode()).hexdigest()
+        blob.write_text(name)
+        link = snapshot / name
+        link.parent.mkdir(parents=True, exist_ok=True)
+        link.symlink_to(blob)
+    return snapshot
+
+
+def fake_download(monkeypatch: pytest.MonkeyPatch, answer: Path | Exception) -> list[dict[str, Any]]:
+    calls = []
+
+    def snapshot_download(repo_id: str, **options: Any) -> str:
+        calls.append({"repo_id": repo_id, **options})
+        if isinstance(answer, Exception):
+            raise answer
+        return str(answer)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    return calls
+
+
+def test_hub_model_is_its_checkpoint_alone_whatever_else_is_cached(hub: Path, tmp_path: Path) -> None:
+    twin = tmp_path / "twin"
+    twin.mkdir()
+    for name in ["model.safetensors", "config.json"]:
+        (twin / name).write_text(name)
+    with resolved(f"hf:owner/repo@{REVISION}", sha256_path(twin), kind="model", key="model") as folder:
+        assert sorted(path.name for path in folder.iterdir()) == ["config.json", "model.safetensors"]
+        assert (folder / "config.json").read_text() == "config.json"
+    assert (hub / "config.json").is_file()
+
+
+def test_hub_file_and_folder(hub: Path) -> None:
+    with resolved(f"hf:owner/repo@{REVISION}/q/m.Q4.gguf", None, kind="model", key="model") as file:
+        assert file.suffix == ".gguf"
+        assert file.read_text() == "q/m.Q4.gguf"
+    with resolved(f"hf:owner/repo@{REVISION}/original", None, kind="model", key="model") as folder:
+        assert [path.name for path in folder.iterdir()] == ["config.json"]
+    assert hub.is_dir()
+
+
+def test_hub_content_is_verified_where_pinned(hub: Path) -> None:
+    with (
+        pytest.raises(UserError, match=f"model.sha256 = '{WRONG}'"),
+        resolved(f"hf:owner/repo@{REVISION}", WRONG, kind="model", key="model"),
+    ):
+        pass
+    assert hub.is_dir()
+
+
+def test_hub_missing_path_and_missing_weights(hub: Path) -> None:
+    with (
+        pytest.raises(UserError, match=r"holds no 'm.Q4.gguf'; did you mean q/m.Q4.gguf"),
+        resolved(f"hf:owner/repo@{REVISION}/m.Q4.gguf", None, kind="model", key="model"),
+    ):
+        pass
+    (hub / "model.safetensors").unlink()
+    with (
+        pytest.raises(UserError, match=r"holds no \.safetensors"),
+        resolved(f"hf:owner/repo@{REVISION}", None, kind="model", key="model"),
+    ):
+        pass
+
+
+def test_hub_offline_without_a_copy_is_told(hub: Path) -> None:
+    with (
+        pytest.raises(UserError, match=r"data.source: cannot fetch owner/other@.*HF_HUB_OFFLINE.*or use a local path"),
+        resolved(f"hf:owner/other@{REVISION}", None, kind="dataset", key="data"),
+    ):
+        pass
+    assert hub.is_dir()
+
+
+def test_hub_is_asked_for_the_revision_and_no_more_than_needed(hub: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = fake_download(monkeypatch, hub)
+    for name, kind in [("", "dataset"), ("", "model"), ("/original", "dataset")]:
+        with resolved(f"hf:owner/repo@{REVISION}{name}", None, kind=kind, key="data"):  # type: ignore[arg-type]
+            pass
+    common = {"repo_id": "owner/repo", "revision": REVISION}
+    assert calls == [
+        {**common, "repo_type": "dataset", "allow_patterns": None, "ignore_patterns": None},
+        {**common, "repo_type": "model", "allow_patterns": list(source.MODEL_FILES), "ignore_patterns": ["*/*"]},
+        {**common, "repo_type": "dataset", "allow_patterns": ["original", "original/*"], "ignore_patterns": None},
+    ]
+
+
+@pytest.mark.parametrize(
+    ("kind", "remedy"),
+    [
+        (errors.GatedRepoError, "accept its licence"),
+        (errors.RepositoryNotFoundError, "private repository, `hf auth login`"),
+        (errors.RevisionNotFoundError, "no such commit"),
+        (errors.OfflineModeIsEnabled, "HF_HUB_OFFLINE is set"),
+        (errors.LocalEntryNotFoundError, "cannot be reached"),
+        (TimeoutError, "check the network"),
+    ],
+)
+def test_hub_failures_say_what_is_needed(kind: type[Exception], remedy: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    error = kind.__new__(kind)
+    Exception.__init__(error, "the library's words\nand more")
+    fake_download(monkeypatch, error)
+    with (
+        pytest.raises(UserError, match=rf"{kind.__name__}: the library's words\). .*{remedy}.*, or use a local path"),
+        resolved(f"hf:owner/repo@{REVISION}", None, kind="model", key="model"),
+    ):
+        pass

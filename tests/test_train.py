@@ -1,0 +1,212 @@
+"""Training: a step is the mean over its batch however it is split, and a killed run ends as if it had not been."""
+
+import csv
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from pipeline import adapter, pack, params, paths, quantize, records, train
+from pipeline.errors import UserError
+from pipeline.prompt import Row
+
+LORA = params.Lora(r=4, alpha=8.0, rslora=False, dropout=0.1, target_modules="all-linear")
+
+
+def section(**changes: Any) -> params.Train:
+    base = {
+        "epochs": 1,
+        "batch_size": 4,
+        "micro_batch_tokens": 64,
+        "learning_rate": 1e-2,
+        "schedule": "linear",
+        "warmup": 0.0,
+        "weight_decay": 0.0,
+        "beta2": 0.999,
+        "max_grad_norm": 1.0,
+        "max_dropped_share": 0.0,
+    }
+    return params.Train.model_validate(base | changes)
+
+
+def some_trees() -> list[pack.Tree]:
+    return pack.trees(
+        Row(f"{group}/{n}", str(group), [*range(20, 40 + group), 60 + n], [80 + n] * (n + 1) + [1])
+        for group in range(6)
+        for n in range(2)
+    )
+
+
+def fresh(folder: Path, lora: params.Lora = LORA) -> Any:
+    base = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="sdpa").requires_grad_(False)
+    return adapter.attach(base, lora, 7)
+
+
+def trainer(folder: Path, **changes: Any) -> train.Trainer:
+    without_dropout = LORA.model_copy(update={"dropout": 0.0})
+    return train.Trainer(fresh(folder, without_dropout), section(**changes), seed=7, steps=10)
+
+
+def test_a_step_does_not_depend_on_how_its_batch_is_split(tiny_model: Path) -> None:
+    """Gradient accumulation equals the large batch (the loss is a mean over tokens, not over parts)."""
+    whole, split = trainer(tiny_model, micro_batch_tokens=100_000), trainer(tiny_model, micro_batch_tokens=64)
+    assert len(pack.micro_batches(some_trees(), 64)) == 3
+    for one in (whole, split):
+        one.step(some_trees(), 0.0)
+        one.step(some_trees(), 0.0)
+    assert split.log[1].loss == pytest.approx(whole.log[1].loss, rel=1e-5)
+    for name, master in whole.masters.items():
+        assert torch.allclose(master, split.masters[name], atol=1e-5), name
+
+
+def test_training_lowers_the_loss_and_changes_the_adapter_alone(tiny_model: Path) -> None:
+    one = trainer(tiny_model)
+    frozen = {name: tensor.clone() for name, tensor in one.model.named_parameters() if not tensor.requires_grad}
+    for _ in range(10):
+        one.step(some_trees(), 0.0)
+    assert one.log[-1].loss < 0.7 * one.log[0].loss
+    assert all(torch.equal(tensor, dict(one.model.named_parameters())[name]) for name, tensor in frozen.items())
+
+
+def test_the_gradient_is_clipped_to_the_norm(tiny_model: Path) -> None:
+    one = trainer(tiny_model, max_grad_norm=0.01)
+    one.step(some_trees(), 0.0)
+    assert one.log[0].grad_norm > 0.01
+    clipped = torch.cat([master.grad.flatten() for master in one.masters.values() if master.grad is not None])
+    assert float(clipped.norm()) == pytest.approx(0.01, rel=1e-3)
+
+
+def test_validation_changes_nothing_and_is_taken_once_a_step(tiny_model: Path) -> None:
+    one, other = trainer(tiny_model), trainer(tiny_model)
+    one.validate(some_trees())
+    one.validate(some_trees())
+    assert [entry["step"] for entry in one.validation] == [0]
+    for each in (one, other):
+        each.step(some_trees(), 0.0)
+    assert one.log == other.log
+
+
+def test_a_loss_that_is_not_finite_fails(tiny_model: Path) -> None:
+    one = trainer(tiny_model)
+    next(iter(one.masters.values())).fill_(float("inf"))
+    one._write(one.masters)
+    with pytest.raises(UserError, match="training diverged at step 0: loss nan"):
+        one.step(some_trees(), 0.0)
+
+
+def test_an_epoch_holds_every_group_once_and_whole() -> None:
+    trees = some_trees()
+    filled = train.batches(trees, rows=4, seed=1)
+    assert [len(batch) for batch in filled] == [2, 2, 2]
+    assert sorted(map(id, [tree for batch in filled for tree in batch])) == sorted(map(id, trees))
+    assert filled != train.batches(trees, rows=4, seed=2)
+    assert filled == train.batches(trees, rows=4, seed=1)
+    assert [len(batch) for batch in train.batches(trees, rows=1, seed=1)] == [1] * 6
+
+
+@pytest.mark.parametrize(
+    ("schedule", "expected"),
+    [
+        ("linear", [0.5, 1.0, 1.0, 0.75, 0.5, 0.25]),
+        ("cosine", [0.5, 1.0, 1.0, 0.8536, 0.5, 0.1464]),
+        ("constant", [0.5, 1.0, 1.0, 1.0, 1.0, 1.0]),
+    ],
+)
+def test_the_learning_rate_climbs_then_follows_its_schedule(schedule: str, expected: list[float]) -> None:
+    given = section(schedule=schedule, warmup=1 / 3, learning_rate=1.0)
+    assert [train.learning_rate(step, 6, given) for step in range(6)] == pytest.approx(expected, abs=1e-4)
+
+
+@pytest.fixture
+def quantized(project: params.Params, tiny_model: Path) -> params.Params:
+    """A project with the quantized base in place."""
+    import shutil
+
+    shutil.copytree(tiny_model, paths.BASE)
+    records.write_json(paths.BASE_FACTS, {"context": 512, "dtype": "float32", "stop_ids": [1]})
+    quantize.quantize(project.quantize, project.runtime)
+    return project
+
+
+def run(project: params.Params, **changes: Any) -> None:
+    given = project.train.model_copy(update={"epochs": 2, **changes})
+    train.train(17, project.prompt, project.lora, given, project.runtime)
+
+
+def outputs() -> dict[str, str]:
+    files = [*paths.adapter(17).iterdir(), paths.training_summary(17), paths.training_log(17)]
+    return {path.name: records.sha256_file(path) for path in files}
+
+
+def test_the_stage_writes_adapter_summary_and_curve(quantized: params.Params) -> None:
+    run(quantized)
+    summary = records.read_json(paths.training_summary(17))
+    assert summary["rows"] == 16
+    assert summary["steps"] == 8
+    assert [entry["step"] for entry in summary["validation"]] == [0, 4, 8]
+    assert summary["validation"][-1]["loss"] < summary["validation"][0]["loss"]
+    curve = list(csv.DictReader(paths.training_log(17).read_text().splitlines()))
+    assert [int(row["step"]) for row in curve] == list(range(8))
+    assert [float(row["epoch"]) for row in curve] == [n / 4 for n in range(8)]
+    assert not list(paths.SCRATCH.glob("train-17-*"))
+
+
+class Killed(BaseException):
+    """Stands for the process dying: nothing of ours catches it."""
+
+
+def dies_at(step: int, original: Callable[..., None]) -> Callable[..., None]:
+    def stepping(self: train.Trainer, batch: Any, epoch: float) -> None:
+        if len(self.log) == step:
+            raise Killed
+        original(self, batch, epoch)
+
+    return stepping
+
+
+def test_a_killed_run_goes_on_and_ends_as_an_uninterrupted_one(
+    quantized: params.Params, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run(quantized)
+    expected = outputs()
+    monkeypatch.setattr(train, "SECONDS_BETWEEN_CHECKPOINTS", 0.0)
+    for step in (3, 6):
+        with monkeypatch.context() as patch, pytest.raises(Killed):
+            patch.setattr(train.Trainer, "step", dies_at(step, train.Trainer.step))
+            run(quantized)
+    torch.manual_seed(99)  # the global state of the random generator must not matter
+    run(quantized)
+    assert "going on from step 6" in capsys.readouterr().out
+    assert outputs() == expected
+
+
+def test_another_learning_rate_starts_afresh(
+    quantized: params.Params, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(train, "SECONDS_BETWEEN_CHECKPOINTS", 0.0)
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(train.Trainer, "step", dies_at(3, train.Trainer.step))
+        run(quantized)
+    capsys.readouterr()
+    run(quantized, learning_rate=1e-3)
+    assert "going on" not in capsys.readouterr().out
+
+
+def test_rows_that_do_not_fit_are_counted_and_above_the_share_refused(quantized: params.Params) -> None:
+    examples = records.read_rows(paths.split("train"), records.Example)
+    long = records.Example("long/what", "long", "what", "red cat runs " * 80, "blue dog", "red")
+    records.write_rows(paths.split("train"), [*examples, long])
+    with pytest.raises(UserError, match=r"1 of 17 training prompts are longer than prompt.max_tokens = 200"):
+        run(quantized, max_dropped_share=0.0)
+    run(quantized, max_dropped_share=0.1)
+    assert records.read_json(paths.training_summary(17))["dropped"] == 1
+
+
+def test_a_validation_prompt_that_does_not_fit_is_refused(quantized: params.Params) -> None:
+    long = records.Example("long/what", "long", "what", "red cat runs " * 80, "blue dog", "red")
+    records.write_rows(paths.split("validation"), [long])
+    with pytest.raises(UserError, match="1 of 1 validation prompts are longer than prompt.max_tokens = 200"):
+        run(quantized)
