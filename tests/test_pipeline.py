@@ -7,7 +7,8 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,13 @@ from pipeline import paths, records
 from tests.conftest import ROOT, SPLIT_GROUPS, tiny_params, write_data
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
+
+
+@pytest.fixture(autouse=True)
+def mlflow_calls_what_its_dependencies_deprecate() -> Iterator[None]:
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", module=r"mlflow(\.|$)")
+        yield
 
 
 @pytest.fixture(scope="module")
