@@ -20,7 +20,7 @@ test: $(VENV)/installed-dev ## lint, types and tests
 	@pytest
 
 ui: $(VENV)/installed ## every experiment's parameters, curves, tables and adapter in MLflow
-	@mlflow ui --backend-store-uri sqlite:///.mlflow/mlflow.db
+	@mlflow ui --backend-store-uri "$$(lora-repro store)"
 
 $(VENV)/installed: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(0 if (3, 11) <= v <= (3, 13) else f"error: Python 3.11 to 3.13 is needed, and $(PYTHON) is {v[0]}.{v[1]}: run make PYTHON=python3.12")'

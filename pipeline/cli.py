@@ -50,6 +50,14 @@ def show() -> None:
     # Imported here: `--help` needs none of it.
     from pipeline import params, report, track
 
-    print(report.closing_lines())
     given = params.load()
+    print(report.closing_lines(track.tracking_uri(given.tracking)))
     print(f"  run      {track.describe(given.seeds, given.tracking)}")
+
+
+@app.command()
+def store() -> None:
+    """The address of the MLflow store that experiments of this project are recorded in."""
+    from pipeline import params, track
+
+    print(track.tracking_uri(params.load().tracking))

@@ -74,6 +74,6 @@ def scores(variant: str) -> Path:
     return SCORES / f"{variant}.json"
 
 
-def costs(stage: str) -> Path:
-    """Wall time, peak memory and device of a stage: true of one machine, so no part of any identity."""
-    return COSTS / f"{stage}.json"
+def costs(result: Path) -> Path:
+    """What the run of a stage that wrote `result` cost in time and memory: true of one machine, no output of DVC's."""
+    return COSTS / f"{'-'.join(result.relative_to(OUT).with_suffix('').parts)}.json"

@@ -28,12 +28,11 @@ FEW_GROUPS = 30
 MANY_CAPPED = 0.05
 """Share of outputs stopped by the token cap above which the report says so."""
 
-UI = "mlflow ui --backend-store-uri sqlite:///.mlflow/mlflow.db"
 COMMANDS = (
     ("dvc metrics diff", "these numbers against the last commit's"),
     ("dvc params diff", "and what was changed to get them"),
     ("dvc exp show", "all experiments side by side"),
-    (UI, "every experiment's parameters, curves and adapter"),
+    ("make ui", "every experiment's parameters, curves and adapter"),
 )
 
 
@@ -138,8 +137,10 @@ def caveats(comparison: Comparison) -> list[str]:
     return found
 
 
-def closing_lines() -> str:
+def closing_lines(store: str) -> str:
     """The verdict of the last comparison and where to look next, for a terminal; nothing is computed.
+
+    `store` is the address of the MLflow store.
 
     UserError when there is no report yet.
     """
@@ -153,7 +154,7 @@ def closing_lines() -> str:
             "",
             f"  report   {paths.REPORT_HTML}  (or {paths.COMPARISON_MD})",
             f"  numbers  {paths.METRICS}  (dvc metrics diff)",
-            f"  record   {UI}",
+            f"  record   mlflow ui --backend-store-uri {store}  (make ui)",
         ]
     )
 

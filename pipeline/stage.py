@@ -5,14 +5,17 @@ import resource
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 from pipeline import params, paths, records
 from pipeline.errors import UserError
 
 
-def run(stage: str, call: Callable[[params.Declared], None], label: str | None = None) -> None:
-    """Run one stage of `dvc.yaml`; with `label`, write what it cost to `out/costs/<label>.json`.
+def run(stage: str, call: Callable[[params.Declared], None], result: Path | None = None) -> None:
+    """Run one stage of `dvc.yaml`; with `result`, the output that tells one run of it from another, note its cost.
 
+    The cost is no output of the pipeline: it differs from run to run, and `dvc.lock` must not. It names the content of
+    the result that it was paid for, so it can be told from the cost of an earlier result in the same place.
     A UserError is printed without a traceback, and the process exits with 1.
     """
     # Read by libraries when they are imported, which happens inside the call. Without a terminal, bars are litter.
@@ -23,8 +26,9 @@ def run(stage: str, call: Callable[[params.Declared], None], label: str | None =
     started = time.monotonic()
     try:
         call(params.read(stage))
-        if label:
-            records.write_json(paths.costs(label), _cost(time.monotonic() - started))
+        if result:
+            cost = _cost(time.monotonic() - started)
+            records.write_json(paths.costs(result), cost | {"result_sha256": records.sha256_file(result)})
     except UserError as error:
         print(f"\nerror: {error}\n", file=sys.stderr, flush=True)
         sys.exit(1)

@@ -102,9 +102,7 @@ def describe(train_seeds: list[int], tracking: params.Tracking) -> str:
 def _stages(seeds: list[int]) -> Stages:
     """Parameters and outputs of this experiment's stages, as `{stage: {params, outs}}`, by name.
 
-    `dvc.lock` also keeps stages that `dvc.yaml` no longer has, such as a seed's after the seeds changed: not these.
-    Costs are left out, being true of one machine only.
-    """
+    `dvc.lock` also keeps stages that `dvc.yaml` no longer has, such as a seed's after the seeds changed: not these."""
     names = ["prepare", "fetch", "quantize", "infer@base", "evaluate@base", "compare"]
     names += [f"{stage}@{seed}" for seed in seeds for stage in ("train", "infer-tuned", "evaluate-tuned")]
     try:
@@ -118,11 +116,7 @@ def _stages(seeds: list[int]) -> Stages:
             "params": {
                 key: value for of_file in locked[name].get("params", {}).values() for key, value in of_file.items()
             },
-            "outs": {
-                out["path"]: out["md5"]
-                for out in locked[name].get("outs", [])
-                if paths.COSTS not in Path(out["path"]).parents
-            },
+            "outs": {out["path"]: out["md5"] for out in locked[name].get("outs", [])},
         }
         for name in names
     }
@@ -154,7 +148,7 @@ def _gather(seeds: list[int], stages: Stages, digest: str) -> Record:
         **{f"machine.{name}": str(fact) for name, fact in machine.items()},
         **{f"version.{package}": version for package, version in versions.items()},
     }
-    metrics = [*_results(), *_training(seeds), *_costs(stages)]
+    metrics = [*_results(), *_training(seeds), *_costs(seeds)]
     _check(metrics)
     files: list[tuple[Path, str | None]] = [(paths.DVC_LOCK, None), (paths.PARAMS, None), (paths.DATA_CARD, "data")]
     files += [(path, "models") for path in (paths.BASE_FACTS, paths.QUANTIZED_FACTS)]
@@ -243,19 +237,22 @@ def _training(seeds: list[int]) -> Iterator[Point]:
                 yield from (Point(f"{prefix}train/{name}", float(cell), step) for name, cell in row.items())
 
 
-def _costs(stages: Stages) -> Iterator[Point]:
-    """Time and memory of each stage on the machine that ran it; a stage from a shared cache may have none."""
-    for stage in stages:
-        label = stage.replace("@", "-")
-        if paths.costs(label).exists():
-            cost = records.read_json(paths.costs(label))
-            for key, name in (
-                ("seconds", "seconds"),
-                ("peak_memory_mb", "peak_mb"),
-                ("peak_device_memory_mb", "peak_device_mb"),
-            ):
-                if key in cost:
-                    yield Point(f"cost/{label}_{name}", cost[key])
+def _costs(seeds: list[int]) -> Iterator[Point]:
+    """Time and memory of each stage, where this folder ran it for the very result that is here now.
+
+    A result restored from a cache cost this experiment nothing, and what it cost another is in the other's run.
+    """
+    results = {"prepare": paths.DATA_CARD, "fetch": paths.BASE_FACTS, "quantize": paths.QUANTIZED_FACTS}
+    results |= {"infer-base": paths.predictions(paths.variant(None))}
+    for seed in seeds:
+        results[f"train-{seed}"] = paths.training_summary(seed)
+        results[f"infer-tuned-{seed}"] = paths.predictions(paths.variant(seed))
+    for stage, result in results.items():
+        if paths.costs(result).exists():
+            cost = records.read_json(paths.costs(result))
+            names = {"seconds": "seconds", "peak_memory_mb": "peak_mb", "peak_device_memory_mb": "peak_device_mb"}
+            if cost["result_sha256"] == records.sha256_path(result):
+                yield from (Point(f"cost/{stage}_{name}", cost[key]) for key, name in names.items() if key in cost)
 
 
 def _is_number(value: Any) -> bool:

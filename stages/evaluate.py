@@ -9,5 +9,4 @@ if __name__ == "__main__":
     parser.add_argument("--variant", required=True, help="base or tuned-<seed>")
     variant = parser.parse_args().variant
     name = "evaluate" if variant == "base" else "evaluate-tuned"
-    label = f"evaluate-{variant}"
-    stage.run(name, lambda declared: rouge.evaluate(variant, declared[params.Evaluate]), label=label)
+    stage.run(name, lambda declared: rouge.evaluate(variant, declared[params.Evaluate]))

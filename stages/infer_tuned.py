@@ -14,4 +14,4 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seed", type=int, required=True)
     seed = parser.parse_args().seed
-    stage.run("infer-tuned", lambda declared: main(declared, seed), label=f"infer-{paths.variant(seed)}")
+    stage.run("infer-tuned", lambda declared: main(declared, seed), result=paths.predictions(paths.variant(seed)))

@@ -1,10 +1,10 @@
 """Stage quantize: the base becomes the quantized base, and what that costs is measured."""
 
-from pipeline import params, quantize, stage
+from pipeline import params, paths, quantize, stage
 
 if __name__ == "__main__":
     stage.run(
         "quantize",
         lambda declared: quantize.quantize(declared[params.Quantize], declared[params.Runtime]),
-        label="quantize",
+        result=paths.QUANTIZED_FACTS,
     )

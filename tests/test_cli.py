@@ -21,7 +21,7 @@ def test_show_prints_the_verdict_and_the_run(tmp_path: Path, monkeypatch: pytest
     def describe(seeds: list[int], tracking: params.Tracking) -> str:
         return f"run of {seeds} in {tracking.experiment}"
 
-    monkeypatch.setattr(report, "closing_lines", lambda: "Better.\n\n  report   here")
+    monkeypatch.setattr(report, "closing_lines", lambda _: "Better.\n\n  report   here")
     monkeypatch.setattr(track, "describe", describe)
     given = params.load()
     result = CliRunner().invoke(cli.app, ["show"])
@@ -31,7 +31,7 @@ def test_show_prints_the_verdict_and_the_run(tmp_path: Path, monkeypatch: pytest
 
 
 def test_a_mistake_is_a_message_on_stderr(monkeypatch: pytest.MonkeyPatch) -> None:
-    def closing_lines() -> str:
+    def closing_lines(_: str) -> str:
         raise UserError("there is no report: run `dvc repro`")
 
     monkeypatch.setattr(report, "closing_lines", closing_lines)
@@ -41,7 +41,7 @@ def test_a_mistake_is_a_message_on_stderr(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_a_defect_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
-    def closing_lines() -> str:
+    def closing_lines(_: str) -> str:
         raise ZeroDivisionError
 
     monkeypatch.setattr(report, "closing_lines", closing_lines)

@@ -76,8 +76,8 @@ FIRST = (
 def test_the_first_line_is_the_verdict_everywhere() -> None:
     report.write(comparison())
     assert paths.COMPARISON_MD.read_text().split("\n")[0] == FIRST
-    assert report.closing_lines().split("\n")[0] == FIRST.replace("**", "")
-    assert "mlflow ui --backend-store-uri sqlite:///.mlflow/mlflow.db" in report.closing_lines()
+    assert report.closing_lines("x").split("\n")[0] == FIRST.replace("**", "")
+    assert "mlflow ui --backend-store-uri sqlite:///here.db" in report.closing_lines("sqlite:///here.db")
     page = paths.REPORT_HTML.read_text()
     assert "<h1>Fine-tuning made the model better</h1>" in page
     assert FIRST.split("**: ")[1] in page
@@ -97,7 +97,7 @@ def test_groups_and_seeds_are_named_only_where_they_say_something() -> None:
 
 def test_closing_lines_without_a_report() -> None:
     with pytest.raises(UserError, match="run `dvc repro`"):
-        report.closing_lines()
+        report.closing_lines("x")
 
 
 def test_equal_comparisons_give_equal_bytes() -> None:

@@ -154,7 +154,6 @@ OUTS_OF: dict[str, Callable[[str], list[str]]] = {
     "train": lambda at: [
         f"out/adapters/{at}/adapter_model.safetensors",
         f"out/training/{at}.json",
-        f"out/costs/train-{at}.json",
     ],
     "infer": lambda _: ["out/predictions/base.jsonl"],
     "infer-tuned": lambda at: [f"out/predictions/tuned-{at}.jsonl"],
@@ -198,6 +197,8 @@ class Toy:
                 name = f"{stage}@{at}" if at else stage
                 outs = [{"path": out, "md5": self.md5(out)} for out in outs_of(at)]
                 stages[name] = {"cmd": "python toy.py", "outs": outs}
+                if stage == "train":
+                    self.cost(at)
                 if sections := PARAMS_OF.get(stage):
                     stages[name]["params"] = {"params.yaml": {section: given[section] for section in sections}}
         # Through JSON: no two stages share an object that a test would change in both.
@@ -208,11 +209,15 @@ class Toy:
         (self.folder / "dvc.lock").write_text(json.dumps(self.lock))
 
     def md5(self, out: str) -> str:
-        path = self.folder / out
-        if out.startswith("out/costs/"):
-            path.parent.mkdir(exist_ok=True)
-            path.write_text(json.dumps({"seconds": 12.5, "peak_memory_mb": 300.0, "device": "cpu", "threads": 2}))
-        return hashlib.md5(path.read_bytes()).hexdigest()
+        return hashlib.md5((self.folder / out).read_bytes()).hexdigest()
+
+    def cost(self, at: str) -> Path:
+        """Note what training of one seed cost, as its stage does."""
+        result = hashlib.sha256((self.folder / f"out/training/{at}.json").read_bytes()).hexdigest()
+        path = self.folder / f"out/costs/training-{at}.json"
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(json.dumps({"seconds": 12.5, "peak_memory_mb": 300.0, "result_sha256": result}))
+        return path
 
     def tracking(self) -> params.Tracking:
         return params.Tracking(**self.given()["tracking"])
@@ -357,7 +362,7 @@ class TestOneRun:
         monkeypatch.setenv("DVC_EXP_NAME", "first")
         toy.track()
         [before] = runs(toy.database)
-        (toy.folder / "out/costs/train-17.json").unlink()
+        (toy.folder / "out/costs/training-17.json").unlink()
         monkeypatch.setenv("DVC_EXP_NAME", "second")
         toy.track()
         toy.track()
@@ -419,16 +424,19 @@ class TestIdentity:
         toy.track()
         assert sorted(run.data.params["lora.dropout"] for run in runs(toy.database)) == ["0.05", "0.1"]
 
-    def test_an_output_counts_and_its_cost_does_not(self, toy: Toy) -> None:
+    def test_the_cost_of_another_result_is_not_this_ones(self, toy: Toy) -> None:
+        """What lies in the working directory may have come from a cache since the stage last ran here."""
+        cost = toy.cost("17")
+        cost.write_text(json.dumps(json.loads(cost.read_text()) | {"result_sha256": "another"}))
+        toy.track()
+        [run] = runs(toy.database)
+        assert not [name for name in run.data.metrics if name.startswith("cost/")]
+
+    def test_an_output_counts(self, toy: Toy) -> None:
         def digest() -> str:
             return track._digest(track._stages([17]))
 
         first = digest()
-        [*_, cost] = toy.lock["stages"]["train@17"]["outs"]
-        assert cost["path"] == "out/costs/train-17.json"
-        cost["md5"] = "another"
-        toy.write_lock()
-        assert digest() == first
         toy.lock["stages"]["fetch"]["outs"][0]["md5"] = "another"
         toy.write_lock()
         assert digest() != first
