@@ -6,7 +6,7 @@ done, so a killed run goes on behind the last whole batch.
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -55,6 +55,7 @@ def infer(
         generation={**config.to_dict(), "batch_size": generation.batch_size},
         device=device.type,
         dtype=facts["dtype"],
+        recheck={},
     )
     identity = [asdict(decoding), runtime.model_dump(mode="json")]
     with checkpoint.folder(f"infer-{variant}", identity) as scratch:
@@ -71,13 +72,16 @@ def infer(
                             id=name,
                             prompt_sha256=records.sha256_ids(prompts[name]),
                             prompt_tokens=len(prompts[name]),
-                            text=tokenizer.decode(ids, skip_special_tokens=True).strip(),
+                            text=text(tokenizer, ids),
                             tokens=len(ids),
                             finish="stop" if ids[-1] in config.eos_token_id else "length",
                         )
                         for name, ids in zip(names, outputs, strict=True)
                     )
                 advance(len(names))
+        again = recheck(model, config, prompts, generation.recheck)
+        same = sum(written.rows[name].text == text(tokenizer, ids) for name, ids in again.items())
+        decoding = replace(decoding, recheck={"examples": len(again), "identical": same})
         records.write_rows(paths.predictions(variant), [written.rows[example.id] for example in examples])
         records.write_json(paths.decoding(variant), asdict(decoding))
 
@@ -126,6 +130,18 @@ def complete(model: Any, config: Any, prompts: Sequence[Sequence[int]]) -> list[
             input_ids=ids_BxL.to(base.device), attention_mask=mask_BxL.to(base.device), generation_config=config
         )
     return [_until_stop(row, config.eos_token_id) for row in output_BxT[:, width:].tolist()]
+
+
+def recheck(model: Any, config: Any, prompts: Mapping[str, Sequence[int]], count: int) -> dict[str, list[int]]:
+    """New token ids of `count` prompts, evenly spread, each decoded alone."""
+    names = list(prompts)[:: max(1, len(prompts) // count)][:count] if count else []
+    return {name: complete(model, config, [prompts[name]])[0] for name in names}
+
+
+def text(tokenizer: Any, ids: list[int]) -> str:
+    """What new token ids say, without special tokens and surrounding white space."""
+    decoded: str = tokenizer.decode(ids, skip_special_tokens=True)
+    return decoded.strip()
 
 
 def _until_stop(ids: list[int], stop_ids: list[int]) -> list[int]:

@@ -99,6 +99,19 @@ def keep_unpacked(model: Any) -> None:
         layer.support_avx512bf16_for_cpu = False
 
 
+def repacked(model: Any) -> int:
+    """How many layers bitsandbytes has repacked: none, or UserError, since gradients through them were wrong."""
+    count = sum(
+        bool(getattr(layer.weight.quant_state, "packing_format_for_cpu", False)) for _, layer in _linear4bit(model)
+    )
+    if count:
+        raise UserError(
+            f"{count} 4-bit layers were repacked for the CPU during training, so gradients were wrong: "
+            f"set runtime.keep_dequantized to true"
+        )
+    return count
+
+
 def _linear4bit(model: Any) -> Any:
     from bitsandbytes.nn import Linear4bit
 

@@ -55,6 +55,7 @@ class Decoding:
 
     `prompts_sha256` is over ids and prompt tokens in order; `model_sha256` and `adapter_sha256` are over the files of
     the quantized base and of the adapter; `generation` is the whole of transformers' GenerationConfig and the batching.
+    `recheck` counts the examples that were decoded again alone, and those among them that came out the same.
     """
 
     variant: str
@@ -64,6 +65,7 @@ class Decoding:
     generation: dict[str, Any]
     device: str
     dtype: str
+    recheck: dict[str, int]
 
 
 def write_json(path: Path, content: Any) -> None:

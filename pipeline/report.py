@@ -5,6 +5,7 @@ What models wrote is never trusted: it is escaped for the place where it appears
 """
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from markupsafe import Markup, escape
 from pipeline import charts, paths, records
 from pipeline.compare import Comparison, Interval
 from pipeline.errors import UserError
+from pipeline.guards import Guard
 
 TEMPLATES = Path(__file__).parent / "templates"
 
@@ -36,7 +38,7 @@ COMMANDS = (
 )
 
 
-def write(comparison: Comparison) -> None:
+def write(comparison: Comparison, guards: Sequence[Guard]) -> None:
     """Write the five files of `reports/`; equal comparisons give equal bytes."""
     records.write_json(paths.METRICS, metrics(comparison))
     records.write_text(paths.COMPARISON_SVG, charts.svg(comparison, charts.FILE))
@@ -44,6 +46,7 @@ def write(comparison: Comparison) -> None:
         temporary.write_bytes(charts.png(comparison, charts.FILE))
     given = {
         "c": comparison,
+        "guards": guards,
         "lead": LEAD[comparison.verdict],
         "basis": basis(comparison),
         "caveats": caveats(comparison),

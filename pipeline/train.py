@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipeline import adapter, checkpoint, loss, pack, params, paths, records
+from pipeline import adapter, checkpoint, loss, pack, params, paths, quantize, records
 from pipeline import device as devices
 from pipeline import model as models
 from pipeline.errors import UserError
@@ -103,6 +103,10 @@ def train(seed: int, prompt: params.Prompt, lora: params.Lora, train: params.Tra
                 "dropped": dropped,
                 "validation_rows": len(validation_rows),
                 "steps": len(plan),
+                "prompts_checked": len(everything) + len(validation_rows),
+                "shortest_answer": min(len(row.completion) for row in rows),
+                "repacked_layers": quantize.repacked(model),
+                "largest_grad_norm": max(step.grad_norm for step in trainer.log),
                 "trainable_parameters": trainer.parameters,
                 "supervised_tokens": sum(tree.supervised for _, batch in plan for tree in batch),
                 "tokens": sum(step.tokens for step in trainer.log),

@@ -1,10 +1,11 @@
 """Stage compare: base against tuned on the same rows; writes what people read."""
 
-from pipeline import compare, params, report, stage
+from pipeline import compare, guards, params, report, stage
 
 
 def main(declared: params.Declared) -> None:
-    report.write(compare.compare(declared.seeds, declared[params.Evaluate], declared[params.Compare]))
+    comparison = compare.compare(declared.seeds, declared[params.Evaluate], declared[params.Compare])
+    report.write(comparison, guards.measured(declared.seeds))
 
 
 if __name__ == "__main__":

@@ -156,7 +156,7 @@ def plant(rows: list[Example], keep: dict[str, float], **change: Any) -> None:
             [Prediction(row.id, "", 9, text, 9, "stop") for row, text in zip(rows, texts, strict=True)],
         )
         adapter = None if variant == "base" else f"{seed}" * 64
-        decoding = Decoding(variant, "a" * 64, "b" * 64, adapter, {"num_beams": 1, "top_k": 50}, "cpu", "float32")
+        decoding = Decoding(variant, "a" * 64, "b" * 64, adapter, {"num_beams": 1, "top_k": 50}, "cpu", "float32", {})
         if variant != "base":
             decoding = replace(decoding, **change)
         records.write_json(paths.decoding(variant), asdict(decoding))

@@ -99,6 +99,23 @@ def test_a_killed_run_goes_on_behind_its_last_whole_line(
     assert not list(paths.SCRATCH.glob("infer-base-*"))
 
 
+def test_examples_are_decoded_again_alone_and_counted(
+    quantized: params.Params, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    infer(quantized, recheck=3)
+    assert records.read_json(paths.decoding("base"))["recheck"] == {"examples": 3, "identical": 3}
+    original = generate.complete
+
+    def depends_on_its_batch(model: Any, config: Any, prompts: Any) -> Any:
+        return [[20]] if len(prompts) == 1 else original(model, config, prompts)
+
+    monkeypatch.setattr(generate, "complete", depends_on_its_batch)
+    infer(quantized, recheck=3)
+    assert records.read_json(paths.decoding("base"))["recheck"] == {"examples": 3, "identical": 0}
+    infer(quantized, recheck=0)
+    assert records.read_json(paths.decoding("base"))["recheck"] == {"examples": 0, "identical": 0}
+
+
 def test_two_at_once_are_refused(quantized: params.Params) -> None:
     with checkpoint.folder("infer-base", {}), pytest.raises(UserError, match="is being computed by another process"):
         infer(quantized)

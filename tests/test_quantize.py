@@ -113,6 +113,16 @@ def test_a_silent_downgrade_is_refused(tiny_model: Path) -> None:
         quantize.require_effective(nf4(tiny_model), facts | {"method": "fp4"})
 
 
+def test_layers_that_were_repacked_are_noticed(tiny_model: Path) -> None:
+    model = nf4(tiny_model)
+    quantize.keep_unpacked(model)
+    evaluate(model)
+    assert quantize.repacked(model) == 0
+    model.model.layers[0].mlp.up_proj.weight.quant_state.packing_format_for_cpu = True
+    with pytest.raises(UserError, match="1 4-bit layers were repacked"):
+        quantize.repacked(model)
+
+
 def test_damaged_weights_fail_the_perplexity(tiny_model: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(tiny_model)
     damaged = copy.deepcopy(model)

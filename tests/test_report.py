@@ -13,7 +13,9 @@ import pytest
 from pipeline import charts, paths, report
 from pipeline.compare import Aspect, Comparison, Interval, Line, Output, Pair, Result
 from pipeline.errors import UserError
+from pipeline.guards import Guard
 
+GUARDS = [Guard("a <doubled> BOS", "600 prompts | 1 BOS at most")]
 NASTY = (
     "a | b\n<script>alert(1)</script> `code` [x](https://evil.example/) **bold** &amp; $x$ \\ <!-- "
     "\x00 www.evil.example"
@@ -74,7 +76,7 @@ FIRST = (
 
 
 def test_the_first_line_is_the_verdict_everywhere() -> None:
-    report.write(comparison())
+    report.write(comparison(), GUARDS)
     assert paths.COMPARISON_MD.read_text().split("\n")[0] == FIRST
     assert report.closing_lines("x").split("\n")[0] == FIRST.replace("**", "")
     assert "mlflow ui --backend-store-uri sqlite:///here.db" in report.closing_lines("sqlite:///here.db")
@@ -85,7 +87,7 @@ def test_the_first_line_is_the_verdict_everywhere() -> None:
 
 @pytest.mark.parametrize("verdict", sorted(report.LEAD))
 def test_every_verdict_has_its_words(verdict: Any) -> None:
-    report.write(comparison(verdict=verdict))
+    report.write(comparison(verdict=verdict), GUARDS)
     assert paths.COMPARISON_MD.read_text().startswith(f"**{report.LEAD[verdict]}**: ROUGE-1")
 
 
@@ -95,6 +97,15 @@ def test_groups_and_seeds_are_named_only_where_they_say_something() -> None:
     assert report.basis(several).endswith("of 100 groups, mean of 3 seeds.")
 
 
+def test_guards_stand_in_both_reports_with_what_they_measured() -> None:
+    report.write(comparison(), GUARDS)
+    text = paths.COMPARISON_MD.read_text(encoding="utf-8")
+    assert "| a &lt;doubled&gt; BOS | 600 prompts \\| 1 BOS at most |" in text
+    page = paths.REPORT_HTML.read_text(encoding="utf-8")
+    assert "a &lt;doubled&gt; BOS" in page
+    assert "600 prompts | 1 BOS at most" in page
+
+
 def test_closing_lines_without_a_report() -> None:
     with pytest.raises(UserError, match="run `dvc repro`"):
         report.closing_lines("x")
@@ -102,9 +113,9 @@ def test_closing_lines_without_a_report() -> None:
 
 def test_equal_comparisons_give_equal_bytes() -> None:
     files = [paths.METRICS, paths.COMPARISON_MD, paths.REPORT_HTML, paths.COMPARISON_SVG, paths.COMPARISON_PNG]
-    report.write(comparison())
+    report.write(comparison(), GUARDS)
     before = [path.read_bytes() for path in files]
-    report.write(comparison())
+    report.write(comparison(), GUARDS)
     assert [path.read_bytes() for path in files] == before
     assert sorted(paths.REPORTS.iterdir()) == sorted(files)
     assert before[4].startswith(b"\x89PNG")
@@ -119,7 +130,7 @@ def leaves(content: Any) -> Iterator[Any]:
 
 
 def test_metrics_hold_numbers_only() -> None:
-    report.write(comparison(seed_sd={"rouge1": 0.3, "rouge2": 0.2}))
+    report.write(comparison(seed_sd={"rouge1": 0.3, "rouge2": 0.2}), GUARDS)
     content = json.loads(paths.METRICS.read_text())
     numbers = list(leaves(content))
     assert len(numbers) > 30
@@ -141,7 +152,7 @@ def test_metrics_hold_numbers_only() -> None:
 
 def test_a_number_that_is_none_stops_the_report() -> None:
     with pytest.raises(ValueError, match="not JSON compliant"):
-        report.write(comparison(reference_words=float("nan")))
+        report.write(comparison(reference_words=float("nan")), GUARDS)
 
 
 class Tags(HTMLParser):
@@ -175,7 +186,7 @@ class Tags(HTMLParser):
 
 def test_the_page_asks_nothing_of_any_network_and_holds_no_foreign_markup() -> None:
     nasty = Pair(NASTY, NASTY, NASTY, NASTY, NASTY, 1.0, 2.0)
-    report.write(comparison(best=[nasty], worst=[nasty], aspects=[Aspect(NASTY, 3, comparison().results)]))
+    report.write(comparison(best=[nasty], worst=[nasty], aspects=[Aspect(NASTY, 3, comparison().results)]), GUARDS)
     page = paths.REPORT_HTML.read_text()
     assert not re.search(r"https?://|url\(|@import|<script|<link|<img", page)
     tags = Tags()
@@ -190,10 +201,10 @@ def test_the_page_asks_nothing_of_any_network_and_holds_no_foreign_markup() -> N
 
 def test_markdown_keeps_foreign_text_in_its_cell() -> None:
     nasty = Pair(NASTY, NASTY, NASTY, NASTY, NASTY, 1.0, 2.0)
-    report.write(comparison(best=[nasty], worst=[nasty], aspects=[Aspect(NASTY, 3, comparison().results)]))
+    report.write(comparison(best=[nasty], worst=[nasty], aspects=[Aspect(NASTY, 3, comparison().results)]), GUARDS)
     text = paths.COMPARISON_MD.read_text()
     tables = re.findall(r"(?:^\|.*\n)+", text, flags=re.M)
-    assert len(tables) == 6
+    assert len(tables) == 7
     for table in tables:
         # as GitHub splits rows: at bars that no backslash escapes
         assert len({len(re.findall(r"(?<!\\)\|", row)) for row in table.splitlines()}) == 1
@@ -248,7 +259,7 @@ def test_caveats() -> None:
 
 
 def test_the_chart_follows_the_page_in_the_page_and_stands_alone_in_a_file() -> None:
-    report.write(comparison())
+    report.write(comparison(), GUARDS)
     drawing = paths.COMPARISON_SVG.read_text()
     assert drawing.startswith("<svg")
     assert "var(" not in drawing
