@@ -29,7 +29,7 @@ TIE = 1e-9
 DRAWS_AT_ONCE = 2_000_000
 """Group indices drawn in one chunk of resamples: 16 MB, whatever the number of groups."""
 
-MUST_AGREE = ("prompts_sha256", "model_sha256", "generation", "device", "dtype")
+MUST_AGREE = ("prompts_sha256", "model_sha256", "generation", "device", "threads", "dtype")
 """Fields of `records.Decoding` in which base and tuned must not differ: otherwise not the adapter alone is compared."""
 
 

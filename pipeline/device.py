@@ -36,6 +36,13 @@ def choose(runtime: params.Runtime) -> "torch.device":
     return device
 
 
+def threads(device: "torch.device") -> int:
+    """The CPU threads that compute, 0 where an accelerator does: sums are rounded in an order that depends on them."""
+    import torch
+
+    return torch.get_num_threads() if device.type == "cpu" else 0
+
+
 def describe(device: "torch.device") -> str:
     """`cpu, 2 threads, bf16 AVX-512` or the accelerator's name."""
     import torch

@@ -54,6 +54,7 @@ def infer(
         adapter_sha256=None if adapter is None else adapter.sha256,
         generation={**config.to_dict(), "batch_size": generation.batch_size},
         device=device.type,
+        threads=devices.threads(device),
         dtype=facts["dtype"],
         recheck={},
     )

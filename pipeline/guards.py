@@ -57,7 +57,7 @@ def measured(seeds: Sequence[int]) -> list[Guard]:
         Guard("outputs that depend on their batch", _recheck(decodings, base["generation"]["batch_size"])),
         Guard(
             "hidden decoding defaults, unequal prompts",
-            f"{len(base['generation'])} decoding settings, {base['device']}, {base['dtype']} and prompts "
+            f"{len(base['generation'])} decoding settings, {base['device']} with {base['threads']} threads, {base['dtype']} and prompts "
             f"{base['prompts_sha256'][:12]} are those of all {len(variants)} variants",
         ),
     ]

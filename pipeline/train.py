@@ -99,6 +99,8 @@ def train(seed: int, prompt: params.Prompt, lora: params.Lora, train: params.Tra
             paths.training_summary(seed),
             {
                 "seed": seed,
+                "device": device.type,
+                "threads": devices.threads(device),
                 "rows": len(rows),
                 "dropped": dropped,
                 "validation_rows": len(validation_rows),

@@ -156,7 +156,9 @@ def plant(rows: list[Example], keep: dict[str, float], **change: Any) -> None:
             [Prediction(row.id, "", 9, text, 9, "stop") for row, text in zip(rows, texts, strict=True)],
         )
         adapter = None if variant == "base" else f"{seed}" * 64
-        decoding = Decoding(variant, "a" * 64, "b" * 64, adapter, {"num_beams": 1, "top_k": 50}, "cpu", "float32", {})
+        decoding = Decoding(
+            variant, "a" * 64, "b" * 64, adapter, {"num_beams": 1, "top_k": 50}, "cpu", 2, "float32", {}
+        )
         if variant != "base":
             decoding = replace(decoding, **change)
         records.write_json(paths.decoding(variant), asdict(decoding))
@@ -320,6 +322,7 @@ def test_an_aspect_within_one_group_has_no_interval_and_no_row() -> None:
         ),
         ({"device": "cuda"}, "device: tuned-17 has cuda, base has cpu"),
         ({"dtype": "bfloat16"}, "dtype: tuned-17 has bfloat16, base has float32"),
+        ({"threads": 4}, "threads: tuned-17 has 4, base has 2"),
         ({"adapter_sha256": None}, "tuned-17 was decoded without an adapter"),
     ],
 )

@@ -85,7 +85,7 @@ def plant(texts: dict[str, str], targets: dict[str, str]) -> None:
         paths.predictions("base"),
         [Prediction(key, "0" * 64, 9, text, 4, "stop" if text else "length") for key, text in texts.items()],
     )
-    decoding = Decoding("base", "a" * 64, "b" * 64, None, {"num_beams": 1}, "cpu", "float32", {})
+    decoding = Decoding("base", "a" * 64, "b" * 64, None, {"num_beams": 1}, "cpu", 1, "float32", {})
     records.write_json(paths.decoding("base"), asdict(decoding))
 
 

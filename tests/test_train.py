@@ -154,6 +154,17 @@ def test_the_stage_writes_adapter_summary_and_curve(quantized: params.Params) ->
     assert not list(paths.SCRATCH.glob("train-17-*"))
 
 
+def test_keeping_the_weights_unpacked_changes_no_bit_and_threads_may(quantized: params.Params) -> None:
+    """What `runtime` holds is declared by no stage unless it can change a result: the thread count alone can."""
+    run(quantized)
+    expected = outputs()
+    on_the_fly = quantized.runtime.model_copy(update={"keep_dequantized": False})
+    run(quantized.model_copy(update={"runtime": on_the_fly}))
+    assert outputs() == expected
+    run(quantized.model_copy(update={"runtime": quantized.runtime.model_copy(update={"threads": 2})}))
+    assert records.read_json(paths.training_summary(17))["threads"] == 2
+
+
 class Killed(BaseException):
     """Stands for the process dying: nothing of ours catches it."""
 
