@@ -57,8 +57,8 @@ def measured(seeds: Sequence[int]) -> list[Guard]:
         Guard("outputs that depend on their batch", _recheck(decodings, base["generation"]["batch_size"])),
         Guard(
             "hidden decoding defaults, unequal prompts",
-            f"{len(base['generation'])} decoding settings, {base['device']} with {base['threads']} threads, {base['dtype']} and prompts "
-            f"{base['prompts_sha256'][:12]} are those of all {len(variants)} variants",
+            f"{len(base['generation'])} decoding settings, {base['device']} with {base['threads']} threads, "
+            f"{base['dtype']} and prompts {base['prompts_sha256'][:12]} are those of all {len(variants)} variants",
         ),
     ]
 
