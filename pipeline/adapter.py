@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     import torch
 
 WEIGHTS = "adapter_model.safetensors"
+CONFIG = "adapter_config.json"
 # Beside PEFT's two files, and ignored by it: the base that the adapter belongs to.
 ORIGIN = "origin.json"
 
@@ -63,6 +64,9 @@ def save(adapted: Any, folder: Path, model_sha256: str) -> None:
         raise UserError(f"the trained adapter holds NaN or infinity (in {bad[0]}): lower train.learning_rate")
     adapted.save_pretrained(folder)
     (folder / "README.md").unlink(missing_ok=True)  # PEFT's empty model card
+    # PEFT keeps the layers' names in a set, whose order differs from process to process.
+    config = records.read_json(folder / CONFIG)
+    records.write_json(folder / CONFIG, config | {"target_modules": sorted(config["target_modules"])})
     records.write_json(folder / ORIGIN, {"model_sha256": model_sha256})
 
 

@@ -159,7 +159,7 @@ class Written:
         self.file = file
         self.rows: dict[str, Prediction] = {}
         if file.is_file():
-            *whole, _cut_off = file.read_text(encoding="utf-8").split("\n")
+            *whole, _cut_off = file.read_bytes().split(b"\n")
             kept = [Prediction(**json.loads(line)) for line in whole]
             self.rows = {row.id: row for row in kept}
             records.write_rows(file, kept)

@@ -1,5 +1,6 @@
 """Adapters: the right layers, plain PEFT files, and a proof that they act once loaded."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -70,6 +71,13 @@ def test_plain_peft_loads_it_and_it_changes_the_logits(saved: Path, tiny_model: 
         "adapter_model.safetensors",
         "origin.json",
     ]
+
+
+def test_the_files_are_the_same_in_every_process(saved: Path) -> None:
+    """The names of the layers come out of a set, and strings hash differently in each process."""
+    names = json.loads((saved / "adapter_config.json").read_text())["target_modules"]
+    assert len(names) == 7
+    assert names == sorted(names)
 
 
 def test_it_loads_on_its_own_base_alone(saved: Path, base: Any) -> None:
