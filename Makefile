@@ -1,4 +1,4 @@
-# make repro | make test | make ui. Needs Python 3.11 to 3.13, git and make; everything else goes into .venv.
+# make repro | make test | make verify | make ui. Needs Python 3.11 to 3.13, git, make; everything else goes into .venv.
 
 PYTHON ?= python3
 VENV := .venv
@@ -6,10 +6,11 @@ export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 INSTALL := $(VENV)/bin/python -m pip install --quiet -c constraints.txt
 
-.PHONY: repro test ui
+.PHONY: repro test verify ui
 .DEFAULT_GOAL := repro
 
 repro: $(VENV)/installed ## run what has changed of the experiment, then say the verdict
+	@lora-repro mend
 	@dvc repro
 	@lora-repro show
 
@@ -18,6 +19,9 @@ test: $(VENV)/installed-dev ## lint, types and tests
 	@ruff format --check .
 	@mypy
 	@pytest
+
+verify: $(VENV)/installed ## do cache, dvc.lock, outputs, reports, MLflow run and wheels say the same?
+	@lora-repro verify
 
 ui: $(VENV)/installed ## every experiment's parameters, curves, tables and adapter in MLflow
 	@mlflow ui --backend-store-uri "$$(lora-repro store)"

@@ -2,47 +2,56 @@
 
 Checkpoints lie under `.scratch/`, in a folder named by the digest of everything that determines the stage's result:
 another learning rate finds no checkpoint. They are never outputs of the pipeline and are removed at the stage's end.
+Those of other parameters stay, for whoever goes back to them, up to a number.
 """
 
 import hashlib
 import json
+import os
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
+from pipeline import paths, records, stage
+from pipeline.progress import say
 
-from pipeline import paths, records
-from pipeline.errors import UserError
+KEPT = 4
+"""Checkpoints of interrupted stages with other inputs that a project keeps: one holds three times the adapter."""
+
+COMPUTING = ("torch", "transformers", "peft", "bitsandbytes")
 
 
-def key(stage: str, identity: Any) -> str:
-    """Folder name for a stage and everything that determines its result (JSON), this package's code included."""
+def key(name: str, identity: Any) -> str:
+    """Folder name for a stage and everything that determines its result (JSON): this package's code and the versions
+    of those that compute included."""
     code = {path.name: records.sha256_file(path) for path in sorted(Path(__file__).parent.glob("*.py"))}
-    text = json.dumps([identity, code], sort_keys=True, allow_nan=False)
-    return f"{stage}-{hashlib.sha256(text.encode()).hexdigest()[:32]}"
+    versions = {package: version(package) for package in COMPUTING}
+    text = json.dumps([identity, code, versions], sort_keys=True, allow_nan=False)
+    return f"{name}-{hashlib.sha256(text.encode()).hexdigest()[:32]}"
 
 
 @contextmanager
-def folder(stage: str, identity: Any) -> Iterator[Path]:
+def folder(name: str, identity: Any) -> Iterator[Path]:
     """Yield the stage's own scratch folder, with what an earlier run left there; remove it if the block succeeds.
 
     UserError when another process is at work on the same stage.
     """
-    paths.SCRATCH.mkdir(exist_ok=True)
-    lock = FileLock(paths.SCRATCH / f"{stage}.lock")
-    try:
-        lock.acquire(blocking=False)
-    except Timeout:
-        raise UserError(
-            f"{stage} is being computed by another process (lock {lock.lock_file}): wait for it, or end it first"
-        ) from None
-    try:
-        scratch = paths.SCRATCH / key(stage, identity)
+    with stage.alone(name):
+        scratch = paths.SCRATCH / key(name, identity)
         scratch.mkdir(exist_ok=True)
+        os.utime(scratch)
+        _forget_oldest(scratch)
         yield scratch
         shutil.rmtree(scratch)
-    finally:
-        lock.release()
+
+
+def _forget_oldest(own: Path) -> None:
+    """Remove all checkpoints but `own` and the `KEPT` that were used last."""
+    others = [path for path in paths.SCRATCH.iterdir() if re.fullmatch(r".+-[0-9a-f]{32}", path.name) and path != own]
+    for path in sorted(others, key=lambda path: path.stat().st_mtime, reverse=True)[KEPT:]:
+        say(f"removing the checkpoint {path}: interrupted long ago, with other parameters")
+        shutil.rmtree(path)

@@ -44,15 +44,45 @@ def main(_version_asked: Version = False) -> None:
     """
 
 
+RUN = Annotated[str | None, typer.Argument(help="An MLflow run: its id, the beginning of it, or its name.")]
+
+
 @app.command()
-def show() -> None:
-    """The verdict of the last comparison, where to look next, and the MLflow run that holds its record."""
+def show(run: RUN = None) -> None:
+    """The verdict of the last comparison, where to look next, and the MLflow run that holds its record.
+
+    With RUN: that run's verdict, the commands that restore it, and whether its adapter is the one it was locked with.
+    """
     # Imported here: `--help` needs none of it.
     from pipeline import params, report, track
 
     given = params.load()
+    if run is not None:
+        from pipeline import lineage
+
+        lineage.show(run, given.tracking)
+        return
     print(report.closing_lines(track.tracking_uri(given.tracking)))
     print(f"  run      {track.describe(given.seeds, given.tracking)}")
+
+
+Recompute = Annotated[bool, typer.Option("--recompute", help="Compute everything anew in a copy, and compare.")]
+
+
+@app.command()
+def verify(recompute: Recompute = False) -> None:
+    """Check by content that cache, dvc.lock, outputs, reports, MLflow run and downloaded wheels agree."""
+    # Imported here: `--help` needs none of it.
+    if recompute:
+        from pipeline import recompute as again
+
+        agreed = again.recompute()
+    else:
+        from pipeline import verify as checks
+
+        agreed = checks.verify()
+    if not agreed:
+        raise typer.Exit(1)
 
 
 @app.command()
@@ -61,3 +91,23 @@ def store() -> None:
     from pipeline import params, track
 
     print(track.tracking_uri(params.load().tracking))
+
+
+@app.command()
+def mend() -> None:
+    """Remove what a killed DVC left half-written, so that `dvc repro` starts again."""
+    from pipeline import mend as mending
+
+    mending.mend()
+
+
+Set = Annotated[list[str], typer.Option("-S", "--set-param", help="<parameter>=<value>,<value>...")]
+Jobs = Annotated[int, typer.Option("-j", "--jobs", min=1, help="Experiments at once; 1 for one GPU.")]
+
+
+@app.command()
+def sweep(overrides: Set, jobs: Jobs = 1) -> None:
+    """Run every combination through DVC's queue; the exit code tells whether all succeeded."""
+    from pipeline import sweep as sweeping
+
+    raise typer.Exit(sweeping.sweep(overrides, jobs))

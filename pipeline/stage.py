@@ -1,11 +1,20 @@
-"""What every stage script does around its one call: give it its parameters, print a mistake, measure the cost."""
+"""What every stage script does around its one call: run alone, get its parameters, print a mistake, measure the cost.
+
+DVC keeps two `dvc repro` apart, but not a stage whose `dvc` was killed from the one that the next `dvc repro` starts:
+both would write the same files. Hence a lock for each stage, which the operating system drops when its holder dies.
+"""
 
 import os
+import re
 import resource
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+
+import psutil
+from filelock import FileLock, Timeout
 
 from pipeline import params, paths, records
 from pipeline.errors import UserError
@@ -16,7 +25,7 @@ def run(stage: str, call: Callable[[params.Declared], None], result: Path | None
 
     The cost is no output of the pipeline: it differs from run to run, and `dvc.lock` must not. It names the content of
     the result that it was paid for, so it can be told from the cost of an earlier result in the same place.
-    A UserError is printed without a traceback, and the process exits with 1.
+    A UserError is printed without a traceback, and the process exits with 1; an interrupted one exits with 130.
     """
     # Read by libraries when they are imported, which happens inside the call. Without a terminal, bars are litter.
     if not sys.stderr.isatty():
@@ -25,13 +34,63 @@ def run(stage: str, call: Callable[[params.Declared], None], result: Path | None
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     started = time.monotonic()
     try:
-        call(params.read(stage))
-        if result:
-            cost = _cost(time.monotonic() - started)
-            records.write_json(paths.costs(result), cost | {"result_sha256": records.sha256_file(result)})
+        with alone(address(stage, sys.argv[1:])):
+            remove_leftovers()
+            call(params.read(stage))
+            if result:
+                cost = _cost(time.monotonic() - started)
+                records.write_json(paths.costs(result), cost | {"result_sha256": records.sha256_file(result)})
     except UserError as error:
         print(f"\nerror: {error}\n", file=sys.stderr, flush=True)
         sys.exit(1)
+    except KeyboardInterrupt:
+        print("\ninterrupted: `dvc repro` goes on from here\n", file=sys.stderr, flush=True)
+        sys.exit(130)
+
+
+def address(stage: str, arguments: list[str]) -> str:
+    """Name of one stage of a matrix, by the values its script is given: `train@17`."""
+    return "@".join([stage, *(value for value in arguments if not value.startswith("-"))])
+
+
+@contextmanager
+def alone(name: str) -> Iterator[None]:
+    """Hold the lock of stage `name` of the project in the working directory.
+
+    UserError, with the process's number, when another process holds it.
+    """
+    paths.SCRATCH.mkdir(exist_ok=True)
+    holder = paths.SCRATCH / f"{name}.pid"
+    lock = FileLock(paths.SCRATCH / f"{name}.lock")
+    try:
+        lock.acquire(blocking=False)
+    except Timeout:
+        try:
+            pid = holder.read_text()
+        except FileNotFoundError:  # it has only just begun, or is ending
+            pid = "<pid>"
+        raise UserError(
+            f"{name} is being computed by another process, pid {pid}, maybe of a `dvc repro` that was killed: wait for "
+            f"it, or end it with `kill {pid}`; then run `dvc repro` again"
+        ) from None
+    try:
+        records.write_text(holder, str(os.getpid()))
+        yield
+    finally:
+        holder.unlink(missing_ok=True)
+        lock.release()
+
+
+def remove_leftovers() -> None:
+    """Remove the half-written files (`records.replacing`) of processes that are gone.
+
+    DVC takes whole folders as dependencies (`out/predictions`): a leftover would be part of them.
+    """
+    for folder in (paths.OUT, paths.REPORTS, paths.SCRATCH):
+        for path in folder.rglob(".*.part"):
+            writer = re.search(r"\.(\d+)\.part$", path.name)
+            if writer and not psutil.pid_exists(int(writer[1])):
+                path.unlink(missing_ok=True)
 
 
 def _cost(seconds: float) -> dict[str, object]:

@@ -16,6 +16,7 @@ import math
 import os
 import posixpath
 import re
+import tempfile
 import time
 import warnings
 from collections.abc import Iterator, Mapping
@@ -33,6 +34,14 @@ from pipeline.progress import say
 DIGEST = "dvc.digest"
 EXPERIMENTS = "dvc.experiments"
 COMMITS = "dvc.commits"
+NOTE = "mlflow.note.content"
+COMMIT = "mlflow.source.git.commit"
+
+MANIFEST = "manifest.json"
+"""The artifact that holds the sha256 of everything in a run, by its place there; itself pinned by the tag `SEAL`."""
+SEAL = "manifest.sha256"
+SEALED_TAGS = ("dvc.digest", "git.", "device", "machine.", "version.", "mlflow.source.", NOTE)
+"""What the names of tags begin with that never change; a user may add others, and rename the run."""
 
 # MLflow's limits; longer values are refused by its stores, larger batches by its server.
 MAX_PARAM, MAX_TAG, MAX_KEY = 6000, 8000, 250
@@ -61,6 +70,21 @@ class Record:
     predictions: dict[str, list[Any]]
     files: list[tuple[Path, str | None]]
 
+    @property
+    def digest(self) -> str:
+        return self.tags[DIGEST]
+
+
+@dataclass(frozen=True, slots=True)
+class Stored:
+    """A run as the store lists it; its metrics and artifacts are for `read_back`."""
+
+    run_id: str
+    name: str
+    status: str
+    tags: dict[str, str]
+    params: dict[str, str]
+
 
 def track(train_seeds: list[int], tracking: params.Tracking) -> None:
     """Record the experiment in the working directory, unless it is recorded already, and write `paths.RECEIPT`.
@@ -68,25 +92,23 @@ def track(train_seeds: list[int], tracking: params.Tracking) -> None:
     UserError when `dvc.lock` or an output is missing, when `dvc.lock` mixes two experiments, for a metric that MLflow
     cannot hold, and for a store that cannot be used. A run is FINISHED only when everything is in it.
     """
-    stages = _stages(train_seeds)
-    digest = _digest(stages)
-    record = _gather(train_seeds, stages, digest)
+    record = gather(train_seeds)
     with _opened(tracking) as client:
         experiment_id = _experiment(client, tracking)
-        run = _finished(client, experiment_id, digest)
+        run = _finished(client, experiment_id, record.digest)
         word = "recorded" if run is None else "already recorded"
         if run is None:
             run = _write(client, experiment_id, record)
         else:
             _seen_again(client, run, record.tags)
-    records.write_json(paths.RECEIPT, {"digest": digest})
+    records.write_json(paths.RECEIPT, {"digest": record.digest})
     say(f"{word}: {_line(run, tracking)}")
 
 
 def describe(train_seeds: list[int], tracking: params.Tracking) -> str:
     """Where the record of the working directory is, in one line; the store is opened only if it is there."""
     digest = _digest(_stages(train_seeds))
-    file = _database(tracking_uri(tracking))
+    file = database(tracking)
     if file is None or file.exists():
         with _opened(tracking) as client:
             experiment = client.get_experiment_by_name(tracking.experiment)
@@ -100,15 +122,19 @@ def describe(train_seeds: list[int], tracking: params.Tracking) -> str:
 
 
 def _stages(seeds: list[int]) -> Stages:
-    """Parameters and outputs of this experiment's stages, as `{stage: {params, outs}}`, by name.
-
-    `dvc.lock` also keeps stages that `dvc.yaml` no longer has, such as a seed's after the seeds changed: not these."""
-    names = ["prepare", "fetch", "quantize", "infer@base", "evaluate@base", "compare"]
-    names += [f"{stage}@{seed}" for seed in seeds for stage in ("train", "infer-tuned", "evaluate-tuned")]
     try:
-        locked = YAML(typ="safe", pure=True).load(paths.DVC_LOCK.read_text(encoding="utf-8"))["stages"]
+        return _locked(paths.DVC_LOCK.read_text(encoding="utf-8"), seeds)
     except FileNotFoundError:
         raise UserError(f"{paths.DVC_LOCK} is missing: run `dvc repro`, which makes it") from None
+
+
+def _locked(lock: str, seeds: list[int]) -> Stages:
+    """Parameters and outputs of an experiment's stages, as `{stage: {params, outs}}`, from the text of a `dvc.lock`.
+
+    It also keeps stages that `dvc.yaml` no longer has, such as a seed's after the seeds changed: not these."""
+    names = ["prepare", "fetch", "quantize", "infer@base", "evaluate@base", "compare"]
+    names += [f"{stage}@{seed}" for seed in seeds for stage in ("train", "infer-tuned", "evaluate-tuned")]
+    locked = YAML(typ="safe", pure=True).load(lock)["stages"]
     if missing := [name for name in names if name not in locked]:
         raise UserError(f"{paths.DVC_LOCK} has no {', '.join(missing)}: run `dvc repro`")
     return {
@@ -127,10 +153,18 @@ def _digest(stages: Stages) -> str:
     return hashlib.sha256(canonical.encode()).hexdigest()
 
 
+def digest_of(lock: str, seeds: list[int]) -> str:
+    """The digest of the experiment that the text of a `dvc.lock` holds; UserError where it lacks a stage."""
+    return _digest(_locked(lock, seeds))
+
+
 # What goes into its run
 
 
-def _gather(seeds: list[int], stages: Stages, digest: str) -> Record:
+def gather(seeds: list[int]) -> Record:
+    """All that a run of the experiment in the working directory holds; UserError as of `track`."""
+    stages = _stages(seeds)
+    digest = _digest(stages)
     sha, dirty = provenance.commit(Path())
     experiment = provenance.experiment()
     # Many experiments share a commit that they differ from: its name alone would be none.
@@ -141,15 +175,13 @@ def _gather(seeds: list[int], stages: Stages, digest: str) -> Record:
         EXPERIMENTS: experiment,
         COMMITS: sha,
         "mlflow.source.name": "dvc repro",
-        "mlflow.source.git.commit": sha,
+        COMMIT: sha,
         "git.dirty": str(dirty).lower() if sha else None,
         "device": records.read_json(paths.decoding("base"))["device"],
-        "mlflow.note.content": paths.COMPARISON_MD.read_text(encoding="utf-8").split("\n", 1)[0][:MAX_TAG],
+        NOTE: paths.COMPARISON_MD.read_text(encoding="utf-8").split("\n", 1)[0][:MAX_TAG],
         **{f"machine.{name}": str(fact) for name, fact in machine.items()},
         **{f"version.{package}": version for package, version in versions.items()},
     }
-    metrics = [*_results(), *_training(seeds), *_costs(seeds)]
-    _check(metrics)
     files: list[tuple[Path, str | None]] = [(paths.DVC_LOCK, None), (paths.PARAMS, None), (paths.DATA_CARD, "data")]
     files += [(path, "models") for path in (paths.BASE_FACTS, paths.QUANTIZED_FACTS)]
     reports = (paths.METRICS, paths.COMPARISON_MD, paths.REPORT_HTML, paths.COMPARISON_SVG, paths.COMPARISON_PNG)
@@ -159,6 +191,8 @@ def _gather(seeds: list[int], stages: Stages, digest: str) -> Record:
         files += [(path, "training") for path in (paths.training_summary(seed), paths.training_log(seed))]
     if missing := [str(path) for path, _ in files if not path.exists()]:
         raise listing(missing, "outputs are missing, run `dvc repro` or `dvc checkout`:")
+    metrics = [*_results(), *_training(seeds), *_costs(seeds)]
+    _check(metrics)
     return Record(
         name=experiment or at_commit or digest[:12],
         tags={key: value for key, value in tags.items() if value is not None},
@@ -317,15 +351,15 @@ def tracking_uri(tracking: params.Tracking) -> str:
     return uri
 
 
-def _database(uri: str) -> Path | None:
+def database(tracking: params.Tracking) -> Path | None:
     """The file of a SQLite store; None for any other."""
-    found = re.fullmatch(r"sqlite:///([^?]+)(\?.*)?", uri)
+    found = re.fullmatch(r"sqlite:///([^?]+)(\?.*)?", tracking_uri(tracking))
     return Path(found[1]) if found else None
 
 
 def _home(tracking: params.Tracking) -> Path:
     """The folder for what belongs to a store on this machine: beside its database, or `.mlflow`."""
-    file = _database(tracking_uri(tracking))
+    file = database(tracking)
     return file.parent if file else provenance.main_repository() / ".mlflow"
 
 
@@ -344,16 +378,22 @@ def _opened(tracking: params.Tracking) -> Iterator[Any]:
         warnings.filterwarnings("ignore", module=r"mlflow(\.|$)")
         os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
         os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")  # read when mlflow is imported
+        os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
         logging.getLogger("alembic").setLevel(logging.WARNING)
         from mlflow import MlflowClient
         from mlflow.exceptions import MlflowException
 
         logging.getLogger("mlflow").setLevel(logging.WARNING)
         try:
+            file = database(tracking)
+            if file and not file.exists():
+                # Whole or not at all: a process killed in the migrations would leave one that none can open again.
+                with records.replacing(file) as temporary:
+                    MlflowClient(tracking_uri=f"sqlite:///{temporary.as_posix()}").search_experiments()
             yield MlflowClient(tracking_uri=uri)
         except MlflowException as error:
             raise UserError(
-                f"the MLflow store {_shown(uri)} refused: {str(error).splitlines()[0]}\n"
+                f"the MLflow store {shown(uri)} refused: {str(error).splitlines()[0]}\n"
                 "Nothing computed is lost: mend the store or its address, and run `dvc repro` again"
             ) from error
 
@@ -423,12 +463,115 @@ def _write(client: Any, experiment_id: str, record: Record) -> Any:
             run_id, {"packages": provenance.versions(), "machine": provenance.platform_facts()}, "versions.json"
         )
         client.log_table(run_id, record.predictions, "tables/predictions.json")
+        _seal(client, run_id, record)
     except BaseException:
         with contextlib.suppress(Exception):  # the first error is the one to see; RUNNING is not FINISHED either
             client.set_terminated(run_id, "FAILED")
         raise
     client.set_terminated(run_id, "FINISHED")
     return client.get_run(run_id)
+
+
+def _seal(client: Any, run_id: str, record: Record) -> None:
+    """Write the manifest of a run that has everything else, and pin it."""
+    content = manifest(record)
+    with tempfile.TemporaryDirectory(prefix="lora-repro-") as folder:
+        for written in ("versions.json", "tables/predictions.json"):  # as MLflow made them from what it was given
+            content[f"artifacts/{written}"] = records.sha256_file(
+                Path(client.download_artifacts(run_id, written, folder))
+            )
+        path = Path(folder) / MANIFEST
+        records.write_json(path, content)
+        client.log_artifact(run_id, str(path))
+        client.set_tag(run_id, SEAL, records.sha256_file(path))
+
+
+def manifest(record: Record) -> dict[str, str]:
+    """sha256 of every parameter, metric with its curve, lasting tag and file of a record, by its place in the run."""
+    points: dict[str, list[tuple[int, float]]] = {}
+    for point in record.metrics:
+        points.setdefault(point.name, []).append((point.step, float(point.value)))
+    latest = {name: max(curve)[1] for name, curve in points.items()}
+    files: dict[str, Path] = {}
+    for path, folder in record.files:
+        prefix = f"{folder}/" if folder else ""
+        within = [(file, file.relative_to(path)) for file in path.rglob("*") if file.is_file()]
+        files |= {f"{prefix}{relative.as_posix()}": file for file, relative in within or [(path, Path(path.name))]}
+    return _manifest(record.params, record.tags, points, latest, files)
+
+
+def _manifest(
+    params: Mapping[str, str],
+    tags: Mapping[str, str],
+    points: Mapping[str, list[tuple[int, float]]],
+    latest: Mapping[str, float],
+    files: Mapping[str, Path],
+) -> dict[str, str]:
+    content = {f"params/{name}": _sha256(value) for name, value in params.items()}
+    content |= {f"tags/{name}": _sha256(value) for name, value in tags.items() if name.startswith(SEALED_TAGS)}
+    # MLflow keeps the last value of a curve a second time.
+    content |= {
+        f"metrics/{name}": _sha256(json.dumps([sorted(curve), latest.get(name)])) for name, curve in points.items()
+    }
+    return content | {f"artifacts/{name}": records.sha256_file(path) for name, path in files.items()}
+
+
+def _sha256(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def stored(tracking: params.Tracking) -> list[Stored]:
+    """The runs that this project wrote to its MLflow experiment, the oldest first; none where there is no store."""
+    file = database(tracking)
+    if file is not None and not file.exists():
+        return []
+    with _opened(tracking) as client:
+        experiment = client.get_experiment_by_name(tracking.experiment)
+        if experiment is None:
+            return []
+        found, page = [], None
+        while True:
+            page = client.search_runs(
+                [experiment.experiment_id], f"tags.`{DIGEST}` != ''", order_by=["attributes.start_time ASC"],
+                page_token=page and page.token,
+            )  # fmt: skip
+            found += [
+                Stored(run.info.run_id, run.info.run_name, run.info.status, dict(run.data.tags), dict(run.data.params))
+                for run in page
+            ]
+            if not page.token:
+                return found
+
+
+def read_back(tracking: params.Tracking, run_id: str, folder: Path) -> dict[str, str]:
+    """What `manifest` says, of a run as it is in the store now; its artifacts are copied to `folder`."""
+    with _opened(tracking) as client:
+        run = client.get_run(run_id)
+        # An artifact store that has nothing of the run answers in its own way: then all files are missing.
+        with contextlib.suppress(OSError):
+            client.download_artifacts(run_id, "", str(folder))
+        points = {
+            name: [(point.step, point.value) for point in client.get_metric_history(run_id, name)]
+            for name in run.data.metrics
+        }
+        files = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*") if path.is_file()}
+        files.pop(MANIFEST, None)
+        return _manifest(run.data.params, run.data.tags, points, run.data.metrics, files)
+
+
+def spoilt(run: Stored, now: Mapping[str, str], folder: Path) -> list[str]:
+    """The places in a finished run that are not what was written there; `now` and `folder` are those of `read_back`."""
+    path = folder / MANIFEST
+    if not path.is_file():
+        return [f"artifacts/{MANIFEST} is missing"]
+    if records.sha256_file(path) != run.tags.get(SEAL):
+        return [f"artifacts/{MANIFEST} is not the one that the tag {SEAL} pins"]
+    written = records.read_json(path)
+    changed = sorted(place for place in written if written[place] != now.get(place))
+    # What a user adds to a run is no fault, except among the files that PEFT would load.
+    added = sorted(place for place in now.keys() - written.keys() if place.startswith("artifacts/adapter/"))
+    faults = [f"{place} {'is not what was written' if place in now else 'is missing'}" for place in changed]
+    return faults + [f"{place} was added" for place in added]
 
 
 def _seen_again(client: Any, run: Any, tags: Mapping[str, str]) -> None:
@@ -442,9 +585,9 @@ def _seen_again(client: Any, run: Any, tags: Mapping[str, str]) -> None:
 
 
 def _line(run: Any, tracking: params.Tracking) -> str:
-    return f"run {run.info.run_name} ({run.info.run_id}) in {_shown(tracking_uri(tracking))}"
+    return f"run {run.info.run_name} ({run.info.run_id}) in {shown(tracking_uri(tracking))}"
 
 
-def _shown(uri: str) -> str:
+def shown(uri: str) -> str:
     """`uri` without the user name and password that it may hold."""
     return re.sub(r"//[^/@]*@", "//", uri)

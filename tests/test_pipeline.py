@@ -3,20 +3,16 @@
 The tests of this module are one story in one project folder and run in the order in which they stand.
 """
 
-import os
-import shutil
 import subprocess
-import sys
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from ruamel.yaml import YAML
 
 from pipeline import paths, records
-from tests.conftest import ROOT, SPLIT_GROUPS, tiny_params, write_data
+from tests.conftest import SPLIT_GROUPS, Finished, environment, make_clone
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
 
@@ -29,37 +25,9 @@ def mlflow_calls_what_its_dependencies_deprecate() -> Iterator[None]:
 
 
 @pytest.fixture(scope="module")
-def clone(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Path:
-    """The tracked files of this repository, with tiny parameters, committed in a repository of their own."""
-    folder = tmp_path_factory.mktemp("clone")
-    listed = subprocess.run(
-        ["git", "ls-files", "--cached", "--others", "--exclude-standard", "--deduplicate"],
-        cwd=ROOT, check=True, capture_output=True, text=True,
-    ).stdout.splitlines()  # fmt: skip
-    for name in listed:
-        if not name.startswith(("reports/", "tests/", "dvc.lock")) and (ROOT / name).is_file():
-            (folder / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy(ROOT / name, folder / name)
-    data = tmp_path_factory.mktemp("source")
-    write_data(data)
-    YAML().dump(tiny_params(tiny_model, data), folder / "params.yaml")
-    for command in ("init -q", "add -A", "commit -qm start"):
-        subprocess.run(["git", *command.split()], cwd=folder, check=True, env=environment())
-    return folder
-
-
-def environment() -> dict[str, str]:
-    """The tests' own environment without what DVC, MLflow and git would obey; stages write no byte-compiled files away
-    from where Python puts them."""
-    kept = {name: value for name, value in os.environ.items() if not name.startswith(("DVC_", "MLFLOW_", "GIT_"))}
-    kept.pop("PYTHONDONTWRITEBYTECODE", None)
-    identity = {"GIT_AUTHOR_NAME": "a", "GIT_AUTHOR_EMAIL": "a@example.org"}
-    identity |= {"GIT_COMMITTER_NAME": "a", "GIT_COMMITTER_EMAIL": "a@example.org"}
-    return (
-        kept
-        | identity
-        | {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}", "DVC_NO_ANALYTICS": "1"}
-    )
+def clone(finished: Finished, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished project that the story goes on in."""
+    return finished.copy(tmp_path_factory.mktemp("story") / "clone")
 
 
 @pytest.fixture
@@ -94,20 +62,21 @@ EVERY = [
 OF_TRAINING = EVERY[5:]
 
 
-def test_a_mistake_in_the_parameters_is_one_clear_error(clone: Path, dvc: Run) -> None:
-    text = (clone / "params.yaml").read_text()
-    (clone / "params.yaml").write_text(text.replace("learning_rate: 0.01", "learning_rate: fast"))
-    result = dvc("repro")
-    (clone / "params.yaml").write_text(text)
+def test_a_mistake_in_the_parameters_is_one_clear_error(tmp_path: Path, tiny_model: Path, dvc: Run) -> None:
+    folder, data = tmp_path / "clone", tmp_path / "source"
+    folder.mkdir()
+    data.mkdir()
+    make_clone(folder, data, tiny_model)
+    text = (folder / "params.yaml").read_text()
+    (folder / "params.yaml").write_text(text.replace("learning_rate: 0.01", "learning_rate: fast"))
+    result = dvc("repro", cwd=folder)
     assert result.returncode != 0
     assert "train.learning_rate = 'fast': input should be a valid number" in result.stdout
     assert "Traceback" not in result.stdout
 
 
-def test_one_command_runs_everything(clone: Path, dvc: Run) -> None:
-    result = dvc("repro")
-    assert result.returncode == 0, result.stdout
-    assert sorted(ran(result.stdout)) == sorted(EVERY)
+def test_one_command_runs_everything(finished: Finished, clone: Path) -> None:
+    assert sorted(ran(finished.printed)) == sorted(EVERY)
     metrics = records.read_json(clone / paths.METRICS)
     assert metrics["rouge1"]["ci_low"] <= metrics["rouge1"]["diff"] <= metrics["rouge1"]["ci_high"]
     for report in (paths.COMPARISON_MD, paths.REPORT_HTML, paths.COMPARISON_SVG, paths.COMPARISON_PNG):

@@ -344,6 +344,7 @@ class TestOneRun:
             for n, name in enumerate(["a", "b"])
         ]
         assert json.loads(files.pop("versions.json"))["packages"] == provenance.versions()
+        assert hashlib.sha256(files.pop("manifest.json").encode()).hexdigest() == run.data.tags["manifest.sha256"]
         names = {"adapter/17/adapter_config.json": "out/adapters/17/adapter_config.json"}
         names |= {"adapter/17/adapter_model.safetensors": "out/adapters/17/adapter_model.safetensors"}
         names |= {f"training/17.{kind}": f"out/training/17.{kind}" for kind in ("json", "csv")}
@@ -618,7 +619,7 @@ class TestStore:
         assert not (toy.folder / ".mlflow").exists()
 
     def test_passwords_are_not_shown(self) -> None:
-        assert track._shown("http://me:secret@host:5000/a@b") == "http://host:5000/a@b"
+        assert track.shown("http://me:secret@host:5000/a@b") == "http://host:5000/a@b"
 
     def test_three_processes_on_a_fresh_store(self, toy: Toy) -> None:
         """Two experiments, one of them twice at the same time: two runs, and a database that is whole."""

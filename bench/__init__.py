@@ -1,0 +1,1 @@
+"""Measurements and long trials that are no part of the tests. Run as `python -m bench.<name>` from the repository."""

@@ -1,0 +1,120 @@
+"""From an MLflow run back to the commit, the outputs and the commands that restore them."""
+
+import json
+import subprocess
+import tempfile
+from pathlib import Path
+
+from pipeline import params, paths, records, track, verify
+from pipeline.errors import UserError, listing
+
+STAGED = ("exec", "stash", "apply", "celery")
+"""Folders under refs/exps that hold no experiment of a user's."""
+
+
+def show(name: str, tracking: params.Tracking) -> None:
+    """Print what a run is, how to restore it, and that its adapter is the one that its `dvc.lock` names.
+
+    `name`: an id, the beginning of one, or a run's name. UserError when it names no run or several, and when the run is
+    not what was written.
+    """
+    run = find(name, track.stored(tracking))
+    tags = run.tags
+    print(f"run      {run.name} ({run.run_id}), {run.status}")
+    print(f"commit   {tags.get(track.COMMIT, 'none')}{', with changes' if tags.get('git.dirty') == 'true' else ''}")
+    print(f"digest   {tags[track.DIGEST]}")
+    print(f"verdict  {tags.get(track.NOTE, '').replace('**', '')}")
+    with tempfile.TemporaryDirectory(prefix="lora-repro-") as folder:
+        held = track.read_back(tracking, run.run_id, Path(folder))
+        faults = track.spoilt(run, held, Path(folder)) if run.status == "FINISHED" else ["it is half-written"]
+        lock = Path(folder) / paths.DVC_LOCK
+        seeds: list[int] = json.loads(run.params.get("seeds", "[]"))
+        faults += _adapters(Path(folder), lock, seeds)
+    if faults:
+        remedy = "it cannot be trusted; apply its experiment, and record that anew:"
+        raise listing(faults, f"run {run.run_id} is not what was written, {remedy} `{verify.RECORD}`")
+    print("restore")
+    for command in restoring(run, seeds):
+        print(f"  {command}")
+
+
+def find(name: str, runs: list[track.Stored]) -> track.Stored:
+    """The one run that `name` means; UserError for none and for several."""
+    fitting = [run for run in runs if run.run_id == name]
+    fitting = fitting or [run for run in runs if run.name == name]
+    fitting = fitting or [run for run in runs if run.run_id.startswith(name)]
+    if not fitting:
+        known = [f"{run.name} ({run.run_id})" for run in runs[-10:]] or ["there is none"]
+        raise listing(known, f"no run has the name or id {name}; the latest are:")
+    if len(fitting) > 1:
+        raise listing([f"{run.run_id} {run.name}" for run in fitting], f"{name} may be any of these runs, say its id:")
+    return fitting[0]
+
+
+def _adapters(folder: Path, lock: Path, seeds: list[int]) -> list[str]:
+    """Print the sha256 of each logged adapter; what is wrong with those that are not the run's `dvc.lock`'s."""
+    try:
+        stages = verify.load(lock)["stages"]
+        outs = {out["path"]: out["md5"] for stage in stages.values() for out in stage.get("outs", [])}
+    except (UserError, KeyError, TypeError, AttributeError):
+        return [f"artifacts/{paths.DVC_LOCK} cannot be read"]
+    faults = []
+    for seed in seeds:
+        logged = folder / "adapter" / str(seed)
+        if verify.md5(logged) != outs.get(str(paths.adapter(seed))):
+            faults.append(f"artifacts/adapter/{seed} is not the adapter that the run's dvc.lock has")
+        else:
+            print(f"adapter  {seed}: sha256 {records.sha256_tree(logged)}, the one in dvc.lock")
+    return faults
+
+
+def restoring(run: track.Stored, seeds: list[int]) -> list[str]:
+    """The commands that bring the outputs of a run back to the working directory: by its commit, else by its DVC
+    experiment, else by the files in the run itself."""
+    digest = run.tags[track.DIGEST]
+    seen = [sha for sha in run.tags.get(track.COMMITS, "").split(", ") if sha]
+    # The commit that a run started from rarely holds its result, which is committed afterwards.
+    later = _git("log", "--format=%H", "--exclude=refs/exps/*", "--all", "--", paths.DVC_LOCK.as_posix()).split()
+    for sha in dict.fromkeys([*seen, *later]):
+        if _holds(sha, digest, seeds):
+            return [f"git checkout {sha}", _outputs(f"{sha}:./{paths.DVC_LOCK}")]
+    for line in _git("for-each-ref", "--format=%(objectname) %(refname)", "refs/exps").splitlines():
+        sha, _, ref = line.partition(" ")
+        parts = ref.split("/")
+        if parts[2] not in STAGED and _holds(sha, digest, seeds):
+            return [f"dvc exp apply {parts[-1]}"]
+    fetch = f"{verify.STORE} mlflow artifacts download --run-id {run.run_id} --dst-path . --artifact-path"
+    base = run.tags.get(track.COMMIT)
+    # `dvc repro` last: it fills what the cache has lost, and finds nothing to do otherwise.
+    return [
+        *([f"git checkout {base}"] if base else []),
+        *(f"{fetch} {path}" for path in (paths.PARAMS, paths.DVC_LOCK)),
+        "dvc checkout",
+        "dvc repro",
+    ]
+
+
+def _holds(commit: str, digest: str, seeds: list[int]) -> bool:
+    """Whether the `dvc.lock` of a commit is of the experiment with this digest."""
+    lock = _git("show", f"{commit}:./{paths.DVC_LOCK}")
+    try:
+        return bool(lock) and track.digest_of(lock, seeds) == digest
+    except UserError:  # of another pipeline, or of other seeds
+        return False
+
+
+def _outputs(lock: str) -> str:
+    """`dvc checkout` where the cache has everything that is locked there, else `dvc pull`."""
+    with tempfile.TemporaryDirectory(prefix="lora-repro-") as folder:
+        path = Path(folder) / paths.DVC_LOCK
+        path.write_text(_git("show", lock), encoding="utf-8")
+        missing = verify.missing(path)
+    return "dvc checkout" if not missing else f"dvc pull   # {missing} objects are not in the cache; or: dvc repro"
+
+
+def _git(*arguments: str) -> str:
+    """What git printed; nothing where it failed, as for a commit that is not here."""
+    try:
+        return subprocess.run(["git", *arguments], capture_output=True, text=True, check=True).stdout
+    except (OSError, subprocess.CalledProcessError):
+        return ""

@@ -1,0 +1,512 @@
+"""Do the cache, `dvc.lock`, the outputs, the reports, the MLflow run and the wheels still say the same?
+
+DVC trusts the mode of a cached file, and its notes on time and size of every other: a flipped bit passes its `status`,
+`checkout`, `repro` and `push`. Here everything is read. Nothing is changed, and torch is not needed.
+"""
+
+import contextlib
+import hashlib
+import json
+import shlex
+import sqlite3
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ruamel.yaml import YAML
+from ruamel.yaml.error import YAMLError
+
+from pipeline import params, paths, records, source, track
+from pipeline.errors import UserError
+from stages import compare
+
+RECORD = "dvc repro --force --single-item track"
+"""Writes the MLflow run of the working directory, unless a finished one is there, and the receipt."""
+ABOVE = "# what is said above"
+STORE = 'MLFLOW_TRACKING_URI="$(lora-repro store)"'
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """One disagreement: where, what is wrong there, and the command that mends it."""
+
+    place: str
+    wrong: str
+    remedy: str
+
+
+@dataclass(slots=True)
+class Outcome:
+    """Of one check: what was compared, and what disagrees."""
+
+    name: str
+    compared: str = ""
+    findings: list[Finding] = field(default_factory=list)
+
+    def find(self, place: object, wrong: str, remedy: str) -> None:
+        self.findings.append(Finding(str(place), wrong, remedy))
+
+
+@dataclass(frozen=True, slots=True)
+class Out:
+    """An output as `dvc.lock` has it; `md5` ends in `.dir` for a folder."""
+
+    path: Path
+    md5: str
+    stage: str
+    cached: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Stage:
+    """A stage of `dvc.yaml` with its matrix and parameters filled in, and its entry in `dvc.lock` (None: never run)."""
+
+    name: str
+    command: str
+    deps: list[Path]
+    sections: list[str]
+    outs: dict[Path, bool]
+    locked: dict[str, Any] | None
+
+
+@dataclass(slots=True)
+class Project:
+    """What all checks look at; `md5` reads each file of the working directory once."""
+
+    params: params.Params
+    stages: list[Stage]
+    cache: Path
+    known: dict[Path, str | None] = field(default_factory=dict)
+
+    def outs(self) -> list[Out]:
+        """The outputs of the current stages as `dvc.lock` has them."""
+        return [
+            Out(Path(out["path"]), out["md5"], stage.name, stage.outs.get(Path(out["path"]), True))
+            for stage in self.stages
+            for out in (stage.locked or {}).get("outs", [])
+        ]
+
+    def spoilt(self) -> list[Path]:
+        """The outputs that are not what `dvc.lock` has; whatever rests on them needs no remedy of its own."""
+        return [out.path for out in self.outs() if self.md5(out.path) != out.md5]
+
+    def md5(self, path: Path) -> str | None:
+        """DVC's name for the content of a file or folder; None where there is none."""
+        if path not in self.known:
+            self.known[path] = md5(path)
+        return self.known[path]
+
+
+def md5(path: Path) -> str | None:
+    """DVC's name for the content of a file, or of a folder (its listing as JSON); None where there is none."""
+    if path.is_file():
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "md5").hexdigest()
+    if not path.is_dir():
+        return None
+    files = {file.relative_to(path).as_posix(): file for file in path.rglob("*") if file.is_file()}
+    listing = [{"md5": md5(files[name]), "relpath": name} for name in sorted(files)]
+    return f"{hashlib.md5(json.dumps(listing, sort_keys=True).encode()).hexdigest()}.dir"
+
+
+def verify() -> bool:
+    """Run every check, print what each compared and what it found; whether all agreed.
+
+    UserError when there is nothing to check: no readable `params.yaml`, `dvc.yaml` or `dvc.lock`.
+    """
+    project = read()
+    found = 0
+    for check in (cache, outputs, pipeline, chain, reports, record, wheels):
+        outcome = check(project)
+        print(f"{outcome.name}: {outcome.compared}", flush=True)
+        for one in outcome.findings:
+            print(f"  {one.place}: {one.wrong}\n    mend: {one.remedy}", flush=True)
+        found += len(outcome.findings)
+    print(f"{found} to mend, from the top" if found else "all agreed", flush=True)
+    return not found
+
+
+def read(folder: Path = Path()) -> Project:
+    """The pipeline in `folder` and what it is locked to."""
+    given = params.load(folder / paths.PARAMS)
+    lock = load(folder / paths.DVC_LOCK)["stages"]
+    stages = [
+        _stage(name, definition, item, lock)
+        for name, definition in load(folder / paths.DVC_YAML)["stages"].items()
+        for item in _items(definition, given)
+    ]
+    return Project(given, stages, _cache_folder(folder))
+
+
+def missing(lock: Path) -> int:
+    """How many objects of the stages in a `dvc.lock` are not in this project's cache."""
+    objects = _cache_folder(Path()) / "files" / "md5"
+    names = {out["md5"] for stage in load(lock)["stages"].values() for out in stage.get("outs", [])
+             if Path(out["path"]).is_relative_to(paths.OUT) and Path(out["path"]) != paths.RECEIPT}  # fmt: skip
+    names |= {content for name in names for _, content in _listing(objects, name)}
+    return sum(not (objects / name[:2] / name[2:]).is_file() for name in names)
+
+
+def _cache_folder(folder: Path) -> Path:
+    told = subprocess.run(
+        [sys.executable, "-m", "dvc", "cache", "dir"], cwd=folder, capture_output=True, text=True, check=False
+    )
+    if told.returncode:
+        raise UserError(f"`dvc cache dir` failed: {told.stderr.strip()}\nRun this in the project folder")
+    return Path(told.stdout.strip())
+
+
+def load(path: Path) -> Any:
+    """A YAML file of DVC's; UserError where it is missing or none."""
+    try:
+        return YAML(typ="safe", pure=True).load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path} is missing: restore it with git, or run `dvc repro`") from None
+    except (YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is not YAML: restore it with `git checkout -- {path}`\n{error}") from None
+
+
+def _items(definition: dict[str, Any], given: params.Params) -> Iterator[tuple[str, str] | None]:
+    """The matrix of a stage: its one key with each of its values."""
+    if "matrix" not in definition:
+        yield None
+        return
+    [(key, values)] = definition["matrix"].items()
+    if isinstance(values, str):
+        values = getattr(given, values.removeprefix("${").removesuffix("}"))
+    for value in values:
+        yield key, str(value)
+
+
+def _stage(name: str, definition: dict[str, Any], item: tuple[str, str] | None, lock: dict[str, Any]) -> Stage:
+    def fill(text: str) -> str:
+        return text.replace(f"${{item.{item[0]}}}", item[1]) if item else text
+
+    outs = {}
+    for kind in ("outs", "metrics", "plots"):
+        for entry in definition.get(kind, []):
+            path, options = (entry, {}) if isinstance(entry, str) else next(iter(entry.items()))
+            outs[Path(fill(path))] = options.get("cache", True)
+    full = f"{name}@{item[1]}" if item else name
+    deps = [Path(fill(dep)) for dep in definition.get("deps", [])]
+    return Stage(full, fill(definition["cmd"]), deps, definition.get("params", []), outs, lock.get(full))
+
+
+# Checks
+
+
+def cache(project: Project) -> Outcome:
+    """Every object's content against its name, and that all objects that `dvc.lock` needs are there."""
+    outcome = Outcome("cache")
+    objects = project.cache / "files" / "md5"
+    owners: dict[str, tuple[Out, str]] = {}
+    for out in project.outs():
+        if out.cached:
+            owners.setdefault(out.md5, (out, str(out.path)))
+            for name, content in _listing(objects, out.md5):
+                owners.setdefault(content, (out, f"{out.path}/{name}"))
+    inside = project.cache.is_relative_to(Path.cwd())
+    # In a cache that is shared with other projects, their objects are theirs to check.
+    kept = {path.parent.name + path.name for path in objects.glob("??/*") if path.is_file()} if inside else set()
+    size = 0
+    for name in [*owners, *sorted(kept - owners.keys())]:
+        path = objects / name[:2] / name[2:]
+        if not path.is_file():
+            out, place = owners[name]
+            outcome.find(_shown(path), f"missing; it is {place} of stage {out.stage}", _recache(project, out, ""))
+            continue
+        size += path.stat().st_size
+        if md5(path) != name.removesuffix(".dir"):
+            remove = f"rm -f {shlex.quote(_shown(path))}"
+            if name in owners:
+                out, place = owners[name]
+                wrong = f"its content does not match its name; it should be {place} of stage {out.stage}"
+                outcome.find(_shown(path), wrong, _recache(project, out, f"{remove} && "))
+            else:
+                outcome.find(_shown(path), "its content does not match its name; no stage of now needs it", remove)
+    runs = [path for path in (project.cache / "runs").glob("??/*/*") if path.is_file()] if inside else []
+    for path in runs:
+        if _run_digest(path) != path.name:
+            wrong = "a record of an earlier run, its content does not match its name"
+            outcome.find(_shown(path), wrong, f"rm -f {shlex.quote(_shown(path))}")
+    outcome.compared = (
+        f"{len(owners.keys() | kept)} objects, {size / 1e6:.0f} MB, and {len(runs)} records of earlier runs"
+        f"{'' if inside else ' (shared: only what this experiment needs)'}, "
+        f"{_word(outcome, 'content matches its name')}"
+    )
+    return outcome
+
+
+def _listing(objects: Path, name: str) -> list[tuple[str, str]]:
+    """Path and md5 of the files of a cached folder; none where the listing itself is missing or spoilt."""
+    path = objects / name[:2] / name[2:]
+    if not name.endswith(".dir") or not path.is_file() or md5(path) != name.removesuffix(".dir"):
+        return []
+    return [(entry["relpath"], entry["md5"]) for entry in records.read_json(path)]
+
+
+def _recache(project: Project, out: Out, before: str) -> str:
+    """From the intact copy in the working directory; where there is none, the stage runs again.
+
+    Without --force, `dvc commit` refuses where an input has changed since: it blesses nothing.
+    """
+    if project.md5(out.path) == out.md5:
+        return f"{before}dvc commit {out.stage}"
+    return f"{before}rm -rf {shlex.quote(str(out.path))} && dvc repro"
+
+
+def _run_digest(path: Path) -> str | None:
+    """DVC's name for an entry of its run cache: over all but sizes and counts; None where it is no YAML."""
+
+    def bare(value: Any) -> Any:
+        if isinstance(value, list):
+            return [bare(inner) for inner in value]
+        if isinstance(value, dict):
+            return {key: bare(inner) for key, inner in value.items() if key not in ("size", "nfiles")}
+        return value
+
+    try:
+        content = YAML(typ="safe", pure=True).load(path.read_text(encoding="utf-8"))
+    except (YAMLError, UnicodeDecodeError):
+        return None
+    return hashlib.sha256(json.dumps(bare(content), sort_keys=True).encode()).hexdigest()
+
+
+def outputs(project: Project) -> Outcome:
+    """Every output in the working directory against `dvc.lock`, by content."""
+    outcome = Outcome("outputs")
+    outs = project.outs()
+    for out in outs:
+        actual, path = project.md5(out.path), shlex.quote(str(out.path))
+        if actual == out.md5:
+            continue
+        if not out.cached:
+            remedy = f"dvc repro --force --single-item {out.stage}"
+        elif actual is None:
+            remedy = f"dvc checkout {path}"
+        else:
+            remedy = f"rm -rf {path} && dvc checkout {path}"
+        wrong = "missing" if actual is None else f"not what stage {out.stage} wrote ({actual}, dvc.lock has {out.md5})"
+        within = "" if actual is None else _inside(project, out)
+        outcome.find(f"{out.path}{within}", wrong, remedy)
+    outcome.compared = (
+        f"{len(outs)} files and folders of {len(project.stages)} stages, {_word(outcome, 'one is what dvc.lock has')}"
+    )
+    return outcome
+
+
+def _inside(project: Project, out: Out) -> str:
+    """Which files of a folder differ, as far as the cache still tells."""
+    then = dict(_listing(project.cache / "files" / "md5", out.md5))
+    now = {file.relative_to(out.path).as_posix(): file for file in out.path.rglob("*") if file.is_file()}
+    differing = sorted(name for name in then.keys() | now.keys() if name not in now or md5(now[name]) != then.get(name))
+    return f" ({', '.join(differing)})" if then else ""
+
+
+def pipeline(project: Project) -> Outcome:
+    """The inputs of every stage, command, parameters and code, against those that it was locked with."""
+    outcome = Outcome("pipeline")
+    given = project.params.model_dump(mode="json")
+    made = {out.path: out.md5 for out in project.outs()}
+    spoilt = project.spoilt()
+    count = 0
+    for stage in project.stages:
+        if stage.locked is None:
+            outcome.find(f"stage {stage.name}", "it has never run", "dvc repro")
+            continue
+        changes = [] if stage.locked["cmd"] == stage.command else ["its command"]
+        locked = {name: value for file in stage.locked.get("params", {}).values() for name, value in file.items()}
+        count += len(stage.sections)
+        changes += [name for name in sorted({*locked, *stage.sections}) if locked.get(name) != _under(given, name)]
+        deps = {Path(dep["path"]): dep["md5"] for dep in stage.locked.get("deps", [])}
+        count += len(deps.keys() | set(stage.deps))
+        for path in [*stage.deps, *(path for path in deps if path not in stage.deps)]:
+            # What is wrong with an output is said once, where it is made.
+            if path in made:
+                differs = deps.get(path) != made[path]
+            elif any(bad.is_relative_to(path) or path.is_relative_to(bad) for bad in spoilt):
+                differs = False
+            else:
+                differs = path not in stage.deps or deps.get(path) != project.md5(path)
+            changes += [str(path)] if differs else []
+        if changes:
+            wrong = f"changed since it ran: {', '.join(changes)}"
+            outcome.find(f"stage {stage.name}", wrong, "dvc repro  # or undo the change with git")
+    outcome.compared = (
+        f"{count} inputs of {len(project.stages)} stages, {_word(outcome, 'one is what the stage ran with')}"
+    )
+    return outcome
+
+
+def _under(given: Any, name: str) -> Any:
+    """The value at a dotted name, as `dvc.yaml` declares parameters; None where there is none."""
+    for key in name.split("."):
+        given = given.get(key) if isinstance(given, dict) else None
+    return given
+
+
+def chain(project: Project) -> Outcome:
+    """From digest to digest: base, quantized model, adapters, predictions, scores, receipt."""
+    outcome = Outcome("chain")
+    count = 0
+    spoilt = project.spoilt()
+
+    def agree(path: Path, said: Callable[[Any], Any], what: str, wanted: Callable[[], Any], stage: str) -> None:
+        nonlocal count
+        count += 1
+        remedy = ABOVE if spoilt else f"dvc repro --force --single-item {stage} && dvc repro"
+        try:
+            if said(records.read_json(path)) != wanted():
+                outcome.find(path, f"it names another {what} than the one here", remedy)
+        except (UserError, KeyError, TypeError, OSError) as error:
+            outcome.find(path, f"cannot be read for its {what}: {error}", remedy)
+
+    trees: dict[Path, str] = {}
+
+    def tree(folder: Path) -> Callable[[], str]:
+        return lambda: trees.setdefault(folder, records.sha256_tree(folder)) if folder not in trees else trees[folder]
+
+    agree(paths.BASE_FACTS, lambda facts: facts["sha256"], "base", tree(paths.BASE), "fetch")
+    agree(paths.QUANTIZED_FACTS, lambda facts: facts["sha256"], "quantized model", tree(paths.QUANTIZED), "quantize")
+    for seed in (None, *project.params.seeds):
+        variant = paths.variant(seed)
+        infer, evaluate, train = (f"{stage}@base" for stage in ("infer", "evaluate", "train"))
+        if seed is not None:
+            infer, evaluate, train = f"infer-tuned@{seed}", f"evaluate-tuned@{seed}", f"train@{seed}"
+            origin = paths.adapter(seed) / "origin.json"
+            agree(origin, lambda one: one["model_sha256"], "quantized model", tree(paths.QUANTIZED), train)
+        decoding = paths.decoding(variant)
+        agree(decoding, lambda one: one["model_sha256"], "quantized model", tree(paths.QUANTIZED), infer)
+        adapter = (lambda: None) if seed is None else tree(paths.adapter(seed))
+        agree(decoding, lambda one: one["adapter_sha256"], "adapter", adapter, infer)
+        conditions = lambda path=decoding: records.read_json(path)  # noqa: E731
+        agree(paths.scores(variant), lambda one: one["decoding"], "decoding", conditions, evaluate)
+    digest = lambda: track.digest_of(paths.DVC_LOCK.read_text(encoding="utf-8"), project.params.seeds)  # noqa: E731
+    agree(paths.RECEIPT, lambda one: one["digest"], "experiment", digest, "track")
+    outcome.compared = f"{count} digests of models, adapters and results, {_word(outcome, 'one is of what is here')}"
+    return outcome
+
+
+def reports(project: Project) -> Outcome:
+    """The comparison once more, from predictions and scores; the reports byte by byte."""
+    outcome = Outcome("reports")
+    again = "dvc repro --force --single-item compare"
+    files = [path for stage in project.stages if stage.name == "compare" for path in stage.outs]
+    with tempfile.TemporaryDirectory(prefix="lora-repro-") as folder:
+        for name in (paths.OUT, paths.PARAMS, paths.DVC_YAML):
+            (Path(folder) / name).symlink_to(name.resolve())
+        try:
+            with contextlib.chdir(folder):
+                compare.main(params.read("compare"))
+        except (UserError, OSError, KeyError, TypeError, ValueError) as error:
+            outcome.find(f"{paths.PREDICTIONS}, {paths.SCORES}", f"they cannot be compared: {error}", ABOVE)
+            outcome.compared = "not computed"
+            return outcome
+        for path in files:
+            if not path.is_file():
+                outcome.find(path, "missing", again)
+            elif path.read_bytes() != (Path(folder) / path).read_bytes():
+                outcome.find(path, "not what the predictions and scores give", again)
+    outcome.compared = f"{len(files)} computed again, {_word(outcome, 'one is equal byte for byte')}"
+    return outcome
+
+
+def record(project: Project) -> Outcome:
+    """The one MLflow run of this experiment: its database sound, it as it was written, and of what is here."""
+    outcome = Outcome("mlflow")
+    tracking, seeds = project.params.tracking, project.params.seeds
+    outcome.compared = "no run that could be compared"
+    database = track.database(tracking)
+    if database is not None and database.exists() and (fault := _unsound(database)):
+        renew = f"mv {shlex.quote(str(database))} {shlex.quote(f'{database}.broken')} && {RECORD}"
+        outcome.find(
+            database,
+            f"the database is damaged ({fault})",
+            f"{renew}  # brings back this experiment; others as they are applied",
+        )
+        return outcome
+    try:
+        now = track.gather(seeds)
+    except (UserError, OSError, KeyError, TypeError, ValueError) as error:
+        outcome.find("outputs", f"no run can be made of them: {error}", ABOVE)
+        return outcome
+    runs = track.stored(tracking)
+    for run in (run for run in runs if run.status != "FINISHED"):
+        own = run.tags[track.DIGEST] == now.digest
+        outcome.find(
+            f"run {run.name} ({run.run_id})", f"half-written, its status is {run.status}",
+            RECORD if own else f"{STORE} mlflow runs delete --run-id {run.run_id}",
+        )  # fmt: skip
+    finished = [run for run in runs if run.tags[track.DIGEST] == now.digest and run.status == "FINISHED"]
+    if not finished:
+        outcome.find(track.shown(track.tracking_uri(tracking)), "no finished run of this experiment", RECORD)
+        return outcome
+    for run in finished[1:]:
+        wrong = f"a second record of the experiment that {finished[0].run_id} holds"
+        delete = f"{STORE} mlflow runs delete --run-id {run.run_id}"
+        outcome.find(f"run {run.name} ({run.run_id})", wrong, delete)
+    count = 0
+    for run in finished:
+        place = f"run {run.name} ({run.run_id})"
+        remedy = f"{STORE} mlflow runs delete --run-id {run.run_id} && {RECORD}"
+        with tempfile.TemporaryDirectory(prefix="lora-repro-") as folder:
+            held = track.read_back(tracking, run.run_id, Path(folder))
+            faults = track.spoilt(run, held, Path(folder))
+        for fault in faults:
+            outcome.find(place, fault, remedy)
+        count += len(held)
+        if not faults:
+            for at, digest in track.manifest(now).items():
+                if _lasting(at) and held.get(at) != digest:
+                    outcome.find(place, f"{at} is not what is here", ABOVE if project.spoilt() else remedy)
+    outcome.compared = (
+        f"{count} parameters, metrics with their curves, tags and artifacts of run {finished[0].name} "
+        f"({finished[0].run_id}), {_word(outcome, 'one is as written and as here')}"
+    )
+    return outcome
+
+
+def _unsound(database: Path) -> str | None:
+    """What SQLite finds wrong with its file; None for nothing."""
+    try:
+        with contextlib.closing(sqlite3.connect(f"{database.as_uri()}?mode=ro", uri=True)) as connection:
+            said = str(connection.execute("pragma integrity_check").fetchone()[0])
+    except sqlite3.DatabaseError as error:
+        return str(error)
+    return None if said == "ok" else said.splitlines()[0]
+
+
+def _lasting(place: str) -> bool:
+    """Whether a part of a run is the same for every run of the experiment: cost, code and machine are not."""
+    if place.startswith("tags/"):
+        return place in ("tags/device", f"tags/{track.NOTE}", f"tags/{track.DIGEST}")
+    return not place.startswith(("metrics/cost/", f"artifacts/{paths.DVC_LOCK}", f"artifacts/{paths.PARAMS}"))
+
+
+def wheels(project: Project) -> Outcome:
+    """The downloaded wheels that the experiment names, against their pins."""
+    outcome = Outcome("wheels")
+    counts = {"verified": 0, "not downloaded here": 0}
+    for pinned in (project.params.data, project.params.model):
+        if pinned.source.startswith("pip:") and pinned.sha256:
+            found = sorted((source.cache() / "wheels" / pinned.sha256).glob("*.whl"))
+            counts["verified" if found else "not downloaded here"] += 1
+            for wheel in found:
+                if records.sha256_file(wheel) != pinned.sha256:
+                    remedy = f"rm -f {shlex.quote(str(wheel))}  # it is downloaded again when it is needed"
+                    outcome.find(wheel, f"its content is not the one pinned by params.yaml ({pinned.source})", remedy)
+    outcome.compared = ", ".join(f"{number} {word}" for word, number in counts.items() if number) or "none is named"
+    return outcome
+
+
+def _shown(path: Path) -> str:
+    """A path as short as it can be typed in the project folder."""
+    return str(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path)
+
+
+def _word(outcome: Outcome, agreed: str) -> str:
+    return f"{len(outcome.findings)} wrong" if outcome.findings else f"every {agreed}"

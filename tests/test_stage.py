@@ -1,0 +1,144 @@
+"""Around a stage: alone, without leftovers of the dead, with checkpoints that do not pile up."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from pipeline import checkpoint, mend, params, paths, stage
+from pipeline.errors import UserError
+from tests.conftest import ROOT
+
+HOLD = (
+    "import sys; from pipeline.stage import alone\nwith alone('train@17'): print('held', flush=True); sys.stdin.read()"
+)
+
+
+def test_a_stage_that_still_runs_refuses_the_next_with_its_pid(
+    project: params.Params, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert project
+    monkeypatch.setattr(sys, "argv", ["train.py", "--seed", "17"])
+    called: list[params.Declared] = []
+    with subprocess.Popen(
+        [sys.executable, "-c", HOLD],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+    ) as other:
+        assert other.stdout is not None
+        other.stdout.readline()
+        with pytest.raises(SystemExit, match="1"):
+            stage.run("train", called.append)
+        said = capsys.readouterr().err
+        assert f"train@17 is being computed by another process, pid {other.pid}, " in said
+        assert f"`kill {other.pid}`" in said
+        stage.run("prepare", called.append)  # another stage may run; only its name is its own
+        other.kill()
+    stage.run("train", called.append)  # the lock and the number that a dead process left refuse nobody
+    assert len(called) == 2
+    assert not list(paths.SCRATCH.glob("*.pid"))
+
+
+def test_an_interrupted_stage_says_so(
+    project: params.Params, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert project
+    monkeypatch.setattr(sys, "argv", ["prepare.py"])
+
+    def interrupted(_: params.Declared) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(SystemExit, match="130"):
+        stage.run("prepare", interrupted)
+    assert "interrupted" in capsys.readouterr().err
+
+
+def test_half_written_files_of_dead_processes_are_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with subprocess.Popen([sys.executable, "-c", ""]) as ended:
+        pass
+    paths.PREDICTIONS.mkdir(parents=True)
+    dead, alive = (paths.PREDICTIONS / f".base.jsonl.{pid}.part" for pid in (ended.pid, os.getpid()))
+    for path in (dead, alive, paths.PREDICTIONS / "base.jsonl"):
+        path.touch()
+    stage.remove_leftovers()
+    assert sorted(path.name for path in paths.PREDICTIONS.iterdir()) == [alive.name, "base.jsonl"]
+
+
+def test_checkpoints_of_other_parameters_stay_up_to_a_number(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+
+    def interrupted(number: int) -> None:
+        with pytest.raises(ZeroDivisionError), checkpoint.folder("train-17", number) as scratch:
+            os.utime(scratch, (number, number))
+            raise ZeroDivisionError
+
+    for number in range(checkpoint.KEPT + 3):
+        interrupted(number)
+    kept = {path.name for path in paths.SCRATCH.iterdir() if path.is_dir()}
+    assert kept == {checkpoint.key("train-17", number) for number in range(2, checkpoint.KEPT + 3)}
+    assert capsys.readouterr().out.count("removing the checkpoint") == 2
+    with checkpoint.folder("train-17", 3):
+        pass
+    kept.remove(checkpoint.key("train-17", 3))
+    assert {path.name for path in paths.SCRATCH.iterdir() if path.is_dir()} == kept
+
+
+def test_a_checkpoint_belongs_to_the_versions_that_compute(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = checkpoint.key("train", {})
+    monkeypatch.setattr(checkpoint, "version", lambda _: "0")
+    assert checkpoint.key("train", {}) != before
+
+
+LOCK = """\
+schema: '2.0'
+stages:
+  prepare:
+    cmd: a
+    outs:
+    - path: out
+      md5: aaaa
+  train:
+    cmd: b
+"""
+TORN_AT = [0, 5, 30, LOCK.index("cmd") + 3, LOCK.index("outs") + 5, LOCK.index("md5") + 2]
+
+
+@pytest.fixture
+def dvc_project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / ".dvc" / "tmp").mkdir(parents=True)
+    (tmp_path / ".dvc" / "tmp" / "rwlock").write_text('{"read": {}}')
+    paths.DVC_LOCK.write_text(LOCK)
+    return tmp_path / ".dvc" / "tmp" / "rwlock"
+
+
+def test_what_is_whole_is_left_alone(dvc_project: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    mend.mend()
+    assert dvc_project.exists()
+    assert paths.DVC_LOCK.exists()
+    assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize("length", TORN_AT)
+def test_a_torn_lock_file_is_removed(dvc_project: Path, length: int, capsys: pytest.CaptureFixture[str]) -> None:
+    paths.DVC_LOCK.write_text(LOCK[:length])
+    dvc_project.write_text("")
+    mend.mend()
+    assert not paths.DVC_LOCK.exists()
+    assert not dvc_project.exists()
+    assert capsys.readouterr().out.count("removed") == 2
+
+
+def test_nothing_is_mended_while_dvc_works(dvc_project: Path) -> None:
+    from dvc.lock import make_lock
+
+    dvc_project.write_text("")
+    with make_lock(str(dvc_project.with_name("rwlock.lock"))), pytest.raises(UserError, match="DVC is running"):
+        mend.mend()
+    assert dvc_project.exists()
