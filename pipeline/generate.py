@@ -1,12 +1,14 @@
 """Inference: what base and tuned write for the test split, under one explicit decoding configuration.
 
-Batches are fixed by the prompts' lengths and `generation.batch_size`, and each is written to disk as soon as it is
-done, so a killed run goes on behind the last whole batch.
+Greedy decoding goes through the scheduler of `pipeline.decode`, beam search through `transformers.generate`. Which
+examples are computed together follows from the prompts alone: they are taken in rounds, and a killed run goes on behind
+its last whole round, so that it writes what an uninterrupted one would have written.
 """
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
+from itertools import groupby
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -16,6 +18,10 @@ from pipeline import model as models
 from pipeline.progress import bar, say
 from pipeline.prompt import Encoder
 from pipeline.records import Decoding, Example, Prediction
+
+ROUND = 4
+"""Examples of a round, in multiples of `generation.batch_size`: few, and little is lost to a kill; many, and the batch
+is seldom thinned out by the end of a round."""
 
 
 class Adapter(Protocol):
@@ -52,7 +58,11 @@ def infer(
         prompts_sha256=records.sha256_ids(token for ids in prompts.values() for token in [*ids, -1]),
         model_sha256=facts["sha256"],
         adapter_sha256=None if adapter is None else adapter.sha256,
-        generation={**config.to_dict(), "batch_size": generation.batch_size},
+        generation={
+            **config.to_dict(),
+            "batch_size": generation.batch_size,
+            "batch_tokens": generation.batch_tokens,
+        },
         device=device.type,
         threads=devices.threads(device),
         dtype=facts["dtype"],
@@ -65,9 +75,12 @@ def infer(
         if adapter is not None:
             model = adapter.load(model, facts["sha256"])
         with bar(f"infer {variant}", len(prompts), "examples") as advance:
-            for names in batches(prompts, generation.batch_size):
-                if not all(name in written.rows for name in names):
-                    outputs = complete(model, config, [prompts[name] for name in names])
+            for families in rounds(examples, prompts, generation.batch_size):
+                names = [name for family in families for name in family]
+                if all(name in written.rows for name in names):
+                    advance(len(names))
+                    continue
+                for name, ids in complete(model, config, [[(n, prompts[n]) for n in f] for f in families], generation):
                     written.add(
                         Prediction(
                             id=name,
@@ -77,10 +90,9 @@ def infer(
                             tokens=len(ids),
                             finish="stop" if ids[-1] in config.eos_token_id else "length",
                         )
-                        for name, ids in zip(names, outputs, strict=True)
                     )
-                advance(len(names))
-        again = recheck(model, config, prompts, generation.recheck)
+                    advance(1)
+        again = recheck(model, config, prompts, generation)
         same = sum(written.rows[name].text == text(tokenizer, ids) for name, ids in again.items())
         decoding = replace(decoding, recheck={"examples": len(again), "identical": same})
         records.write_rows(paths.predictions(variant), [written.rows[example.id] for example in examples])
@@ -109,14 +121,52 @@ def configuration(generation: params.Generation, stop_ids: list[int], tokenizer:
     )
 
 
-def batches(prompts: Mapping[str, Sequence[int]], size: int) -> list[list[str]]:
-    """Ids of the prompts in batches of `size`, longest first: little padding, and memory runs out at once or never."""
-    order = sorted(prompts, key=lambda name: (-len(prompts[name]), name))
-    return [order[start : start + size] for start in range(0, len(order), size)]
+def rounds(examples: Sequence[Example], prompts: Mapping[str, Sequence[int]], rows: int) -> list[list[list[str]]]:
+    """Families of ids (the examples of one group) in rounds of at least `ROUND * rows` examples, longest first."""
+    families = [[example.id for example in group] for _, group in groupby(examples, key=lambda example: example.group)]
+    families.sort(key=lambda names: (-max(len(prompts[name]) for name in names), names))
+    filled: list[list[list[str]]] = [[]]
+    for family in families:
+        if sum(map(len, filled[-1])) >= ROUND * rows:
+            filled.append([])
+        filled[-1].append(family)
+    return filled
 
 
-def complete(model: Any, config: Any, prompts: Sequence[Sequence[int]]) -> list[list[int]]:
-    """New token ids for a batch of prompts, the stop token included, nothing behind it."""
+def complete(
+    model: Any, config: Any, families: Sequence[Sequence[tuple[str, list[int]]]], generation: params.Generation
+) -> Iterator[tuple[str, list[int]]]:
+    """Yield the name and the new token ids, the stop token included, of each (name, prompt), as they are finished."""
+    if config.num_beams == 1:
+        from pipeline import decode
+
+        requests = [[decode.Request(name, prompt) for name, prompt in family] for family in families]
+        for request in decode.greedy(model, config, requests, generation.batch_size, generation.batch_tokens):
+            yield request.name, request.new
+    else:
+        named = [item for family in families for item in family]
+        for batch in beam_batches(named, config, generation):
+            outputs = beam_search(model, config, [prompt for _, prompt in batch])
+            yield from zip((name for name, _ in batch), outputs, strict=True)
+
+
+def beam_batches(
+    named: Sequence[tuple[str, list[int]]], config: Any, generation: params.Generation
+) -> list[list[tuple[str, list[int]]]]:
+    """Batches of similar length, each within the limits on examples and on tokens, which every beam has of its own."""
+    batches: list[list[tuple[str, list[int]]]] = []
+    rows = 0
+    for name, prompt in sorted(named, key=lambda item: (-len(item[1]), item[0])):
+        if not batches or len(batches[-1]) == rows:
+            beam_tokens = config.num_beams * (len(prompt) + config.max_new_tokens)
+            rows = max(1, min(generation.batch_size, generation.batch_tokens // beam_tokens))
+            batches.append([])
+        batches[-1].append((name, prompt))
+    return batches
+
+
+def beam_search(model: Any, config: Any, prompts: Sequence[Sequence[int]]) -> list[list[int]]:
+    """New token ids for a batch of prompts by `transformers.generate`, the stop token included, nothing behind it."""
     import torch
 
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
@@ -133,10 +183,14 @@ def complete(model: Any, config: Any, prompts: Sequence[Sequence[int]]) -> list[
     return [_until_stop(row, config.eos_token_id) for row in output_BxT[:, width:].tolist()]
 
 
-def recheck(model: Any, config: Any, prompts: Mapping[str, Sequence[int]], count: int) -> dict[str, list[int]]:
-    """New token ids of `count` prompts, evenly spread, each decoded alone."""
+def recheck(
+    model: Any, config: Any, prompts: Mapping[str, list[int]], generation: params.Generation
+) -> dict[str, list[int]]:
+    """New token ids of `generation.recheck` prompts, evenly spread, each decoded alone."""
+    count = generation.recheck
     names = list(prompts)[:: max(1, len(prompts) // count)][:count] if count else []
-    return {name: complete(model, config, [prompts[name]])[0] for name in names}
+    alone = ([[(name, prompts[name])]] for name in names)
+    return dict(answer for families in alone for answer in complete(model, config, families, generation))
 
 
 def text(tokenizer: Any, ids: list[int]) -> str:
@@ -165,8 +219,7 @@ class Written:
             records.write_rows(file, kept)
             say(f"infer: going on behind {len(kept)} examples")
 
-    def add(self, rows: Iterable[Prediction]) -> None:
+    def add(self, row: Prediction) -> None:
+        self.rows[row.id] = row
         with self.file.open("a", encoding="utf-8", newline="\n") as file:
-            for row in rows:
-                self.rows[row.id] = row
-                file.write(records.json_line(row))
+            file.write(records.json_line(row))

@@ -138,6 +138,7 @@ class Generation(Section):
     repetition_penalty: Annotated[float, Field(ge=1, le=2)]
     no_repeat_ngram_size: Annotated[int, Field(ge=0, le=32)]
     batch_size: Annotated[int, Field(ge=1, le=1024)]
+    batch_tokens: Annotated[int, Field(ge=64, le=100_000_000)]
     recheck: Annotated[int, Field(ge=0, le=1_000_000)]
 
     @model_validator(mode="after")

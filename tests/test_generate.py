@@ -58,7 +58,8 @@ def test_greedy_decoding_is_the_argmax_chain(quantized: params.Params, tiny_mode
     with torch.no_grad():
         while len(ids) < 12 and ids[-1] != 1:
             ids.append(int(loaded(torch.tensor([ids])).logits[0, -1].argmax()))
-    assert generate.complete(loaded, config, [prompt, [9, 10]])[0] == ids[4:]
+    families = [[("chain", prompt)], [("other", [9, 10])]]
+    assert dict(generate.complete(loaded, config, families, quantized.generation))["chain"] == ids[4:]
 
 
 def test_a_models_own_generation_defaults_do_not_leak_in(quantized: params.Params) -> None:
@@ -78,25 +79,58 @@ def test_a_cap_on_new_tokens_is_reported_as_length(quantized: params.Params) -> 
 def test_a_killed_run_goes_on_behind_its_last_whole_line(
     quantized: params.Params, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    expected = infer(quantized)
+    expected = infer(quantized, batch_size=1)  # rounds of four examples
     original, calls = generate.complete, []
 
     def dies(*arguments: Any) -> Any:
         calls.append(1)
-        if len(calls) == 2:
-            raise KeyboardInterrupt
-        return original(*arguments)
+        for number, answer in enumerate(original(*arguments)):
+            if (len(calls), number) == (2, 2):
+                raise KeyboardInterrupt
+            yield answer
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(generate, "complete", dies)
-        infer(quantized)
+        infer(quantized, batch_size=1)
     (file,) = paths.SCRATCH.glob("infer-base-*/predictions.jsonl")
-    assert len(file.read_text().splitlines()) == 4
+    assert len(file.read_text().splitlines()) == 6
     file.write_text(file.read_text()[:-20])  # the last line cut off by a power failure
     capsys.readouterr()
-    assert infer(quantized) == expected
-    assert "going on behind 3 examples" in capsys.readouterr().out
+    decoded: list[str] = []
+
+    def notes(model: Any, config: Any, families: Any, generation: Any) -> Any:
+        decoded.extend(name for family in families for name, _ in family)
+        return original(model, config, families, generation)
+
+    monkeypatch.setattr(generate, "complete", notes)
+    assert infer(quantized, batch_size=1, recheck=0) == expected
+    assert len(decoded) == 4  # the round that was under way, whole: its batches are those of an uninterrupted run
+    assert "going on behind 5 examples" in capsys.readouterr().out
     assert not list(paths.SCRATCH.glob("infer-base-*"))
+
+
+def test_beam_search_is_what_transformers_does_within_the_limits(
+    quantized: params.Params, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    batches: list[list[int]] = []
+    original = generate.beam_search
+
+    def notes(model: Any, config: Any, prompts: Any) -> Any:
+        batches.append([len(prompt) for prompt in prompts])
+        return original(model, config, prompts)
+
+    monkeypatch.setattr(generate, "beam_search", notes)
+    greedy = infer(quantized, recheck=0)
+    assert not batches
+    beams = infer(quantized, num_beams=3, batch_size=3, recheck=0)
+    assert [row.text for row in beams] != [row.text for row in greedy]
+    assert [len(batch) for batch in batches] == [3, 3, 2]
+    lengths = [length for batch in batches for length in batch]
+    assert lengths == sorted(lengths, reverse=True)
+    longest = batches[0][0]
+    batches.clear()
+    assert infer(quantized, num_beams=3, batch_tokens=6 * (longest + 8), recheck=0) == beams
+    assert len(batches[0]) == 2
 
 
 def test_examples_are_decoded_again_alone_and_counted(
@@ -106,8 +140,10 @@ def test_examples_are_decoded_again_alone_and_counted(
     assert records.read_json(paths.decoding("base"))["recheck"] == {"examples": 3, "identical": 3}
     original = generate.complete
 
-    def depends_on_its_batch(model: Any, config: Any, prompts: Any) -> Any:
-        return [[20]] if len(prompts) == 1 else original(model, config, prompts)
+    def depends_on_its_batch(model: Any, config: Any, families: Any, generation: Any) -> Any:
+        if len(families) == 1:
+            return iter([(families[0][0][0], [20])])
+        return original(model, config, families, generation)
 
     monkeypatch.setattr(generate, "complete", depends_on_its_batch)
     infer(quantized, recheck=3)

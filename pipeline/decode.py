@@ -1,0 +1,289 @@
+"""Greedy decoding of many prompts at once, without computing anything twice or for nothing.
+
+Sequences under way sit in slots of one key-value cache. The beginning that prompts of a family share is computed once
+and copied; a finished sequence leaves its slot at once, and the next ones in the queue take over. Each token sees its
+own slot's columns, in the order and at the positions it would see them alone, so the batch changes nothing but, on some
+devices, rounding.
+
+Dimensions: R rows (slots in use), Q tokens a row is extended by, C columns of the cache, H key-value heads, D their
+size, G query heads a key-value head (grouped-query attention), V vocabulary.
+"""
+
+from collections import deque
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from transformers import (
+    AttentionInterface,
+    Cache,
+    LogitsProcessorList,
+    NoRepeatNGramLogitsProcessor,
+    RepetitionPenaltyLogitsProcessor,
+)
+
+PREFILL_TOKENS = 1024
+"""Prompt tokens computed at once; a longer prompt is computed alone."""
+
+REFILL = 4
+"""Finished sequences are replaced when a quarter of the slots is free: few prompts at once would be slow to compute."""
+
+COLUMNS = 16
+"""The columns attended to are a multiple of this: sums run over whole vectors, whatever the batch."""
+
+
+@dataclass(slots=True)
+class Request:
+    """A prompt, at least one token long, and what has been written behind it."""
+
+    name: str
+    prompt: list[int]
+    new: list[int] = field(default_factory=list)
+
+
+Family = list[Request]
+"""Requests whose prompts may begin alike."""
+
+
+def greedy(model: Any, config: Any, families: Sequence[Family], rows: int, tokens: int) -> Iterator[Request]:
+    """Yield each request when it is finished: at a stop token, which is kept, or after `config.max_new_tokens`.
+
+    At most `rows` sequences are under way at once, and fewer where they would not fit into `tokens` columns, but never
+    less than one. `config` is a transformers GenerationConfig; its greedy part is honoured.
+    """
+    return _Scheduler(model, config, families, rows, tokens).run()
+
+
+class Slots(Cache):  # type: ignore[misc]
+    """The key-value cache: column c of a slot holds the token at position c of the slot's sequence."""
+
+    def __init__(self, rows: int, columns: int) -> None:
+        super().__init__(layers=[])
+        self.rows, self.columns = rows, columns
+        self.held: dict[tuple[int, str], torch.Tensor] = {}  # (layer, keys or values): SxHxCxD, S slots
+
+    def write_at(self, first: int, position_RxQ: torch.Tensor, visible: int) -> None:
+        """Where the coming forward pass writes, from slot `first` on, and how many columns it sees."""
+        rows = position_RxQ.shape[0]
+        self.window = slice(first, first + rows)
+        self.slot_Rx1 = torch.arange(first, first + rows, device=position_RxQ.device)[:, None]
+        self.position_RxQ, self.visible = position_RxQ, visible
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *_: Any, **__: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Called by the model in each layer: `key_states` and `value_states` are RxHxQxD."""
+        return self._extend((layer_idx, "keys"), key_states), self._extend((layer_idx, "values"), value_states)
+
+    def _extend(self, name: tuple[int, str], new_RxHxQxD: torch.Tensor) -> torch.Tensor:
+        if name not in self.held:
+            _, heads, _, size = new_RxHxQxD.shape
+            self.held[name] = new_RxHxQxD.new_zeros(self.rows, heads, self.columns, size)
+        held = self.held[name]
+        held[self.slot_Rx1, :, self.position_RxQ] = new_RxHxQxD.transpose(1, 2)
+        return held[self.window, :, : self.visible]
+
+    def copy(self, source: int, target: int, length: int) -> None:
+        """Copy the first `length` columns of one slot to another."""
+        for held in self.held.values():
+            held[target, :, :length] = held[source, :, :length]
+
+    def move(self, rows: int, larger: "Slots") -> "Slots":
+        """Give the first `rows` slots to `larger`, which may have more rows and fewer columns."""
+        columns = min(self.columns, larger.columns)
+        for name in list(self.held):
+            held = self.held.pop(name)
+            _, heads, _, size = held.shape
+            grown = larger.held[name] = held.new_zeros(larger.rows, heads, larger.columns, size)
+            grown[:rows, :, :columns] = held[:rows, :, :columns]
+        return larger
+
+
+def _attention(
+    _module: Any,
+    query_RxHGxQxD: torch.Tensor,
+    key_RxHxCxD: torch.Tensor,
+    value_RxHxCxD: torch.Tensor,
+    mask_Rx1xQxC: torch.Tensor,
+    scaling: float,
+    **_: Any,
+) -> tuple[torch.Tensor, None]:
+    """Grouped-query attention without a copy of keys and values for each query head: the G query heads of a key-value
+    head stand below one another, as more queries of the same head."""
+    rows, _heads, width, size = query_RxHGxQxD.shape
+    heads = key_RxHxCxD.shape[1]
+    query_RxHxGQxD = query_RxHGxQxD.reshape(rows, heads, -1, size)
+    group = query_RxHxGQxD.shape[2] // width
+    mask_Rx1xGQxC = mask_Rx1xQxC.repeat(1, 1, group, 1) if width > 1 else mask_Rx1xQxC
+    output_RxHxGQxD = torch.nn.functional.scaled_dot_product_attention(
+        query_RxHxGQxD, key_RxHxCxD, value_RxHxCxD, attn_mask=mask_Rx1xGQxC, scale=scaling
+    )
+    return output_RxHxGQxD.reshape(rows, -1, width, size).transpose(1, 2).contiguous(), None
+
+
+AttentionInterface.register("slots", _attention)
+
+
+class _Scheduler:
+    def __init__(self, model: Any, config: Any, families: Sequence[Family], rows: int, tokens: int) -> None:
+        self.model = model.get_base_model() if hasattr(model, "get_base_model") else model
+        self.config, self.rows, self.tokens = config, rows, tokens
+        self.stop = set(config.eos_token_id)
+        self.processors = _processors(config)
+        # The longest first: little padding, and memory runs out at once or never.
+        self.queue = deque(sorted(families, key=lambda family: -max(len(request.prompt) for request in family)))
+        self.active: list[Request] = []  # the request in slot 0, 1, ...
+        self.slots = Slots(0, 0)
+
+    def run(self) -> Iterator[Request]:
+        while self.queue or self.active:
+            # Not around the whole loop: the caller's code between two requests is not ours to change.
+            with torch.inference_mode(), self._own_attention():
+                if self.queue:
+                    self._make_room()
+                    if not self.active or self.slots.rows - len(self.active) >= self.slots.rows / REFILL:
+                        self._admit()
+                finished = self._step()
+            yield from finished
+
+    @contextmanager
+    def _own_attention(self) -> Iterator[None]:
+        usual = self.model.config._attn_implementation
+        self.model.set_attn_implementation("slots")
+        try:
+            yield
+        finally:
+            self.model.set_attn_implementation(usual)
+
+    def _make_room(self) -> None:
+        """Once only shorter sequences remain, make more slots out of the same memory."""
+        longest = max(len(request.prompt) for request in [*self.active, *self.queue[0]])
+        # One column more than any sequence needs takes what padding writes.
+        columns = _whole(longest + self.config.max_new_tokens + 1)
+        rows = max(1, min(self.rows, self.tokens // columns))
+        if 4 * rows >= 5 * self.slots.rows or (rows > self.slots.rows and not self.active):
+            self.slots = self.slots.move(len(self.active), Slots(rows, columns))
+
+    def _admit(self) -> None:
+        """Move families from the queue into free slots, and compute their prompts but for the last token of each."""
+        families: list[Family] = []
+        free = self.slots.rows - len(self.active)
+        while self.queue and free:
+            family = self.queue.popleft()
+            if len(family) > free:
+                if families or self.active:
+                    self.queue.appendleft(family)
+                    break
+                self.queue.appendleft(family[free:])
+                family = family[:free]
+            families.append(family)
+            free -= len(family)
+        first = len(self.active)
+        shared = [_shared(family) for family in families]
+        self._fill(first, [family[0].prompt[:length] for family, length in zip(families, shared, strict=True)], None)
+        # The prefix of the n-th family is in slot first + n. From the last family to the first, so that no prefix is
+        # overwritten before it has been copied.
+        end = first + sum(map(len, families))
+        for number in reversed(range(len(families))):
+            for slot in reversed(range(end - len(families[number]), end)):
+                if slot != first + number:
+                    self.slots.copy(first + number, slot, shared[number])
+            end -= len(families[number])
+        rests: list[list[int]] = []
+        starts: list[int] = []
+        for family, length in zip(families, shared, strict=True):
+            rests += [request.prompt[length:-1] for request in family]
+            starts += [length] * len(family)
+            self.active += family
+        self._fill(first, rests, starts)
+
+    def _fill(self, first: int, rows: list[list[int]], starts: list[int] | None) -> None:
+        """Extend the slots from `first` on by `rows`, behind the first `starts` columns (none of them: 0)."""
+        begin = 0
+        while begin < len(rows):
+            end = begin + 1
+            width = len(rows[begin])
+            while end < len(rows) and max(width, len(rows[end])) * (end + 1 - begin) <= PREFILL_TOKENS:
+                width = max(width, len(rows[end]))
+                end += 1
+            if width:
+                part_starts = [0] * (end - begin) if starts is None else starts[begin:end]
+                self._forward(self.model.get_decoder(), first + begin, rows[begin:end], part_starts)
+            begin = end
+
+    def _step(self) -> list[Request]:
+        """Write one token behind every active sequence; return those that this finishes."""
+        last = [(request.new or request.prompt)[-1] for request in self.active]
+        starts = [len(request.prompt) + len(request.new) - 1 for request in self.active]
+        output = self._forward(self.model, 0, [[token] for token in last], starts)
+        scores_RxV = output.logits[:, -1]
+        if self.processors:
+            scores_RxV = torch.cat(
+                [
+                    self.processors(
+                        torch.tensor([request.prompt + request.new], device=scores_RxV.device), scores_RxV[row, None]
+                    )
+                    for row, request in enumerate(self.active)
+                ]
+            )
+        for request, token in zip(self.active, scores_RxV.argmax(-1).tolist(), strict=True):
+            request.new.append(token)
+        finished = []
+        for slot in reversed(range(len(self.active))):
+            request = self.active[slot]
+            if request.new[-1] in self.stop or len(request.new) == self.config.max_new_tokens:
+                mover = self.active.pop()
+                if mover is not request:
+                    self.slots.copy(len(self.active), slot, len(mover.prompt) + len(mover.new) - 1)
+                    self.active[slot] = mover
+                finished.append(request)
+        return finished
+
+    def _forward(self, module: Any, first: int, rows: list[list[int]], starts: list[int]) -> Any:
+        """Extend the slots from `first` on, each behind its first `starts` columns."""
+        width = max(map(len, rows))
+        device, spare = self.model.device, self.slots.columns - 1
+        ids_RxQ = torch.tensor([[*ids, *[0] * (width - len(ids))] for ids in rows], device=device)
+        positions = [
+            [*range(start, start + len(ids)), *[spare] * (width - len(ids))]
+            for ids, start in zip(rows, starts, strict=True)
+        ]
+        position_RxQ = torch.tensor(positions, device=device)
+        visible = _whole(max(start + len(ids) for ids, start in zip(rows, starts, strict=True)))
+        self.slots.write_at(first, position_RxQ, visible)
+        hidden_RxQxC = torch.arange(visible, device=device) > position_RxQ[..., None]
+        mask_Rx1xQxC = torch.zeros(hidden_RxQxC.shape, dtype=self.model.dtype, device=device)
+        mask_Rx1xQxC = mask_Rx1xQxC.masked_fill_(hidden_RxQxC, float("-inf"))[:, None]
+        return module(
+            input_ids=ids_RxQ,
+            position_ids=position_RxQ,
+            attention_mask=mask_Rx1xQxC,
+            past_key_values=self.slots,
+            use_cache=True,
+        )
+
+
+def _shared(family: Family) -> int:
+    """Length of the longest common beginning of the prompts, but for each prompt's last token."""
+    length = min(len(request.prompt) for request in family) - 1
+    first = family[0].prompt
+    return next(
+        (at for at in range(length) if any(request.prompt[at] != first[at] for request in family)),
+        length,
+    )
+
+
+def _processors(config: Any) -> Any:
+    """What `transformers.generate` does to the scores in greedy decoding with this configuration."""
+    processors = LogitsProcessorList()
+    if config.repetition_penalty != 1.0:
+        processors.append(RepetitionPenaltyLogitsProcessor(config.repetition_penalty))
+    if config.no_repeat_ngram_size:
+        processors.append(NoRepeatNGramLogitsProcessor(config.no_repeat_ngram_size))
+    return processors
+
+
+def _whole(columns: int) -> int:
+    return -(-columns // COLUMNS) * COLUMNS
