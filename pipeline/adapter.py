@@ -22,6 +22,8 @@ def attach(model: Any, lora: params.Lora, seed: int) -> Any:
     import torch
     from peft import LoraConfig, get_peft_model
 
+    from pipeline import fused
+
     config = LoraConfig(
         r=lora.r,
         lora_alpha=lora.alpha,
@@ -33,7 +35,9 @@ def attach(model: Any, lora: params.Lora, seed: int) -> Any:
     )
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        return get_peft_model(model, config)
+        adapted = get_peft_model(model, config)
+    fused.apply(adapted)
+    return adapted
 
 
 def targets(model: Any, lora: params.Lora) -> list[str]:
@@ -90,6 +94,8 @@ class Saved:
         from peft import PeftModel, get_peft_model_state_dict
         from safetensors.torch import load_file
 
+        from pipeline import fused
+
         origin = records.read_json(self.folder / ORIGIN)["model_sha256"]
         if origin != model_sha256:
             raise UserError(
@@ -109,7 +115,7 @@ class Saved:
         for name, tensor in adapted.named_parameters():
             if "lora_" in name:
                 tensor.data = tensor.data.to(model.dtype)
-        adapted.eval()
+        fused.apply(adapted.eval())
         if logit_change(adapted) == 0.0:
             raise UserError(f"{self.folder} does not change the model's logits: it was not trained, or is not applied")
         return adapted

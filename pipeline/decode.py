@@ -6,18 +6,16 @@ own slot's columns, in the order and at the positions it would see them alone, s
 devices, rounding.
 
 Dimensions: R rows (slots in use), Q tokens a row is extended by, C columns of the cache, H key-value heads, D their
-size, G query heads a key-value head (grouped-query attention), V vocabulary.
+size, V vocabulary.
 """
 
 from collections import deque
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from transformers import (
-    AttentionInterface,
     Cache,
     LogitsProcessorList,
     NoRepeatNGramLogitsProcessor,
@@ -101,31 +99,6 @@ class Slots(Cache):  # type: ignore[misc]
         return larger
 
 
-def _attention(
-    _module: Any,
-    query_RxHGxQxD: torch.Tensor,
-    key_RxHxCxD: torch.Tensor,
-    value_RxHxCxD: torch.Tensor,
-    mask_Rx1xQxC: torch.Tensor,
-    scaling: float,
-    **_: Any,
-) -> tuple[torch.Tensor, None]:
-    """Grouped-query attention without a copy of keys and values for each query head: the G query heads of a key-value
-    head stand below one another, as more queries of the same head."""
-    rows, _heads, width, size = query_RxHGxQxD.shape
-    heads = key_RxHxCxD.shape[1]
-    query_RxHxGQxD = query_RxHGxQxD.reshape(rows, heads, -1, size)
-    group = query_RxHxGQxD.shape[2] // width
-    mask_Rx1xGQxC = mask_Rx1xQxC.repeat(1, 1, group, 1) if width > 1 else mask_Rx1xQxC
-    output_RxHxGQxD = torch.nn.functional.scaled_dot_product_attention(
-        query_RxHxGQxD, key_RxHxCxD, value_RxHxCxD, attn_mask=mask_Rx1xGQxC, scale=scaling
-    )
-    return output_RxHxGQxD.reshape(rows, -1, width, size).transpose(1, 2).contiguous(), None
-
-
-AttentionInterface.register("slots", _attention)
-
-
 class _Scheduler:
     def __init__(self, model: Any, config: Any, families: Sequence[Family], rows: int, tokens: int) -> None:
         self.model = model.get_base_model() if hasattr(model, "get_base_model") else model
@@ -140,22 +113,13 @@ class _Scheduler:
     def run(self) -> Iterator[Request]:
         while self.queue or self.active:
             # Not around the whole loop: the caller's code between two requests is not ours to change.
-            with torch.inference_mode(), self._own_attention():
+            with torch.inference_mode():
                 if self.queue:
                     self._make_room()
                     if not self.active or self.slots.rows - len(self.active) >= self.slots.rows / REFILL:
                         self._admit()
                 finished = self._step()
             yield from finished
-
-    @contextmanager
-    def _own_attention(self) -> Iterator[None]:
-        usual = self.model.config._attn_implementation
-        self.model.set_attn_implementation("slots")
-        try:
-            yield
-        finally:
-            self.model.set_attn_implementation(usual)
 
     def _make_room(self) -> None:
         """Once only shorter sequences remain, make more slots out of the same memory."""

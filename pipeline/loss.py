@@ -18,8 +18,10 @@ def summed(model: Any, packed: pack.Packed) -> "torch.Tensor":
 
     logits_1xNxV = model(
         input_ids=packed.input_ids_1xL,
-        attention_mask=packed.attention_mask_1x1xLxL,
+        # Four dimensions: transformers hands it on as it is; `attention.grouped` reads the spans instead.
+        attention_mask=packed.input_ids_1xL.new_empty(1, 1, 0, 0),
         position_ids=packed.position_ids_1xL,
+        spans=packed.spans,
         logits_to_keep=packed.answer_at_N,
         use_cache=False,
     ).logits

@@ -64,21 +64,31 @@ def tokenizer(folder: Path = paths.QUANTIZED) -> Any:
     return AutoTokenizer.from_pretrained(folder)
 
 
-def load(device: "torch.device", keep_dequantized: bool, folder: Path = paths.QUANTIZED) -> Any:
+def pretrained(folder: Path, device: "torch.device", **options: Any) -> Any:
+    """A checkpoint in evaluation mode on `device`, with the attention that packed sequences and decoding rely on."""
+    from transformers import AutoModelForCausalLM
+
+    from pipeline import attention
+
+    return AutoModelForCausalLM.from_pretrained(
+        folder, device_map={"": device}, attn_implementation=attention.NAME, **options
+    )
+
+
+def load(device: "torch.device", keep_dequantized: bool) -> Any:
     """Load the base as `quantize` left it: frozen, in evaluation mode, on `device`.
 
     With `keep_dequantized`, 4-bit layers become plain ones that hold the same values unpacked; else they unpack them
     in every forward pass. Both give the same numbers. UserError when the checkpoint is not what its facts say.
     """
-    from transformers import AutoModelForCausalLM
-
-    from pipeline import quantize
+    from pipeline import fused, quantize
 
     facts = records.read_json(paths.QUANTIZED_FACTS)
-    model = AutoModelForCausalLM.from_pretrained(folder, device_map={"": device}, attn_implementation="sdpa")
+    model = pretrained(paths.QUANTIZED, device)
     quantize.require_effective(model, facts)
     if keep_dequantized:
         quantize.dequantize(model)
     else:
         quantize.keep_unpacked(model)
+    fused.apply(model)
     return model.requires_grad_(False).eval()

@@ -16,6 +16,9 @@ from pipeline.prompt import Row
 if TYPE_CHECKING:
     import torch
 
+WHOLE = 64
+"""Packed sequences are filled up to a multiple of this: libraries choose and build their kernels once a length."""
+
 
 @dataclass(frozen=True, slots=True)
 class Tree:
@@ -36,11 +39,14 @@ class Tree:
 
 @dataclass(frozen=True, slots=True)
 class Packed:
-    """Model inputs for one sequence, on one device. `answer_at_N` are the places whose logits predict `target_N`."""
+    """Model inputs for one sequence, on one device. `answer_at_N` are the places whose logits predict `target_N`.
+
+    `spans`: of each group its number of tokens, and 1x1xLxL, True where the row's token may attend to the column's.
+    """
 
     input_ids_1xL: "torch.Tensor"
     position_ids_1xL: "torch.Tensor"
-    attention_mask_1x1xLxL: "torch.Tensor"  # True where the row's token may attend to the column's
+    spans: "list[tuple[int, torch.Tensor]]"
     answer_at_N: "torch.Tensor"
     target_N: "torch.Tensor"
 
@@ -78,42 +84,40 @@ def micro_batches(batch: Sequence[Tree], budget: int) -> list[list[Tree]]:
 
 
 def pack(part: Sequence[Tree], device: "torch.device") -> Packed:
-    """Lay trees out side by side in one sequence."""
+    """Lay trees out side by side in one sequence, filled up to a multiple of `WHOLE` tokens."""
     import torch
 
     ids: list[int] = []
     positions: list[int] = []
-    segments: list[int] = []  # of each token: the number of its prefix or branch
-    parents: list[int] = []  # of each token: the segment it may see besides its own
+    spans: list[tuple[int, torch.Tensor]] = []
     answer_at: list[int] = []
     targets: list[int] = []
-    segment = 0
-
-    def lay(tokens: list[int], start: int, parent: int) -> None:
-        ids.extend(tokens)
-        positions.extend(range(start, start + len(tokens)))
-        segments.extend([segment] * len(tokens))
-        parents.extend([parent] * len(tokens))
-
     for item in part:
-        root = segment
-        lay(item.prefix, 0, root)
-        for rest, completion in item.branches:
-            segment += 1
+        start = len(ids)
+        ids += item.prefix
+        positions += range(len(item.prefix))
+        segments = [0] * len(item.prefix)  # of each token: 0 in the prefix, else the number of its branch
+        for number, (rest, completion) in enumerate(item.branches, start=1):
             first_answer = len(ids) + len(rest) - 1
-            lay([*rest, *completion[:-1]], len(item.prefix), root)
-            answer_at.extend(range(first_answer, first_answer + len(completion)))
-            targets.extend(completion)
-        segment += 1
-
-    segment_L = torch.tensor(segments)
-    parent_L = torch.tensor(parents)
-    causal_LxL = torch.ones(len(ids), len(ids), dtype=torch.bool).tril()
-    visible_LxL = (segment_L[:, None] == segment_L) | (parent_L[:, None] == segment_L)
+            branch = [*rest, *completion[:-1]]
+            ids += branch
+            positions += range(len(item.prefix), len(item.prefix) + len(branch))
+            segments += [number] * len(branch)
+            answer_at += range(first_answer, first_answer + len(completion))
+            targets += completion
+        segment_L = torch.tensor(segments)
+        causal_LxL = torch.ones(len(segments), len(segments), dtype=torch.bool).tril()
+        visible_LxL = causal_LxL & ((segment_L[:, None] == segment_L) | (segment_L == 0))
+        spans.append((len(ids) - start, visible_LxL[None, None].to(device)))
+    padding = -len(ids) % WHOLE
+    if padding:
+        ids += [0] * padding
+        positions += [0] * padding
+        spans.append((padding, torch.eye(padding, dtype=torch.bool, device=device)[None, None]))
     return Packed(
         input_ids_1xL=torch.tensor([ids], device=device),
         position_ids_1xL=torch.tensor([positions], device=device),
-        attention_mask_1x1xLxL=(causal_LxL & visible_LxL)[None, None].to(device),
+        spans=spans,
         answer_at_N=torch.tensor(answer_at, device=device),
         target_N=torch.tensor(targets, device=device),
     )

@@ -21,12 +21,10 @@ WINDOW = 256  # tokens of the perplexity's windows
 
 def quantize(quantize: params.Quantize, runtime: params.Runtime) -> None:
     """Write `out/models/quantized` and its facts; with method none, the base as it is."""
-    from transformers import AutoModelForCausalLM
-
     device = devices.choose(runtime)
     base_facts = records.read_json(paths.BASE_FACTS)
     windows = _windows(quantize.perplexity_tokens)
-    base = AutoModelForCausalLM.from_pretrained(paths.BASE, device_map={"": device}, attn_implementation="sdpa")
+    base = models.pretrained(paths.BASE, device)
     before = loss.perplexity(base, windows, "perplexity before")
     facts: dict[str, Any] = {"method": quantize.method, "double_quantization": quantize.double_quantization}
     if quantize.method == "none":
@@ -34,9 +32,7 @@ def quantize(quantize: params.Quantize, runtime: params.Runtime) -> None:
         after, measured = before, {"bits_per_parameter": 8.0 * base.dtype.itemsize, "layers": {}, "quantized_layers": 0}
     else:
         config = _config(quantize, base.dtype)
-        quantized = AutoModelForCausalLM.from_pretrained(
-            paths.BASE, quantization_config=config, device_map={"": device}, attn_implementation="sdpa"
-        )
+        quantized = models.pretrained(paths.BASE, device, quantization_config=config)
         measured = _reconstruction(base, quantized)
         quantized.save_pretrained(paths.QUANTIZED)
         models.tokenizer(paths.BASE).save_pretrained(paths.QUANTIZED)

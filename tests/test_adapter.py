@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from pipeline import adapter, params
+from pipeline import adapter, attention, params
 from pipeline.errors import UserError
 
 
@@ -20,7 +20,7 @@ def lora(**changes: Any) -> params.Lora:
 
 @pytest.fixture
 def base(tiny_model: Path) -> Any:
-    return AutoModelForCausalLM.from_pretrained(tiny_model, attn_implementation="sdpa").requires_grad_(False)
+    return AutoModelForCausalLM.from_pretrained(tiny_model, attn_implementation=attention.NAME).requires_grad_(False)
 
 
 @pytest.fixture

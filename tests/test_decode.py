@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 
-from pipeline import decode
+from pipeline import attention, decode
 
 STOPS = [7, 30, 61, 83, 111, 140, 170, 200, 222, 250]
 VOCABULARY = 261
@@ -19,7 +19,7 @@ def model() -> torch.nn.Module:
     settings = LlamaConfig(
         vocab_size=VOCABULARY, hidden_size=96, intermediate_size=128, num_hidden_layers=3, num_attention_heads=6,
         num_key_value_heads=2, head_dim=16, max_position_embeddings=512, tie_word_embeddings=False,
-        attn_implementation="sdpa",
+        attn_implementation=attention.NAME,
     )  # fmt: skip
     with torch.random.fork_rng():
         torch.manual_seed(0)

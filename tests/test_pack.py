@@ -1,11 +1,12 @@
 """Packing is exact: a row in a packed sequence has the loss and the gradients of the row alone."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
-from pipeline import loss, pack
+from pipeline import attention, loss, pack
 from pipeline.prompt import Row
 
 CPU = torch.device("cpu")
@@ -25,7 +26,7 @@ def some_rows() -> list[Row]:
 def model(tiny_model: Path) -> torch.nn.Module:
     from transformers import AutoModelForCausalLM
 
-    loaded: torch.nn.Module = AutoModelForCausalLM.from_pretrained(tiny_model, attn_implementation="sdpa")
+    loaded: torch.nn.Module = AutoModelForCausalLM.from_pretrained(tiny_model, attn_implementation=attention.NAME)
     return loaded
 
 
@@ -61,8 +62,7 @@ def test_gradients_do_not_depend_on_packing_or_sharing(model: torch.nn.Module) -
 def test_a_mask_that_let_branches_see_each_other_would_be_noticed(model: torch.nn.Module) -> None:
     rows = some_rows()
     packed = pack.pack(pack.trees(rows), CPU)
-    leaky = torch.ones_like(packed.attention_mask_1x1xLxL).tril()
-    planted = pack.Packed(packed.input_ids_1xL, packed.position_ids_1xL, leaky, packed.answer_at_N, packed.target_N)
+    planted = replace(packed, spans=[(length, torch.ones_like(mask).tril()) for length, mask in packed.spans])
     assert loss.summed(model, planted).item() != pytest.approx(sum(plain_loss(model, row) for row in rows), rel=1e-4)
 
 

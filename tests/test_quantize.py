@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-from pipeline import adapter, loss, pack, params, paths, quantize, records
+from pipeline import adapter, attention, loss, pack, params, paths, quantize, records
 from pipeline.errors import UserError
 from pipeline.prompt import Row
 
@@ -25,7 +25,7 @@ def nf4(folder: Path, double: bool = True) -> Any:
         bnb_4bit_compute_dtype=torch.bfloat16,
     )
     return AutoModelForCausalLM.from_pretrained(
-        folder, quantization_config=config, dtype=torch.bfloat16, attn_implementation="sdpa"
+        folder, quantization_config=config, dtype=torch.bfloat16, attn_implementation=attention.NAME
     )
 
 
@@ -124,7 +124,7 @@ def test_layers_that_were_repacked_are_noticed(tiny_model: Path) -> None:
 
 
 def test_damaged_weights_fail_the_perplexity(tiny_model: Path) -> None:
-    model = AutoModelForCausalLM.from_pretrained(tiny_model)
+    model = AutoModelForCausalLM.from_pretrained(tiny_model, attn_implementation=attention.NAME)
     damaged = copy.deepcopy(model)
     damaged.model.norm.weight.data.fill_(float("nan"))
     windows = [list(range(5, 60))]

@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from pipeline import adapter, pack, params, paths, quantize, records, train
+from pipeline import adapter, attention, pack, params, paths, quantize, records, train
 from pipeline.errors import UserError
 from pipeline.prompt import Row
 
@@ -41,7 +41,7 @@ def some_trees() -> list[pack.Tree]:
 
 
 def fresh(folder: Path, lora: params.Lora = LORA) -> Any:
-    base = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="sdpa").requires_grad_(False)
+    base = AutoModelForCausalLM.from_pretrained(folder, attn_implementation=attention.NAME).requires_grad_(False)
     return adapter.attach(base, lora, 7)
 
 
