@@ -30,12 +30,19 @@ def architecture(model: Any) -> dict[str, Any]:
         "head_dim": head_dim,
         "vocabulary": config.vocab_size,
         "tied_embeddings": bool(config.tie_word_embeddings),
-        "context": config.max_position_embeddings,
+        "context": _context(config),
         "dtype": str(model.dtype).removeprefix("torch."),
         "kv_bytes_per_token": 2 * config.num_hidden_layers * kv_heads * head_dim * model.dtype.itemsize,
         "stop_ids": stop_ids(model),
         "linear_layers": linear_layers(model),
     }
+
+
+def _context(config: Any) -> int:
+    """Tokens of the longest sequence: no longer than a sliding window, since packing and decoding know of none."""
+    slides = getattr(config, "use_sliding_window", True)
+    window = getattr(config, "sliding_window", None) if slides else None
+    return min(config.max_position_embeddings, window or config.max_position_embeddings)
 
 
 def linear_layers(model: Any) -> list[str]:
