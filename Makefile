@@ -1,4 +1,4 @@
-# make repro | make test | make verify | make ui. Needs Python 3.11 to 3.13, git, make; everything else goes into .venv.
+# make repro | make test | make verify | make bench | make ui. Needs Python 3.11 to 3.13, git, make; everything else goes into .venv.
 
 PYTHON ?= python3
 VENV := .venv
@@ -6,7 +6,7 @@ export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 INSTALL := $(VENV)/bin/python -m pip install --quiet -c constraints.txt
 
-.PHONY: repro test verify ui
+.PHONY: repro test verify bench ui
 .DEFAULT_GOAL := repro
 
 repro: $(VENV)/installed ## run what has changed of the experiment, then say the verdict
@@ -23,6 +23,9 @@ test: $(VENV)/installed-dev ## lint, types and tests
 verify: $(VENV)/installed ## do cache, dvc.lock, outputs, reports, MLflow run and wheels say the same?
 	@lora-repro verify
 
+bench: $(VENV)/installed-bench ## speed and memory beside TRL, transformers.generate and llama.cpp (after make repro)
+	@python -m bench.speed
+
 ui: $(VENV)/installed ## every experiment's parameters, curves, tables and adapter in MLflow
 	@mlflow ui --backend-store-uri "$$(lora-repro store)"
 
@@ -35,4 +38,8 @@ $(VENV)/installed: pyproject.toml constraints.txt
 
 $(VENV)/installed-dev: $(VENV)/installed
 	@$(INSTALL) -e '.[dev]'
+	@touch $@
+
+$(VENV)/installed-bench: $(VENV)/installed
+	@$(INSTALL) -e '.[bench]'
 	@touch $@

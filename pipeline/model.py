@@ -41,8 +41,9 @@ def architecture(model: Any) -> dict[str, Any]:
 def _context(config: Any) -> int:
     """Tokens of the longest sequence: no longer than a sliding window, since packing and decoding know of none."""
     slides = getattr(config, "use_sliding_window", True)
+    longest: int = config.max_position_embeddings
     window = getattr(config, "sliding_window", None) if slides else None
-    return min(config.max_position_embeddings, window or config.max_position_embeddings)
+    return min(longest, window or longest)
 
 
 def linear_layers(model: Any) -> list[str]:

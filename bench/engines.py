@@ -1,0 +1,304 @@
+"""What `bench.speed` measures: one engine doing one task in a process of its own, so that memory is its alone.
+
+    python -m bench.engines ENGINE [SETTING]
+
+prints one line of JSON. All engines read the default experiment's outputs: the same 4-bit base, rows and prompts.
+"""
+
+import json
+import os
+import resource
+import sys
+import time
+from collections.abc import Callable
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+from pipeline import adapter, decode, fused, generate, pack, params, paths, records, source
+from pipeline import device as devices
+from pipeline import model as models
+from pipeline import train as training
+from pipeline.prompt import Encoder, Row
+
+WARM_UP = 2
+"""Steps that are not timed."""
+
+STEPS = 8
+BATCH = 8
+PROMPTS = 48
+ALONE = 12
+"""Prompts of the engines that take them one by one."""
+
+LEARNING_RATE = 1e-3
+
+
+class Task:
+    """The default experiment's model, rows and prompts."""
+
+    def __init__(self) -> None:
+        import torch
+
+        self.params = params.load()
+        self.device = devices.choose(self.params.runtime)
+        self.threads = torch.get_num_threads()
+        self.tokenizer = models.tokenizer()
+        self.facts = records.read_json(paths.QUANTIZED_FACTS)
+        self.encoder = Encoder(self.tokenizer, self.params.prompt, self.facts["context"])
+
+    def rows(self, count: int) -> list[Row]:
+        examples = records.read_rows(paths.split("train"), records.Example)[:count]
+        return [self.encoder.row(example) for example in examples]
+
+    def prompts(self, count: int) -> list[records.Example]:
+        return records.read_rows(paths.split("test"), records.Example)[:count]
+
+    def plain_model(self, *, dense: bool) -> Any:
+        """As transformers loads it: its own attention and layers; `dense` unpacks the 4-bit weights."""
+        from transformers import AutoModelForCausalLM
+
+        from pipeline import quantize
+
+        model = AutoModelForCausalLM.from_pretrained(paths.QUANTIZED, attn_implementation="sdpa")
+        if dense:
+            quantize.dequantize(model)
+        return model.requires_grad_(False).eval()
+
+
+def rate() -> dict[str, Any]:
+    """The machine's bf16 matrix product, as torch computes it: the best of several, GFLOP/s."""
+    import torch
+
+    Task()
+    best = 0.0
+    for size in (1024, 2048, 4096):
+        a, b = (torch.randn(size, size).bfloat16() for _ in range(2))
+        for _ in range(6):
+            started = time.perf_counter()
+            torch.mm(a, b)
+            best = max(best, 2 * size**3 / (time.perf_counter() - started) / 1e9)
+    return {"gflops": best}
+
+
+def train_ours(sharing: str) -> dict[str, Any]:
+    """Our training step; `sharing` is "rows" (each row by itself, 8 a batch) or "groups" (as in the experiment)."""
+    task = Task()
+    settings = task.params.train.model_copy(
+        update={"learning_rate": LEARNING_RATE, "schedule": "constant", "warmup": 0.0}
+    )
+    model = adapter.attach(models.load(task.device, task.params.runtime.keep_dequantized), task.params.lora, 17)
+    trainer = training.Trainer(model, settings, 17, STEPS + WARM_UP)
+    if sharing == "rows":
+        rows = task.rows(BATCH * (STEPS + WARM_UP))
+        batches = [[pack.tree([row]) for row in rows[at : at + BATCH]] for at in range(0, len(rows), BATCH)]
+    else:
+        trees = pack.trees(task.rows(10_000))
+        batches = training.batches(trees, settings.batch_size, 17)[: STEPS + WARM_UP]
+    for number, batch in enumerate(batches):
+        if number == WARM_UP:
+            started = time.perf_counter()
+        trainer.step(batch, 0.0)
+    timed = batches[WARM_UP:]
+    return {
+        "seconds": time.perf_counter() - started,
+        "losses": [step.loss for step in trainer.log],
+        "rows": sum(len(tree.branches) for batch in timed for tree in batch),
+        "tokens": sum(tree.tokens for batch in timed for tree in batch),
+        "supervised": sum(tree.supervised for batch in timed for tree in batch),
+        **_sizes(model),
+    }
+
+
+def train_trl(_: str) -> dict[str, Any]:
+    """TRL's SFTTrainer on the same rows in the same order, from the same adapter, without gradient checkpointing."""
+    from datasets import Dataset
+    from transformers import TrainerCallback
+    from trl import SFTConfig, SFTTrainer
+
+    task = Task()
+    rows = task.rows(BATCH * (STEPS + WARM_UP))
+    dataset = Dataset.from_list(
+        [
+            {
+                "input_ids": [*row.prompt, *row.completion],
+                "completion_mask": [0] * len(row.prompt) + [1] * len(row.completion),
+            }
+            for row in rows
+        ]
+    )
+    setattr(fused, "apply", lambda _: None)  # noqa: B010  # the adapter as PEFT computes it
+    model = adapter.attach(task.plain_model(dense=False), task.params.lora, 17)
+    marks: list[float] = []
+
+    class Clock(TrainerCallback):  # type: ignore[misc]
+        def on_step_end(self, *_: Any, **__: Any) -> None:
+            marks.append(time.perf_counter())
+
+    trainer = SFTTrainer(
+        model=model,
+        train_dataset=dataset,
+        processing_class=task.tokenizer,
+        callbacks=[Clock()],
+        args=SFTConfig(
+            output_dir=str(paths.SCRATCH / "trl"),
+            per_device_train_batch_size=BATCH,
+            num_train_epochs=1,
+            learning_rate=LEARNING_RATE,
+            lr_scheduler_type="constant",
+            weight_decay=0.0,
+            max_grad_norm=1.0,
+            train_sampling_strategy="sequential",
+            completion_only_loss=True,
+            max_length=None,
+            packing=False,
+            bf16=True,
+            use_cpu=task.device.type == "cpu",
+            gradient_checkpointing=False,
+            logging_steps=1,
+            save_strategy="no",
+            report_to=[],
+            disable_tqdm=True,
+        ),
+    )
+    trainer.train()
+    timed = rows[BATCH * WARM_UP :]
+    return {
+        "seconds": marks[-1] - marks[WARM_UP - 1],
+        "losses": [entry["loss"] for entry in trainer.state.log_history if "loss" in entry],
+        "rows": len(timed),
+        "tokens": sum(len(row.prompt) + len(row.completion) - 1 for row in timed),
+        "supervised": sum(len(row.completion) for row in timed),
+        **_sizes(model),
+    }
+
+
+def infer_ours(dtype: str) -> dict[str, Any]:
+    """Our scheduler, as the stage `infer` runs it."""
+    task = Task()
+    model = models.load(task.device, keep_dequantized=True)
+    examples = task.prompts(PROMPTS if dtype == "bfloat16" else ALONE)
+    if dtype == "float32":
+        model = model.float()
+    config = generate.configuration(task.params.generation, [task.encoder.end], task.tokenizer)
+    limits = task.params.generation
+
+    def run(examples: list[records.Example]) -> dict[str, list[int]]:
+        families = [
+            [decode.Request(example.id, task.encoder.prompt(example)) for example in group]
+            for _, group in groupby(examples, key=lambda example: example.group)
+        ]
+        finished = decode.greedy(model, config, families, limits.batch_size, limits.batch_tokens)
+        return {request.name: request.new for request in finished}
+
+    return _timed(run, examples)
+
+
+def infer_transformers(setting: str) -> dict[str, Any]:
+    """`transformers.generate` in batches of similar length: `<size>` in bfloat16, `float32` one by one."""
+    task = Task()
+    model = task.plain_model(dense=True)
+    single = setting in ("1", "float32")
+    if setting == "float32":
+        model = model.float()
+    size = 1 if single else int(setting)
+    config = generate.configuration(task.params.generation, [task.encoder.end], task.tokenizer)
+
+    def run(examples: list[records.Example]) -> dict[str, list[int]]:
+        prompts = {example.id: task.encoder.prompt(example) for example in examples}
+        names = sorted(prompts, key=lambda name: -len(prompts[name]))
+        found: dict[str, list[int]] = {}
+        for batch in (names[at : at + size] for at in range(0, len(names), size)):
+            outputs = generate.beam_search(model, config, [prompts[name] for name in batch])
+            found |= dict(zip(batch, outputs, strict=True))
+        return found
+
+    return _timed(run, task.prompts(ALONE if single else PROMPTS))
+
+
+def infer_llamacpp(setting: str) -> dict[str, Any]:
+    """llama.cpp (xllamacpp's prebuilt wheel) on the GGUF that the base was read from, in `setting` slots."""
+    from concurrent.futures import ThreadPoolExecutor
+
+    import xllamacpp
+
+    task = Task()
+    slots = int(setting)
+    wanted = task.params.model
+    with source.resolved(wanted.source, wanted.sha256, kind="model", key="model.source") as file:
+        server_params = xllamacpp.CommonParams()
+        server_params.model.path = str(file)
+        server_params.n_parallel = slots
+        server_params.n_ctx = 1024 * slots
+        server_params.cpuparams.n_threads = task.threads
+        server_params.cpuparams_batch.n_threads = task.threads
+        server = xllamacpp.Server(server_params)
+
+        def ask(example: records.Example) -> tuple[str, list[int]]:
+            answer = server.handle_completions(
+                {
+                    "prompt": task.encoder.prompt(example),
+                    "n_predict": task.params.generation.max_new_tokens,
+                    "temperature": 0,
+                    "return_tokens": True,
+                }
+            )
+            answer = json.loads(answer) if isinstance(answer, str) else answer
+            return example.id, answer["tokens"] if "tokens" in answer else [0] * answer["usage"]["completion_tokens"]
+
+        def run(examples: list[records.Example]) -> dict[str, list[int]]:
+            with ThreadPoolExecutor(slots) as pool:
+                return dict(pool.map(ask, examples))
+
+        return _timed(run, task.prompts(PROMPTS))
+
+
+ENGINES: dict[str, Callable[[str], dict[str, Any]]] = {
+    "rate": lambda _: rate(),
+    "train-ours": train_ours,
+    "train-trl": train_trl,
+    "infer-ours": infer_ours,
+    "infer-transformers": infer_transformers,
+    "infer-llamacpp": infer_llamacpp,
+}
+
+
+def _timed(
+    run: Callable[[list[records.Example]], dict[str, list[int]]], examples: list[records.Example]
+) -> dict[str, Any]:
+    run(examples[-3:])  # kernels are built
+    started = time.perf_counter()
+    outputs = run(examples)
+    return {
+        "seconds": time.perf_counter() - started,
+        "examples": len(outputs),
+        "tokens": sum(map(len, outputs.values())),
+        "outputs": outputs,
+    }
+
+
+def _sizes(model: Any) -> dict[str, int]:
+    """What the arithmetic of a step is counted from."""
+    base = model.get_base_model()
+    head = base.get_output_embeddings()
+    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    linear = sum(
+        module.in_features * module.out_features
+        for name, module in base.named_modules()
+        if module is not head and hasattr(module, "in_features") and "lora_" not in name and "base_layer" not in name
+    )
+    return {"linear": linear, "adapter": trainable, "head": head.in_features * head.out_features}
+
+
+def main() -> None:
+    os.environ.setdefault("TQDM_DISABLE", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    engine, setting = sys.argv[1], (sys.argv[2:] or [""])[0]
+    if not Path(paths.QUANTIZED_FACTS).is_file():
+        sys.exit("error: bench measures on the experiment's data and 4-bit base: run `dvc repro` first")
+    result = ENGINES[engine](setting)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
+    print("result " + json.dumps(result | {"peak_mb": peak}), flush=True)
+
+
+if __name__ == "__main__":
+    main()

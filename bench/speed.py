@@ -1,0 +1,206 @@
+"""How fast, beside what others use, on this machine: `make bench`, after `make repro`.
+
+    python -m bench.speed [--repeats 3]
+
+Engines of one comparison take turns, each in a process of its own; figures are medians, ratios medians of the rounds'
+ratios. A comparison is refused when the losses differ by more than `LOSS_TOLERANCE`, or when in float32 a text differs.
+Writes reports/bench.md and reports/bench.json.
+"""
+
+import argparse
+import json
+import platform
+import statistics
+import subprocess
+import sys
+from typing import Any
+
+from pipeline import paths, records
+
+LOSS_TOLERANCE = 0.01
+"""Relative difference of the mean loss over all steps."""
+
+GENERATE_SIZES = (8, 16, 32)
+
+Result = dict[str, Any]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--repeats", type=int, default=3)
+    repeats = parser.parse_args().repeats
+    rate = run("rate")["gflops"]
+    training = rounds(repeats, [("train-ours", "rows"), ("train-trl", ""), ("train-ours", "groups")])
+    ours, trl, groups = training
+    difference = abs(mean_loss(ours) / mean_loss(trl) - 1)
+    if difference > LOSS_TOLERANCE:
+        print(f"error: the mean losses differ by {difference:.2%}: not the same training", file=sys.stderr)
+        return 1
+    exact = [run(engine, "float32")["outputs"] for engine in ("infer-transformers", "infer-ours")]
+    same = sum(exact[0][name] == exact[1][name] for name in exact[0])
+    if same < len(exact[0]) or exact[0].keys() != exact[1].keys():
+        print(f"error: in float32 only {same} of {len(exact[0])} texts are the same", file=sys.stderr)
+        return 1
+    best = min(GENERATE_SIZES, key=lambda size: run("infer-transformers", str(size))["seconds"])
+    engines = [("infer-ours", "bfloat16"), ("infer-transformers", str(best)), ("infer-transformers", "1")]
+    inference = rounds(repeats, [*engines, ("infer-llamacpp", "16")])
+    document = {
+        "machine": {"processor": platform.processor() or platform.machine(), "threads": threads(), "bf16_gflops": rate},
+        "repeats": repeats,
+        "loss_difference": difference,
+        "float32_texts": {"same": same, "of": len(exact[0])},
+        "best_generate_batch": best,
+        "training": {name: measures(results, rate) for name, results in zip(NAMES[:3], training, strict=True)},
+        "inference": {name: measures(results, rate) for name, results in zip(NAMES[3:], inference, strict=True)},
+        "ratios": {
+            "training tokens/s, rows by themselves, to TRL": ratio(ours, trl, "tokens"),
+            "training rows/s, groups shared, to TRL": ratio(groups, trl, "rows"),
+            "peak training memory, rows by themselves, to TRL": statistics.median(
+                mine["peak_mb"] / other["peak_mb"] for mine, other in zip(ours, trl, strict=True)
+            ),
+            "examples/s to generate at its best batch": ratio(inference[0], inference[1], "examples"),
+            "examples/s to generate one by one": ratio(inference[0], inference[2], "examples"),
+            "examples/s to llama.cpp": ratio(inference[0], inference[3], "examples"),
+        },
+        "bfloat16_texts_as_generate": agreement(inference[0], inference[1]),
+    }
+    records.write_json(paths.REPORTS / "bench.json", document)
+    records.write_text(paths.REPORTS / "bench.md", page(document))
+    print(page(document))
+    return 0
+
+
+NAMES = (
+    "ours, rows by themselves",
+    "TRL SFTTrainer",
+    "ours, groups shared",
+    "ours",
+    "transformers.generate, its best batch",
+    "transformers.generate, one by one",
+    "llama.cpp, 16 slots, prebuilt wheel, Q4_1",
+)
+
+
+def run(engine: str, setting: str = "") -> Result:
+    """One measurement in its own process; SystemExit with what it printed if it fails."""
+    print(f"measuring {engine} {setting}", file=sys.stderr, flush=True)
+    command = [sys.executable, "-m", "bench.engines", engine, *([setting] if setting else [])]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    lines = [line for line in done.stdout.splitlines() if line.startswith("result ")]
+    if done.returncode or not lines:
+        sys.exit(f"error: {engine} {setting} failed\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}")
+    result: Result = json.loads(lines[-1].removeprefix("result "))
+    return result
+
+
+def rounds(repeats: int, engines: list[tuple[str, str]]) -> list[list[Result]]:
+    """Each engine's results, one a round; in a round all take their turn."""
+    taken = [[run(*engine) for engine in engines] for _ in range(repeats)]
+    return [list(results) for results in zip(*taken, strict=True)]
+
+
+def ratio(ours: list[Result], theirs: list[Result], unit: str) -> float:
+    """Of our speed to theirs, in `unit` a second: the median over the rounds."""
+    return float(
+        statistics.median(
+            (mine[unit] / mine["seconds"]) / (other[unit] / other["seconds"])
+            for mine, other in zip(ours, theirs, strict=True)
+        )
+    )
+
+
+def mean_loss(results: list[Result]) -> float:
+    return float(statistics.fmean(results[0]["losses"]))
+
+
+def measures(results: list[Result], rate: float) -> dict[str, float]:
+    """Medians over the rounds; `share_of_rate` is of the machine's matrix product (see `arithmetic`)."""
+    unit = "rows" if "rows" in results[0] else "examples"
+    found = {
+        f"{unit}_per_second": statistics.median(result[unit] / result["seconds"] for result in results),
+        "tokens_per_second": statistics.median(result["tokens"] / result["seconds"] for result in results),
+        "peak_mb": statistics.median(result["peak_mb"] for result in results),
+    }
+    if unit == "rows":
+        found["share_of_rate"] = statistics.median(
+            arithmetic(result) / 1e9 / result["seconds"] / rate for result in results
+        )
+    return found
+
+
+def arithmetic(result: Result) -> float:
+    """Floating-point operations that the training steps need.
+
+    4 for each frozen parameter of a linear layer and token (2 forward, 2 back to its input), 6 for each of the adapter
+    (2 more for its own gradient), 4 for each of the head and supervised token. Attention is not counted.
+    """
+    tokens = result["tokens"] * (4 * result["linear"] + 6 * result["adapter"])
+    return float(tokens + 4 * result["supervised"] * result["head"])
+
+
+def agreement(ours: list[Result], theirs: list[Result]) -> dict[str, int]:
+    mine, other = ours[0]["outputs"], theirs[0]["outputs"]
+    return {"same": sum(mine[name] == other[name] for name in mine), "of": len(mine)}
+
+
+def threads() -> int:
+    import os
+
+    return os.cpu_count() or 1
+
+
+def page(document: Result) -> str:
+    machine = document["machine"]
+    lines = [
+        "# Speed beside others",
+        "",
+        f"One machine ({machine['threads']} CPU threads; bf16 matrix product {machine['bf16_gflops']:.0f} GFLOP/s), "
+        f"medians of {document['repeats']} rounds in which the engines took turns. `make bench` writes this page.",
+        "",
+        "## Training",
+        "",
+        "NF4 base, rank 16 on all linear layers, the same rows in the same order from the same adapter. Tokens are "
+        "those computed, without padding. Share: arithmetic needed, without attention, of the matrix product's rate.",
+        "",
+        "| | rows/s | tokens/s | peak memory | share |",
+        "|---|---|---|---|---|",
+    ]
+    for name, row in document["training"].items():
+        lines.append(
+            f"| {name} | {row['rows_per_second']:.2f} | {row['tokens_per_second']:.0f} "
+            f"| {row['peak_mb'] / 1024:.1f} GB | {row['share_of_rate']:.0%} |"
+        )
+    lines += [
+        "",
+        f"The mean losses of ours (rows by themselves) and TRL differ by {document['loss_difference']:.2%}.",
+        "",
+        "## Inference",
+        "",
+        f"Greedy, the experiment's first test prompts. generate's best batch was {document['best_generate_batch']}.",
+        "",
+        "| | examples/s | new tokens/s | peak memory |",
+        "|---|---|---|---|",
+    ]
+    for name, row in document["inference"].items():
+        lines.append(
+            f"| {name} | {row['examples_per_second']:.2f} | {row['tokens_per_second']:.0f} "
+            f"| {row['peak_mb'] / 1024:.1f} GB |"
+        )
+    exact, rough = document["float32_texts"], document["bfloat16_texts_as_generate"]
+    lines += [
+        "",
+        f"In float32 {exact['same']} of {exact['of']} texts are those of generate, one by one. In bfloat16, where "
+        f"generate itself writes other texts in other batches, {rough['same']} of {rough['of']} are its best batch's.",
+        "",
+        "## Ratios",
+        "",
+        "| | |",
+        "|---|---|",
+        *(f"| {name} | {value:.2f} |" for name, value in document["ratios"].items()),
+        "",
+    ]
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
