@@ -11,6 +11,8 @@ from torch.autograd.function import once_differentiable
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import sdpa_mask
 
+from pipeline.errors import UserError
+
 NAME = "grouped"
 """What transformers knows `grouped` by: the `attn_implementation` of a model."""
 
@@ -23,13 +25,18 @@ def grouped(
     mask_Bx1xQxC: torch.Tensor | None,
     scaling: float,
     spans: Sequence[tuple[int, torch.Tensor]] | None = None,
+    softcap: float | None = None,
     **_: Any,
 ) -> tuple[torch.Tensor, None]:
     """The attention's output, BxQxHGxD. Without a mask each token sees itself and those before it.
 
+    UserError for a model that caps its attention scores (`softcap`, Gemma 2).
+
     With `spans`, lengths and masks (1x1xLxL) of the parts of a packed sequence that do not see each other, each part is
     computed by itself, and `mask_Bx1xQxC` is not read.
     """
+    if softcap is not None:
+        raise UserError("the model caps its attention scores (attn_logit_softcapping), which is not offered here")
     if spans is None:
         output_BxHGxQxD = _attend(query_BxHGxQxD, key_BxHxCxD, value_BxHxCxD, mask_Bx1xQxC, scaling)
     else:

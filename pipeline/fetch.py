@@ -17,7 +17,6 @@ FAMILIES = (
     "qwen2",
     "qwen3",
     "gemma",
-    "gemma2",
     "gemma3_text",
     "smollm3",
     "phi3",
