@@ -30,6 +30,9 @@ PROMPTS = 48
 ALONE = 12
 """Prompts of the engines that take them one by one."""
 
+SCALING_STEPS = 4
+ADAPTERS = 8
+
 LEARNING_RATE = 1e-3
 
 
@@ -172,12 +175,53 @@ def train_trl(_: str) -> dict[str, Any]:
     }
 
 
-def infer_ours(dtype: str) -> dict[str, Any]:
-    """Our scheduler, as the stage `infer` runs it."""
+def train_scaling(setting: str) -> dict[str, Any]:
+    """Our training step on drawn tokens; `setting` is <tokens a row>x<rows a step>x<rank>."""
+    import torch
+
+    length, count, rank = map(int, setting.split("x"))
+    task = Task()
+    settings = task.params.train.model_copy(update={"warmup": 0.0})
+    lora = task.params.lora.model_copy(update={"r": rank})
+    model = adapter.attach(models.load(task.device, task.params.runtime.keep_dequantized), lora, 17)
+    trainer = training.Trainer(model, settings, 17, SCALING_STEPS + WARM_UP)
+    answer = length // 8
+    for number in range(SCALING_STEPS + WARM_UP):
+        drawn = torch.randint(
+            100, 10_000, (count, length + 1), generator=torch.Generator().manual_seed(number)
+        ).tolist()
+        if number == WARM_UP:
+            started = time.perf_counter()
+        trainer.step([pack.tree([Row("", "", ids[:-answer], ids[-answer:])]) for ids in drawn], 0.0)
+    return {"seconds": time.perf_counter() - started, "steps": SCALING_STEPS, "tokens": SCALING_STEPS * count * length}
+
+
+def adapters(_: str) -> dict[str, Any]:
+    """Several adapters on one loaded base: the seconds that loading and switching take."""
+    task = Task()
+    trained = adapter.Saved(paths.adapter(task.params.seeds[0]))
+    started = time.perf_counter()
+    model = models.load(task.device, task.params.runtime.keep_dequantized)
+    loaded = time.perf_counter()
+    for number in range(ADAPTERS):
+        model = trained.load(model, task.facts["sha256"], f"adapter {number}")
+    added = time.perf_counter()
+    for number in range(ADAPTERS):
+        model.set_adapter(f"adapter {number}")
+    done = time.perf_counter()
+    return {
+        "load_base": loaded - started,
+        "add_adapter": (added - loaded) / ADAPTERS,
+        "switch": (done - added) / ADAPTERS,
+    }
+
+
+def infer_ours(setting: str) -> dict[str, Any]:
+    """Our scheduler, as the stage `infer` runs it: so many prompts, or `float32`."""
     task = Task()
     model = models.load(task.device, keep_dequantized=True)
-    examples = task.prompts(PROMPTS if dtype == "bfloat16" else ALONE)
-    if dtype == "float32":
+    examples = task.prompts(ALONE if setting == "float32" else int(setting))
+    if setting == "float32":
         model = model.float()
     config = generate.configuration(task.params.generation, [task.encoder.end], task.tokenizer)
     limits = task.params.generation
@@ -256,6 +300,8 @@ ENGINES: dict[str, Callable[[str], dict[str, Any]]] = {
     "rate": lambda _: rate(),
     "train-ours": train_ours,
     "train-trl": train_trl,
+    "train-scaling": train_scaling,
+    "adapters": adapters,
     "infer-ours": infer_ours,
     "infer-transformers": infer_transformers,
     "infer-llamacpp": infer_llamacpp,

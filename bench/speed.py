@@ -15,6 +15,7 @@ import subprocess
 import sys
 from typing import Any
 
+from bench.engines import PROMPTS
 from pipeline import paths, records
 
 LOSS_TOLERANCE = 0.01
@@ -23,6 +24,14 @@ LOSS_TOLERANCE = 0.01
 GENERATE_SIZES = (8, 16, 32)
 
 Result = dict[str, Any]
+
+SCALING = {
+    "Tokens a row, one row a step": ("train-scaling", {n: f"{n}x1x16" for n in (128, 256, 512, 1024, 2048)}),
+    "Rows a step, of 256 tokens": ("train-scaling", {n: f"256x{n}x16" for n in (1, 4, 16, 64)}),
+    "Rank, one row of 512 tokens": ("train-scaling", {n: f"512x1x{n}" for n in (1, 4, 16, 64, 256)}),
+    "Examples to write": ("infer-ours", {n: str(n) for n in (12, 48, 96, 300)}),
+}
+"""What time and memory are measured against: an engine, and its setting for each value."""
 
 
 def main() -> int:
@@ -42,7 +51,7 @@ def main() -> int:
         print(f"error: in float32 only {same} of {len(exact[0])} texts are the same", file=sys.stderr)
         return 1
     best = min(GENERATE_SIZES, key=lambda size: run("infer-transformers", str(size))["seconds"])
-    engines = [("infer-ours", "bfloat16"), ("infer-transformers", str(best)), ("infer-transformers", "1")]
+    engines = [("infer-ours", str(PROMPTS)), ("infer-transformers", str(best)), ("infer-transformers", "1")]
     inference = rounds(repeats, [*engines, ("infer-llamacpp", "16")])
     document = {
         "machine": {"processor": platform.processor() or platform.machine(), "threads": threads(), "bf16_gflops": rate},
@@ -63,6 +72,8 @@ def main() -> int:
             "examples/s to llama.cpp": ratio(inference[0], inference[3], "examples"),
         },
         "bfloat16_texts_as_generate": agreement(inference[0], inference[1]),
+        "scaling": {title: scaling(engine, settings) for title, (engine, settings) in SCALING.items()},
+        "adapters": run("adapters"),
     }
     records.write_json(paths.REPORTS / "bench.json", document)
     records.write_text(paths.REPORTS / "bench.md", page(document))
@@ -107,6 +118,15 @@ def ratio(ours: list[Result], theirs: list[Result], unit: str) -> float:
             for mine, other in zip(ours, theirs, strict=True)
         )
     )
+
+
+def scaling(engine: str, settings: dict[int, str]) -> list[Result]:
+    """One measurement for each value."""
+    found = []
+    for value, setting in settings.items():
+        result = run(engine, setting)
+        found.append({"value": value} | {key: result[key] for key in ("seconds", "tokens", "peak_mb")})
+    return found
 
 
 def mean_loss(results: list[Result]) -> float:
@@ -197,6 +217,27 @@ def page(document: Result) -> str:
         "| | |",
         "|---|---|",
         *(f"| {name} | {value:.2f} |" for name, value in document["ratios"].items()),
+        "",
+        "## Time and memory against size",
+        "",
+        "One measurement each: training steps on drawn tokens (tokens computed a second), and inference over the first "
+        "test prompts (tokens written a second).",
+    ]
+    for title, points in document["scaling"].items():
+        lines += ["", f"| {title} | seconds | tokens/s | peak memory |", "|---|---|---|---|"]
+        lines += [
+            f"| {point['value']} | {point['seconds']:.1f} | {point['tokens'] / point['seconds']:.0f} "
+            f"| {point['peak_mb'] / 1024:.1f} GB |"
+            for point in points
+        ]
+    switching = document["adapters"]
+    lines += [
+        "",
+        "## Several adapters on one base",
+        "",
+        f"Loading the base takes {switching['load_base']:.1f} s, putting one more adapter on it (checked as the stage "
+        f"checks it) {switching['add_adapter']:.2f} s, switching from one to another {1000 * switching['switch']:.0f} "
+        "ms.",
         "",
     ]
     return "\n".join(lines)

@@ -84,11 +84,14 @@ class Saved:
     def sha256(self) -> str:
         return records.sha256_tree(self.folder)
 
-    def load(self, model: Any, model_sha256: str) -> Any:
+    def load(self, model: Any, model_sha256: str, name: str = "default") -> Any:
         """Put the adapter on the base it was trained on, and prove that it acts.
 
+        A base that holds adapters already keeps them, and this one becomes the active one: `set_adapter(name)` of what
+        is returned switches between them, within `disable_adapter()` it is the base.
+
         UserError when it belongs to another base, when a tensor is missing, superfluous, not finite or not loaded as
-        saved, or when the logits stay what they were.
+        saved, or when the logits stay what they were; when there is an adapter of that name.
         """
         import torch
         from peft import PeftModel, get_peft_model_state_dict
@@ -102,8 +105,15 @@ class Saved:
                 f"{self.folder} was trained on another base (sha256 {origin}) than the one loaded ({model_sha256})"
             )
         saved = load_file(self.folder / WEIGHTS)
-        adapted = PeftModel.from_pretrained(model, self.folder, autocast_adapter_dtype=False)
-        loaded = get_peft_model_state_dict(adapted)
+        if isinstance(model, PeftModel):
+            if name in model.peft_config:
+                raise UserError(f"the model already holds an adapter named {name}")
+            model.load_adapter(str(self.folder), name, autocast_adapter_dtype=False)
+            model.set_adapter(name)
+            adapted = model
+        else:
+            adapted = PeftModel.from_pretrained(model, self.folder, name, autocast_adapter_dtype=False)
+        loaded = get_peft_model_state_dict(adapted, adapter_name=name)
         differing = sorted(set(saved) ^ set(loaded))
         if differing:
             raise UserError(f"{self.folder}: {len(differing)} tensors missing or unexpected, such as {differing[0]}")

@@ -23,14 +23,19 @@ def base(tiny_model: Path) -> Any:
     return AutoModelForCausalLM.from_pretrained(tiny_model, attn_implementation=attention.NAME).requires_grad_(False)
 
 
-@pytest.fixture
-def saved(tiny_model: Path, tmp_path: Path) -> Path:
-    adapted = adapter.attach(AutoModelForCausalLM.from_pretrained(tiny_model), lora(), 1)
+def made(tiny_model: Path, folder: Path, seed: int, **changes: Any) -> Path:
+    """An adapter that acts, in `folder`, of a base with the digest abc."""
+    adapted = adapter.attach(AutoModelForCausalLM.from_pretrained(tiny_model), lora(**changes), seed)
     for name, tensor in adapter.tensors(adapted).items():
         if "lora_B" in name:
             tensor.data.fill_(0.01)
-    adapter.save(adapted, tmp_path / "a", "abc")
-    return tmp_path / "a"
+    adapter.save(adapted, folder, "abc")
+    return folder
+
+
+@pytest.fixture
+def saved(tiny_model: Path, tmp_path: Path) -> Path:
+    return made(tiny_model, tmp_path / "a", 1)
 
 
 def test_all_linear_is_every_linear_layer_but_the_head(base: Any) -> None:
@@ -84,6 +89,27 @@ def test_it_loads_on_its_own_base_alone(saved: Path, base: Any) -> None:
     with pytest.raises(UserError, match=r"was trained on another base \(sha256 abc\) than the one loaded \(def\)"):
         adapter.Saved(saved).load(base, "def")
     assert adapter.logit_change(adapter.Saved(saved).load(base, "abc")) > 0
+
+
+def test_several_adapters_on_one_base_give_what_each_gives_alone(saved: Path, tiny_model: Path, tmp_path: Path) -> None:
+    other = made(tiny_model, tmp_path / "b", 2, r=8, target_modules=["q_proj", "down_proj"])
+    ids = torch.arange(3, 15)[None]
+
+    def fresh() -> Any:
+        return AutoModelForCausalLM.from_pretrained(tiny_model, attn_implementation=attention.NAME).eval()
+
+    with torch.no_grad():
+        alone = [adapter.Saved(folder).load(fresh(), "abc")(ids).logits for folder in (saved, other)]
+        both = adapter.Saved(other).load(adapter.Saved(saved).load(fresh(), "abc", "first"), "abc", "second")
+        assert torch.equal(both(ids).logits, alone[1])
+        both.set_adapter("first")
+        assert torch.equal(both(ids).logits, alone[0])
+        both.set_adapter("second")
+        assert torch.equal(both(ids).logits, alone[1])
+        with both.disable_adapter():
+            torch.testing.assert_close(both(ids).logits, fresh()(ids).logits)
+    with pytest.raises(UserError, match="already holds an adapter named first"):
+        adapter.Saved(saved).load(both, "abc", "first")
 
 
 def planted(saved: Path, change: str) -> None:
