@@ -1,6 +1,9 @@
 """Fetching the base model: any source becomes one checkpoint, in safetensors, with its tokenizer and its facts."""
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -37,9 +40,10 @@ def fetch(model: params.Model) -> None:
     with source.resolved(model.source, model.sha256, kind="model", key="model") as found:
         options = _load_options(found, model.source)
         say(f"fetch: reading {model.source}")
-        loaded = AutoModelForCausalLM.from_pretrained(dtype=getattr(torch, model.dtype), **options)
-        options.pop("quantization_config", None)
-        tokenizer = AutoTokenizer.from_pretrained(**options)
+        with _gguf_read_once():
+            loaded = AutoModelForCausalLM.from_pretrained(dtype=getattr(torch, model.dtype), **options)
+            options.pop("quantization_config", None)
+            tokenizer = AutoTokenizer.from_pretrained(**options)
     loaded.to(getattr(torch, model.dtype))
     _check_tokenizer(tokenizer, loaded)
     # Where it was read from is in the facts; in the checkpoint it would be a path of this machine.
@@ -81,6 +85,21 @@ def _load_options(found: Path, name: str) -> dict[str, Any]:
     if config.get("quantization_config"):
         raise UserError(f"model.source = {name!r} is quantized already: name the unquantized checkpoint instead")
     return {"pretrained_model_name_or_path": found, "local_files_only": True}
+
+
+@contextmanager
+def _gguf_read_once() -> Iterator[None]:
+    """transformers parses a GGUF file's header three times, and asks for the table of names once a module: seconds."""
+    import gguf
+
+    slow = {name: getattr(gguf, name) for name in ("GGUFReader", "get_tensor_name_map")}
+    try:
+        for name, function in slow.items():
+            setattr(gguf, name, cache(function))
+        yield
+    finally:
+        for name, function in slow.items():
+            setattr(gguf, name, function)
 
 
 def _check_tokenizer(tokenizer: Any, model: Any) -> None:
