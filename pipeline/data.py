@@ -1,67 +1,82 @@
-"""The examples: read from the source, cleaned, freed of leaks, and written as three splits with a card.
+"""The examples: read from the sources, cleaned, freed of leaks, and written as three splits with a card.
 
 One row of `out/data/train.jsonl`, made from ACLSum's line for a paper (`format: aclsum`; three such rows a paper):
 
     {"id": "2021.eacl-main.84/approach", "group": "2021.eacl-main.84", "aspect": "approach",
      "source": "Identifying named entities in written text is ... in multiple languages .",
      "target": "They propose an experimental setup where systems are evaluated in an online fashion ...",
-     "lead": "Identifying named entities in written text is an essential component ..."}
+     "lead": "Identifying named entities in written text is an essential component ...",
+     "references": ["They propose an experimental setup ..."], "history": []}
 
-`format: table` reads JSONL, JSON, CSV, TSV or Parquet, by the file's suffix. What is dropped is counted with its reason
-in `card.json`. A row of train whose source is, or nearly is, one of validation or test is dropped as leaked, and so is
-one of validation in test: n-gram containment, as in the contamination studies of large models, over 8 words.
+`format: table` takes source and target from columns of files that `pipeline.tables` reads, `format: chat` from the
+messages of conversations. The order of what follows: rows that the parameters do not want are filtered out, groups of
+the training files are held out for validation and test, references of one source are merged, limits cut, and what is
+then unusable or leaked is dropped. All of it is counted with its reason in `card.json`. A row of train whose source is,
+or nearly is, one of validation or test is dropped as leaked, and so is one of validation in test: n-gram containment,
+as in the contamination studies of large models, over 8 words.
 """
 
-import csv
 import difflib
 import hashlib
-import io
-import json
 import re
 import reprlib
-import sys
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import takewhile
 from pathlib import Path
 from statistics import median
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline import params, paths, progress, records
+from pipeline import params, paths, progress, records, tables
 from pipeline.errors import UserError, listing
 from pipeline.records import Example
 from pipeline.sentences import lead
-from pipeline.source import resolved
+from pipeline.source import mounted
+from pipeline.tables import ABSENT, File, Located, Record
 
 ASPECTS = ("challenge", "approach", "outcome")
 SHINGLE_WORDS = 8
 EXAMPLES_SHOWN = 5
-
-Record = Mapping[str, Any]
-Located = tuple[str, Record]  # where a record stands (`train.jsonl:3`), and the record
+# What transcripts call who speaks: {role, content} of the chat templates, {from, value} of ShareGPT.
+ROLES = {"system": "system", "user": "user", "assistant": "assistant", "human": "user", "gpt": "assistant"}
 
 
 @dataclass
 class Split:
-    """A split on its way: the rows still in, and the ids of those dropped, by reason."""
+    """A split on its way: the rows still in, and the ids of those that left it, by reason.
+
+    `filtered` are those that the parameters do not want, `dropped` those that cannot be used. `read` counts the rows
+    that came through filters and limits, of which `held_out` are from the training files; `merged` those that became
+    references of another.
+    """
 
     name: str
+    files: list[str]
     rows: list[Example]
-    read: int
+    read: int = 0
+    held_out: int = 0
+    merged: int = 0
+    filtered: dict[str, list[str]] = field(default_factory=dict)
     dropped: dict[str, list[str]] = field(default_factory=dict)
 
+    def filter(self, reason: Callable[[Example], str | None]) -> None:
+        """Take out the rows for which `reason` has a name, as unwanted."""
+        self._remove(reason, self.filtered)
+
     def drop(self, reason: Callable[[Example], str | None]) -> None:
-        """Drop the rows for which `reason` has a name."""
+        """Take out the rows for which `reason` has a name, as unusable."""
+        self._remove(reason, self.dropped)
+
+    def _remove(self, reason: Callable[[Example], str | None], gone: dict[str, list[str]]) -> None:
         kept = []
         for row in self.rows:
             if why := reason(row):
-                self.dropped.setdefault(why, []).append(row.id)
+                gone.setdefault(why, []).append(row.id)
             else:
                 kept.append(row)
         self.rows = kept
@@ -70,8 +85,19 @@ class Split:
     def dropped_rows(self) -> int:
         return sum(map(len, self.dropped.values()))
 
-    def reasons(self) -> str:
-        return ", ".join(f"{len(ids)} {why}" for why, ids in sorted(self.dropped.items()))
+    def summary(self) -> str:
+        """What a person is told about the split, in one line."""
+        groups = len({row.group for row in self.rows})
+        parts = [f"{self.name}: {len(self.rows)} rows in {groups} groups"]
+        parts += [f"{self.dropped_rows} dropped" + (f" ({_told(self.dropped)})" if self.dropped else "")]
+        parts += [f"filtered {_told(self.filtered)}"] if self.filtered else []
+        parts += [f"{self.merged} merged as references"] if self.merged else []
+        parts += [f"{self.held_out} held out of the training files"] if self.held_out else []
+        return ", ".join(parts)
+
+
+def _told(gone: Mapping[str, Sequence[str]]) -> str:
+    return ", ".join(f"{len(ids)} {why}" for why, ids in sorted(gone.items()))
 
 
 def prepare(data: params.Data) -> None:
@@ -80,9 +106,19 @@ def prepare(data: params.Data) -> None:
     UserError, with nothing written, for a source that cannot be read, ids that repeat, a split left empty, or more than
     `data.max_dropped_share` of the training rows dropped.
     """
-    with resolved(data.source, data.sha256, kind="dataset", key="data") as root:
-        splits = {name: _read(data, root, name) for name in paths.SPLITS}
+    with mounted(data.pinned, kind="dataset", key="data") as places:
+        there = _files(places, data)
+        splits = {name: _read(data, there, name) for name in paths.SPLITS}
     for split in splits.values():
+        split.filter(partial(_unwanted, data=data))
+    _hold_out(splits, data.holdout)
+    for split in splits.values():
+        _refuse_repeated_ids(split.rows, f"the {split.name} split, with what it was given of the training files,")
+        split.rows = _grouped(split.rows)
+        if data.merge_references and split.name != "train":
+            _merge(split)
+        split.rows = _limit(split.rows, getattr(data.limits, split.name), split.name)
+        split.read = len(split.rows)
         _clean(split)
     overlap = _drop_leaks(splits, data.overlap_threshold)
     _judge(splits, data)
@@ -94,131 +130,54 @@ def prepare(data: params.Data) -> None:
         paths.DATA_CARD, {"source": data.source, "sha256": data.sha256, "splits": card, "overlap": overlap}
     )
     for split in splits.values():
-        groups = len({row.group for row in split.rows})
-        gone = f"{split.dropped_rows} dropped" + (f" ({split.reasons()})" if split.dropped else "")
-        progress.say(f"{split.name}: {len(split.rows)} rows in {groups} groups, {gone}")
+        progress.say(split.summary())
 
 
 # Reading
 
 
-def _read(data: params.Data, root: Path, split: str) -> Split:
-    file: str = getattr(data.files, split)
-    path = _locate(root, file, f"data.files.{split}")
-    to_examples = _papers if data.columns is None else _table
-    rows = to_examples(data, split, _records(path, file))
+def _files(places: Mapping[str, Path], data: params.Data) -> dict[str, File]:
+    several = isinstance(data.source, list)
+    if not several and (single := [path.name for path in places.values() if path.is_file()]):
+        raise UserError(
+            f"data.source must lead to the folder of the files of data.files, not to the file {single[0]}; in a list "
+            "of sources a file may stand alone"
+        )
+    return tables.files(places, several)
+
+
+def _read(data: params.Data, there: Mapping[str, File], split: str) -> Split:
+    """The rows of a split's own files; none where it has no files but a share of the training data."""
+    wanted: str | list[str] | None = getattr(data.files, split)
+    if wanted is None:
+        return Split(split, [], [])
+    files = tables.select(there, wanted, f"data.files.{split}")
+    to_examples = {"aclsum": _papers, "table": _table, "chat": _conversations}[data.format]
+    rows: list[Example] = []
+    for file in files:
+        rows += to_examples(data, split, list(tables.records(file, data.encoding)), file, len(rows))
+    names = files[0].name if len(files) == 1 else f"{files[0].name} and {len(files) - 1} more"
     if not rows:
-        raise UserError(f"data.files.{split}: {file} holds no rows")
-    rows = _limit(rows, getattr(data.limits, split), split)
+        raise UserError(f"data.files.{split}: {names} holds no rows")
+    _refuse_repeated_ids(rows, names)
+    return Split(split, [file.name for file in files], rows)
+
+
+def _refuse_repeated_ids(rows: Iterable[Example], where: str) -> None:
     if repeated := [name for name, times in Counter(row.id for row in rows).items() if times > 1]:
         raise UserError(
-            f"{file}: ids repeat: {', '.join(repeated[:EXAMPLES_SHOWN])} ({len(repeated)} in all); make each id "
+            f"{where}: ids repeat: {', '.join(repeated[:EXAMPLES_SHOWN])} ({len(repeated)} in all); make each id "
             "unique (in a table, data.columns.id: null numbers the rows)"
         )
-    return Split(split, rows, len(rows))
 
 
-def _locate(root: Path, file: str, key: str) -> Path:
-    if not root.is_dir():
-        raise UserError(f"data.source must lead to the folder of the files of {key}, not to the file {root.name}")
-    # The digest of a folder is over what lies in it and is not hidden: nothing else is pinned.
-    if Path(file).is_absolute() or any(part.startswith(".") for part in Path(file).parts):
-        raise UserError(f"{key} = '{file}': must lie in data.source, and not be hidden: only that content is pinned")
-    path = root / file
-    if not path.is_file():
-        there = sorted(path.relative_to(root).as_posix() for path in root.rglob("*") if path.is_file())
-        shown = ", ".join(difflib.get_close_matches(file, there, n=3) or there[:20]) or "no files"
-        raise UserError(f"{key} = '{file}': data.source has no such file; it has {shown}")
-    return path
+# From records to examples. Each function gets the records of one file, and how many rows came before them.
 
 
-def _records(path: Path, file: str) -> Iterator[Located]:
-    """The records of a file, each with its place; `file` is the name that messages give it."""
-    match path.suffix.lower():
-        case ".jsonl" | ".json":
-            return _json(_text(path, file), file)
-        case ".csv":
-            return _delimited(_text(path, file), file, ",")
-        case ".tsv":
-            return _delimited(_text(path, file), file, "\t")
-        case ".parquet":
-            return _parquet(path, file)
-        case suffix:
-            raise UserError(f"{file}: '{suffix}' files cannot be read; use .jsonl, .json, .csv, .tsv or .parquet")
-
-
-def _text(path: Path, file: str) -> str:
-    content = path.read_bytes()
-    try:
-        return content.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = content.count(b"\n", 0, error.start) + 1
-        raise UserError(f"{file}:{line} is not UTF-8 (byte {error.start}): save the file as UTF-8") from None
-
-
-def _json(text: str, file: str) -> Iterator[Located]:
-    """One object a line, or one array of objects; by hand: a table reader makes dates of date-like strings."""
-    if text.lstrip().startswith("["):
-        try:
-            located = [(f"{file}, item {number}", item) for number, item in enumerate(json.loads(text), start=1)]
-        except ValueError as error:
-            raise UserError(f"{file} is not JSON: {error}") from None
-    else:
-        located = []
-        for number, line in enumerate(text.split("\n"), start=1):
-            if line.strip():
-                try:
-                    located.append((f"{file}:{number}", json.loads(line)))
-                except ValueError as error:
-                    raise UserError(f"{file}:{number} is not a line of JSON: {error}") from None
-    for where, item in located:
-        if not isinstance(item, dict):
-            raise UserError(f"{where}: must be an object with the columns as keys, not {type(item).__name__}")
-        yield where, item
-
-
-def _delimited(text: str, file: str, delimiter: str) -> Iterator[Located]:
-    """Fields stay strings ("007"), quoted as in CSV; a row with a field too many or too few is an error, not padded."""
-    csv.field_size_limit(sys.maxsize)  # the default of 128 KiB is less than a long document
-    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
-    line = 1
-    try:
-        header = next(reader, [])
-        if len(set(header)) < len(header):
-            raise UserError(f"{file}:1: column names repeat: {', '.join(header)}")
-        line = reader.line_num + 1
-        for fields in reader:
-            if fields and len(fields) != len(header):
-                raise UserError(
-                    f"{file}:{line}: {len(fields)} fields for {len(header)} columns; quote what holds {delimiter!r}"
-                )
-            if fields:
-                yield f"{file}:{line}", dict(zip(header, fields, strict=True))
-            line = reader.line_num + 1
-    except csv.Error as error:
-        raise UserError(f"{file}:{line}: {error}") from None
-
-
-def _parquet(path: Path, file: str) -> Iterator[Located]:
-    import datasets
-
-    datasets.disable_progress_bars()
-    with TemporaryDirectory(prefix="lora-repro-") as cache:  # a result must not rest on an earlier reading
-        try:
-            table = datasets.Dataset.from_parquet(str(path), cache_dir=cache, keep_in_memory=True)
-        except Exception as error:  # whatever Arrow raises, `datasets` wraps
-            raise UserError(f"{file} is not Parquet: {error.__cause__ or error}") from None
-        for number, record in enumerate(table, start=1):
-            yield f"{file}, row {number}", record
-
-
-# From records to examples
-
-
-def _papers(_: params.Data, __: str, located: Iterable[Located]) -> list[Example]:
+def _papers(_: params.Data, __: str, found: Sequence[Located], ___: File, ____: int) -> list[Example]:
     """ACLSum: of each paper the abstract, and one summary for each of three aspects."""
     rows = []
-    for where, paper in located:
+    for where, paper in found:
         name, abstract, summary = paper.get("id"), _in(paper.get("sentences"), "abstract"), paper.get("summary")
         if not isinstance(name, str) or not name:
             raise UserError(f"{where}: id must be a string; is this ACLSum's format? Else use data.format: table")
@@ -235,35 +194,42 @@ def _in(value: Any, key: str) -> Any:
     return value.get(key) if isinstance(value, dict) else None
 
 
-def _table(data: params.Data, split: str, located: Iterable[Located]) -> list[Example]:
-    """Rows by column names. Without ids they are numbered from 1; without groups, equal sources share one."""
+def _table(data: params.Data, split: str, found: Sequence[Located], file: File, before: int) -> list[Example]:
+    """Rows by column names. Without ids they are numbered from 1; without groups, the group is left empty."""
     columns = data.columns
     assert columns is not None
-    found = list(located)
-    _check_columns(columns, found, getattr(data.files, split))
-    first_with: dict[str, str] = {}
+    _check_columns(columns, found, file.name)
     rows = []
-    for number, (where, record) in enumerate(found, start=1):
-        source, target = (
-            _string(record.get(column), f"{where}: {column}") for column in (columns.source, columns.target)
-        )
-        name = f"{split}-{number}" if columns.id is None else _name(record, columns.id, where)
-        group = first_with.setdefault(source, name) if columns.group is None else _name(record, columns.group, where)
-        aspect = "default" if columns.aspect is None else _name(record, columns.aspect, where)
-        rows.append(Example(name, group, aspect, source, target, lead(source)))
+    for number, (where, record) in enumerate(found, start=before + 1):
+        source = _string(_cell(record, columns.source), f"{where}: {columns.source}")
+        targets = _targets(_cell(record, columns.target), f"{where}: {columns.target}")
+        name = f"{split}-{number}" if columns.id is None else _label(record, columns.id, where)
+        group = "" if columns.group is None else _label(record, columns.group, where)
+        aspect = "default" if columns.aspect is None else _label(record, columns.aspect, where)
+        rows.append(Example(name, group, aspect, source, targets[0], lead(source), targets))
     return rows
 
 
 def _check_columns(columns: params.Columns, found: Sequence[Located], file: str) -> None:
-    there = list(dict.fromkeys(column for _, record in found for column in record))
-    problems = []
-    for role, column in columns.model_dump().items():
-        if found and column is not None and column not in there:
+    missing = {
+        role: column
+        for role, column in columns.model_dump().items()
+        if column is not None and all(tables.value(record, column) is ABSENT for _, record in found)
+    }
+    if missing and found:
+        there = tables.columns(found)
+        problems = []
+        for role, column in missing.items():
             close = difflib.get_close_matches(column, there, n=1)
             hint = f"; did you mean {close[0]}?" if close else ""
             problems.append(f"data.columns.{role} = '{column}': no such column{hint}")
-    if problems:
         raise listing(problems, f"{file} has the columns {', '.join(there)}")
+
+
+def _cell(record: Record, column: str) -> Any:
+    """What a record has in a column; a missing cell is empty, as null is."""
+    found = tables.value(record, column)
+    return None if found is ABSENT else found
 
 
 def _string(value: Any, where: str) -> str:
@@ -281,18 +247,151 @@ def _string(value: Any, where: str) -> str:
     return value.strip()
 
 
-def _name(record: Record, column: str, where: str) -> str:
+def _targets(value: Any, where: str) -> list[str]:
+    """The answers that are right, at least one: of a list those that are not empty, each once."""
+    if not isinstance(value, list):
+        return [_string(value, where)]
+    texts = [_string(text, f"{where}, item {number}") for number, text in enumerate(value, start=1)]
+    return list(dict.fromkeys(text for text in texts if text)) or [""]
+
+
+def _label(record: Record, column: str, where: str) -> str:
     """An id, a group or an aspect: a string, or an integer in digits."""
-    value = record.get(column)
+    value = _cell(record, column)
     name = str(value) if type(value) is int else _string(value, f"{where}: {column}")
     if not name:
-        raise UserError(f"{where}: {column} is empty: fill it, or set the column to null in data.columns")
+        raise UserError(f"{where}: {column} is empty: fill it in every row, or do without the column")
     return name
+
+
+def _conversations(_: params.Data, split: str, found: Sequence[Located], __: File, before: int) -> list[Example]:
+    """Of each conversation its last answer, to the message before it; what came earlier is the history.
+
+    Where one record of a file has an id or a group, all must.
+    """
+    has_id, has_group = (any(record.get(name) is not None for _, record in found) for name in ("id", "group"))
+    rows = []
+    for number, (where, record) in enumerate(found, start=before + 1):
+        *history, question, answer = _turns(record, where)
+        name = _label(record, "id", where) if has_id else f"{split}-{number}"
+        group = _label(record, "group", where) if has_group else ""
+        source, target = question["content"], answer["content"]
+        rows.append(Example(name, group, "default", source, target, lead(source), [target], history))
+    return rows
+
+
+def _turns(record: Record, where: str) -> list[dict[str, str]]:
+    """The messages, at least two, the last two of which are a user's and the assistant's."""
+    key = next((key for key in ("messages", "conversations") if record.get(key) is not None), None)
+    if key is None:
+        there = ", ".join(name for name in record if not name.startswith("__"))
+        raise UserError(f"{where}: has neither messages nor conversations, but {there or 'nothing'}")
+    if not isinstance(record[key], list):
+        raise UserError(f"{where}: {key} must be a list of messages, not {type(record[key]).__name__}")
+    turns = []
+    for number, message in enumerate(record[key], start=1):
+        at = f"{where}: {key}, item {number}"
+        if not isinstance(message, Mapping):
+            raise UserError(f"{at}: must be an object with role and content, or from and value")
+        by, text = ("role", "content") if "role" in message else ("from", "value")
+        role = message.get(by)
+        if not isinstance(role, str) or role not in ROLES:
+            raise UserError(f"{at}: {by} = {reprlib.repr(role)}: must be {', '.join(ROLES)}")
+        turns.append({"role": ROLES[role], "content": _string(message.get(text), f"{at}: {text}")})
+    if [turn["role"] for turn in turns[-2:]] != ["user", "assistant"]:
+        ends = ", ".join(turn["role"] for turn in turns[-2:]) or "nothing"
+        raise UserError(f"{where}: must end in a message of the user and the assistant's answer, but ends in {ends}")
+    return turns
+
+
+def _context(row: Example) -> str:
+    """What the answer rests on: the source, after what user and assistant said before it.
+
+    A system message is no part of it: many conversations share one, and are not alike for that.
+    """
+    return "\n".join([*(turn["content"] for turn in row.history if turn["role"] != "system"), row.source])
+
+
+# Choosing
+
+
+def _unwanted(row: Example, data: params.Data) -> str | None:
+    """Why the parameters do not want a row; one without a source or a target is not wanted out, but unusable."""
+    lengths = len(row.source.split()), len(row.target.split())
+    if not all(lengths):
+        return None
+    if min(lengths) < data.words.min:
+        return "too few words"
+    if data.words.max is not None and max(lengths) > data.words.max:
+        return "too many words"
+    if data.drop_copies and row.source.split() == row.target.split():
+        return "target equals source"
+    return None
+
+
+def _hold_out(splits: Mapping[str, Split], holdout: params.Holdout) -> None:
+    """Move rows of the training files to test and validation, where their places in [0, 1) are lowest and highest."""
+    train = splits["train"]
+    sides: dict[str, list[Example]] = {name: [] for name in splits}
+    for row, place in zip(train.rows, _places(train.rows), strict=True):
+        side = "test" if place < holdout.test else "validation" if place >= 1 - holdout.validation else "train"
+        sides[side].append(row)
+    train.rows = sides["train"]
+    for name in ("validation", "test"):
+        splits[name].rows = [*splits[name].rows, *sides[name]]
+        splits[name].held_out = len(sides[name])
+
+
+def _places(rows: Sequence[Example]) -> list[float]:
+    """A number in [0, 1) for each row, the same for all of a group and all with one source, case and space aside.
+
+    It depends on the sources of these rows alone: neither on their order nor on other rows.
+    """
+    parents: dict[tuple[str, str], tuple[str, str]] = {}
+
+    def root(node: tuple[str, str]) -> tuple[str, str]:
+        while (parent := parents.setdefault(node, node)) != node:
+            parents[node] = node = parents[parent]
+        return node
+
+    nodes, digests = [], []
+    for row in rows:
+        text = _plain(_context(row))
+        node = ("group", row.group) if row.group else ("text", text)
+        if text:  # empty sources have nothing in common
+            parents[root(("text", text))] = root(node)
+        nodes.append(node)
+        digests.append(hashlib.blake2b(text.encode(), digest_size=16).digest())
+    least: dict[tuple[str, str], bytes] = {}
+    for node, digest in zip(nodes, digests, strict=True):
+        least[root(node)] = min(digest, least.get(root(node), digest))
+    # Which digest is the least is decided by its first half: the second does not depend on how many there were.
+    return [(int.from_bytes(least[root(node)][8:]) >> 11) / 2**53 for node in nodes]
+
+
+def _grouped(rows: Iterable[Example]) -> list[Example]:
+    """Rows without a group are given one with those of the same source, named after the first."""
+    first_with: dict[str, str] = {}
+    return [row if row.group else replace(row, group=first_with.setdefault(_context(row), row.id)) for row in rows]
+
+
+def _merge(split: Split) -> None:
+    """One example for all rows with one source and aspect: the first, with the targets of all as references."""
+    alike: dict[tuple[str, ...], list[Example]] = {}
+    for row in split.rows:
+        usable = row.source and row.target
+        key = (row.source, row.aspect, repr(row.history)) if usable else (row.id,)
+        alike.setdefault(key, []).append(row)
+    split.merged = len(split.rows) - len(alike)
+    split.rows = [
+        replace(rows[0], references=list(dict.fromkeys(text for row in rows for text in row.references)))
+        for rows in alike.values()
+    ]
 
 
 def _limit(rows: list[Example], limit: int | None, split: str) -> list[Example]:
     """The groups that fit into `limit` rows, in the order of the file up to the first that does not: none is split."""
-    if limit is None:
+    if limit is None or not rows:
         return rows
     sizes = Counter(row.group for row in rows)  # in the order of first appearance
     total = 0
@@ -315,14 +414,14 @@ def _limit(rows: list[Example], limit: int | None, split: str) -> list[Example]:
 
 
 def _clean(split: Split) -> None:
-    seen: set[tuple[str, str, str]] = set()
+    seen: set[tuple[str, ...]] = set()
 
     def fault(row: Example) -> str | None:
         if not row.source:
             return "empty source"
         if not row.target:
             return "empty target"
-        content = (row.source, row.aspect, row.target)
+        content = (row.source, row.aspect, row.target, repr(row.history))
         if content in seen:
             return "duplicate"
         seen.add(content)
@@ -393,22 +492,23 @@ def _drop_leaks(splits: Mapping[str, Split], threshold: float) -> dict[str, dict
     A training row that both hold is counted in both pairs, and dropped for test.
     """
     pairs = [("train", "test"), ("train", "validation"), ("validation", "test")]
-    held_out = {name: Overlap((row.source for row in splits[name].rows), threshold) for name in ("validation", "test")}
+    contexts = {name: [_context(row) for row in split.rows] for name, split in splits.items()}
+    held_out = {name: Overlap(contexts[name], threshold) for name in ("validation", "test")}
     found: dict[tuple[str, str], dict[str, str | None]] = {}
     with progress.bar("checking overlap", sum(len(splits[suspect].rows) for suspect, _ in pairs), "rows") as advance:
         for suspect, other in pairs:
             kinds = found[suspect, other] = {}
-            for row in splits[suspect].rows:
-                if row.source not in kinds:
-                    kinds[row.source] = held_out[other].kind(row.source)
+            for text in contexts[suspect]:
+                if text not in kinds:
+                    kinds[text] = held_out[other].kind(text)
                 advance(1)
     counts = {}
     for suspect, other in pairs:
-        tally = Counter(found[suspect, other][row.source] for row in splits[suspect].rows)
+        tally = Counter(found[suspect, other][text] for text in contexts[suspect])
         counts[f"{suspect} in {other}"] = {"exact": tally["exact"], "near": tally["near"]}
 
     def leak(row: Example, suspect: str) -> str | None:
-        return next((f"overlaps {b}" for a, b in pairs if a == suspect and found[a, b][row.source]), None)
+        return next((f"overlaps {b}" for a, b in pairs if a == suspect and found[a, b][_context(row)]), None)
 
     for suspect in ("train", "validation"):
         splits[suspect].drop(partial(leak, suspect=suspect))
@@ -417,7 +517,7 @@ def _drop_leaks(splits: Mapping[str, Split], threshold: float) -> dict[str, dict
 
 def _judge(splits: Mapping[str, Split], data: params.Data) -> None:
     train = splits["train"]
-    if train.dropped_rows / train.read > data.max_dropped_share:
+    if train.read and train.dropped_rows / train.read > data.max_dropped_share:
         problems = [
             f"{len(ids)} {why}, such as {', '.join(ids[:EXAMPLES_SHOWN])}" for why, ids in sorted(train.dropped.items())
         ]
@@ -428,7 +528,9 @@ def _judge(splits: Mapping[str, Split], data: params.Data) -> None:
         )
     for split in splits.values():
         if not split.rows:
-            raise UserError(f"no row of {split.name} is left: {split.reasons()}; mend data.files.{split.name}")
+            gone = _told(split.dropped | split.filtered) or "none was held out of the training files"
+            knob = "files" if split.files else "holdout"
+            raise UserError(f"no row of {split.name} is left: {gone}; mend data.{knob}.{split.name}")
 
 
 # The card
@@ -442,8 +544,16 @@ def _describe(split: Split) -> dict[str, Any]:
         "aspects": Counter(row.aspect for row in split.rows),
         "source_words": _lengths(row.source for row in split.rows),
         "target_words": _lengths(row.target for row in split.rows),
-        "dropped": {why: {"rows": len(ids), "examples": ids[:EXAMPLES_SHOWN]} for why, ids in split.dropped.items()},
+        "files": split.files,
+        "held_out": split.held_out,
+        "merged": split.merged,
+        "filtered": _shown(split.filtered),
+        "dropped": _shown(split.dropped),
     }
+
+
+def _shown(gone: Mapping[str, Sequence[str]]) -> dict[str, Any]:
+    return {why: {"rows": len(ids), "examples": ids[:EXAMPLES_SHOWN]} for why, ids in gone.items()}
 
 
 def _lengths(texts: Iterable[str]) -> dict[str, float]:

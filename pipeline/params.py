@@ -11,7 +11,16 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Discriminator,
+    Field,
+    Tag,
+    ValidationError,
+    model_validator,
+)
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
@@ -31,12 +40,38 @@ class Section(BaseModel):
 
 
 S = TypeVar("S", bound=Section)
+T = TypeVar("T")
+
+BRANCHES = ("a value", "a list")
+"""Pydantic names the branch of a union in an error's location; chosen beforehand, there is one error, not two."""
+
+
+def _branch(given: Any) -> str:
+    return BRANCHES[isinstance(given, list)]
+
+
+OneOrSeveral = Annotated[
+    Annotated[T, Tag(BRANCHES[0])] | Annotated[list[T], Field(min_length=1), Tag(BRANCHES[1])], Discriminator(_branch)
+]
+
+
+def _codec(name: str) -> str:
+    try:
+        "a".encode(name)
+    except (LookupError, ValueError):
+        raise ValueError(f"'{name}' is no encoding of text, such as utf-8, cp1252 or gb18030") from None
+    return name
 
 
 class Files(Section):
-    train: str
-    validation: str
-    test: str
+    train: OneOrSeveral[str]
+    validation: OneOrSeveral[str] | None
+    test: OneOrSeveral[str] | None
+
+
+class Holdout(Section):
+    validation: Annotated[float, Field(ge=0, le=0.5)]
+    test: Annotated[float, Field(ge=0, le=0.5)]
 
 
 class Columns(Section):
@@ -53,21 +88,57 @@ class Limits(Section):
     test: Annotated[int, Field(ge=1)] | None
 
 
+class Words(Section):
+    min: Annotated[int, Field(ge=1)]
+    max: Annotated[int, Field(ge=1)] | None
+
+    @model_validator(mode="after")
+    def some_length_is_left(self) -> Self:
+        if self.max is not None and self.max < self.min:
+            raise ValueError(f"max = {self.max} is below min = {self.min}: no row would be left")
+        return self
+
+
 class Data(Section):
     key = "data"
-    source: str
-    sha256: Sha256 | None
-    format: Literal["aclsum", "table"]
+    source: OneOrSeveral[str]
+    sha256: OneOrSeveral[Sha256 | None]
+    format: Literal["aclsum", "table", "chat"]
+    encoding: Annotated[str, AfterValidator(_codec)]
     files: Files
+    holdout: Holdout
     columns: Columns | None
+    merge_references: bool
+    words: Words
+    drop_copies: bool
     limits: Limits
     overlap_threshold: Annotated[float, Field(gt=0, le=1)]
     max_dropped_share: Share
 
+    @property
+    def pinned(self) -> list[tuple[str, str | None]]:
+        """Each source with its digest."""
+        sources = self.source if isinstance(self.source, list) else [self.source]
+        digests = self.sha256 if isinstance(self.sha256, list) else [self.sha256]
+        return list(zip(sources, digests, strict=True))
+
     @model_validator(mode="after")
-    def columns_go_with_tables(self) -> Self:
+    def parts_agree(self) -> Self:
+        problems = []
         if (self.format == "table") != (self.columns is not None):
-            raise ValueError("columns must be given with format table, and be null otherwise")
+            problems.append("columns must be given with format table, and be null otherwise")
+        if isinstance(self.source, list):
+            if not isinstance(self.sha256, list) or len(self.sha256) != len(self.source):
+                problems.append(f"sha256 must be a list of {len(self.source)}, a digest or null for each source")
+        elif isinstance(self.sha256, list):
+            problems.append("sha256 must be one digest, as source is one")
+        problems += [
+            f"files.{split} is null and holdout.{split} is 0: name a file, or hold out a share of the training data"
+            for split in ("validation", "test")
+            if getattr(self.files, split) is None and getattr(self.holdout, split) == 0
+        ]
+        if problems:
+            raise ValueError("; ".join(problems))
         return self
 
 
@@ -284,7 +355,7 @@ def _explain(problem: Any) -> str:
 def _is_branch(part: str | int) -> bool:
     """Pydantic adds the branch of a union to an error's location: not a key of the file."""
     return isinstance(part, str) and bool(
-        re.match(r"(literal|list|constrained|function|str|int)\b.*[\[\]]|^(str|int)$", part)
+        part in BRANCHES or re.match(r"(literal|list|constrained|function|str|int)\b.*[\[\]]|^(str|int)$", part)
     )
 
 

@@ -38,11 +38,20 @@ class Encoder:
         self.end = self._end_of_completion()
 
     def prompt(self, example: Example) -> list[int]:
-        """Token ids of the prompt; UserError for an aspect without an instruction and for more than one BOS."""
-        ids = self._encode(self._fill(example, example.source))
+        """Token ids of the prompt.
+
+        UserError for an aspect without an instruction, for more than one BOS, and for earlier messages of a
+        conversation where there is no chat template to tell them apart, or where it refuses them.
+        """
+        if example.history and self.params.style == "plain":
+            raise UserError(
+                f"prompt.style = 'plain', but {example.id} has {len(example.history)} earlier messages of a "
+                "conversation, which a chat template alone can tell apart: set prompt.style to chat"
+            )
+        ids = self._encode(example, example.source)
         excess = len(ids) - self.params.max_tokens
         if excess > 0 and self.params.truncate_source:
-            ids = self._encode(self._fill(example, self._cut(example.source, excess)))
+            ids = self._encode(example, self._cut(example.source, excess))
         bos = self.tokenizer.bos_token_id
         if bos is not None and ids[:2] == [bos, bos]:
             raise UserError(
@@ -80,19 +89,37 @@ class Encoder:
             )
 
     def _fill(self, example: Example, source: str) -> str:
-        instruction = self.params.instructions.get(example.aspect)
-        if instruction is None:
-            raise UserError(
-                f"prompt.instructions has no entry for {example.aspect!r} (example {example.id}); "
-                f"it has {', '.join(self.params.instructions) or 'none'}"
-            )
         # Not str.format: braces in the source or in the instruction must stay what they are.
         before, after = self.params.template.split("{source}", 1)
-        return before.replace("{instruction}", instruction) + source + after.replace("{instruction}", instruction)
+        if "{instruction}" in before + after:
+            instruction = self._instruction(example)
+            before, after = (part.replace("{instruction}", instruction) for part in (before, after))
+        return before + source + after
 
-    def _encode(self, text: str) -> list[int]:
+    def _instruction(self, example: Example) -> str:
+        instructions = self.params.instructions
+        instruction = instructions.get(example.aspect, instructions.get("default"))
+        if instruction is None:
+            raise UserError(
+                f"prompt.instructions has no entry for {example.aspect!r} (example {example.id}) and no default; "
+                f"it has {', '.join(instructions) or 'none'}"
+            )
+        return instruction
+
+    def _encode(self, example: Example, source: str) -> list[int]:
+        text = self._fill(example, source)
         if self.params.style == "chat":
-            rendered = self._render([{"role": "user", "content": text}], add_generation_prompt=True)
+            from jinja2 import TemplateError
+
+            messages = [*example.history, {"role": "user", "content": text}]
+            try:
+                rendered = self._render(messages, add_generation_prompt=True)
+            except TemplateError as error:
+                roles = ", ".join(message["role"] for message in messages)
+                raise UserError(
+                    f"the model's chat template refuses the messages of {example.id} ({roles}): {error}; mend the "
+                    "data, or take another model"
+                ) from None
             ids: list[int] = self.tokenizer(rendered, add_special_tokens=False).input_ids
         else:
             ids = self.tokenizer(text, add_special_tokens=False).input_ids

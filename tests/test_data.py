@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from pipeline import params, paths
-from pipeline.data import Overlap, prepare
+from pipeline.data import Overlap, _places, prepare
 from pipeline.errors import UserError
 from pipeline.records import Example, read_rows, sha256_file, sha256_tree
 
@@ -57,7 +57,12 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Prepare:
             "sha256": sha256_tree(folder),
             "format": "table",
             "files": {split: f"{split}.{suffix}" for split in paths.SPLITS},
+            "encoding": "utf-8",
+            "holdout": {"validation": 0.0, "test": 0.0},
             "columns": COLUMNS,
+            "merge_references": False,
+            "words": {"min": 1, "max": None},
+            "drop_copies": False,
             "limits": {"train": None, "validation": None, "test": None},
             "overlap_threshold": 0.5,
             "max_dropped_share": 1.0,
@@ -111,6 +116,10 @@ def test_aclsum(run: Prepare, capsys: pytest.CaptureFixture[str]) -> None:
         "aspects": {"challenge": 2, "approach": 2, "outcome": 2},
         "source_words": {"min": 26, "median": 26, "max": 26},
         "target_words": {"min": 2, "median": 2, "max": 2},
+        "files": ["set/train.jsonl"],
+        "held_out": 0,
+        "merged": 0,
+        "filtered": {},
         "dropped": {},
     }
     assert "train: 6 rows in 2 groups, 0 dropped\n" in capsys.readouterr().out
@@ -206,7 +215,9 @@ def test_a_long_csv_field_is_read(run: Prepare) -> None:
         ("[1]", r"train\.jsonl, item 1: must be an object .* not int"),
         ("[{]", r"train\.jsonl is not JSON"),
         (lines(row(3)), r"train\.jsonl:1: text = 3: must be a string, not int"),
-        (lines(row("a", ["b"])), r"train\.jsonl:1: summary = \['b'\]: must be a string, not list"),
+        (lines(row(["a"])), r"train\.jsonl:1: text = \['a'\]: must be a string, not list"),
+        (lines(row("a", {"b": 1})), r"train\.jsonl:1: summary = {'b': 1}: must be a string, not dict"),
+        (lines(row("a", ["b", 2])), r"train\.jsonl:1: summary, item 2 = 2: must be a string, not int"),
         ('{"text": "\\ud800", "summary": "b"}', r"train\.jsonl:1: text = .*surrogate"),
         (b'{"text": "a", "summary": "b"}\n{"text": "\xe9"}\n', r"train\.jsonl:2 is not UTF-8 \(byte 40\)"),
         ("", r"data\.files\.train: train\.jsonl holds no rows"),
@@ -452,6 +463,405 @@ def test_limit_below_the_first_group(run: Prepare) -> None:
         {**GOOD, "train.jsonl": train},
         limits=limits,
     )
+
+
+def test_a_limit_of_a_split_that_the_filter_empties(run: Prepare) -> None:
+    fails(
+        run,
+        "no row of validation is left: 1 too few words; mend data.files.validation",
+        {**GOOD, "validation.jsonl": lines(row("short", "text"))},
+        words={"min": 2, "max": None},
+        limits={"train": None, "validation": 5, "test": None},
+    )
+
+
+# Filters
+
+
+def test_filters_are_counted_apart_from_losses_and_come_before_limits(
+    run: Prepare, capsys: pytest.CaptureFixture[str]
+) -> None:
+    train = lines(
+        row("one two", "one two three"),
+        row(words(100, 5), "one two three"),
+        row(words(200, 3), "one two three"),
+        row(words(300, 3), words(300, 5)),
+        row(words(400, 3), f" {words(400, 3)}\n"),
+        row(words(500, 3), ""),
+        row(words(600, 4), "one two three"),
+        row(words(700, 4), "one two three"),
+    )
+    others = {f"{split}.jsonl": lines(row(f"{split} in four words", "a b c")) for split in ("validation", "test")}
+    card = run(
+        {**others, "train.jsonl": train},
+        words={"min": 3, "max": 4},
+        drop_copies=True,
+        limits={"train": 3, "validation": None, "test": None},
+        max_dropped_share=0.4,
+    )
+    assert [row.id for row in rows_of("train")] == ["train-3", "train-7"]
+    facts = card["splits"]["train"]
+    assert facts["read"] == 3
+    assert facts["filtered"] == {
+        "too few words": {"rows": 1, "examples": ["train-1"]},
+        "too many words": {"rows": 2, "examples": ["train-2", "train-4"]},
+        "target equals source": {"rows": 1, "examples": ["train-5"]},
+    }
+    assert facts["dropped"] == {"empty target": {"rows": 1, "examples": ["train-6"]}}
+    told = "1 dropped (1 empty target), filtered 1 target equals source, 1 too few words, 2 too many words\n"
+    assert told in capsys.readouterr().out
+
+
+def test_copies_are_kept_unless_they_are_filtered_out(run: Prepare) -> None:
+    files = {**GOOD, "train.jsonl": lines(row("OK then", "OK  then"), row(words(0)))}
+    assert run(files)["splits"]["train"]["rows"] == 2
+    assert run(files, drop_copies=True)["splits"]["train"]["rows"] == 1
+
+
+# Holding out
+
+NAMES = {"train": "train.jsonl", "validation": None, "test": None}
+
+
+def test_holdout_moves_about_its_share_and_every_row_once(run: Prepare) -> None:
+    train = lines(*(row(words(100 * number), f"target {part}") for number in range(400) for part in "ab"))
+    card = run({"train.jsonl": train}, files=NAMES, holdout={"validation": 0.1, "test": 0.2})
+    facts = card["splits"]
+    assert {name: facts[name]["held_out"] for name in facts} == {
+        "train": 0,
+        "validation": facts["validation"]["rows"],
+        "test": facts["test"]["rows"],
+    }
+    assert 25 <= facts["validation"]["groups"] <= 55
+    assert 60 <= facts["test"]["groups"] <= 100
+    everything = [row for split in paths.SPLITS for row in rows_of(split)]
+    assert sorted(row.id for row in everything) == sorted(f"train-{number}" for number in range(1, 801))
+    assert len({row.group for row in everything}) == sum(facts[name]["groups"] for name in facts) == 400
+
+
+def test_where_a_source_goes_rests_on_it_alone(run: Prepare) -> None:
+    def sides(numbers: list[int], test: float) -> dict[str, str]:
+        files = {"train.jsonl": lines(*(row(words(100 * number)) for number in numbers))}
+        run(files, files=NAMES, holdout={"validation": 0.3, "test": test})
+        return {row.source: split for split in paths.SPLITS for row in rows_of(split)}
+
+    some = sides(list(range(60)), 0.2)
+    more = sides(list(range(79, -1, -1)), 0.2)  # in another order, with other rows
+    assert {source: more[source] for source in some} == some
+    larger = sides(list(range(60)), 0.4)
+    moved = {(some[source], larger[source]) for source in some}
+    assert moved == {("test", "test"), ("train", "test"), ("train", "train"), ("validation", "validation")}
+
+
+def test_one_side_for_a_group_and_for_a_source_in_several_groups() -> None:
+    def made(name: str, group: str, source: str) -> Example:
+        return Example(name, group, "default", source, "t", "l")
+
+    chained = [made("1", "a", "one"), made("2", "a", "two"), made("3", "b", "TWO "), made("4", "b", "three")]
+    alone = [made(str(number), f"g{number}", f"text {number}") for number in range(200)]
+    places = _places([*chained, *alone])
+    assert len(set(places[:4])) == 1
+    assert len(set(places)) == 201
+    assert 0 <= min(places) < 0.05
+    assert 0.95 < max(places) < 1
+    assert _places(alone[::-1]) == places[4:][::-1]
+    empty = [made("1", "a", ""), made("2", "b", ""), made("3", "a", "x"), made("4", "b", "y")]
+    assert len(set(_places(empty))) == 2  # what is empty joins nothing
+
+
+def test_large_groups_are_held_out_as_often_as_small_ones() -> None:
+    rows = [
+        Example(f"{group}-{number}", f"g{group}", "default", f"{group} {number}", "t", "l")
+        for group in range(300)
+        for number in range(20)
+    ]
+    places = _places(rows)[::20]
+    assert 40 <= sum(place < 0.2 for place in places) <= 80
+
+
+def test_held_out_rows_join_those_of_the_splits_own_files(run: Prepare) -> None:
+    train = lines(*(row(words(100 * number), id=f"r{number}") for number in range(40)))
+    test = lines(row(words(9000), id="own"))
+    columns = {**COLUMNS, "id": "id"}
+    files = {"train": "train.jsonl", "validation": None, "test": "test.jsonl"}
+    options: dict[str, Any] = {"files": files, "columns": columns, "holdout": {"validation": 0.3, "test": 0.3}}
+    card = run({"train.jsonl": train, "test.jsonl": test}, **options)
+    names = [row.id for row in rows_of("test")]
+    assert names[0] == "own"
+    assert len(names) == 1 + card["splits"]["test"]["held_out"] > 3
+
+    test = lines(row(words(9000), id=names[1]))
+    with pytest.raises(UserError, match=f"the test split, with what .*: ids repeat: {names[1]}"):
+        run({"train.jsonl": train, "test.jsonl": test}, **options)
+
+
+def test_held_out_rows_share_the_group_of_their_source(run: Prepare) -> None:
+    train = [row(words(100 * number), "one") for number in range(40)]
+    files = {
+        "train.jsonl": lines(*train),
+        "validation.jsonl": lines(row(words(9000))),
+        "test.jsonl": lines(*({**one, "summary": "two"} for one in train[:20])),
+    }
+    card = run(files, holdout={"validation": 0.0, "test": 0.3})
+    groups: dict[str, set[str]] = {}
+    for one in rows_of("test"):
+        groups.setdefault(one.source, set()).add(one.group)
+    assert {len(names) for names in groups.values()} == {1}
+    facts = card["splits"]["test"]
+    assert facts["groups"] == len(groups) < facts["rows"]
+
+
+def test_nothing_held_out(run: Prepare) -> None:
+    fails(
+        run,
+        r"no row of test is left: none was held out of the training files; mend data\.holdout\.test",
+        {"train.jsonl": GOOD["train.jsonl"]},
+        files=NAMES,
+        holdout={"validation": 0.5, "test": 1e-9},
+    )
+
+
+# Columns
+
+
+def test_nested_columns(run: Prepare) -> None:
+    import datasets
+
+    def pairs(start: int) -> list[dict[str, Any]]:
+        return [{"of": {"n": 7}, "translation": {"fr": words(start), "en": "target"}, "translation.en": "literal"}]
+
+    files = {split: pairs(1000 * number) for number, split in enumerate(paths.SPLITS)}
+    columns = {"source": "translation.fr", "target": "translation.en", "id": None, "group": "of.n", "aspect": None}
+    run({f"{split}.jsonl": lines(*rows) for split, rows in files.items()}, columns=columns)
+    assert rows_of("train") == [Example("train-1", "7", "default", words(0), "literal", words(0))]
+
+    del files["train"][0]["translation.en"]
+    datasets.disable_progress_bars()
+    written = {}
+    for split, rows in files.items():
+        datasets.Dataset.from_list(rows).to_parquet("table.parquet")
+        written[f"{split}.parquet"] = Path("table.parquet").read_bytes()
+    run(written, suffix="parquet", columns=columns)
+    assert rows_of("train") == [Example("train-1", "7", "default", words(0), "target", words(0))]
+
+    with pytest.raises(UserError) as caught:
+        run(written, suffix="parquet", columns={**columns, "source": "translation.fra"})
+    told = str(caught.value)
+    assert "has the columns of.n, translation.fr, translation.en, __file__, __source__" in told
+    assert "data.columns.source = 'translation.fra': no such column; did you mean translation.fr?" in told
+
+
+def test_file_and_source_are_columns_of_every_table(run: Prepare) -> None:
+    columns = {**COLUMNS, "group": "__file__", "aspect": "__source__"}
+    run(GOOD, columns=columns)
+    assert {(row.group, row.aspect) for row in rows_of("test")} == {("test.jsonl", "data")}
+
+
+def test_several_sources_are_folders_of_one_root(run: Prepare, tmp_path: Path) -> None:
+    other = tmp_path / "elsewhere" / "more"
+    (other / "deep").mkdir(parents=True)
+    (other / "deep" / "x.csv").write_text(f"text,summary\n{words(5000)},t\n")
+    single = tmp_path / "single.jsonl"
+    single.write_text(lines(row(words(6000))))
+    for name, content in GOOD.items():
+        (tmp_path / "data").mkdir(exist_ok=True)
+        (tmp_path / "data" / name).write_text(str(content))
+    sources = [tmp_path / "data", other, single]
+    options: dict[str, Any] = {
+        "source": [str(path) for path in sources],
+        "sha256": [sha256_tree(tmp_path / "data"), sha256_tree(other), sha256_file(single)],
+        "files": {
+            "train": ["single.jsonl", "more/**", "data/train.jsonl"],
+            "validation": "data/validation.jsonl",
+            "test": "data/test.jsonl",
+        },
+        "columns": {**COLUMNS, "aspect": "__source__"},
+    }
+    card = run({}, **options)
+    assert card["splits"]["train"]["files"] == ["data/train.jsonl", "more/deep/x.csv", "single.jsonl"]
+    assert card["source"] == options["source"]
+    found = [(row.id, row.aspect) for row in rows_of("train")]
+    assert found == [
+        ("train-1", "data"),
+        ("train-2", "data"),
+        ("train-3", "data"),
+        ("train-4", "more"),
+        ("train-5", "single.jsonl"),
+    ]
+    with pytest.raises(UserError, match=r"data\.sha256 = '0{64}': the content of .*more is "):
+        run({}, **{**options, "sha256": [options["sha256"][0], "0" * 64, options["sha256"][2]]})
+    with pytest.raises(UserError, match="several sources are named more, and their files"):
+        run({}, **{**options, "source": [str(path) for path in (tmp_path / "data", other, other)]})
+
+
+# References
+
+
+def test_a_list_as_target_is_several_references(run: Prepare) -> None:
+    train = lines(row(words(0), [" first", "", "second", "first"]), row(words(100), []), row(words(200), [None]))
+    card = run({**GOOD, "train.jsonl": train})
+    assert [(row.target, row.references) for row in rows_of("train")] == [("first", ["first", "second"])]
+    assert card["splits"]["train"]["dropped"]["empty target"]["rows"] == 2
+    assert rows_of("test")[0].references == ["a target"]
+
+
+def test_rows_of_one_source_become_one_example_outside_of_training(run: Prepare) -> None:
+    def repeated(start: int) -> str:
+        texts = [("one", "x"), ("two", "x"), ("one", "x"), ("three", "y"), ("", "x")]
+        return lines(*(row(words(start), target, kind=kind) for target, kind in texts), row("", "t", kind="x"))
+
+    files = {f"{split}.jsonl": repeated(1000 * number) for number, split in enumerate(paths.SPLITS)}
+    columns = {**COLUMNS, "aspect": "kind"}
+    limits = {"train": None, "validation": None, "test": 3}
+    card = run(files, columns=columns, merge_references=True, limits=limits)
+    assert [(row.id, row.target, row.references, row.group) for row in rows_of("test")] == [
+        ("test-1", "one", ["one", "two"], "test-1"),
+        ("test-4", "three", ["three"], "test-1"),
+    ]
+    assert card["splits"]["test"]["merged"] == 2
+    assert card["splits"]["test"]["dropped"] == {"empty target": {"rows": 1, "examples": ["test-5"]}}
+    assert card["splits"]["validation"]["dropped"]["empty source"]["rows"] == 1
+    assert [row.references for row in rows_of("train")] == [["one"], ["two"], ["three"]]
+    assert card["splits"]["train"]["merged"] == 0
+    assert [len(row.references) for row in (run(files, columns=columns), rows_of("test"))[1]] == [1, 1, 1]
+
+
+# Conversations
+
+
+def chat(*texts: str, system: str | None = None, **more: Any) -> dict[str, Any]:
+    roles = [{"role": "system", "content": system}] if system else []
+    turns = [{"role": ("user", "assistant")[number % 2], "content": text} for number, text in enumerate(texts)]
+    return {"messages": [*roles, *turns], **more}
+
+
+CHATS = {
+    "train.jsonl": lines(
+        chat(words(0), "an answer", "And then?", " the target ", system="Be brief."), chat(words(100), "hello")
+    ),
+    "validation.jsonl": lines(chat(words(1000), "v")),
+    "test.jsonl": lines(chat(words(2000), "t")),
+}
+
+
+def test_the_last_answer_is_the_target_and_what_came_before_the_history(run: Prepare) -> None:
+    run(CHATS, format="chat", columns=None)
+    assert rows_of("train") == [
+        Example(
+            "train-1", "train-1", "default", "And then?", "the target", "And then?", ["the target"],
+            [
+                {"role": "system", "content": "Be brief."},
+                {"role": "user", "content": words(0)},
+                {"role": "assistant", "content": "an answer"},
+            ],
+        ),
+        Example("train-2", "train-2", "default", words(100), "hello", words(100)),
+    ]  # fmt: skip
+
+
+def test_sharegpt_and_parquet_give_the_same_conversations(run: Prepare) -> None:
+    import datasets
+
+    run(CHATS, format="chat", columns=None)
+    expected = [rows_of(split) for split in paths.SPLITS]
+    names = {"system": "system", "user": "human", "assistant": "gpt"}
+    sharegpt, parquet = {}, {}
+    datasets.disable_progress_bars()
+    for name, content in CHATS.items():
+        records = [json.loads(line) for line in content.splitlines()]
+        sharegpt[f"{Path(name).stem}.json"] = json.dumps(
+            [
+                {"conversations": [{"from": names[turn["role"]], "value": turn["content"]} for turn in one["messages"]]}
+                for one in records
+            ]
+        )
+        datasets.Dataset.from_list(records).to_parquet("table.parquet")
+        parquet[f"{Path(name).stem}.parquet"] = Path("table.parquet").read_bytes()
+    for suffix, files in (("json", sharegpt), ("parquet", parquet)):
+        run(files, suffix=suffix, format="chat", columns=None)
+        assert [rows_of(split) for split in paths.SPLITS] == expected
+
+
+def test_conversations_may_have_ids_and_groups(run: Prepare) -> None:
+    train = lines(chat(words(0), "a", id=7, group="g"), chat(words(100), "b", id=8, group="g"))
+    run({**CHATS, "train.jsonl": train}, format="chat", columns=None)
+    assert [(row.id, row.group) for row in rows_of("train")] == [("7", "g"), ("8", "g")]
+    some = lines(chat(words(0), "a", id=7), chat(words(100), "b"))
+    with pytest.raises(UserError, match=r"train\.jsonl:2: id is empty: fill it in every row"):
+        run({**CHATS, "train.jsonl": some}, format="chat", columns=None)
+
+
+@pytest.mark.parametrize(
+    ("broken", "told"),
+    [
+        (chat("u"), "must end in a message of the user and the assistant's answer, but ends in user"),
+        (chat("u", "a", "u"), "must end in .*, but ends in assistant, user"),
+        ({"messages": []}, "must end in .*, but ends in nothing"),
+        (
+            {"messages": [{"role": "system", "content": "s"}, {"role": "assistant", "content": "a"}]},
+            "must .* system, as",
+        ),
+        ({"messages": [{"role": "tool", "content": "s"}]}, "messages, item 1: role = 'tool': must be system, user, as"),
+        ({"messages": [{"role": ["user"], "content": "s"}]}, r"messages, item 1: role = \['user'\]: must be"),
+        ({"messages": [{"content": "s"}]}, "messages, item 1: from = None: must be"),
+        ({"messages": [{"role": "user", "content": [1]}]}, r"messages, item 1: content = \[1\]: must be a string"),
+        ({"messages": ["hi"]}, "messages, item 1: must be an object with role and content"),
+        ({"messages": "hi"}, "messages must be a list of messages, not str"),
+        ({"text": "hi"}, "has neither messages nor conversations, but text"),
+    ],
+)
+def test_broken_conversations(run: Prepare, broken: dict[str, Any], told: str) -> None:
+    train = lines(chat(words(0), "a"), broken)
+    fails(run, rf"train\.jsonl:2: {told}", {**CHATS, "train.jsonl": train}, format="chat", columns=None)
+
+
+def test_a_conversation_leaks_by_what_was_said_not_by_its_last_message_or_its_system_message(run: Prepare) -> None:
+    system = words(7000, 40)
+    train = lines(
+        chat(words(0), "a", "Go on", "b", system=system),  # only the last message is one of test's
+        chat(words(2000), "t", "Go on", "something else", system=system),  # all but the answer is test's
+        chat(words(2000), "another", system=system),  # begins as one of test does
+        chat("Go on", "c", system=system),
+        chat("Go on", "c", system="Another."),
+    )
+    test = lines(chat(words(2000), "t", "Go on", "u", system=system), chat(words(8000), "t", "Go on", "u"))
+    card = run({**CHATS, "train.jsonl": train, "test.jsonl": test}, format="chat", columns=None)
+    assert [row.id for row in rows_of("train")] == ["train-1", "train-4", "train-5"]
+    assert card["overlap"]["train in test"] == {"exact": 1, "near": 1}
+    assert [row.group for row in rows_of("test")] == ["test-1", "test-2"]
+
+
+def test_only_answers_to_the_same_conversation_are_merged(run: Prepare) -> None:
+    test = [chat(words(2000), "t", "Go on", answer, system=system) for system in ("S", "T") for answer in "uv"]
+    run({**CHATS, "test.jsonl": lines(*test)}, format="chat", columns=None, merge_references=True)
+    assert [(row.id, row.references, row.group) for row in rows_of("test")] == [
+        ("test-1", ["u", "v"], "test-1"),
+        ("test-3", ["u", "v"], "test-1"),
+    ]
+
+
+# Text encodings and catalogues, from end to end; their details are tested in test_tables.py
+
+
+def test_catalogues_give_pairs(run: Prepare) -> None:
+    def catalogue(start: int) -> str:
+        header = 'msgid ""\nmsgstr "Content-Type: text/plain; charset=ISO-8859-1\\n"\n'
+        return f'{header}\nmsgctxt "menu"\nmsgid "{words(start)}"\nmsgstr "été"\n'
+
+    files = {f"{split}/fr.po": catalogue(1000 * number).encode("latin-1") for number, split in enumerate(paths.SPLITS)}
+    columns = {"source": "msgstr", "target": "msgid", "id": None, "group": None, "aspect": "msgctxt"}
+    names = {split: f"{split}/*.po" for split in paths.SPLITS}
+    with pytest.raises(UserError, match="no row of train is left"):
+        run(files, files=names, columns=columns)  # all three have one source, so train's and validation's are leaked
+    run(files, files=names, columns={**columns, "source": "msgid", "target": "msgstr"})
+    assert rows_of("train") == [Example("train-1", "train-1", "menu", words(0), "été", words(0))]
+
+
+def test_an_encoding_is_declared(run: Prepare) -> None:
+    files = {f"{split}.csv": f"text,summary\n{split} à la carte,t\n".encode("cp1252") for split in paths.SPLITS}
+    fails(run, r"train\.csv:2 is not UTF-8 \(byte 19\): set data\.encoding to", files, suffix="csv")
+    run(files, suffix="csv", encoding="cp1252")
+    assert rows_of("test")[0].source == "test à la carte"
 
 
 # The whole

@@ -56,7 +56,19 @@ def test_every_mistake_is_named_at_once() -> None:
         ("prompt", "template", "{source} {aspect}", "no other name in braces"),
         ("generation", "length_penalty", 2.0, "num_beams above 1"),
         ("data", "columns", {"source": "a", "target": "b", "id": None, "group": None, "aspect": None}, "format table"),
-        ("data", "sha256", "abc", "data.sha256"),
+        ("data", "sha256", "abc", "data.sha256 = 'abc': string should match"),
+        ("data", "sha256", ["0" * 64], "sha256 must be one digest, as source is one"),
+        ("data", "source", ["a", "b"], "sha256 must be a list of 2, a digest or null for each source"),
+        ("data", "source", [], "data.source = []: list should have at least 1 item"),
+        ("data", "source", ["a", 5], "data.source.1 = 5: input should be a valid string"),
+        ("data", "encoding", "utf-88", "data.encoding: 'utf-88' is no encoding of text"),
+        ("data", "encoding", "hex", "data.encoding: 'hex' is no encoding of text"),
+        ("data", "files", {"train": None, "validation": "v", "test": "t"}, "data.files.train = None"),
+        ("data", "files", {"train": "t", "validation": [1], "test": "t"}, "data.files.validation.0 = 1"),
+        ("data", "files", {"train": "t", "validation": None, "test": "t"}, "files.validation is null and holdout.val"),
+        ("data", "holdout", {"validation": 0.6, "test": 0.0}, "data.holdout.validation = 0.6: input should be less"),
+        ("data", "words", {"min": 0, "max": None}, "data.words.min = 0"),
+        ("data", "words", {"min": 4, "max": 3}, "data.words: max = 3 is below min = 4"),
         ("lora", "r", 8.5, "lora.r = 8.5"),
         ("lora", "r", True, "lora.r = True"),
         ("train", "learning_rate", float("nan"), "learning_rate"),
@@ -69,6 +81,30 @@ def test_what_is_illegal_is_refused(section: str, key: str, value: Any, message:
     with pytest.raises(UserError) as caught:
         params.check(content, "params.yaml")
     assert message in str(caught.value)
+
+
+def test_one_mistake_in_a_value_or_list_is_one_error() -> None:
+    content = default()
+    content["data"]["sha256"] = "abc"
+    content["data"]["files"]["test"] = 3
+    with pytest.raises(UserError) as caught:
+        params.check(content, "params.yaml")
+    assert len(str(caught.value).splitlines()) == 3
+
+
+def test_a_source_or_a_list_of_them_is_given_with_its_digests() -> None:
+    content = default()
+    one = params.check(content, "params.yaml").data
+    assert one.pinned == [(one.source, one.sha256)]
+    content["data"] |= {"source": ["a", "hf:b"], "sha256": ["0" * 64, None]}
+    assert params.check(content, "params.yaml").data.pinned == [("a", "0" * 64), ("hf:b", None)]
+
+
+def test_a_held_out_split_needs_no_file() -> None:
+    content = default()
+    content["data"] |= {"files": {"train": ["a", "b*"], "validation": None, "test": None}}
+    content["data"] |= {"holdout": {"validation": 0.1, "test": 0.5}}
+    assert params.check(content, "params.yaml").data.files.test is None
 
 
 @pytest.mark.parametrize(

@@ -75,8 +75,51 @@ def test_the_date_does_not_enter_a_prompt(tokenizer: Any) -> None:
 
 
 def test_an_aspect_without_instruction_is_named(tokenizer: Any) -> None:
-    with pytest.raises(UserError, match=r"no entry for 'what' \(example a/what\); it has who"):
+    with pytest.raises(UserError, match=r"no entry for 'what' \(example a/what\) and no default; it has who"):
         Encoder(tokenizer, section(instructions={"who": "x"}), 512).prompt(EXAMPLE)
+
+
+def test_an_aspect_without_instruction_takes_the_default_one(tokenizer: Any) -> None:
+    default = section(instructions={"who": "x", "default": "Say it."})
+    assert "\n\nSay it.<|end|>" in tokenizer.decode(Encoder(tokenizer, default, 512).prompt(EXAMPLE))
+
+
+def test_a_template_without_instruction_needs_none(tokenizer: Any) -> None:
+    bare = section(template="> {source}", instructions={})
+    ids = Encoder(tokenizer, bare, 512).prompt(EXAMPLE)
+    assert tokenizer.decode(ids) == "<|user|>> red cat runs {fast} here.<|end|><|assistant|>"
+
+
+HISTORY = [
+    {"role": "system", "content": "now"},
+    {"role": "user", "content": "red {source}"},
+    {"role": "assistant", "content": "blue"},
+]
+TALK = Example("t", "t", "what", "green", "dog", "green", ["dog"], HISTORY)
+
+
+def test_the_history_comes_before_the_message_through_the_chat_template(tokenizer: Any) -> None:
+    encoder = Encoder(tokenizer, section(), 512)
+    expected = (
+        "<|system|>now<|end|><|user|>red {source}<|end|><|assistant|>blue<|end|>"
+        "<|user|>green\n\nSay {what}.<|end|><|assistant|>"
+    )
+    assert tokenizer.decode(encoder.prompt(TALK)) == expected
+    assert encoder.row(TALK).prompt == encoder.prompt(TALK)
+
+
+def test_a_plain_prompt_has_no_place_for_a_history(tokenizer: Any) -> None:
+    with pytest.raises(UserError, match=r"prompt.style = 'plain', but t has 3 earlier messages.*set prompt.style to"):
+        Encoder(tokenizer, section(style="plain"), 512).prompt(TALK)
+
+
+def test_a_chat_template_that_refuses_the_roles_is_told(tokenizer: Any) -> None:
+    refusing = "{% if messages[0].role == 'system' %}{{ raise_exception('No system!') }}{% endif %}"
+    tokenizer.chat_template = refusing + tokenizer.chat_template
+    encoder = Encoder(tokenizer, section(), 512)
+    assert encoder.prompt(EXAMPLE)
+    with pytest.raises(UserError, match=r"refuses the messages of t \(system, user, assistant, user\): No system!"):
+        encoder.prompt(TALK)
 
 
 def test_limits_are_checked_before_anything_is_computed(tokenizer: Any) -> None:

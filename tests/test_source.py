@@ -16,7 +16,7 @@ from huggingface_hub import constants, errors
 from pipeline import source
 from pipeline.errors import UserError
 from pipeline.records import sha256_path
-from pipeline.source import check, resolved
+from pipeline.source import check, mounted, resolved
 
 REVISION = "0123456789abcdef0123456789abcdef01234567"
 WRONG = "0" * 64
@@ -251,12 +251,60 @@ def test_local_content_is_pinned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         assert path == folder
     with resolved(str(folder / "a.txt"), sha256(folder / "a.txt"), kind="model", key="model") as path:
         assert path == folder / "a.txt"
-    with pytest.raises(UserError, match=f"data.sha256 is null: pin the content with sha256: {digest}"):
+    with pytest.raises(UserError, match=f"data.sha256 is null: pin the content of .* with sha256: {digest}"):
         check("~/mine", None, "data")
     (folder / "a.txt").write_text("B")
     with (
         pytest.raises(UserError, match=f"'{digest}'.*~/mine is {sha256_path(folder)}.*set data.sha256"),
         resolved("~/mine", digest, kind="dataset", key="data"),
+    ):
+        pass
+
+
+# Several
+
+
+def test_several_sources_are_told_apart_by_their_names(
+    wheel: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "mine"
+    folder.mkdir()
+    (folder / "b.txt").write_text("B")
+    monkeypatch.chdir(folder)
+    pinned = [
+        (pip_source("demo/sets"), sha256(wheel)),
+        (".", sha256_path(folder)),
+        ("b.txt", sha256_path(folder / "b.txt")),
+    ]
+    with mounted(pinned, kind="dataset", key="data") as places:
+        assert list(places) == ["demo-data", "mine", "b.txt"]
+        assert (places["demo-data"] / "a.txt").read_text() == "A"
+        assert (places["mine"] / "b.txt").read_text() == places["b.txt"].read_text() == "B"
+        unpacked = places["demo-data"]
+    assert not unpacked.exists()
+
+
+def test_all_that_is_wrong_with_several_sources_is_told_at_once(wheel: Path, tmp_path: Path) -> None:
+    (tmp_path / "mine").mkdir()
+    pinned = [(pip_source("demo/sets"), None), (str(tmp_path / "mine"), None), ("nowhere", WRONG)]
+    with pytest.raises(UserError) as caught, mounted(pinned, kind="dataset", key="data"):
+        pass
+    told = str(caught.value).splitlines()
+    assert told[0] == "data.source: 3 of 3 sources cannot be used"
+    assert f"pin the wheel of demo-data==1.0 with sha256: {sha256(wheel)}" in told[1]
+    assert f"pin the content of {tmp_path / 'mine'} with sha256: " in told[2]
+    assert "'nowhere': no such file or folder" in told[3]
+
+
+@pytest.mark.parametrize("other", ["somewhere/data", f"hf:owner/data@{REVISION}", "pip:data==1/x"])
+def test_sources_of_one_name_are_refused_before_anything_is_downloaded(
+    other: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    forbid_downloads(monkeypatch)
+    pinned = [("pip:Data==2/y", None), (other, None)]
+    with (
+        pytest.raises(UserError, match="several sources are named data"),
+        mounted(pinned, kind="dataset", key="data"),
     ):
         pass
 
