@@ -8,7 +8,7 @@ import json
 import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -31,6 +31,11 @@ class Example:
     source: str
     target: str
     lead: str
+    references: list[str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        if not self.references:  # the usual case: one answer is right
+            object.__setattr__(self, "references", [self.target])
 
 
 @dataclass(frozen=True, slots=True)
