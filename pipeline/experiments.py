@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from ruamel.yaml import YAML
 
-from pipeline import compare, lineage, metrics, params, paths, report, scores, significance, track, verify
+from pipeline import compare, lineage, metrics, params, paths, records, report, scores, significance, track, verify
 from pipeline.errors import UserError, listing
 
 HERE = "workspace"
@@ -71,6 +71,8 @@ def find(name: str, tracking: params.Tracking) -> Experiment:
     UserError for none, for a name of several runs, and where its results are neither in the cache nor in MLflow.
     """
     if name == HERE:
+        if not paths.DVC_LOCK.is_file():
+            raise UserError(f"{paths.DVC_LOCK} is missing: run `dvc repro`, which makes it")
         return _from_lock(name, paths.DVC_LOCK.read_text(encoding="utf-8"), tracking)
     if commit := _commit(name):
         return _from_lock(name, _shown(commit), tracking)
@@ -245,11 +247,18 @@ def _from_lock(name: str, lock: str, tracking: params.Tracking) -> Experiment:
     digest, given = track.digest_of(lock, seeds), track.params_of(lock, seeds)
     run = next((run for run in track.stored(tracking) if run.tags.get(track.DIGEST) == digest), None)
     objects = verify.cache_folder(Path()) / "files" / "md5"
-    md5 = {out["path"]: out["md5"] for stage in stages.values() for out in stage.get("outs", [])}
-    names = [md5[str(paths.scores(variant))] for variant in (paths.variant(None), *map(paths.variant, seeds))]
-    files = [objects / name[:2] / name[2:] for name in names]
+    md5: dict[str, str] = {out["path"]: out["md5"] for stage in stages.values() for out in stage.get("outs", [])}
+
+    def cached(path: Path) -> Path:
+        name = md5[str(path)]
+        return objects / name[:2] / name[2:]
+
+    files = [cached(paths.scores(variant)) for variant in (paths.variant(None), *map(paths.variant, seeds))]
     if all(file.is_file() for file in files):
-        return _of(name, given, [scores.load(file) for file in files], run)
+        one = _of(name, given, [scores.load(file) for file in files], run)
+        if (summary := cached(paths.training_summary(seeds[0]))).is_file():
+            one.costs["trainable"] = records.read_json(summary)["trainable_parameters"]
+        return one
     if run is None:
         raise UserError(
             f"{name}: its scores are neither in the cache nor in MLflow; fetch them with `dvc exp pull <git remote> "
