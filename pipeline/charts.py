@@ -8,8 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from pipeline.compare import Comparison
-
-LABELS = {"rouge1": "ROUGE-1", "rouge2": "ROUGE-2", "rougeL": "ROUGE-L", "rougeLsum": "ROUGE-Lsum"}
+from pipeline.metrics import LABELS
 
 BAND = 56
 """Height of one metric in the upper panel, pixels; the lower panel has half of it."""
@@ -126,7 +125,7 @@ def _scores(comparison: Comparison, look: Look, metrics: list[str]) -> Any:
             bar.mark_rule(color=look.text, strokeWidth=1.5).encode(x="low:Q", x2="high:Q"),
         )
         .resolve_scale(color="independent")
-        .properties(width=look.width, height=BAND * len(metrics), title=f"Mean F1 × 100 with {_interval(comparison)}")
+        .properties(width=look.width, height=BAND * len(metrics), title=f"Scores with {_interval(comparison)}")
     )
 
 
@@ -134,7 +133,7 @@ def _differences(comparison: Comparison, look: Look, metrics: list[str]) -> Any:
     import altair
 
     rows = [
-        {"metric": LABELS[name], "value": one.diff.value, "low": one.diff.low, "high": one.diff.high}
+        {"metric": LABELS[name], "value": one.deciding.value, "low": one.deciding.low, "high": one.deciding.high}
         for name, one in comparison.results.items()
     ]
     base = altair.Chart(altair.Data(values=rows)).encode(y=altair.Y("metric:N", sort=metrics, title=None))

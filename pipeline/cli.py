@@ -85,6 +85,24 @@ def verify(recompute: Recompute = False) -> None:
         raise typer.Exit(1)
 
 
+Names = Annotated[list[str], typer.Argument(help="workspace, DVC experiments, git revisions or MLflow runs.")]
+
+
+@app.command()
+def compare(names: Names) -> None:
+    """Rank experiments, with intervals, and compare each two of them on the same test examples.
+
+    Their scores come from the DVC cache or the MLflow store. Significance is corrected for the number of comparisons.
+    """
+    from pipeline import experiments, params
+
+    given = params.load()
+    if len(names) < 2:
+        raise UserError(f"compare needs two experiments at least, such as: lora-repro compare workspace {names[0]}")
+    found = [experiments.find(name, given.tracking) for name in names]
+    print(experiments.page(found, experiments.rank(found, given.compare), given.compare))
+
+
 @app.command()
 def store() -> None:
     """The address of the MLflow store that experiments of this project are recorded in."""

@@ -1,67 +1,77 @@
-"""Base against tuned: is the difference in ROUGE more than the choice of test examples can explain?
+"""Base against tuned: is the difference in the scores more than chance can explain?
 
-The interval is a paired bootstrap over groups (clusters): aspects of one paper share its text, so a resample draws
-groups with replacement and takes all rows of each, base and tuned together (Koehn 2004, section 3, for pairing;
-Davison and Hinkley 1997, section 3.8, for resampling clusters whole). Its ends are percentiles of the resampled means.
-The test decides "better" only if the interval of every metric in `decide_by` lies above zero; demanding all of them
-can only make that verdict rarer, so no correction for several metrics is due.
+The interval is a paired bootstrap over groups of test examples; with several training seeds, the one that decides also
+holds the spread between seeds (`pipeline.significance`). "Better" needs the interval of every metric in `decide_by`
+above zero; demanding all of them can only make that verdict rarer, so no correction for several metrics is due. The
+aspects are as many questions more: their p-values are corrected for all of them together.
 
-Three reference lines, scored on the same rows, say what a figure is worth: see `_lines`.
+Reference lines, scored on the same rows, say what a figure is worth: see `_lines`.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from statistics import stdev
+from statistics import NormalDist
 from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline import params, paths, records, rouge
+from pipeline import metrics, params, paths, records, scores, significance
 from pipeline.errors import UserError, listing
+from pipeline.metrics import Floats, Metric
 from pipeline.records import Example, Prediction
+from pipeline.significance import Interval
 
-Floats = NDArray[np.float64]
 Verdict = Literal["better", "worse", "mixed", "none"]
-
-TIE = 1e-9
-"""Scores closer than this (points) are a tie: the means over seeds of equal scores may differ in the last bit."""
-DRAWS_AT_ONCE = 2_000_000
-"""Group indices drawn in one chunk of resamples: 16 MB, whatever the number of groups."""
 
 MUST_AGREE = ("prompts_sha256", "model_sha256", "generation", "device", "threads", "dtype")
 """Fields of `records.Decoding` in which base and tuned must not differ: otherwise not the adapter alone is compared."""
 
 
 @dataclass(frozen=True, slots=True)
-class Interval:
-    """A mean and the ends of its bootstrap percentile interval, in ROUGE points."""
+class Spread:
+    """Several seeds: the SD of their differences to base, and the mean difference with the interval for the choice of
+    examples and of seeds together."""
 
-    value: float
-    low: float
-    high: float
+    sd: float
+    both: Interval
 
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """One metric over all test rows, or those of one aspect; `tuned` is the mean over seeds, example by example.
+    """One metric over all test rows, or those of one aspect; `tuned` is the mean over seeds.
 
-    `wins`, `ties`, `losses` are the shares of examples that tuned scores higher, equal, and lower than base.
+    `diff` has the interval for the choice of examples; `seeds` is None with a single seed. `p` is two-sided, of no
+    difference. `effect` is Cohen's d over groups. `detectable`: the difference in points that such a comparison finds
+    in 80 % of repetitions. `wins`, `ties`, `losses` are the shares of examples that tuned scores higher, equal, and
+    lower than base.
     """
 
     base: Interval
     tuned: Interval
     diff: Interval
+    seeds: Spread | None
+    p: float
+    effect: float
+    detectable: float
     wins: float
     ties: float
     losses: float
 
+    @property
+    def deciding(self) -> Interval:
+        """The difference with the interval that a verdict rests on."""
+        return self.seeds.both if self.seeds else self.diff
+
 
 @dataclass(frozen=True, slots=True)
 class Aspect:
+    """The results of one aspect's rows. `p_holm`: of the metrics that decide, corrected for all aspects and metrics."""
+
     name: str
     n: int
     results: dict[str, Result]
+    p_holm: dict[str, float]
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,12 +88,15 @@ class Line:
 
 @dataclass(frozen=True, slots=True)
 class Output:
-    """What the outputs of one variant look like: mean words, shares stopped by the cap and empty, mean scores."""
+    """What the outputs of one variant look like: mean words, shares (stopped by the cap, empty, equal to their source,
+    in `evaluate.language` if that names one), scores."""
 
     variant: str
     words: float
     stopped_by_cap: float
     empty: float
+    copied: float
+    in_language: float | None
     scores: dict[str, float]
 
 
@@ -104,8 +117,7 @@ class Pair:
 class Comparison:
     """All that the report shows. `tuned` has one row for each seed, in the order of params.
 
-    `seed_sd` maps a metric to the standard deviation of the seeds' means, and is empty with a single seed.
-    `best` and `worst` come from the first seed, since texts have no mean.
+    `best` and `worst` come from the first seed, since texts have no mean. `published` are figures of papers.
     """
 
     verdict: Verdict
@@ -122,7 +134,9 @@ class Comparison:
     lines: list[Line]
     base: Output
     tuned: list[Output]
-    seed_sd: dict[str, float]
+    language: str | None
+    references_in_language: float | None
+    published: list[params.Published]
     reference_words: float
     best: list[Pair]
     worst: list[Pair]
@@ -135,83 +149,122 @@ def compare(seeds: Sequence[int], evaluate: params.Evaluate, compare: params.Com
     """
     test = records.read_rows(paths.split("test"), Example)
     variants = [paths.variant(None), *(paths.variant(seed) for seed in seeds)]
-    scores = [rouge.read(variant) for variant in variants]
+    scored = [scores.read(variant) for variant in variants]
     texts = [records.read_rows(paths.predictions(variant), Prediction) for variant in variants]
-    _refuse_unequal(test, scores, texts, evaluate)
+    _refuse_unequal(test, scored, texts, evaluate)
 
-    metrics = list(evaluate.metrics)
+    chosen = metrics.chosen(evaluate)
     groups = np.array([row.group for row in test])
-    by_variant = np.array([[[row[name] for name in metrics] for row in one.examples] for one in scores], np.float64)
-    if not np.isfinite(by_variant).all():
+    tables = [Table(chosen, [one.of(metric) for metric in chosen]) for one in scored]
+    if not all(np.isfinite(columns).all() for table in tables for columns in table.statistics):
         raise UserError("a score is not a finite number: remove out/scores and run `dvc repro`")
-    base_nm, tuned_nm = by_variant[0], by_variant[1:].mean(axis=0)  # n: examples, m: metrics
 
-    results = _results(base_nm, tuned_nm, groups, metrics, compare)
+    results = contrast(tables[:1], tables[1:], groups, compare)
     outputs = [
-        Output(one.variant, one.length["predictions"], one.stopped_by_cap, one.empty, one.corpus) for one in scores
+        Output(
+            one.variant,
+            one.length["predictions"],
+            one.stopped_by_cap,
+            one.empty,
+            one.copied,
+            one.in_language,
+            one.corpus,
+        )
+        for one in scored
     ]
-    best, worst = _extremes(test, texts[0], texts[1], by_variant[:2, :, metrics.index(compare.decide_by[0])], compare)
+    deciding = list(evaluate.metrics).index(compare.decide_by[0])
+    best, worst = _extremes(test, texts[0], texts[1], [table.each()[deciding] for table in tables[:2]], compare)
     return Comparison(
-        verdict=verdict([results[name].diff for name in compare.decide_by]),
+        verdict=verdict([results[name].deciding for name in compare.decide_by]),
         decide_by=list(compare.decide_by),
         confidence=compare.confidence,
         samples=compare.bootstrap_samples,
         seed=compare.seed,
         n=len(test),
         groups=len(set(groups)),
-        signature=rouge.signature(evaluate),
-        decoding={name: scores[0].decoding[name] for name in MUST_AGREE},
+        signature=metrics.signature(evaluate),
+        decoding={name: scored[0].decoding[name] for name in MUST_AGREE},
         results=results,
-        aspects=_aspects(test, base_nm, tuned_nm, metrics, compare),
-        lines=_lines(test, [row.text for row in texts[0]], tuned_nm, evaluate, compare),
+        aspects=_aspects(test, tables, compare),
+        lines=_lines(test, [row.text for row in texts[0]], tables[1:], evaluate, compare),
         base=outputs[0],
         tuned=outputs[1:],
-        seed_sd={name: stdev(one.corpus[name] for one in scores[1:]) for name in metrics} if len(seeds) > 1 else {},
-        reference_words=scores[0].length["references"],
+        language=evaluate.language,
+        references_in_language=scored[0].references_in_language,
+        published=list(compare.published),
+        reference_words=scored[0].length["references"],
         best=best,
         worst=worst,
     )
 
 
-def resampled_means(values_nk: Floats, groups: NDArray[Any], samples: int, generator: np.random.Generator) -> Floats:
-    """Bootstrap over groups: means of the k columns over the rows of as many groups as there are, `samples` times.
+@dataclass(frozen=True)
+class Table:
+    """The statistics of one variant's texts: for each metric nxk."""
 
-    `values_nk` is [rows, columns], `groups` names the group of each row. Returns [samples, columns]. Each resample's
-    mean is the sum over its rows divided by their number, so that large groups weigh more, as in the mean itself.
-    UserError with a single group, over which nothing can be resampled.
-    """
-    # Sorted by name, so that the order of the rows does not decide which group a draw stands for.
-    names, member = np.unique(groups, return_inverse=True)
-    g = len(names)
-    if g < 2:
-        raise UserError(
-            "all test examples belong to one group, so there is nothing to resample: raise data.limits.test, or name "
-            "a column that tells sources apart in data.columns.group"
+    metrics: Sequence[Metric]
+    statistics: list[Floats]
+
+    def rows(self, chosen: Sequence[int]) -> "Table":
+        return Table(self.metrics, [columns[list(chosen)] for columns in self.statistics])
+
+    def each(self) -> Floats:
+        """mxn: the score of each row by itself."""
+        return np.array([metric.each(table) for metric, table in zip(self.metrics, self.statistics, strict=True)])
+
+
+def resampled(tables: Sequence[Table], groups: NDArray[Any], compare: params.Compare) -> tuple[Floats, Floats]:
+    """vxm: the scores of v variants in m metrics over all rows; vxmxb: in every resample, drawn alike for all."""
+    everything_nxk = np.concatenate([columns for table in tables for columns in table.statistics], axis=1)
+    sums_bxk, rows_b = significance.resampled_sums(everything_nxk, groups, compare.bootstrap_samples, compare.seed)
+    # The first row is the sum over all rows; the others are the resamples.
+    sums_bxk = np.concatenate([everything_nxk.sum(axis=0, keepdims=True), sums_bxk])
+    rows_b = np.concatenate([[len(groups)], rows_b])
+    start, found = 0, []
+    for table in tables:
+        row = []
+        for metric in table.metrics:
+            row.append(metric.corpus(sums_bxk[:, start : start + metric.width], rows_b))
+            start += metric.width
+        found.append(row)
+    scores_vxmxb = np.array(found)
+    return scores_vxmxb[:, :, 0], scores_vxmxb[:, :, 1:]
+
+
+def contrast(
+    base: Sequence[Table], tuned: Sequence[Table], groups: NDArray[Any], compare: params.Compare
+) -> dict[str, Result]:
+    """Each metric's result: the seeds of `tuned` on average against those of `base`, paired row by row."""
+    chosen = tuned[0].metrics
+    score_vxm, resample_vxmxb = resampled([*base, *tuned], groups, compare)
+    one, other = (np.mean([table.each() for table in tables], axis=0) for tables in (base, tuned))
+    gain_mxn = significance.difference(other, one)
+    cut = len(base)
+    results = {}
+    for m, metric in enumerate(chosen):
+        here, there = resample_vxmxb[:cut, m].mean(axis=0), resample_vxmxb[cut:, m].mean(axis=0)
+        diff_b = significance.difference(there, here)
+        value = float(significance.difference(score_vxm[cut:, m].mean(), score_vxm[:cut, m].mean()))
+        diff = significance.percentiles(value, diff_b, compare.confidence)
+        p, seeds, error = significance.p_value(diff_b), None, float(np.std(diff_b))
+        if max(len(base), len(tuned)) > 1:
+            sides = [score_vxm[:cut, m].tolist(), score_vxm[cut:, m].tolist()]
+            sd, both, p = significance.over_seeds(value, sides, diff_b, len(set(groups)), compare.confidence)
+            seeds = Spread(sd, both)
+            error = (both.high - both.low) / 2 / NormalDist().inv_cdf((1 + compare.confidence) / 2)
+        results[metric.name] = Result(
+            base=significance.percentiles(score_vxm[:cut, m].mean(), here, compare.confidence),
+            tuned=significance.percentiles(score_vxm[cut:, m].mean(), there, compare.confidence),
+            diff=diff,
+            seeds=seeds,
+            p=p,
+            effect=significance.effect_size(gain_mxn[m], groups),
+            detectable=significance.detectable(error, compare.confidence),
+            wins=float(np.mean(gain_mxn[m] > 0)),
+            ties=float(np.mean(gain_mxn[m] == 0)),
+            losses=float(np.mean(gain_mxn[m] < 0)),
         )
-    columns = np.column_stack([values_nk, np.ones(len(values_nk))])
-    sums_gk = np.zeros((g, columns.shape[1]))
-    np.add.at(sums_gk, member, columns)
-    chunk = max(1, DRAWS_AT_ONCE // g)
-    means = []
-    for start in range(0, samples, chunk):
-        size = min(chunk, samples - start)
-        draws = generator.integers(g, size=(size, g)) + g * np.arange(size)[:, None]
-        times_bg = np.bincount(draws.ravel(), minlength=size * g).reshape(size, g)
-        totals_bk = times_bg @ sums_gk
-        means.append(totals_bk[:, :-1] / totals_bk[:, -1:])
-    return np.concatenate(means)
-
-
-def intervals(values_nk: Floats, groups: NDArray[Any], compare: params.Compare) -> list[Interval]:
-    """The mean of each column with its percentile interval; every call draws the same resamples of the same groups."""
-    generator = np.random.Generator(np.random.PCG64(compare.seed))
-    means_bk = resampled_means(values_nk, groups, compare.bootstrap_samples, generator)
-    tail = (1 - compare.confidence) / 2
-    low_k, high_k = np.quantile(means_bk, [tail, 1 - tail], axis=0)
-    return [
-        Interval(float(value), float(low), float(high))
-        for value, low, high in zip(values_nk.mean(axis=0), low_k, high_k, strict=True)
-    ]
+    return results
 
 
 def verdict(differences: Sequence[Interval]) -> Verdict:
@@ -225,37 +278,10 @@ def verdict(differences: Sequence[Interval]) -> Verdict:
 
 def cut(text: str, reference: str) -> str:
     """The first words of `text`, as many as `reference` has."""
-    return " ".join(text.split()[: rouge.words(reference)])
+    return " ".join(text.split()[: scores.words(reference)])
 
 
-def _minus(here_nm: Floats, there_nm: Floats) -> Floats:
-    """The differences, ties exactly zero: no verdict may rest on the rounding of a mean over seeds."""
-    difference_nm = here_nm - there_nm
-    return np.where(np.abs(difference_nm) <= TIE, 0.0, difference_nm)
-
-
-def _results(
-    base_nm: Floats, tuned_nm: Floats, groups: NDArray[Any], metrics: Sequence[str], compare: params.Compare
-) -> dict[str, Result]:
-    diff_nm = _minus(tuned_nm, base_nm)
-    m = len(metrics)
-    found = intervals(np.concatenate([base_nm, tuned_nm, diff_nm], axis=1), groups, compare)
-    return {
-        name: Result(
-            base=found[i],
-            tuned=found[m + i],
-            diff=found[2 * m + i],
-            wins=float(np.mean(diff_nm[:, i] > 0)),
-            ties=float(np.mean(diff_nm[:, i] == 0)),
-            losses=float(np.mean(diff_nm[:, i] < 0)),
-        )
-        for i, name in enumerate(metrics)
-    }
-
-
-def _aspects(
-    test: Sequence[Example], base_nm: Floats, tuned_nm: Floats, metrics: Sequence[str], compare: params.Compare
-) -> list[Aspect]:
+def _aspects(test: Sequence[Example], tables: Sequence[Table], compare: params.Compare) -> list[Aspect]:
     """One result an aspect, in the order of the test split; none when all rows have the same.
 
     An aspect whose rows lie in one group has no interval and is left out.
@@ -263,31 +289,47 @@ def _aspects(
     rows_of: dict[str, list[int]] = {}
     for i, row in enumerate(test):
         rows_of.setdefault(row.aspect, []).append(i)
-    aspects = []
+    found: dict[str, dict[str, Result]] = {}
     for name, rows in rows_of.items():
         groups = np.array([test[i].group for i in rows])
         if len(rows_of) > 1 and len(set(groups)) > 1:
-            aspects.append(Aspect(name, len(rows), _results(base_nm[rows], tuned_nm[rows], groups, metrics, compare)))
-    return aspects
+            here = [table.rows(rows) for table in tables]
+            found[name] = contrast(here[:1], here[1:], groups, compare)
+    keys = [(name, metric) for name in found for metric in compare.decide_by]
+    corrected = significance.holm([found[name][metric].p for name, metric in keys])
+    p_holm = dict(zip(keys, corrected, strict=True))
+    return [
+        Aspect(name, len(rows_of[name]), results, {metric: p_holm[name, metric] for metric in compare.decide_by})
+        for name, results in found.items()
+    ]
 
 
 def _lines(
-    test: Sequence[Example], base: Sequence[str], tuned_nm: Floats, evaluate: params.Evaluate, compare: params.Compare
+    test: Sequence[Example],
+    base: Sequence[str],
+    tuned: Sequence[Table],
+    evaluate: params.Evaluate,
+    compare: params.Compare,
 ) -> list[Line]:
     """The reference lines: what a text scores that was written without doing the task.
 
-    lead: the first sentence of the source. wrong_aspect: the mean over the references of the group's other aspects,
-    which are on topic and well written and answer another question; left out when no group has two aspects.
-    base_cut: base's output cut after as many words as its own reference has, which no real system can know; a gain
-    over it is not that tuned merely stopped at a better length.
+    lead: the first sentence of the source; in translation (where `evaluate.metrics` has chrF or BLEU) copy instead: the
+    source as it is. wrong_aspect: the mean over the references of the group's other aspects, which are on topic and
+    well written and answer another question; left out when no group has two aspects. base_cut: base's output cut after
+    as many words as its own reference has, which no real system can know; a gain over it is not that tuned merely
+    stopped at a better length.
     """
     members: dict[str, list[Example]] = {}
     for row in test:
         members.setdefault(row.group, []).append(row)
     other = [[row.target for row in members[one.group] if row.aspect != one.aspect] for one in test]
-    n_cut = sum(rouge.words(text) > rouge.words(row.target) for text, row in zip(base, test, strict=True))
+    n_cut = sum(scores.words(text) > scores.words(row.target) for text, row in zip(base, test, strict=True))
+    if {"chrf", "bleu"} & set(evaluate.metrics):
+        first = ("copy", "Copy", "the source as it is", [[row.source] for row in test])
+    else:
+        first = ("lead", "Lead", "the first sentence of the source", [[row.lead] for row in test])
     candidates = [
-        ("lead", "Lead", "the first sentence of the source", [[row.lead] for row in test]),
+        first,
         ("wrong_aspect", "Wrong aspect", "the references of the same source's other aspects, averaged", other),
         (
             "base_cut",
@@ -303,39 +345,47 @@ def _lines(
         groups = np.array([test[i].group for i in rows])
         if len(set(groups)) < 2:
             continue
-        line_nm = _mean_scores([texts[i] for i in rows], [test[i].target for i in rows], evaluate)
-        ahead = intervals(_minus(tuned_nm[rows], line_nm), groups, compare)
+        line = _mean_table([texts[i] for i in rows], [test[i] for i in rows], tuned[0].metrics)
+        score_vxm, resample_vxmxb = resampled([line, *(table.rows(rows) for table in tuned)], groups, compare)
+        ahead_m = significance.difference(score_vxm[1:].mean(axis=0), score_vxm[0])
+        ahead_mxb = significance.difference(resample_vxmxb[1:].mean(axis=0), resample_vxmxb[0])
         lines.append(
             Line(
                 key=key,
                 label=label,
                 about=about,
                 n=len(rows),
-                scores=dict(zip(evaluate.metrics, line_nm.mean(axis=0).tolist(), strict=True)),
-                ahead=dict(zip(evaluate.metrics, ahead, strict=True)),
+                scores=dict(zip(evaluate.metrics, score_vxm[0].tolist(), strict=True)),
+                ahead={
+                    name: significance.percentiles(ahead_m[m], ahead_mxb[m], compare.confidence)
+                    for m, name in enumerate(evaluate.metrics)
+                },
             )
         )
     return lines
 
 
-def _mean_scores(texts: Sequence[Sequence[str]], references: Sequence[str], evaluate: params.Evaluate) -> Floats:
-    """[rows, metrics]: the mean score of each row's texts against that row's reference."""
-    flat = [(text, reference) for some, reference in zip(texts, references, strict=True) for text in some]
-    scored = rouge.score_pairs([text for text, _ in flat], [reference for _, reference in flat], evaluate)
-    values = np.array([[row[name] for name in evaluate.metrics] for row in scored])
-    ends = np.cumsum([len(some) for some in texts])
-    return np.array([part.mean(axis=0) for part in np.split(values, ends[:-1])])
+def _mean_table(texts: Sequence[Sequence[str]], rows: Sequence[Example], chosen: Sequence[Metric]) -> Table:
+    """The statistics of each row, averaged over its texts, against that row's references."""
+    flat = [text for some in texts for text in some]
+    references = [row.references for some, row in zip(texts, rows, strict=True) for _ in some]
+    ends = np.cumsum([len(some) for some in texts])[:-1]
+    found = []
+    for metric in chosen:
+        parts = np.split(metric.statistics(flat, references), ends)
+        found.append(np.array([part.mean(axis=0) for part in parts]))
+    return Table(chosen, found)
 
 
 def _extremes(
     test: Sequence[Example],
     base: Sequence[Prediction],
     tuned: Sequence[Prediction],
-    scores_vn: Floats,
+    scores_vxn: Sequence[Floats],
     compare: params.Compare,
 ) -> tuple[list[Pair], list[Pair]]:
     """The examples on which tuned gains and loses most, most extreme first; ties in the order of ids."""
-    base_n, tuned_n = scores_vn.tolist()
+    base_n, tuned_n = (scores_n.tolist() for scores_n in scores_vxn)
     pairs = [
         Pair(row.id, row.source, row.target, base[i].text, tuned[i].text, base_n[i], tuned_n[i])
         for i, row in enumerate(test)
@@ -348,17 +398,17 @@ def _extremes(
 
 def _refuse_unequal(
     test: Sequence[Example],
-    scores: Sequence[rouge.Scores],
+    scored: Sequence[scores.Scores],
     texts: Sequence[Sequence[Prediction]],
     evaluate: params.Evaluate,
 ) -> None:
     """UserError listing everything but the adapter in which the variants differ from base or from the test split."""
     problems = []
-    if len(scores) < 2:
-        problems.append("there is no tuned variant: train.seeds is empty")
-    base = scores[0]
-    expected = rouge.signature(evaluate)
-    for one, predictions in zip(scores, texts, strict=True):
+    if len(scored) < 2:
+        problems.append("there is no tuned variant: seeds is empty")
+    base = scored[0]
+    expected = metrics.signature(evaluate)
+    for one, predictions in zip(scored, texts, strict=True):
         if one.signature != expected:
             problems.append(f"{one.variant} is scored as {one.signature}, params ask for {expected}")
         problems.extend(
@@ -371,7 +421,7 @@ def _refuse_unequal(
             ("predictions", [row.id for row in predictions]),
         ):
             try:
-                rouge.same_rows(f"{one.variant} ({what})", ids, [row.id for row in test])
+                scores.same_rows(f"{one.variant} ({what})", ids, [row.id for row in test])
             except UserError as error:
                 problems.append(str(error).replace("\n", "\n  "))
         if (one.decoding["adapter_sha256"] is None) != (one is base):

@@ -29,7 +29,7 @@ from pipeline.errors import UserError, listing
 
 Share = Annotated[float, Field(ge=0, le=1)]
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
-Rouge = Literal["rouge1", "rouge2", "rougeL", "rougeLsum"]
+Metric = Literal["rouge1", "rouge2", "rougeL", "rougeLsum", "chrf", "bleu"]
 
 
 class Section(BaseModel):
@@ -221,8 +221,29 @@ class Generation(Section):
 
 class Evaluate(Section):
     key = "evaluate"
-    metrics: Annotated[list[Rouge], Field(min_length=1)]
+    metrics: Annotated[list[Metric], Field(min_length=1)]
     use_stemmer: bool
+    rouge_tokenizer: Literal["latin", "unicode"]
+    bleu_tokenizer: Literal["13a", "intl", "zh", "char"]
+    language: Annotated[str, Field(pattern=r"^[a-z]{2}$")] | None
+
+    @model_validator(mode="after")
+    def stemming_is_for_latin_words(self) -> Self:
+        if self.use_stemmer and self.rouge_tokenizer == "unicode":
+            raise ValueError("use_stemmer must be false with rouge_tokenizer unicode: Porter's stemmer knows English")
+        return self
+
+    @model_validator(mode="after")
+    def no_metric_twice(self) -> Self:
+        if len(set(self.metrics)) < len(self.metrics):
+            raise ValueError("metrics must differ")
+        return self
+
+
+class Published(Section):
+    metric: Metric
+    value: float
+    about: Annotated[str, Field(min_length=1)]
 
 
 class Compare(Section):
@@ -230,8 +251,9 @@ class Compare(Section):
     bootstrap_samples: Annotated[int, Field(ge=1000, le=1_000_000)]
     confidence: Annotated[float, Field(ge=0.5, le=0.999)]
     seed: Annotated[int, Field(ge=0, lt=2**32)]
-    decide_by: Annotated[list[Rouge], Field(min_length=1)]
+    decide_by: Annotated[list[Metric], Field(min_length=1)]
     examples: Annotated[int, Field(ge=0, le=100)]
+    published: list[Published]
 
 
 class Runtime(Section):

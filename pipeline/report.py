@@ -12,10 +12,12 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup, escape
 
-from pipeline import charts, paths, records
-from pipeline.compare import Comparison, Interval
+from pipeline import charts, paths, records, significance
+from pipeline.compare import Comparison
 from pipeline.errors import UserError
 from pipeline.guards import Guard
+from pipeline.metrics import LABELS
+from pipeline.significance import Interval
 
 TEMPLATES = Path(__file__).parent / "templates"
 
@@ -29,6 +31,8 @@ FEW_GROUPS = 30
 """Below this many groups a percentile interval is noticeably too narrow, which the report then says."""
 MANY_CAPPED = 0.05
 """Share of outputs stopped by the token cap above which the report says so."""
+OTHER_LANGUAGE = 0.1
+"""The report says so when the share of outputs in the language asked for is this much below the references'."""
 
 COMMANDS = (
     ("dvc metrics diff", "these numbers against the last commit's"),
@@ -50,10 +54,11 @@ def write(comparison: Comparison, guards: Sequence[Guard]) -> None:
         "lead": LEAD[comparison.verdict],
         "basis": basis(comparison),
         "caveats": caveats(comparison),
-        "labels": charts.LABELS,
+        "power": power(comparison),
+        "labels": LABELS,
         "interval": f"{100 * comparison.confidence:g} % interval",
         "chart": Markup(charts.inline(charts.svg(comparison, charts.PAGE))),
-        "shown": charts.LABELS[comparison.decide_by[0]],
+        "shown": LABELS[comparison.decide_by[0]],
         "commands": COMMANDS,
     }
     environment = _environment()
@@ -72,14 +77,17 @@ def metrics(comparison: Comparison) -> dict[str, Any]:
             "base": result.base.value,
             "tuned": result.tuned.value,
             "diff": result.diff.value,
-            "ci_low": result.diff.low,
-            "ci_high": result.diff.high,
+            "ci_low": result.deciding.low,
+            "ci_high": result.deciding.high,
+            "p": result.p,
+            "effect": result.effect,
+            "detectable": result.detectable,
             "wins": result.wins,
             "ties": result.ties,
             "losses": result.losses,
         }
-        if name in comparison.seed_sd:
-            content[name]["seed_sd"] = comparison.seed_sd[name]
+        if result.seeds:
+            content[name]["seed_sd"] = result.seeds.sd
     content["lines"] = {}
     for line in comparison.lines:
         content["lines"][line.key] = dict(line.scores)
@@ -105,8 +113,8 @@ def basis(comparison: Comparison) -> str:
         one = comparison.results[name]
         interval = f"{100 * comparison.confidence:g} % interval " if i == 0 else ""
         parts.append(
-            f"{charts.LABELS[name]} {points(one.base.value)} → {points(one.tuned.value)} "
-            f"({signed(one.diff.value)}, {interval}{span(one.diff)})"
+            f"{LABELS[name]} {points(one.base.value)} → {points(one.tuned.value)} "
+            f"({signed(one.diff.value)}, {interval}{span(one.deciding)})"
         )
     over = f"{comparison.n} test examples"
     if comparison.groups < comparison.n:
@@ -122,7 +130,7 @@ def caveats(comparison: Comparison) -> list[str]:
     if comparison.verdict == "better":
         found.extend(
             f"Tuned is not shown to be ahead of the reference line “{line.label}” ({line.about}) in "
-            f"{charts.LABELS[name]}: {signed(line.ahead[name].value)} ({span(line.ahead[name])})."
+            f"{LABELS[name]}: {signed(line.ahead[name].value)} ({span(line.ahead[name])})."
             for line in comparison.lines
             for name in comparison.decide_by
             if line.ahead[name].low <= 0
@@ -135,9 +143,32 @@ def caveats(comparison: Comparison) -> list[str]:
     )
     if comparison.groups < FEW_GROUPS:
         found.append(f"With only {comparison.groups} groups of examples the intervals are too narrow.")
+    for one in (comparison.base, *comparison.tuned):
+        expected = comparison.references_in_language
+        if one.in_language is not None and expected is not None and one.in_language < expected - OTHER_LANGUAGE:
+            found.append(
+                f"{share(one.in_language)} of the outputs of {one.variant} are identified as {comparison.language}, "
+                f"against {share(expected)} of the references."
+            )
     if len(comparison.tuned) == 1:
         found.append("One training seed: the intervals cover the choice of test examples, not that of the seed.")
     return found
+
+
+def power(comparison: Comparison) -> str:
+    """What size of difference this test set shows, and how large one for a single point would have to be."""
+    name = comparison.decide_by[0]
+    found = comparison.results[name].detectable
+    if found <= significance.TIE:
+        return "All differences are the same, so nothing can be said about the size of the test set."
+    text = (
+        f"A true difference of {points(found)} points in {LABELS[name]} is found by such a comparison in "
+        f"{share(significance.POWER)} of repetitions"
+    )
+    if len(comparison.tuned) > 1:
+        return f"{text}."
+    needed = significance.groups_needed(1.0, found, comparison.groups)
+    return f"{text}; to find one of 1 point takes about {needed:,} groups of examples (here {comparison.groups:,})."
 
 
 def closing_lines(store: str) -> str:
@@ -171,6 +202,11 @@ def signed(value: float) -> str:
     """A difference with its sign: one decimal, two below 0.1 so that its side of zero is seen."""
     text = f"{abs(value):.1f}" if abs(value) >= 0.1 or value == 0 else f"{abs(value):.2f}"
     return f"−{text}" if value < 0 else f"+{text}"
+
+
+def probability(value: float) -> str:
+    """A p-value: three decimals, and what is smaller as such."""
+    return "≤ 0.001" if value < 0.001 else f"{value:.3f}"
 
 
 def share(value: float) -> str:
@@ -209,5 +245,7 @@ def _environment() -> Environment:
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    environment.filters |= {function.__name__: function for function in (points, signed, span, share, markdown, html)}
+    environment.filters |= {
+        function.__name__: function for function in (points, signed, span, share, probability, markdown, html)
+    }
     return environment

@@ -77,13 +77,14 @@ class Record:
 
 @dataclass(frozen=True, slots=True)
 class Stored:
-    """A run as the store lists it; its metrics and artifacts are for `read_back`."""
+    """A run as the store lists it, of each metric the last value; curves and artifacts are for `read_back`."""
 
     run_id: str
     name: str
     status: str
     tags: dict[str, str]
     params: dict[str, str]
+    metrics: dict[str, float]
 
 
 def track(train_seeds: list[int], tracking: params.Tracking) -> None:
@@ -158,6 +159,11 @@ def digest_of(lock: str, seeds: list[int]) -> str:
     return _digest(_locked(lock, seeds))
 
 
+def params_of(lock: str, seeds: list[int]) -> dict[str, str]:
+    """The parameters by dotted name, as a run has them, of the experiment that the text of a `dvc.lock` holds."""
+    return _params(_locked(lock, seeds))
+
+
 # What goes into its run
 
 
@@ -186,6 +192,7 @@ def gather(seeds: list[int]) -> Record:
     files += [(path, "models") for path in (paths.BASE_FACTS, paths.QUANTIZED_FACTS)]
     reports = (paths.METRICS, paths.COMPARISON_MD, paths.REPORT_HTML, paths.COMPARISON_SVG, paths.COMPARISON_PNG)
     files += [(path, "reports") for path in reports]
+    files += [(paths.scores(variant), paths.SCORES.name) for variant in map(paths.variant, (None, *seeds))]
     for seed in seeds:
         files.append((paths.adapter(seed), f"adapter/{seed}"))
         files += [(path, "training") for path in (paths.training_summary(seed), paths.training_log(seed))]
@@ -536,7 +543,14 @@ def stored(tracking: params.Tracking) -> list[Stored]:
                 page_token=page and page.token,
             )  # fmt: skip
             found += [
-                Stored(run.info.run_id, run.info.run_name, run.info.status, dict(run.data.tags), dict(run.data.params))
+                Stored(
+                    run.info.run_id,
+                    run.info.run_name,
+                    run.info.status,
+                    dict(run.data.tags),
+                    dict(run.data.params),
+                    dict(run.data.metrics),
+                )
                 for run in page
             ]
             if not page.token:

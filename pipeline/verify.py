@@ -139,19 +139,19 @@ def read(folder: Path = Path()) -> Project:
         for name, definition in load(folder / paths.DVC_YAML)["stages"].items()
         for item in _items(definition, given)
     ]
-    return Project(given, stages, _cache_folder(folder))
+    return Project(given, stages, cache_folder(folder))
 
 
 def missing(lock: Path) -> int:
     """How many objects of the stages in a `dvc.lock` are not in this project's cache."""
-    objects = _cache_folder(Path()) / "files" / "md5"
+    objects = cache_folder(Path()) / "files" / "md5"
     names = {out["md5"] for stage in load(lock)["stages"].values() for out in stage.get("outs", [])
              if Path(out["path"]).is_relative_to(paths.OUT) and Path(out["path"]) != paths.RECEIPT}  # fmt: skip
     names |= {content for name in names for _, content in _listing(objects, name)}
     return sum(not (objects / name[:2] / name[2:]).is_file() for name in names)
 
 
-def _cache_folder(folder: Path) -> Path:
+def cache_folder(folder: Path) -> Path:
     told = subprocess.run(
         [sys.executable, "-m", "dvc", "cache", "dir"], cwd=folder, capture_output=True, text=True, check=False
     )

@@ -1,4 +1,4 @@
-"""The paired bootstrap against slow and known answers, reference lines by hand, refusals of unequal variants."""
+"""Whole comparisons with known answers, reference lines by hand, refusals of unequal variants."""
 
 import itertools
 import json
@@ -7,111 +7,30 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
-from numpy.typing import NDArray
+import sacrebleu
 
-from pipeline import compare, paths, records, rouge
-from pipeline.compare import Comparison, Interval
+from pipeline import compare, paths, records, scores
+from pipeline.compare import Comparison
 from pipeline.errors import UserError
 from pipeline.params import Compare, Evaluate
 from pipeline.records import Decoding, Example, Prediction
+from pipeline.significance import Interval
 
-EVALUATE = Evaluate(metrics=["rouge1", "rouge2", "rougeL"], use_stemmer=False)
-COMPARE = Compare(bootstrap_samples=2000, confidence=0.95, seed=17, decide_by=["rouge1", "rouge2"], examples=3)
+EVALUATE = Evaluate(
+    metrics=["rouge1", "rouge2", "rougeL"],
+    use_stemmer=False,
+    rouge_tokenizer="latin",
+    bleu_tokenizer="13a",
+    language=None,
+)
+TRANSLATION = EVALUATE.model_copy(update={"metrics": ["rouge1", "chrf", "bleu"]})
+COMPARE = Compare(
+    bootstrap_samples=2000, confidence=0.95, seed=17, decide_by=["rouge1", "rouge2"], examples=3, published=[]
+)
 KEEP = {"base": 0.3, "tuned-17": 0.8}
 ASPECTS = ("challenge", "approach")
 WORDS = [f"w{i}" for i in range(18)]
-
-
-def generator(seed: int = 0) -> np.random.Generator:
-    return np.random.Generator(np.random.PCG64(seed))
-
-
-def groups_of(sizes: list[int]) -> NDArray[Any]:
-    return np.array([f"g{i:03}" for i, size in enumerate(sizes) for _ in range(size)])
-
-
-# --- the bootstrap ---
-
-
-def test_equals_a_naive_bootstrap() -> None:
-    groups = groups_of([1, 4, 2, 3, 1])
-    values = generator(1).normal(size=(11, 2))
-    found = compare.resampled_means(values, groups, 50, generator())
-    rng, names = generator(), sorted(set(groups))
-    for mean in found:
-        rows = [i for g in rng.integers(len(names), size=len(names)) for i in range(11) if groups[i] == names[g]]
-        np.testing.assert_allclose(mean, [sum(values[i, k] for i in rows) / len(rows) for k in (0, 1)])
-
-
-def test_distribution_of_the_smallest_case() -> None:
-    # Two groups at 0 and 1: the means of all four equally likely resamples are 0, .5, .5, 1.
-    means = compare.resampled_means(np.array([[0.0], [1.0]]), groups_of([1, 1]), 20_000, generator())[:, 0]
-    shares = [float(np.mean(means == value)) for value in (0, 0.5, 1)]
-    assert shares == pytest.approx([0.25, 0.5, 0.25], abs=0.015)
-
-
-def test_chunks_do_not_show(monkeypatch: pytest.MonkeyPatch) -> None:
-    values, groups = generator(2).normal(size=(12, 1)), groups_of([3] * 4)
-    whole = compare.resampled_means(values, groups, 101, generator())
-    monkeypatch.setattr(compare, "DRAWS_AT_ONCE", 40)
-    np.testing.assert_array_equal(compare.resampled_means(values, groups, 101, generator()), whole)
-
-
-def test_order_of_rows_does_not_matter() -> None:
-    values, groups = generator(3).normal(size=(30, 1)), groups_of([3] * 10)
-    order = generator(4).permutation(30)
-    [here] = compare.intervals(values, groups, COMPARE)
-    [there] = compare.intervals(values[order], groups[order], COMPARE)
-    assert asdict(here) == pytest.approx(asdict(there))
-
-
-def test_same_seed_same_interval_other_seed_other_interval() -> None:
-    values, groups = generator(5).normal(size=(30, 1)), groups_of([3] * 10)
-    assert compare.intervals(values, groups, COMPARE) == compare.intervals(values, groups, COMPARE)
-    other = COMPARE.model_copy(update={"seed": 18})
-    assert compare.intervals(values, groups, other) != compare.intervals(values, groups, COMPARE)
-
-
-def test_the_global_generator_is_left_alone() -> None:
-    before = np.random.get_state(legacy=False)["state"]["key"].tolist()
-    compare.intervals(generator(5).normal(size=(6, 1)), groups_of([3, 3]), COMPARE)
-    assert np.random.get_state(legacy=False)["state"]["key"].tolist() == before
-
-
-def test_rows_of_a_group_that_agree_count_once() -> None:
-    # Three equal rows a group: row-wise resampling would believe in three times the evidence, sqrt(3) too narrow.
-    values = np.repeat(generator(6).normal(size=(60, 1)), 3, axis=0)
-    [clustered] = compare.intervals(values, groups_of([3] * 60), COMPARE)
-    [rowwise] = compare.intervals(values, np.array([f"{i:03}" for i in range(180)]), COMPARE)
-    ratio = (clustered.high - clustered.low) / (rowwise.high - rowwise.low)
-    assert ratio == pytest.approx(3**0.5, rel=0.12)
-
-
-@pytest.mark.parametrize(("confidence", "deviations"), [(0.95, 1.96), (0.8, 1.2816)])
-def test_ends_agree_with_the_normal_interval_of_many_rows(confidence: float, deviations: float) -> None:
-    values, wanted = generator(8).normal(5, 2, size=(400, 1)), COMPARE.model_copy(update={"confidence": confidence})
-    [one] = compare.intervals(values, groups_of([1] * 400), wanted)
-    half = deviations * values.std() / 20
-    assert (one.value - one.low) / half == pytest.approx(1, abs=0.08)
-    assert (one.high - one.value) / half == pytest.approx(1, abs=0.08)
-
-
-def test_coverage() -> None:
-    """An interval of 95 % over 40 groups holds the true mean about that often: a bit less, as percentiles do."""
-    rng, fast = generator(7), COMPARE.model_copy(update={"bootstrap_samples": 1000})
-    groups, hits = groups_of([3] * 40), 0
-    for _ in range(300):
-        values = np.repeat(rng.normal(size=(40, 1)), 3, axis=0) + rng.normal(size=(120, 1))
-        [one] = compare.intervals(values, groups, fast)
-        hits += one.low <= 0 <= one.high
-    assert 0.90 <= hits / 300 <= 0.98
-
-
-def test_a_single_group_is_refused() -> None:
-    with pytest.raises(UserError, match="nothing to resample"):
-        compare.resampled_means(np.ones((3, 1)), groups_of([3]), 10, generator())
 
 
 @pytest.mark.parametrize(
@@ -136,16 +55,20 @@ def test_cut() -> None:
 # --- whole comparisons ---
 
 
+def example(name: str, group: str, aspect: str, source: str, target: str, lead: str) -> Example:
+    return Example(name, group, aspect, source, target, lead, [target])
+
+
 def examples(n_groups: int = 12) -> list[Example]:
     rng = random.Random(1)
     return [
-        Example(f"p{i}/{aspect}", f"p{i}", aspect, "source text", " ".join(rng.sample(WORDS, 8)), "alpha beta")
+        example(f"p{i}/{aspect}", f"p{i}", aspect, "source text", " ".join(rng.sample(WORDS, 8)), "alpha beta")
         for i in range(n_groups)
         for aspect in ASPECTS
     ]
 
 
-def plant(rows: list[Example], keep: dict[str, float], **change: Any) -> None:
+def plant(rows: list[Example], keep: dict[str, float], evaluate: Evaluate = EVALUATE, **change: Any) -> None:
     """Score variants in the current folder that keep a share of each reference's words; `change` alters the tuned."""
     records.write_rows(paths.split("test"), rows)
     for seed, (variant, share) in enumerate(keep.items()):
@@ -162,7 +85,7 @@ def plant(rows: list[Example], keep: dict[str, float], **change: Any) -> None:
         if variant != "base":
             decoding = replace(decoding, **change)
         records.write_json(paths.decoding(variant), asdict(decoding))
-        rouge.evaluate(variant, EVALUATE)
+        scores.evaluate(variant, evaluate)
 
 
 @pytest.fixture
@@ -196,7 +119,7 @@ def test_a_better_adapter_is_called_better_and_its_mirror_worse() -> None:
 def test_equal_outputs_differ_by_nothing() -> None:
     plant(examples(), {"base": 0.5, "tuned-17": 0.5})
     records.write_rows(paths.predictions("tuned-17"), records.read_rows(paths.predictions("base"), Prediction))
-    rouge.evaluate("tuned-17", EVALUATE)
+    scores.evaluate("tuned-17", EVALUATE)
     found = run()
     assert found.verdict == "none"
     for result in found.results.values():
@@ -212,7 +135,7 @@ def test_rounding_of_the_mean_over_seeds_is_no_gain() -> None:
     for seed in (1, 2, 3):
         records.write_rows(paths.predictions(f"tuned-{seed}"), records.read_rows(paths.predictions("base"), Prediction))
     for variant in ("base", "tuned-1", "tuned-2", "tuned-3"):
-        edit(variant, examples=[row | {"rouge1": 0.1, "rouge2": 0.1} for row in rouge.read("base").examples])
+        edit(variant, examples=[row | {"rouge1": 0.1, "rouge2": 0.1} for row in scores.read("base").examples])
     assert sum([0.1] * 3) / 3 > 0.1
     found = run(1, 2, 3)
     assert found.verdict == "none"
@@ -231,8 +154,8 @@ def test_order_of_groups_does_not_matter() -> None:
     ):
         lines: list[Any] = records.read_rows(path, record)
         records.write_rows(path, [lines[i] for i in order])
-    rouge.evaluate("base", EVALUATE)
-    rouge.evaluate("tuned-17", EVALUATE)
+    scores.evaluate("base", EVALUATE)
+    scores.evaluate("tuned-17", EVALUATE)
     there = run()
     for name in EVALUATE.metrics:
         assert asdict(here.results[name].diff) == pytest.approx(asdict(there.results[name].diff))
@@ -246,9 +169,55 @@ def test_several_seeds_are_averaged_example_by_example() -> None:
     for name in EVALUATE.metrics:
         a, b = (one.results[name].tuned.value for one in (first, second))
         assert both.results[name].tuned.value == pytest.approx((a + b) / 2)
-        assert both.seed_sd[name] == pytest.approx(abs(a - b) / 2**0.5)
+        spread = both.results[name].seeds
+        assert spread is not None
+        assert spread.sd == pytest.approx(abs(a - b) / 2**0.5)
+        assert spread.both.high - spread.both.low > both.results[name].diff.high - both.results[name].diff.low
+        assert first.results[name].seeds is None
     assert [one.variant for one in both.tuned] == ["tuned-1", "tuned-2"]
-    assert first.seed_sd == {}
+
+
+@pytest.mark.usefixtures("project")
+def test_seeds_that_disagree_take_the_verdict_back() -> None:
+    """By the examples alone it is better, and each seed is; two seeds that differ as much are no proof."""
+    plant(examples(), {"base": 0.3, "tuned-1": 0.45, "tuned-2": 0.95})
+    found = run(1, 2)
+    assert compare.verdict([found.results[name].diff for name in COMPARE.decide_by]) == "better"
+    assert found.verdict == "none"
+    plant(examples(), {"base": 0.3, "tuned-1": 0.85, "tuned-2": 0.9, "tuned-3": 0.87})
+    assert run(1, 2, 3).verdict == "better"
+
+
+@pytest.mark.usefixtures("project")
+def test_aspects_are_corrected_for_their_number() -> None:
+    plant(examples(), {"base": 0.45, "tuned-17": 0.6})
+    found = run()
+    raw = {(one.name, name): one.results[name].p for one in found.aspects for name in COMPARE.decide_by}
+    adjusted = {(one.name, name): one.p_holm[name] for one in found.aspects for name in COMPARE.decide_by}
+    assert adjusted.keys() == raw.keys()
+    assert all(adjusted[key] >= raw[key] for key in raw)
+    smallest = min(raw, key=lambda key: raw[key])
+    assert adjusted[smallest] == pytest.approx(min(1, 4 * raw[smallest]))
+
+
+@pytest.mark.usefixtures("project")
+def test_translation_is_compared_by_corpus_scores() -> None:
+    rows = [replace(row, source=row.target.upper()) for row in examples()]
+    plant(rows, KEEP, TRANSLATION)
+    found = compare.compare((17,), TRANSLATION, COMPARE.model_copy(update={"decide_by": ["rouge1", "chrf"]}))
+    targets = [row.target for row in rows]
+    for variant, get in (("base", "base"), ("tuned-17", "tuned")):
+        texts = [row.text for row in records.read_rows(paths.predictions(variant), Prediction)]
+        expected = sacrebleu.BLEU().corpus_score(texts, [targets]).score
+        assert getattr(found.results["bleu"], get).value == pytest.approx(expected)
+    result = found.results["chrf"]
+    assert result.diff.low < result.diff.value < result.diff.high
+    assert result.diff.value == pytest.approx(result.tuned.value - result.base.value)
+    assert found.verdict == "better"
+    # The floor of a translation is its source as it is: ROUGE does not see the case, chrF does.
+    copy = next(line for line in found.lines if line.key == "copy")
+    assert copy.scores["rouge1"] == pytest.approx(100)
+    assert copy.scores["chrf"] == sacrebleu.CHRF().corpus_score([row.source for row in rows], [targets]).score
 
 
 @pytest.mark.usefixtures("project")
@@ -267,11 +236,11 @@ def test_extremes_are_ordered_and_disjoint() -> None:
 @pytest.mark.usefixtures("project")
 def test_reference_lines_by_hand() -> None:
     rows = [
-        Example("p/1", "p", "challenge", "s", "alpha beta gamma delta", "alpha beta gamma delta"),
-        Example("p/2", "p", "approach", "s", "alpha beta kappa mu", "alpha zeta zeta zeta"),
-        Example("q/1", "q", "challenge", "s", "pi rho", "sigma tau"),
-        Example("q/2", "q", "approach", "s", "pi xi", "pi rho"),
-        Example("r/1", "r", "challenge", "s", "nu", "nu"),
+        example("p/1", "p", "challenge", "s", "alpha beta gamma delta", "alpha beta gamma delta"),
+        example("p/2", "p", "approach", "s", "alpha beta kappa mu", "alpha zeta zeta zeta"),
+        example("q/1", "q", "challenge", "s", "pi rho", "sigma tau"),
+        example("q/2", "q", "approach", "s", "pi xi", "pi rho"),
+        example("r/1", "r", "challenge", "s", "nu", "nu"),
     ]
     plant(rows, {"base": 1.0, "tuned-17": 1.0})
     texts = [f"{row.target} and words beyond" for row in rows]
@@ -279,7 +248,7 @@ def test_reference_lines_by_hand() -> None:
         paths.predictions("base"),
         [Prediction(row.id, "", 1, text, 1, "stop") for row, text in zip(rows, texts, strict=True)],
     )
-    rouge.evaluate("base", EVALUATE)
+    scores.evaluate("base", EVALUATE)
     lines = {line.key: line for line in run().lines}
     assert lines["lead"].scores["rouge1"] == pytest.approx((100 + 25 + 0 + 50 + 100) / 5)
     # r has one aspect, so no other aspect's reference
@@ -357,7 +326,7 @@ def test_base_with_an_adapter_is_refused() -> None:
 def test_other_rows_are_refused(what: str) -> None:
     plant(examples(), KEEP)
     if what == "scores":
-        edit("tuned-17", examples=rouge.read("tuned-17").examples[::-1])
+        edit("tuned-17", examples=scores.read("tuned-17").examples[::-1])
     else:
         rows = records.read_rows(paths.predictions("tuned-17"), Prediction)
         records.write_rows(paths.predictions("tuned-17"), rows[1:])
@@ -403,4 +372,4 @@ def test_seeds_in_any_order_give_the_same_result() -> None:
 
 
 def edit(variant: str, **change: Any) -> None:
-    records.write_json(paths.scores(variant), asdict(rouge.read(variant)) | change)
+    records.write_json(paths.scores(variant), asdict(scores.read(variant)) | change)

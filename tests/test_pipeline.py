@@ -4,6 +4,7 @@ The tests of this module are one story in one project folder and run in the orde
 """
 
 import subprocess
+import sys
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -125,6 +126,72 @@ def test_going_back_takes_the_training_from_the_cache_and_records_nothing_twice(
     assert set(ran(result.stdout)) <= {"compare", "track"}
     assert "Stage 'train@17' is cached" in result.stdout
     assert len(finished_runs(clone)) == 2
+
+
+def lora_repro(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-c", "from pipeline.cli import app; app()", *arguments],
+        cwd=cwd, env=environment(), stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    )  # fmt: skip
+
+
+def test_any_two_experiments_are_compared_wherever_their_scores_are(clone: Path) -> None:
+    """In the cache, by the name of a DVC experiment or as a commit; in MLflow, when the cache has lost them."""
+    git = ["git", "for-each-ref", "--format=%(objectname) %(refname:lstrip=-1)", "refs/exps"]
+    refs = subprocess.run(git, cwd=clone, capture_output=True, text=True, check=True).stdout
+    (commit,) = [line.split()[0] for line in refs.splitlines() if line.endswith(" rank-2")]
+    (run,) = [run for run in finished_runs(clone) if run.data.params["lora.r"] == "4"]
+    by_name = lora_repro("compare", "rank-2", run.info.run_id[:8], cwd=clone)
+    assert by_name.returncode == 0, by_name.stdout
+    assert "2 experiments, 8 test examples of 4 groups. Signature: `rouge-score" in by_name.stdout
+    header, _, *rows = [line for line in by_name.stdout.splitlines() if line.startswith("|")]
+    assert "lora.r" in header
+    assert {(cells[2].strip(), cells[3].strip()) for cells in (row.split("|") for row in rows[:2])} == {
+        ("rank-2", "2"),
+        (run.info.run_name, "4"),
+    }
+    by_commit = lora_repro("compare", commit, run.info.run_id, cwd=clone)
+    assert by_commit.stdout.replace(commit, "rank-2").count("rank-2") == by_name.stdout.count("rank-2")
+    moved = clone / ".dvc" / "cache" / "files"
+    moved.rename(clone / "lost")
+    try:
+        assert lora_repro("compare", "rank-2", run.info.run_id[:8], cwd=clone).stdout == by_name.stdout
+    finally:
+        (clone / "lost").rename(moved)
+
+
+def test_a_pulled_experiment_is_compared_on_another_clone(clone: Path, dvc: Run, tmp_path: Path) -> None:
+    remote, other = tmp_path / "remote.git", tmp_path / "other"
+
+    def run(*command: str, cwd: Path) -> None:
+        subprocess.run(command, cwd=cwd, env=environment(), check=True, capture_output=True)
+
+    run("git", "clone", "-q", "--bare", str(clone), str(remote), cwd=tmp_path)
+    run("git", "remote", "add", "shared", str(remote), cwd=clone)
+    assert dvc("remote", "add", "--local", "-d", "store", str(tmp_path / "store")).returncode == 0
+    for experiment in ("rank-2", "rank-4"):
+        if experiment == "rank-4":
+            assert dvc("exp", "save", "-n", experiment).returncode == 0
+        pushed = dvc("exp", "push", "shared", experiment)
+        assert pushed.returncode == 0, pushed.stdout
+    run("git", "clone", "-q", str(remote), str(other), cwd=tmp_path)
+    missing = lora_repro("compare", "rank-2", "rank-4", cwd=other)
+    assert missing.returncode == 1
+    assert "no run has the name or id rank-2" in missing.stdout
+    assert dvc("remote", "add", "--local", "-d", "store", str(tmp_path / "store"), cwd=other).returncode == 0
+    pulled = dvc("exp", "pull", "origin", "rank-2", "rank-4", cwd=other)
+    assert pulled.returncode == 0, pulled.stdout
+    here, there = (lora_repro("compare", "rank-2", "rank-4", cwd=folder) for folder in (clone, other))
+    assert there.returncode == 0, there.stdout
+
+    def results(printed: str) -> list[list[str]]:
+        """All cells but time and memory, which are in the store of the clone that spent them."""
+        rows = [[cell.strip() for cell in line.split("|")] for line in printed.splitlines() if line.startswith("|")]
+        return [row[:-3] if len(row) == 13 else row for row in rows]
+
+    assert results(there.stdout) == results(here.stdout)
+    assert {row[3]: row[-1] for row in results(there.stdout)[2:4]} == {"2": "4,096", "4": "8,192"}
 
 
 def test_a_temporary_experiment_from_a_subfolder_ends_in_the_same_store(clone: Path, dvc: Run) -> None:

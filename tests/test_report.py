@@ -11,9 +11,11 @@ from typing import Any
 import pytest
 
 from pipeline import charts, paths, report
-from pipeline.compare import Aspect, Comparison, Interval, Line, Output, Pair, Result
+from pipeline.compare import Aspect, Comparison, Line, Output, Pair, Result, Spread
 from pipeline.errors import UserError
 from pipeline.guards import Guard
+from pipeline.params import Published
+from pipeline.significance import Interval
 
 GUARDS = [Guard("a <doubled> BOS", "600 prompts | 1 BOS at most")]
 NASTY = (
@@ -25,12 +27,28 @@ NASTY = (
 def result(base: float, tuned: float, low: float, high: float) -> Result:
     diff = tuned - base
     return Result(
-        Interval(base, base - 1, base + 1),
-        Interval(tuned, tuned - 1, tuned + 1),
-        Interval(diff, low, high),
-        0.7,
-        0.1,
-        0.2,
+        base=Interval(base, base - 1, base + 1),
+        tuned=Interval(tuned, tuned - 1, tuned + 1),
+        diff=Interval(diff, low, high),
+        seeds=None,
+        p=0.0002,
+        effect=0.41,
+        detectable=2.2,
+        wins=0.7,
+        ties=0.1,
+        losses=0.2,
+    )
+
+
+def several_seeds() -> Comparison:
+    """Three seeds, whose spread makes the interval that decides wider."""
+    spread = {"rouge1": Spread(0.3, Interval(5.7, 3.5, 7.9)), "rouge2": Spread(0.2, Interval(2.7, -0.1, 5.5))}
+    one = comparison()
+    return replace(
+        one,
+        verdict="mixed",
+        results={name: replace(one.results[name], seeds=spread[name]) for name in one.results},
+        tuned=[replace(one.tuned[0], variant=f"tuned-{i}") for i in range(3)],
     )
 
 
@@ -51,11 +69,13 @@ def comparison(**change: Any) -> Comparison:
             signature="rouge-score 0.1.2|F1x100",
             decoding={"device": "cpu", "dtype": "bfloat16", "prompts_sha256": "a" * 64, "model_sha256": "b" * 64},
             results=results,
-            aspects=[Aspect("approach", 100, results)],
+            aspects=[Aspect("approach", 100, results, {"rouge1": 0.0004, "rouge2": 0.2})],
             lines=[Line("lead", "Lead", "the first sentence", 300, scores, ahead)],
-            base=Output("base", 49.2, 0.01, 0.0, {"rouge1": 25.6, "rouge2": 7.8}),
-            tuned=[Output("tuned-17", 21.0, 0.0, 0.0, {"rouge1": 31.3, "rouge2": 10.5})],
-            seed_sd={},
+            base=Output("base", 49.2, 0.01, 0.0, 0.0, None, {"rouge1": 25.6, "rouge2": 7.8}),
+            tuned=[Output("tuned-17", 21.0, 0.0, 0.0, 0.0, None, {"rouge1": 31.3, "rouge2": 10.5})],
+            language=None,
+            references_in_language=None,
+            published=[],
             reference_words=22.2,
             best=[pair],
             worst=[],
@@ -93,8 +113,61 @@ def test_every_verdict_has_its_words(verdict: Any) -> None:
 
 def test_groups_and_seeds_are_named_only_where_they_say_something() -> None:
     assert report.basis(comparison(n=100)).endswith("over 100 test examples.")
-    several = comparison(tuned=[replace(comparison().tuned[0], variant=f"tuned-{i}") for i in range(3)])
-    assert report.basis(several).endswith("of 100 groups, mean of 3 seeds.")
+    assert report.basis(several_seeds()).endswith("of 100 groups, mean of 3 seeds.")
+
+
+def test_with_several_seeds_both_kinds_of_chance_are_shown_and_the_wider_interval_decides() -> None:
+    report.write(several_seeds(), GUARDS)
+    text, page = paths.COMPARISON_MD.read_text(), paths.REPORT_HTML.read_text()
+    assert "ROUGE-2 7.8 → 10.5 (+2.7, −0.1 to +5.5)" in text
+    assert "| ROUGE-1 | +5.7 | +4.1 to +7.2 | 0.30 | +3.5 to +7.9 |" in text
+    assert "<td>0.30</td><td>+3.5 to +7.9</td>" in page
+    report.write(comparison(), GUARDS)
+    assert "Two kinds of chance" not in paths.COMPARISON_MD.read_text() + paths.REPORT_HTML.read_text()
+
+
+def test_the_size_of_the_test_set_is_judged() -> None:
+    # 2.2 points with 100 groups: 1 point needs 2.2 squared as many.
+    assert report.power(comparison()) == (
+        "A true difference of 2.2 points in ROUGE-1 is found by such a comparison in 80 % of repetitions; to find one "
+        "of 1 point takes about 485 groups of examples (here 100)."
+    )
+    report.write(comparison(), GUARDS)
+    for path in (paths.COMPARISON_MD, paths.REPORT_HTML):
+        assert report.power(comparison()) in path.read_text()
+
+
+def test_an_aspect_without_a_shown_difference_says_so() -> None:
+    report.write(comparison(), GUARDS)
+    text = paths.COMPARISON_MD.read_text()
+    assert "| +4.1 to +7.2 | ≤ 0.001 | tuned higher |" in text
+    assert "| +1.2 to +3.9 | 0.200 | no difference shown |" in text
+
+
+def test_published_figures_stand_beside_the_result() -> None:
+    given = [
+        Published(metric="rouge1", value=53.8, about="LoRA, Table 4: GPT-3 | SAMSum"),
+        Published(metric="chrf", value=60.0, about="another paper"),
+    ]
+    report.write(comparison(published=given), GUARDS)
+    text, page = paths.COMPARISON_MD.read_text(), paths.REPORT_HTML.read_text()
+    assert "| ROUGE-1 | 53.8 | 31.3 | LoRA, Table 4: GPT-3 \\| SAMSum |" in text
+    assert "| chrF | 60.0 | not computed | another paper |" in text
+    assert "<td>53.8</td><td>31.3</td>" in page
+
+
+def test_outputs_in_another_language_are_told() -> None:
+    one = comparison()
+    found = comparison(
+        language="en",
+        references_in_language=0.8,
+        base=replace(one.base, in_language=0.3),
+        tuned=[replace(one.tuned[0], in_language=0.75)],
+    )
+    assert "30 % of the outputs of base are identified as en, against 80 % of the references." in report.caveats(found)
+    assert not any("tuned-17 are identified" in caveat for caveat in report.caveats(found))
+    report.write(found, GUARDS)
+    assert "| base | 49.2 | 1 % | 0 % | 0 % | 30 % |" in paths.COMPARISON_MD.read_text()
 
 
 def test_guards_stand_in_both_reports_with_what_they_measured() -> None:
@@ -130,7 +203,7 @@ def leaves(content: Any) -> Iterator[Any]:
 
 
 def test_metrics_hold_numbers_only() -> None:
-    report.write(comparison(seed_sd={"rouge1": 0.3, "rouge2": 0.2}), GUARDS)
+    report.write(several_seeds(), GUARDS)
     content = json.loads(paths.METRICS.read_text())
     numbers = list(leaves(content))
     assert len(numbers) > 30
@@ -139,8 +212,11 @@ def test_metrics_hold_numbers_only() -> None:
         "base": 25.6,
         "tuned": 31.3,
         "diff": pytest.approx(5.7),
-        "ci_low": 4.1,
-        "ci_high": 7.2,
+        "ci_low": 3.5,
+        "ci_high": 7.9,
+        "p": 0.0002,
+        "effect": 0.41,
+        "detectable": 2.2,
         "wins": 0.7,
         "ties": 0.1,
         "losses": 0.2,
@@ -186,7 +262,14 @@ class Tags(HTMLParser):
 
 def test_the_page_asks_nothing_of_any_network_and_holds_no_foreign_markup() -> None:
     nasty = Pair(NASTY, NASTY, NASTY, NASTY, NASTY, 1.0, 2.0)
-    report.write(comparison(best=[nasty], worst=[nasty], aspects=[Aspect(NASTY, 3, comparison().results)]), GUARDS)
+    report.write(
+        comparison(
+            best=[nasty],
+            worst=[nasty],
+            aspects=[Aspect(NASTY, 3, comparison().results, {"rouge1": 1.0, "rouge2": 1.0})],
+        ),
+        GUARDS,
+    )
     page = paths.REPORT_HTML.read_text()
     assert not re.search(r"https?://|url\(|@import|<script|<link|<img", page)
     tags = Tags()
@@ -201,7 +284,14 @@ def test_the_page_asks_nothing_of_any_network_and_holds_no_foreign_markup() -> N
 
 def test_markdown_keeps_foreign_text_in_its_cell() -> None:
     nasty = Pair(NASTY, NASTY, NASTY, NASTY, NASTY, 1.0, 2.0)
-    report.write(comparison(best=[nasty], worst=[nasty], aspects=[Aspect(NASTY, 3, comparison().results)]), GUARDS)
+    report.write(
+        comparison(
+            best=[nasty],
+            worst=[nasty],
+            aspects=[Aspect(NASTY, 3, comparison().results, {"rouge1": 1.0, "rouge2": 1.0})],
+        ),
+        GUARDS,
+    )
     text = paths.COMPARISON_MD.read_text()
     tables = re.findall(r"(?:^\|.*\n)+", text, flags=re.M)
     assert len(tables) == 7

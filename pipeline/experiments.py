@@ -1,0 +1,295 @@
+"""Any experiments side by side: the working directory, DVC experiments, git revisions and MLflow runs.
+
+Scores and predictions come out of the DVC cache by what `dvc.lock` says of a commit, or out of the MLflow run; nothing
+is computed but the statistics. Test sets and signatures must be the same, prompts, models and adapters need not.
+"""
+
+import json
+import re
+import subprocess
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from ruamel.yaml import YAML
+
+from pipeline import compare, lineage, metrics, params, paths, records, report, scores, significance, track, verify
+from pipeline.errors import UserError, listing
+
+HERE = "workspace"
+"""What the experiment in the working directory is called, as DVC calls it."""
+
+COSTS: tuple[tuple[str, str, Callable[[list[float]], float]], ...] = (
+    ("trainable", r"(seed-\d+/)?training/trainable_parameters", max),
+    ("training s", r"cost/train-\d+_seconds", sum),
+    ("peak MB", r"cost/train-\d+_peak_mb", max),
+)
+"""What an experiment cost: the metrics in its MLflow run, and what becomes of those of several seeds."""
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """One experiment: its parameters by dotted name, and the scores of its variants.
+
+    `costs` has the keys of `COSTS`; what is not known, as of a training restored from a cache, is left out.
+    """
+
+    name: str
+    params: dict[str, str]
+    base: scores.Scores
+    tuned: list[scores.Scores]
+    costs: dict[str, float]
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Two experiments in one metric: `result` is of the second against the first, `p_holm` corrected for all pairs."""
+
+    first: str
+    second: str
+    metric: str
+    result: compare.Result
+    p_holm: float
+
+
+@dataclass(frozen=True)
+class Ranking:
+    """Experiments in the order of the first metric, best first."""
+
+    names: list[str]
+    results: dict[str, dict[str, compare.Result]]
+    pairs: list[Pair]
+
+
+def find(name: str, tracking: params.Tracking) -> Experiment:
+    """The experiment that `name` means: `workspace`, a DVC experiment, a git revision, an MLflow run (id or name).
+
+    UserError for none, for a name of several runs, and where its results are neither in the cache nor in MLflow.
+    """
+    if name == HERE:
+        if not paths.DVC_LOCK.is_file():
+            raise UserError(f"{paths.DVC_LOCK} is missing: run `dvc repro`, which makes it")
+        return _from_lock(name, paths.DVC_LOCK.read_text(encoding="utf-8"), tracking)
+    if commit := _commit(name):
+        return _from_lock(name, _shown(commit), tracking)
+    return _from_run(lineage.find(name, track.stored(tracking)), tracking)
+
+
+def rank(found: Sequence[Experiment], settings: params.Compare) -> Ranking:
+    """Every experiment with its intervals against its own base, and every pair of experiments against each other.
+
+    UserError unless all were scored on the same test set in the same way, in the metrics of `settings.decide_by`.
+    """
+    _refuse_unequal(found)
+    evaluate = _evaluate(found[0])
+    if missing := sorted(set(settings.decide_by) - set(evaluate.metrics)):
+        raise UserError(f"compare.decide_by names {', '.join(missing)}, which these experiments did not compute")
+    chosen = [metric for metric in metrics.chosen(evaluate) if metric.name in settings.decide_by]
+    groups = np.array([row["group"] for row in found[0].base.examples])
+
+    def tables(some: Sequence[scores.Scores]) -> list[compare.Table]:
+        return [compare.Table(chosen, [one.of(metric) for metric in chosen]) for one in some]
+
+    results = {one.name: compare.contrast(tables([one.base]), tables(one.tuned), groups, settings) for one in found}
+    names = sorted(results, key=lambda name: -results[name][chosen[0].name].tuned.value)
+    by_name = {one.name: one for one in found}
+    contrasts = {
+        (first, second): compare.contrast(tables(by_name[first].tuned), tables(by_name[second].tuned), groups, settings)
+        for first, second in combinations(names, 2)
+    }
+    keys = [(pair, metric.name) for pair in contrasts for metric in chosen]
+    corrected = significance.holm([contrasts[pair][metric].p for pair, metric in keys])
+    pairs = [Pair(*pair, metric, contrasts[pair][metric], p) for (pair, metric), p in zip(keys, corrected, strict=True)]
+    return Ranking(names, results, pairs)
+
+
+def page(found: Sequence[Experiment], ranking: Ranking, settings: params.Compare) -> str:
+    """The ranking as Markdown: the table of experiments, then the pairs, each with its verdict."""
+    by_name = {one.name: one for one in found}
+    shown = list(next(iter(ranking.results.values())))
+    differing = _differing(found)
+    interval = f"{100 * settings.confidence:g} % interval"
+    first = found[0].base
+    lines = [
+        f"{len(found)} experiments, {first.n} test examples of {first.groups} groups. Signature: `{first.signature}`",
+        "",
+    ]
+    header = ["", "experiment", *differing, "seeds"]
+    header += [f"{metrics.LABELS[name]} ({interval})" for name in shown]
+    header += [f"{metrics.LABELS[name]} − base" for name in shown]
+    header += [key for key, _, _ in COSTS]
+    rows = []
+    for place, name in enumerate(ranking.names, start=1):
+        one, results = by_name[name], ranking.results[name]
+        row = [str(place), report.markdown(name), *(report.markdown(one.params.get(key, "—")) for key in differing)]
+        row.append(str(len(one.tuned)))
+        for metric in shown:
+            tuned = results[metric].tuned
+            row.append(f"{report.points(tuned.value)} ({report.points(tuned.low)} to {report.points(tuned.high)})")
+        row += [f"{report.signed(results[name].diff.value)} ({report.span(results[name].deciding)})" for name in shown]
+        row += [f"{one.costs[key]:,.0f}" if key in one.costs else "n/a" for key, _, _ in COSTS]
+        rows.append(row)
+    lines += _table(header, rows)
+    lines += [
+        "",
+        f"Pairs, of {len(ranking.pairs)} comparisons in all; p corrected for their number (Holm):",
+        "",
+    ]
+    lines += _table(
+        ["", "metric", "difference", interval, "p", "effect (d)", "verdict"],
+        [
+            [
+                f"{report.markdown(pair.first)} − {report.markdown(pair.second)}",
+                metrics.LABELS[pair.metric],
+                report.signed(-pair.result.diff.value),
+                f"{report.signed(-pair.result.deciding.high)} to {report.signed(-pair.result.deciding.low)}",
+                report.probability(pair.p_holm),
+                f"{-pair.result.effect:.2f}",
+                _verdict(pair, settings),
+            ]
+            for pair in ranking.pairs
+        ],
+    )
+    seeds = {len(one.tuned) for one in found}
+    if 1 in seeds:
+        lines += ["", "With one seed, an interval covers the choice of test examples, not that of the seed."]
+    return "\n".join(lines)
+
+
+def _verdict(pair: Pair, settings: params.Compare) -> str:
+    if pair.p_holm > 1 - settings.confidence:
+        return "no difference shown"
+    better = pair.second if pair.result.diff.value > 0 else pair.first
+    return f"{report.markdown(better)} is better"
+
+
+def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    """A Markdown table whose columns are as wide as their cells, so that a terminal shows it as one."""
+    widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
+
+    def line(cells: Sequence[str]) -> str:
+        return "| " + " | ".join(cell.ljust(width) for cell, width in zip(cells, widths, strict=True)) + " |"
+
+    return [line(header), "|" + "|".join("-" * (width + 2) for width in widths) + "|", *map(line, rows)]
+
+
+def _differing(found: Sequence[Experiment]) -> list[str]:
+    """The parameters, by dotted name, in which the experiments are not all the same; seeds are shown by number."""
+    names = sorted({name for one in found for name in one.params} - {"seeds"})
+    return [name for name in names if len({one.params.get(name) for one in found}) > 1]
+
+
+def _refuse_unequal(found: Sequence[Experiment]) -> None:
+    first, problems = found[0], []
+    if repeated := sorted({one.name for one in found if sum(other.name == one.name for other in found) > 1}):
+        problems.append(f"{', '.join(repeated)} is named twice")
+    for one in found:
+        if one.base.test_sha256 != first.base.test_sha256:
+            problems.append(f"{one.name} was tested on other examples than {first.name}")
+        if one.base.signature != first.base.signature:
+            problems.append(f"{one.name} is scored as {one.base.signature}, {first.name} as {first.base.signature}")
+        problems.extend(
+            f"{one.name}: {seed.variant} was scored otherwise than its base"
+            for seed in one.tuned
+            if (seed.test_sha256, seed.signature) != (one.base.test_sha256, one.base.signature)
+        )
+    if problems:
+        raise listing(problems, "these experiments cannot be compared:")
+
+
+def _evaluate(one: Experiment) -> params.Evaluate:
+    """The section `evaluate` of an experiment, out of its parameters by dotted name."""
+    given = {key.removeprefix("evaluate."): value for key, value in one.params.items() if key.startswith("evaluate.")}
+    fields = params.Evaluate.model_fields
+    content = {key: value if fields[key].annotation is str else _loaded(value) for key, value in given.items()}
+    return params.Evaluate.model_validate(content)
+
+
+def _loaded(text: str) -> Any:
+    """A value as `track` writes parameters: JSON, or a string as it is."""
+    try:
+        return json.loads(text)
+    except ValueError:
+        return text
+
+
+# Where experiments are
+
+
+def _commit(name: str) -> str | None:
+    """The commit of a DVC experiment or of a git revision; None where git knows neither."""
+    for line in _git("for-each-ref", "--format=%(objectname) %(refname)", "refs/exps").splitlines():
+        sha, _, ref = line.partition(" ")
+        parts = ref.split("/")
+        if parts[2] not in lineage.STAGED and parts[-1] == name:
+            return sha
+    return _git("rev-parse", "--verify", "--quiet", "--end-of-options", f"{name}^{{commit}}").strip() or None
+
+
+def _shown(commit: str) -> str:
+    lock = _git("show", f"{commit}:./{paths.DVC_LOCK}")
+    if not lock:
+        raise UserError(f"{commit[:12]} holds no {paths.DVC_LOCK}: nothing was run there")
+    return lock
+
+
+def _from_lock(name: str, lock: str, tracking: params.Tracking) -> Experiment:
+    """The experiment that the text of a `dvc.lock` holds: its scores from the cache, else from its MLflow run."""
+    stages = YAML(typ="safe", pure=True).load(lock)["stages"]
+    try:
+        seeds: list[int] = stages["compare"]["params"]["params.yaml"]["seeds"]
+    except (KeyError, TypeError):
+        raise UserError(f"{name}: its {paths.DVC_LOCK} holds no finished comparison: run `dvc repro` there") from None
+    digest, given = track.digest_of(lock, seeds), track.params_of(lock, seeds)
+    run = next((run for run in track.stored(tracking) if run.tags.get(track.DIGEST) == digest), None)
+    objects = verify.cache_folder(Path()) / "files" / "md5"
+    md5: dict[str, str] = {out["path"]: out["md5"] for stage in stages.values() for out in stage.get("outs", [])}
+
+    def cached(path: Path) -> Path:
+        name = md5[str(path)]
+        return objects / name[:2] / name[2:]
+
+    files = [cached(paths.scores(variant)) for variant in (paths.variant(None), *map(paths.variant, seeds))]
+    if all(file.is_file() for file in files):
+        one = _of(name, given, [scores.load(file) for file in files], run)
+        if (summary := cached(paths.training_summary(seeds[0]))).is_file():
+            one.costs["trainable"] = records.read_json(summary)["trainable_parameters"]
+        return one
+    if run is None:
+        raise UserError(
+            f"{name}: its scores are neither in the cache nor in MLflow; fetch them with `dvc exp pull <git remote> "
+            f"{name}` (an experiment) or `dvc fetch --all-commits`"
+        )
+    return replace(_from_run(run, tracking), name=name)
+
+
+def _from_run(run: track.Stored, tracking: params.Tracking) -> Experiment:
+    with tempfile.TemporaryDirectory(prefix="lora-repro-") as folder:
+        track.read_back(tracking, run.run_id, Path(folder))
+        files = sorted((Path(folder) / paths.SCORES.name).glob("*.json"))
+        return _of(run.name, run.params, [scores.load(file) for file in files], run)
+
+
+def _of(name: str, given: Mapping[str, str], found: Sequence[scores.Scores], run: track.Stored | None) -> Experiment:
+    base = [one for one in found if one.variant == paths.variant(None)]
+    tuned = [one for one in found if one.variant != paths.variant(None)]
+    if not base or not tuned:
+        raise UserError(f"{name} holds no scores: it was recorded by an earlier version; run it again")
+    costs: dict[str, float] = {}
+    for key, pattern, combine in COSTS:
+        logged = run.metrics if run else {}
+        if values := [value for metric, value in logged.items() if re.fullmatch(pattern, metric)]:
+            costs[key] = combine(values)
+    return Experiment(name, dict(given), base[0], tuned, costs)
+
+
+def _git(*arguments: str) -> str:
+    """What git printed; nothing where it failed, as for a name that is not here."""
+    try:
+        return subprocess.run(["git", *arguments], capture_output=True, text=True, check=True).stdout
+    except (OSError, subprocess.CalledProcessError):
+        return ""
