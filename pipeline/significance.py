@@ -136,6 +136,11 @@ def detectable(standard_error: float, confidence: float) -> float:
     return (NormalDist().inv_cdf((1 + confidence) / 2) + NormalDist().inv_cdf(POWER)) * standard_error
 
 
+def planned(rows: int) -> float:
+    """The difference in ROUGE-1, in points, that a test set of so many independent rows is likely to show."""
+    return detectable(TYPICAL_SPREAD / rows**0.5, 0.95)
+
+
 def groups_needed(points: float, detectable_now: float, groups_now: int) -> int:
     """How many groups a difference of `points` needs, if `groups_now` can show one of `detectable_now`."""
     return max(2, int(np.ceil(groups_now * (detectable_now / points) ** 2)))

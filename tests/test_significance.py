@@ -170,3 +170,9 @@ def test_a_detectable_difference_is_detected_as_often_as_said() -> None:
     shown = np.abs(rng.normal(found, error, size=20_000)) > 1.96 * error
     assert np.mean(shown) == pytest.approx(significance.POWER, abs=0.01)
     assert significance.groups_needed(found / 2, found, 100) == 400
+
+
+def test_four_times_the_rows_show_half_the_difference() -> None:
+    assert significance.planned(1200) == pytest.approx(significance.planned(300) / 2)
+    # The default experiment's own comparison says 2.3 of its 300 rows.
+    assert significance.planned(300) == pytest.approx(2.3, abs=0.1)
