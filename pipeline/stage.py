@@ -32,6 +32,8 @@ def run(stage: str, call: Callable[[params.Declared], None], result: Path | None
         os.environ.setdefault("TQDM_DISABLE", "1")
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    # OpenMP's threads wait for each other by spinning for milliseconds, which takes the cores from a second experiment.
+    os.environ.setdefault("GOMP_SPINCOUNT", "5000")
     started = time.monotonic()
     try:
         with alone(address(stage, sys.argv[1:])):
