@@ -80,7 +80,8 @@ def prepare(data: params.Data) -> None:
     UserError, with nothing written, for a source that cannot be read, ids that repeat, a split left empty, or more than
     `data.max_dropped_share` of the training rows dropped.
     """
-    with resolved(data.source, data.sha256, kind="dataset", key="data") as root:
+    ((source, sha256),) = data.pinned
+    with resolved(source, sha256, kind="dataset", key="data") as root:
         splits = {name: _read(data, root, name) for name in paths.SPLITS}
     for split in splits.values():
         _clean(split)

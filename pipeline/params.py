@@ -11,7 +11,16 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Discriminator,
+    Field,
+    Tag,
+    ValidationError,
+    model_validator,
+)
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
@@ -20,7 +29,7 @@ from pipeline.errors import UserError, listing
 
 Share = Annotated[float, Field(ge=0, le=1)]
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
-Rouge = Literal["rouge1", "rouge2", "rougeL", "rougeLsum"]
+Metric = Literal["rouge1", "rouge2", "rougeL", "rougeLsum", "chrf", "bleu"]
 
 
 class Section(BaseModel):
@@ -31,12 +40,40 @@ class Section(BaseModel):
 
 
 S = TypeVar("S", bound=Section)
+T = TypeVar("T")
+
+BRANCHES = ("a value", "a list")
+"""Pydantic names the branch of a union in an error's location; chosen beforehand, there is one error, not two."""
+
+
+def _branch(given: Any) -> str:
+    return BRANCHES[isinstance(given, list)]
+
+
+OneOrSeveral = Annotated[
+    Annotated[T, Tag(BRANCHES[0])] | Annotated[list[T], Field(min_length=1), Tag(BRANCHES[1])], Discriminator(_branch)
+]
+
+
+def _codec(name: str) -> str:
+    try:
+        "a".encode(name)
+    except (LookupError, ValueError):
+        raise ValueError(
+            f"'{name}' is no encoding of text that Python knows, such as utf-8, cp1252 or gb18030"
+        ) from None
+    return name
 
 
 class Files(Section):
-    train: str
-    validation: str
-    test: str
+    train: OneOrSeveral[str]
+    validation: OneOrSeveral[str] | None
+    test: OneOrSeveral[str] | None
+
+
+class Holdout(Section):
+    validation: Annotated[float, Field(ge=0, le=0.5)]
+    test: Annotated[float, Field(ge=0, le=0.5)]
 
 
 class Columns(Section):
@@ -53,21 +90,57 @@ class Limits(Section):
     test: Annotated[int, Field(ge=1)] | None
 
 
+class Words(Section):
+    min: Annotated[int, Field(ge=1)]
+    max: Annotated[int, Field(ge=1)] | None
+
+    @model_validator(mode="after")
+    def some_length_is_left(self) -> Self:
+        if self.max is not None and self.max < self.min:
+            raise ValueError(f"max = {self.max} is below min = {self.min}: no row would be left")
+        return self
+
+
 class Data(Section):
     key = "data"
-    source: str
-    sha256: Sha256 | None
-    format: Literal["aclsum", "table"]
+    source: OneOrSeveral[str]
+    sha256: OneOrSeveral[Sha256 | None]
+    format: Literal["aclsum", "table", "chat"]
+    encoding: Annotated[str, AfterValidator(_codec)]
     files: Files
+    holdout: Holdout
     columns: Columns | None
+    merge_references: bool
+    words: Words
+    drop_copies: bool
     limits: Limits
     overlap_threshold: Annotated[float, Field(gt=0, le=1)]
     max_dropped_share: Share
 
+    @property
+    def pinned(self) -> list[tuple[str, str | None]]:
+        """Each source with its digest."""
+        sources = self.source if isinstance(self.source, list) else [self.source]
+        digests = self.sha256 if isinstance(self.sha256, list) else [self.sha256]
+        return list(zip(sources, digests, strict=True))
+
     @model_validator(mode="after")
-    def columns_go_with_tables(self) -> Self:
+    def parts_agree(self) -> Self:
+        problems = []
         if (self.format == "table") != (self.columns is not None):
-            raise ValueError("columns must be given with format table, and be null otherwise")
+            problems.append("columns must be given with format table, and be null otherwise")
+        if isinstance(self.source, list):
+            if not isinstance(self.sha256, list) or len(self.sha256) != len(self.source):
+                problems.append(f"sha256 must be a list of {len(self.source)}, a digest or null for each source")
+        elif isinstance(self.sha256, list):
+            problems.append("sha256 must be one digest, as source is one")
+        problems += [
+            f"files.{split} is null and holdout.{split} is 0: name a file, or hold out a share of the training data"
+            for split in ("validation", "test")
+            if getattr(self.files, split) is None and getattr(self.holdout, split) == 0
+        ]
+        if problems:
+            raise ValueError("; ".join(problems))
         return self
 
 
@@ -80,14 +153,15 @@ class Model(Section):
 
 class Quantize(Section):
     key = "quantize"
-    method: Literal["nf4", "fp4", "none"]
+    method: Literal["nf4", "fp4", "int8", "none"]
     double_quantization: bool
+    int8_threshold: Annotated[float, Field(ge=0, le=100)]
     perplexity_tokens: Annotated[int, Field(ge=256, le=1_000_000)]
 
     @model_validator(mode="after")
-    def nothing_to_quantize_twice(self) -> Self:
-        if self.method == "none" and self.double_quantization:
-            raise ValueError("double_quantization must be false with method none")
+    def constants_of_blocks_alone_are_quantized_twice(self) -> Self:
+        if self.method in ("int8", "none") and self.double_quantization:
+            raise ValueError(f"double_quantization must be false with method {self.method}")
         return self
 
 
@@ -150,8 +224,31 @@ class Generation(Section):
 
 class Evaluate(Section):
     key = "evaluate"
-    metrics: Annotated[list[Rouge], Field(min_length=1)]
+    metrics: Annotated[list[Metric], Field(min_length=1)]
     use_stemmer: bool
+    rouge_tokenizer: Literal["latin", "unicode"]
+    bleu_tokenizer: Literal["13a", "intl", "zh", "char"]
+    language: Annotated[str, Field(pattern=r"^[a-z]{2}$")] | None
+
+    @model_validator(mode="after")
+    def stemming_is_for_latin_words(self) -> Self:
+        if self.use_stemmer and self.rouge_tokenizer == "unicode":
+            raise ValueError("use_stemmer must be false with rouge_tokenizer unicode: Porter's stemmer knows English")
+        return self
+
+    @model_validator(mode="after")
+    def no_metric_twice(self) -> Self:
+        if len(set(self.metrics)) < len(self.metrics):
+            raise ValueError("metrics must differ")
+        return self
+
+
+class Published(Section):
+    """A figure that somebody has published, in points, and where it stands."""
+
+    metric: Metric
+    value: Annotated[float, Field(ge=0, le=100)]
+    about: Annotated[str, Field(min_length=1)]
 
 
 class Compare(Section):
@@ -159,8 +256,9 @@ class Compare(Section):
     bootstrap_samples: Annotated[int, Field(ge=1000, le=1_000_000)]
     confidence: Annotated[float, Field(ge=0.5, le=0.999)]
     seed: Annotated[int, Field(ge=0, lt=2**32)]
-    decide_by: Annotated[list[Rouge], Field(min_length=1)]
+    decide_by: Annotated[list[Metric], Field(min_length=1)]
     examples: Annotated[int, Field(ge=0, le=100)]
+    published: list[Published]
 
 
 class Runtime(Section):
@@ -203,6 +301,13 @@ class Params(Section):
         missing = [name for name in self.compare.decide_by if name not in self.evaluate.metrics]
         if missing:
             raise ValueError(f"compare.decide_by names {missing}, which evaluate.metrics does not compute")
+        return self
+
+    @model_validator(mode="after")
+    def published_figures_have_a_counterpart(self) -> Self:
+        missing = sorted({figure.metric for figure in self.compare.published}.difference(self.evaluate.metrics))
+        if missing:
+            raise ValueError(f"compare.published holds figures in {missing}, which evaluate.metrics does not compute")
         return self
 
 
@@ -284,7 +389,7 @@ def _explain(problem: Any) -> str:
 def _is_branch(part: str | int) -> bool:
     """Pydantic adds the branch of a union to an error's location: not a key of the file."""
     return isinstance(part, str) and bool(
-        re.match(r"(literal|list|constrained|function|str|int)\b.*[\[\]]|^(str|int)$", part)
+        part in BRANCHES or re.match(r"(literal|list|constrained|function|str|int)\b.*[\[\]]|^(str|int)$", part)
     )
 
 
