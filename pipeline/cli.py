@@ -119,6 +119,25 @@ def mend() -> None:
     mending.mend()
 
 
+RECIPE = Annotated[str | None, typer.Argument(help="A name of recipes/, or the path of a recipe's file.")]
+Force = Annotated[bool, typer.Option("--force", help="Give up changes that neither a recipe nor git has.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Show what would change, and write nothing.")]
+
+
+@app.command()
+def use(recipe: RECIPE = None, force: Force = False, dry_run: DryRun = False) -> None:
+    """Write params.yaml by a recipe, whatever it held before; runtime and tracking stay as they are.
+
+    Without RECIPE: list the recipes, what each needs, and which one params.yaml holds now.
+    """
+    from pipeline import recipes
+
+    if recipe is None:
+        recipes.show()
+    else:
+        recipes.use(recipe, force, dry_run)
+
+
 Set = Annotated[list[str], typer.Option("-S", "--set-param", help="<parameter>=<value>,<value>...")]
 Jobs = Annotated[int, typer.Option("-j", "--jobs", min=1, help="Experiments at once; 1 for one GPU.")]
 

@@ -151,14 +151,15 @@ class Model(Section):
 
 class Quantize(Section):
     key = "quantize"
-    method: Literal["nf4", "fp4", "none"]
+    method: Literal["nf4", "fp4", "int8", "none"]
     double_quantization: bool
+    int8_threshold: Annotated[float, Field(ge=0, le=100)]
     perplexity_tokens: Annotated[int, Field(ge=256, le=1_000_000)]
 
     @model_validator(mode="after")
-    def nothing_to_quantize_twice(self) -> Self:
-        if self.method == "none" and self.double_quantization:
-            raise ValueError("double_quantization must be false with method none")
+    def constants_of_blocks_alone_are_quantized_twice(self) -> Self:
+        if self.method in ("int8", "none") and self.double_quantization:
+            raise ValueError(f"double_quantization must be false with method {self.method}")
         return self
 
 
@@ -241,8 +242,10 @@ class Evaluate(Section):
 
 
 class Published(Section):
+    """A figure that somebody has published, in points, and where it stands."""
+
     metric: Metric
-    value: float
+    value: Annotated[float, Field(ge=0, le=100)]
     about: Annotated[str, Field(min_length=1)]
 
 
@@ -296,6 +299,13 @@ class Params(Section):
         missing = [name for name in self.compare.decide_by if name not in self.evaluate.metrics]
         if missing:
             raise ValueError(f"compare.decide_by names {missing}, which evaluate.metrics does not compute")
+        return self
+
+    @model_validator(mode="after")
+    def published_figures_have_a_counterpart(self) -> Self:
+        missing = sorted({figure.metric for figure in self.compare.published}.difference(self.evaluate.metrics))
+        if missing:
+            raise ValueError(f"compare.published holds figures in {missing}, which evaluate.metrics does not compute")
         return self
 
 

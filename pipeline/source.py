@@ -349,6 +349,7 @@ def _from_hub(wanted: _Repo, kind: Literal["model", "dataset"], scratch: Path, k
     if wanted.path:
         allowed = [glob.escape(wanted.path), f"{glob.escape(wanted.path)}/*"]
     name = f"{wanted.id}@{wanted.revision}"
+    page = f"https://huggingface.co/{'datasets/' if kind == 'dataset' else ''}{wanted.id}"
     say(f"{name}: fetching what is not yet in the hub's cache")
     try:
         snapshot = Path(
@@ -361,7 +362,7 @@ def _from_hub(wanted: _Repo, kind: Literal["model", "dataset"], scratch: Path, k
             )
         )
     except Exception as error:  # one call into a library whose transport errors share no base class
-        raise UserError(_why_hub_failed(error, name, key)) from error
+        raise UserError(_why_hub_failed(error, name, page, key)) from error
     names = [path.relative_to(snapshot).as_posix() for path in snapshot.rglob("*") if path.is_file()]
     # An earlier download may have left other files of the same revision in the snapshot: show the chosen ones only.
     chosen = names
@@ -380,15 +381,17 @@ def _from_hub(wanted: _Repo, kind: Literal["model", "dataset"], scratch: Path, k
     return scratch / wanted.path if wanted.path else scratch
 
 
-def _why_hub_failed(error: Exception, name: str, key: str) -> str:
+def _why_hub_failed(error: Exception, name: str, page: str, key: str) -> str:
     from huggingface_hub import errors
 
+    access = "`hf auth login` or set HF_TOKEN"
+    offline = f"connect once; if {page} asks for a licence, accept it there, then {access}"
     remedies: list[tuple[type[Exception] | tuple[type[Exception], ...], str]] = [
-        (errors.GatedRepoError, "accept its licence on its page, then `hf auth login`"),
-        (errors.RepositoryNotFoundError, "check the name; for a private repository, `hf auth login`"),
-        (errors.RevisionNotFoundError, "check the revision: the repository has no such commit"),
-        (errors.OfflineModeIsEnabled, "HF_HUB_OFFLINE is set and the cache does not hold it: unset it once"),
-        (errors.LocalEntryNotFoundError, "the hub cannot be reached, or HF_HUB_OFFLINE is set: connect once"),
+        (errors.GatedRepoError, f"accept its licence on {page}, then {access}"),
+        (errors.RepositoryNotFoundError, f"check the name on {page}; for a private repository, {access}"),
+        (errors.RevisionNotFoundError, f"check the revision: {page} has no such commit"),
+        (errors.OfflineModeIsEnabled, f"HF_HUB_OFFLINE is set and the cache does not hold it: unset it, and {offline}"),
+        (errors.LocalEntryNotFoundError, f"the hub cannot be reached, or HF_HUB_OFFLINE is set: {offline}"),
     ]
     remedy = next((remedy for kind, remedy in remedies if isinstance(error, kind)), "check the network and disk space")
     told = str(error).strip().split("\n", 1)[0]
