@@ -40,7 +40,7 @@ def test_every_mistake_is_named_at_once() -> None:
         "train.learning_rate = 'abc': input should be a valid number",
         "train.epoch = 3: unknown key; did you mean epochs?",
         "lora.r = 0: input should be greater than or equal to 1",
-        "quantize.method = 'int3': input should be 'nf4', 'fp4' or 'none'",
+        "quantize.method = 'int3': input should be 'nf4', 'fp4', 'int8' or 'none'",
         "lora.target_modules",
         "data.files.trian = 'x': unknown key; did you mean train?",
         "model.dtype: missing",
