@@ -347,6 +347,7 @@ class TestOneRun:
         assert hashlib.sha256(files.pop("manifest.json").encode()).hexdigest() == run.data.tags["manifest.sha256"]
         names = {"adapter/17/adapter_config.json": "out/adapters/17/adapter_config.json"}
         names |= {"adapter/17/adapter_model.safetensors": "out/adapters/17/adapter_model.safetensors"}
+        names |= {f"scores/{variant}.json": f"out/scores/{variant}.json" for variant in ("base", "tuned-17")}
         names |= {f"training/17.{kind}": f"out/training/17.{kind}" for kind in ("json", "csv")}
         names |= {f"models/{name}.json": f"out/models/{name}.json" for name in ("base", "quantized")}
         names |= {"data/card.json": "out/data/card.json", "dvc.lock": "dvc.lock", "params.yaml": "params.yaml"}
