@@ -222,7 +222,8 @@ class _Scheduler:
         mask_Rx1xQxC = mask_Rx1xQxC.masked_fill_(hidden_RxQxC, float("-inf"))[:, None]
         return module(
             input_ids=ids_RxQ,
-            position_ids=position_RxQ,
+            # Some rotations look at the largest position of all: that of padding is none.
+            position_ids=position_RxQ.where(position_RxQ < spare, 0),
             attention_mask=mask_Rx1xQxC,
             past_key_values=self.slots,
             use_cache=True,

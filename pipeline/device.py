@@ -71,3 +71,5 @@ def quieten() -> None:
     warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
     # bitsandbytes advises to install an optional kernel package, at every import, on machines that do not need it.
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+    # LLM.int8() quantizes from float16, and bitsandbytes says so of every layer of every call.
+    logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)

@@ -39,11 +39,17 @@ def architecture(model: Any) -> dict[str, Any]:
 
 
 def _context(config: Any) -> int:
-    """Tokens of the longest sequence: no longer than a sliding window, since packing and decoding know of none."""
+    """Tokens of the longest sequence.
+
+    No longer than a sliding window, since packing and decoding know of none; nor than the length from which on longrope
+    (Phi 3, arXiv 2404.14219) turns by other frequencies, since one long sequence would change them for its whole batch.
+    """
     slides = getattr(config, "use_sliding_window", True)
-    longest: int = config.max_position_embeddings
     window = getattr(config, "sliding_window", None) if slides else None
-    return min(longest, window or longest)
+    rotation = getattr(config, "rope_parameters", None) or {}
+    short = rotation["original_max_position_embeddings"] if rotation.get("rope_type") == "longrope" else None
+    longest: int = min(length for length in (config.max_position_embeddings, window, short) if length)
+    return longest
 
 
 def linear_layers(model: Any) -> list[str]:
@@ -87,8 +93,11 @@ def load(device: "torch.device", keep_dequantized: bool) -> Any:
     """Load the base as `quantize` left it: frozen, in evaluation mode, on `device`.
 
     With `keep_dequantized`, 4-bit layers become plain ones that hold the same values unpacked; else they unpack them
-    in every forward pass. Both give the same numbers. UserError when the checkpoint is not what its facts say.
+    in every forward pass. Both give the same numbers. 8-bit layers stay what they are. Dropout that the base has of its
+    own is off: it is frozen. UserError when the checkpoint is not what its facts say.
     """
+    import torch
+
     from pipeline import fused, quantize
 
     facts = records.read_json(paths.QUANTIZED_FACTS)
@@ -99,4 +108,7 @@ def load(device: "torch.device", keep_dequantized: bool) -> Any:
     else:
         quantize.keep_unpacked(model)
     fused.apply(model)
+    for layer in model.modules():
+        if isinstance(layer, torch.nn.Dropout):
+            layer.p = 0.0
     return model.requires_grad_(False).eval()

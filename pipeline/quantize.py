@@ -1,7 +1,9 @@
-"""4-bit quantization of the frozen base (QLoRA, arXiv 2305.14314, section 3), through bitsandbytes.
+"""Quantization of the frozen base, through bitsandbytes: 4 bits (QLoRA, arXiv 2305.14314, section 3), or 8 bits for
+weights and activations (LLM.int8(), arXiv 2208.07339).
 
 The result is a checkpoint that transformers loads as it is. What quantization costs is measured: bits a parameter,
-the error of each layer's weights, and perplexity before and after.
+the error of each layer's weights, and perplexity before and after. On a CPU, bitsandbytes quantizes activations in
+evaluation alone; in training, int8 layers compute with their weights' values and plain activations.
 """
 
 import shutil
@@ -27,6 +29,8 @@ def quantize(quantize: params.Quantize, runtime: params.Runtime) -> None:
     base = models.pretrained(paths.BASE, device)
     before = loss.perplexity(base, windows, "perplexity before")
     facts: dict[str, Any] = {"method": quantize.method, "double_quantization": quantize.double_quantization}
+    if quantize.method == "int8":
+        facts["int8_threshold"] = quantize.int8_threshold
     if quantize.method == "none":
         shutil.copytree(paths.BASE, paths.QUANTIZED, dirs_exist_ok=True)
         after, measured = before, {"bits_per_parameter": 8.0 * base.dtype.itemsize, "layers": {}, "quantized_layers": 0}
@@ -59,30 +63,44 @@ def quantize(quantize: params.Quantize, runtime: params.Runtime) -> None:
 
 def require_effective(model: Any, facts: dict[str, Any]) -> None:
     """UserError unless the loaded model is quantized as its facts say."""
-    found = {str(layer.weight.quant_type) for _, layer in _linear4bit(model)}
-    layers = sum(1 for _ in _linear4bit(model))
-    wanted = set() if facts["method"] == "none" else {facts["method"]}
-    if found != wanted or layers != facts["quantized_layers"]:
+    methods = [
+        *(str(layer.weight.quant_type) for _, layer in _linear4bit(model)),
+        *("int8" for _ in _linear8bit(model)),
+    ]
+    found, wanted = set(methods), set() if facts["method"] == "none" else {facts["method"]}
+    if found != wanted or len(methods) != facts["quantized_layers"]:
         raise UserError(
             f"quantize.method = {facts['method']!r} with {facts['quantized_layers']} layers was asked for, but the "
-            f"loaded model has {layers} layers of {found or 'no 4-bit type'}: run `dvc repro --force quantize`"
+            f"loaded model has {len(methods)} layers of {found or 'no quantized type'}: "
+            f"run `dvc repro --force quantize`"
+        )
+    thresholds = {layer.state.threshold for _, layer in _linear8bit(model)}
+    if thresholds and thresholds != {facts["int8_threshold"]}:
+        raise UserError(
+            f"quantize.int8_threshold = {facts['int8_threshold']} was asked for, but the loaded model has "
+            f"{', '.join(map(str, sorted(thresholds)))}: run `dvc repro --force quantize`"
         )
 
 
 def dequantize(model: Any) -> None:
-    """Replace 4-bit layers by plain ones that hold the same values in the model's dtype: 2 bytes a parameter more."""
+    """Replace 4-bit layers by plain ones that hold the same values in the model's dtype: 2 bytes a parameter more.
+
+    8-bit layers stay: they quantize what they are given as well, so plain ones would compute other numbers.
+    """
     import torch
     from bitsandbytes.functional import dequantize_4bit
 
-    for name, layer in list(_linear4bit(model)):
+    layers = list(_linear4bit(model))
+    for name, layer in layers:
         weight = dequantize_4bit(layer.weight.data, layer.weight.quant_state).to(model.dtype)
         plain = torch.nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta")
         plain.weight = torch.nn.Parameter(weight, requires_grad=False)
         plain.bias = layer.bias
         model.set_submodule(name, plain)
-    # Without this mark transformers and PEFT would still take the layers for 4-bit ones.
-    model.is_loaded_in_4bit = model.is_quantized = False
-    model.quantization_method = None
+    if layers:
+        # Without this mark transformers and PEFT would still take the layers for 4-bit ones.
+        model.is_loaded_in_4bit = model.is_quantized = False
+        model.quantization_method = None
 
 
 def keep_unpacked(model: Any) -> None:
@@ -114,9 +132,17 @@ def _linear4bit(model: Any) -> Any:
     return ((name, layer) for name, layer in model.named_modules() if isinstance(layer, Linear4bit))
 
 
+def _linear8bit(model: Any) -> Any:
+    from bitsandbytes.nn import Linear8bitLt
+
+    return ((name, layer) for name, layer in model.named_modules() if isinstance(layer, Linear8bitLt))
+
+
 def _config(quantize: params.Quantize, dtype: "torch.dtype") -> Any:
     from transformers import BitsAndBytesConfig
 
+    if quantize.method == "int8":
+        return BitsAndBytesConfig(load_in_8bit=True, llm_int8_threshold=quantize.int8_threshold)
     return BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type=quantize.method,
@@ -127,25 +153,31 @@ def _config(quantize: params.Quantize, dtype: "torch.dtype") -> Any:
 
 def _reconstruction(base: Any, quantized: Any) -> dict[str, Any]:
     """Relative error |W - Q(W)| / |W| (Frobenius) of each layer, and the stored bits a parameter with the constants."""
-    from bitsandbytes.functional import dequantize_4bit
+    from bitsandbytes.functional import dequantize_4bit, int8_vectorwise_dequant
 
     errors: dict[str, float] = {}
     bits = parameters = 0
-    for name, layer in _linear4bit(quantized):
+
+    def measure(name: str, stored: list["torch.Tensor"], restored: "torch.Tensor") -> None:
+        nonlocal bits, parameters
         exact = base.get_submodule(name).weight.data.float()
-        restored = dequantize_4bit(layer.weight.data, layer.weight.quant_state).float()
-        errors[name] = float((exact - restored).norm() / exact.norm())
-        bits += 8 * layer.weight.data.numel() * layer.weight.data.itemsize + _constant_bits(layer.weight.quant_state)
+        errors[name] = float((exact - restored.float()).norm() / exact.norm())
+        bits += sum(8 * tensor.numel() * tensor.itemsize for tensor in stored)
         parameters += exact.numel()
+
+    for name, layer in _linear4bit(quantized):
+        weight, state = layer.weight.data, layer.weight.quant_state
+        measure(name, [weight, *_block_constants(state)], dequantize_4bit(weight, state))
+    for name, layer in _linear8bit(quantized):
+        # One constant a row; the first forward pass moves them to the layer's state.
+        weight, scale = layer.weight.data, layer.state.SCB if layer.weight.SCB is None else layer.weight.SCB
+        measure(name, [weight, scale], int8_vectorwise_dequant(weight, scale))
     return {"bits_per_parameter": bits / parameters, "layers": errors, "quantized_layers": len(errors)}
 
 
-def _constant_bits(state: Any) -> int:
-    """Bits of a layer's quantization constants: one a block of 64, themselves quantized in blocks of 256 or not."""
-    tensors = [state.absmax]
-    if state.nested:
-        tensors += [state.state2.absmax, state.offset]
-    return sum(8 * tensor.numel() * tensor.itemsize for tensor in tensors)
+def _block_constants(state: Any) -> list["torch.Tensor"]:
+    """The constants of a 4-bit layer: one a block of 64, themselves quantized in blocks of 256 or not."""
+    return [state.absmax, state.state2.absmax, state.offset] if state.nested else [state.absmax]
 
 
 def _windows(tokens: int) -> list[list[int]]:
