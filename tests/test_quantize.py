@@ -131,3 +131,60 @@ def test_damaged_weights_fail_the_perplexity(tiny_model: Path) -> None:
     assert loss.perplexity(model, windows, "before") > 1
     with pytest.raises(UserError, match="before is nan"):
         loss.perplexity(damaged, windows, "before")
+
+
+# LLM.int8()
+
+
+def int8(folder: Path, threshold: float = 6.0) -> Any:
+    config = BitsAndBytesConfig(load_in_8bit=True, llm_int8_threshold=threshold)
+    return AutoModelForCausalLM.from_pretrained(
+        folder, quantization_config=config, dtype=torch.bfloat16, attn_implementation=attention.NAME
+    )
+
+
+def with_adapter(model: Any) -> Any:
+    """The same adapter, B not zero, on whatever model."""
+    adapted = adapter.attach(model.requires_grad_(False), LORA, 1)
+    generator = torch.Generator().manual_seed(3)
+    for _, tensor in sorted(adapter.tensors(adapted).items()):
+        tensor.data = (torch.randn(tensor.shape, generator=generator) * 0.05).to(torch.bfloat16)
+    return adapted
+
+
+@pytest.mark.filterwarnings("ignore:MatMul8bitLt:UserWarning")
+def test_gradients_on_int8_are_those_of_plain_weights_also_after_an_evaluation(tiny_model: Path) -> None:
+    """Eight bits are close to sixteen: what is close to the unquantized model's gradient is close to the truth."""
+    plain = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.bfloat16, attn_implementation=attention.NAME)
+    truth = gradient(with_adapter(plain))
+    model = with_adapter(int8(tiny_model))
+    assert sum("Linear8bitLt" in type(layer).__name__ for layer in model.modules()) >= 14
+    assert cosine(gradient(model), truth) > 0.99
+    evaluate(model)
+    assert cosine(gradient(model.train()), truth) > 0.99
+    assert cosine(gradient(model.eval()), truth) > 0.99
+
+
+@pytest.mark.filterwarnings("ignore:MatMul8bitLt:UserWarning")
+def test_int8_is_written_with_its_facts_and_stays_int8(project: params.Params, tiny_model: Path) -> None:
+    import shutil
+
+    from pipeline import model as models
+
+    shutil.copytree(tiny_model, paths.BASE)
+    records.write_json(paths.BASE_FACTS, {"context": 512, "dtype": "bfloat16", "stop_ids": [1]})
+    wanted = {"method": "int8", "double_quantization": False, "int8_threshold": 4.0}
+    quantize.quantize(project.quantize.model_copy(update=wanted), project.runtime)
+    facts = records.read_json(paths.QUANTIZED_FACTS)
+    # One float32 constant a row of 64 or 128 columns.
+    assert 8 + 32 / 128 <= facts["bits_per_parameter"] <= 8 + 32 / 64
+    assert facts["quantized_layers"] == 14
+    assert 0 < max(facts["layers"].values()) < 0.02
+    assert facts["perplexity_after"] == pytest.approx(facts["perplexity_before"], rel=0.05)
+    for keep in (True, False):
+        loaded = models.load(CPU, keep_dequantized=keep)
+        assert {layer.state.threshold for layer in loaded.modules() if type(layer).__name__ == "Linear8bitLt"} == {4.0}
+    with pytest.raises(UserError, match=r"int8_threshold = 6.0 was asked for, but the loaded model has 4.0"):
+        quantize.require_effective(loaded, facts | {"int8_threshold": 6.0})
+    with pytest.raises(UserError, match="with 14 layers was asked for, but the loaded model has 14 layers of {'int8'}"):
+        quantize.require_effective(loaded, facts | {"method": "nf4"})
