@@ -49,9 +49,14 @@ def fetch(model: params.Model) -> None:
     with source.resolved(model.source, model.sha256, kind="model", key="model") as found, _gguf_read_once():
         where, weights = _load_options(found, model.source)
         say(f"fetch: reading {model.source}")
-        loaded, reading = AutoModelForCausalLM.from_pretrained(
-            dtype=getattr(torch, model.dtype), output_loading_info=True, **where, **weights
-        )
+        try:
+            loaded, reading = AutoModelForCausalLM.from_pretrained(
+                dtype=getattr(torch, model.dtype), output_loading_info=True, **where, **weights
+            )
+        except RuntimeError:  # transformers has printed which of its tensors
+            raise UserError(
+                f"model.source = {model.source!r}: its weights do not fit its configuration; name a sound checkpoint"
+            ) from None
         if found.is_file():
             _check_gguf_is_whole(found, loaded, model.source)
         tokenizer = AutoTokenizer.from_pretrained(**where)

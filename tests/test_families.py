@@ -204,6 +204,14 @@ def test_a_checkpoint_that_is_not_whole_is_refused(tiny_model: Path, tmp_path: P
 
 
 @pytest.mark.usefixtures("project")
+def test_weights_of_another_configuration_are_refused(tiny_model: Path, tmp_path: Path) -> None:
+    folder = made("llama", True, tiny_model, tmp_path / "m")
+    settings = records.read_json(folder / "config.json")
+    records.write_json(folder / "config.json", settings | {"intermediate_size": 96})
+    refused(folder, "its weights do not fit its configuration")
+
+
+@pytest.mark.usefixtures("project")
 def test_a_model_that_sees_what_follows_is_refused(tiny_model: Path, tmp_path: Path) -> None:
     folder = made("gemma3_text", True, tiny_model, tmp_path / "m", use_bidirectional_attention=True)
     refused(folder, "attends to what follows a token")

@@ -1,6 +1,7 @@
 """Fetching: any source becomes one checkpoint; what is not a causal language model is refused before it is loaded."""
 
 import json
+import random
 import shutil
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from pipeline import fetch, params, paths, records
 from pipeline.errors import UserError
+from tests.test_families import made
 
 
 def test_a_local_folder_becomes_a_checkpoint_with_its_facts(project: params.Params, tiny_model: Path) -> None:
@@ -103,14 +105,56 @@ def test_a_gguf_file_becomes_the_checkpoint_it_holds(project: params.Params, tin
     assert torch.allclose(one, other, atol=1e-5)
 
 
-def write_gguf(folder: Path, file: Path) -> None:
+def test_a_gguf_file_of_another_family_is_read_or_refused(
+    project: params.Params, tiny_model: Path, tmp_path: Path
+) -> None:
+    assert project
+    for family in ("qwen2", "qwen3", "granite"):
+        # Room for the token that transformers adds to every tokenizer of Qwen 2; heads as large as Qwen 3's always are.
+        sizes = {"vocab_size": 320} | ({"head_dim": 128} if family == "qwen3" else {})
+        folder = made(family, True, tiny_model, tmp_path / family, **sizes)
+        file = tmp_path / f"{family}.gguf"
+        write_gguf(folder, file, family)
+        given = params.Model(source=str(file), sha256=records.sha256_file(file), dtype="float32")
+        if family == "granite":
+            with pytest.raises(UserError, match="architecture 'granite' cannot be read faithfully"):
+                fetch.fetch(given)
+            continue
+        fetch.fetch(given)
+        ids = torch.tensor([[5, 6, 7, 8, 9]])
+        one, other = (AutoModelForCausalLM.from_pretrained(where)(ids).logits for where in (folder, paths.BASE))
+        assert torch.allclose(one, other, atol=1e-5), family
+
+
+@pytest.mark.parametrize("fault", ["cut", "noise", "empty", "scaled"])
+def test_a_spoilt_gguf_file_is_one_clear_error(
+    fault: str, project: params.Params, tiny_model: Path, tmp_path: Path
+) -> None:
+    assert project
+    file = tmp_path / "tiny.gguf"
+    write_gguf(tiny_model, file, **({"scaling": "yarn"} if fault == "scaled" else {}))
+    content = file.read_bytes()
+    if fault == "cut":
+        file.write_bytes(content[: len(content) // 2])
+    elif fault == "noise":
+        file.write_bytes(b"GGUF" + random.Random(1).randbytes(4000))
+    elif fault == "empty":
+        file.write_bytes(b"")
+    given = params.Model(source=str(file), sha256=records.sha256_file(file), dtype="float32")
+    with pytest.raises(UserError, match="scales its rotary" if fault == "scaled" else "is not a sound GGUF file"):
+        fetch.fetch(given)
+
+
+def write_gguf(folder: Path, file: Path, family: str = "llama", scaling: str | None = None) -> None:
     import gguf
     from transformers import AutoTokenizer
 
     model = AutoModelForCausalLM.from_pretrained(folder)
     config = model.config
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    writer = gguf.GGUFWriter(file, "llama")
+    writer = gguf.GGUFWriter(file, family)
+    if scaling:
+        writer.add_rope_scaling_type(gguf.RopeScalingType(scaling))
     writer.add_context_length(config.max_position_embeddings)
     writer.add_embedding_length(config.hidden_size)
     writer.add_block_count(config.num_hidden_layers)
@@ -131,17 +175,19 @@ def write_gguf(folder: Path, file: Path) -> None:
     writer.add_unk_token_id(tokenizer.bos_token_id)  # without one, transformers would add a token of its own
     writer.add_pad_token_id(tokenizer.pad_token_id)
     writer.add_chat_template(tokenizer.chat_template)
-    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH[family.upper()], config.num_hidden_layers)
     for name, tensor in model.state_dict().items():
         if name == "lm_head.weight":
             continue
         array = tensor.float().numpy()
-        if name.endswith(("q_proj.weight", "k_proj.weight")):
+        if family == "llama" and name.endswith(("q_proj.weight", "k_proj.weight")):
             # GGUF stores the two halves of a rotary head interleaved.
             heads = config.num_attention_heads if "q_proj" in name else config.num_key_value_heads
             array = array.reshape(heads, 2, -1, array.shape[1]).swapaxes(1, 2).reshape(array.shape)
-        mapped = names.get_name(name, try_suffixes=(".weight",))
+        mapped = names.get_name(name, try_suffixes=(".weight", ".bias"))
         assert mapped is not None
+        if name.endswith(".bias") and not mapped.endswith(".bias"):
+            mapped += ".bias"
         writer.add_tensor(mapped, array)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
