@@ -228,7 +228,7 @@ def _check_columns(columns: params.Columns, found: Sequence[Located], file: str)
             close = difflib.get_close_matches(column, there, n=1)
             hint = f"; did you mean {close[0]}?" if close else ""
             problems.append(f"data.columns.{role} = '{column}': no such column{hint}")
-        raise listing(problems, f"{file} has the columns {', '.join(there)}")
+        raise listing(problems, f"{file} has the columns {', '.join(map(repr, there))}")
 
 
 def _cell(record: Record, column: str) -> Any:

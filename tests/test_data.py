@@ -252,7 +252,7 @@ def test_unknown_suffix(run: Prepare) -> None:
 
 def test_missing_columns_are_all_named(run: Prepare) -> None:
     told = fails(
-        run, "has the columns text, summary, id, part", GOOD, columns={**COLUMNS, "target": "sumary", "id": "zzz"}
+        run, "has the columns 'text', 'summary', 'id', 'part'", GOOD, columns={**COLUMNS, "target": "sumary", "id": "zzz"}
     )
     assert "data.columns.target = 'sumary': no such column; did you mean summary?" in told
     assert "data.columns.id = 'zzz': no such column\n" in told + "\n"
@@ -647,7 +647,7 @@ def test_nested_columns(run: Prepare) -> None:
     with pytest.raises(UserError) as caught:
         run(written, suffix="parquet", columns={**columns, "source": "translation.fra"})
     told = str(caught.value)
-    assert "has the columns of.n, translation.fr, translation.en, __file__, __source__" in told
+    assert "has the columns 'of.n', 'translation.fr', 'translation.en', '__file__', '__source__'" in told
     assert "data.columns.source = 'translation.fra': no such column; did you mean translation.fr?" in told
 
 
