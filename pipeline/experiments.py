@@ -35,13 +35,16 @@ COSTS: tuple[tuple[str, str, Callable[[list[float]], float]], ...] = (
 class Experiment:
     """One experiment: its parameters by dotted name, and the scores of its variants.
 
-    `costs` has the keys of `COSTS`; what is not known, as of a training restored from a cache, is left out.
+    `references` and `texts`, what the first seed's model wrote, are by the ids of the test examples. `costs` has the
+    keys of `COSTS`; what is not known, as of a training restored from a cache, is left out.
     """
 
     name: str
     params: dict[str, str]
     base: scores.Scores
     tuned: list[scores.Scores]
+    references: dict[str, str]
+    texts: dict[str, str]
     costs: dict[str, float]
 
 
@@ -154,10 +157,33 @@ def page(found: Sequence[Experiment], ranking: Ranking, settings: params.Compare
             for pair in ranking.pairs
         ],
     )
-    seeds = {len(one.tuned) for one in found}
-    if 1 in seeds:
+    lines += _apart(by_name[ranking.names[0]], by_name[ranking.names[1]], shown[0], settings.examples)
+    if any(len(one.tuned) == 1 for one in found):
         lines += ["", "With one seed, an interval covers the choice of test examples, not that of the seed."]
     return "\n".join(lines)
+
+
+def _apart(first: Experiment, second: Experiment, metric: str, count: int) -> list[str]:
+    """The examples on which the first seeds of two experiments are furthest apart, half of them for either."""
+    here, there = ({row["id"]: row[metric] for row in one.tuned[0].examples} for one in (first, second))
+    order = sorted(here, key=lambda name: (there[name] - here[name], name))
+    chosen = [name for name in dict.fromkeys([*order[:count], *order[::-1][:count]]) if here[name] != there[name]]
+    if not chosen:
+        return []
+    names = [report.markdown(one.name) for one in (first, second)]
+    return [
+        "",
+        f"Where the first two are furthest apart in {metrics.LABELS[metric]}, chosen as extremes (first seeds):",
+        "",
+        f"| example | reference | {names[0]} | {names[1]} |",
+        "|---|---|---|---|",
+        *(
+            f"| {report.markdown(name)}<br>{report.points(here[name])}, {report.points(there[name])} "
+            f"| {report.markdown(first.references[name])} | {report.markdown(first.texts[name])} "
+            f"| {report.markdown(second.texts[name])} |"
+            for name in chosen
+        ),
+    ]
 
 
 def _verdict(pair: Pair, settings: params.Compare) -> str:
@@ -254,14 +280,18 @@ def _from_lock(name: str, lock: str, tracking: params.Tracking) -> Experiment:
         return objects / name[:2] / name[2:]
 
     files = [cached(paths.scores(variant)) for variant in (paths.variant(None), *map(paths.variant, seeds))]
-    if all(file.is_file() for file in files):
-        one = _of(name, given, [scores.load(file) for file in files], run)
+    data = dict(verify.listing_of(objects, md5[str(paths.DATA)])).get(paths.split("test").name, "")
+    test, written = objects / data[:2] / data[2:], cached(paths.predictions(paths.variant(seeds[0])))
+    if all(file.is_file() for file in [*files, test, written]):
+        references = {row.id: row.target for row in records.read_rows(test, records.Example)}
+        texts = {row.id: row.text for row in records.read_rows(written, records.Prediction)}
+        one = _of(name, given, [scores.load(file) for file in files], references, texts, run)
         if (summary := cached(paths.training_summary(seeds[0]))).is_file():
             one.costs["trainable"] = records.read_json(summary)["trainable_parameters"]
         return one
     if run is None:
         raise UserError(
-            f"{name}: its scores are neither in the cache nor in MLflow; fetch them with `dvc exp pull <git remote> "
+            f"{name}: its results are neither in the cache nor in MLflow; fetch them with `dvc exp pull <git remote> "
             f"{name}` (an experiment) or `dvc fetch --all-commits`"
         )
     return replace(_from_run(run, tracking), name=name)
@@ -271,20 +301,33 @@ def _from_run(run: track.Stored, tracking: params.Tracking) -> Experiment:
     with tempfile.TemporaryDirectory(prefix="lora-repro-") as folder:
         track.read_back(tracking, run.run_id, Path(folder))
         files = sorted((Path(folder) / paths.SCORES.name).glob("*.json"))
-        return _of(run.name, run.params, [scores.load(file) for file in files], run)
+        found = [scores.load(file) for file in files]
+        if not found:
+            raise UserError(f"run {run.name} holds no scores: it was recorded by an earlier version; run it again")
+        table = records.read_json(Path(folder) / "tables" / "predictions.json")
+        columns = dict(zip(table["columns"], zip(*table["data"], strict=True), strict=True))
+        first = json.loads(run.params["seeds"])[0]
+        texts = columns["tuned"] if "tuned" in columns else columns[paths.variant(first)]
+        references = dict(zip(columns["id"], columns["reference"], strict=True))
+        return _of(run.name, run.params, found, references, dict(zip(columns["id"], texts, strict=True)), run)
 
 
-def _of(name: str, given: Mapping[str, str], found: Sequence[scores.Scores], run: track.Stored | None) -> Experiment:
+def _of(
+    name: str,
+    given: Mapping[str, str],
+    found: Sequence[scores.Scores],
+    references: dict[str, str],
+    texts: dict[str, str],
+    run: track.Stored | None,
+) -> Experiment:
     base = [one for one in found if one.variant == paths.variant(None)]
     tuned = [one for one in found if one.variant != paths.variant(None)]
-    if not base or not tuned:
-        raise UserError(f"{name} holds no scores: it was recorded by an earlier version; run it again")
     costs: dict[str, float] = {}
     for key, pattern, combine in COSTS:
         logged = run.metrics if run else {}
         if values := [value for metric, value in logged.items() if re.fullmatch(pattern, metric)]:
             costs[key] = combine(values)
-    return Experiment(name, dict(given), base[0], tuned, costs)
+    return Experiment(name, dict(given), base[0], tuned, references, texts, costs)
 
 
 def _git(*arguments: str) -> str:

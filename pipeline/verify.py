@@ -147,7 +147,7 @@ def missing(lock: Path) -> int:
     objects = cache_folder(Path()) / "files" / "md5"
     names = {out["md5"] for stage in load(lock)["stages"].values() for out in stage.get("outs", [])
              if Path(out["path"]).is_relative_to(paths.OUT) and Path(out["path"]) != paths.RECEIPT}  # fmt: skip
-    names |= {content for name in names for _, content in _listing(objects, name)}
+    names |= {content for name in names for _, content in listing_of(objects, name)}
     return sum(not (objects / name[:2] / name[2:]).is_file() for name in names)
 
 
@@ -207,7 +207,7 @@ def cache(project: Project) -> Outcome:
     for out in project.outs():
         if out.cached:
             owners.setdefault(out.md5, (out, str(out.path)))
-            for name, content in _listing(objects, out.md5):
+            for name, content in listing_of(objects, out.md5):
                 owners.setdefault(content, (out, f"{out.path}/{name}"))
     inside = project.cache.is_relative_to(Path.cwd())
     # In a cache that is shared with other projects, their objects are theirs to check.
@@ -241,7 +241,7 @@ def cache(project: Project) -> Outcome:
     return outcome
 
 
-def _listing(objects: Path, name: str) -> list[tuple[str, str]]:
+def listing_of(objects: Path, name: str) -> list[tuple[str, str]]:
     """Path and md5 of the files of a cached folder; none where the listing itself is missing or spoilt."""
     path = objects / name[:2] / name[2:]
     if not name.endswith(".dir") or not path.is_file() or md5(path) != name.removesuffix(".dir"):
@@ -301,7 +301,7 @@ def outputs(project: Project) -> Outcome:
 
 def _inside(project: Project, out: Out) -> str:
     """Which files of a folder differ, as far as the cache still tells."""
-    then = dict(_listing(project.cache / "files" / "md5", out.md5))
+    then = dict(listing_of(project.cache / "files" / "md5", out.md5))
     now = {file.relative_to(out.path).as_posix(): file for file in out.path.rglob("*") if file.is_file()}
     differing = sorted(name for name in then.keys() | now.keys() if name not in now or md5(now[name]) != then.get(name))
     return f" ({', '.join(differing)})" if then else ""

@@ -252,7 +252,10 @@ def test_unknown_suffix(run: Prepare) -> None:
 
 def test_missing_columns_are_all_named(run: Prepare) -> None:
     told = fails(
-        run, "has the columns 'text', 'summary', 'id', 'part'", GOOD, columns={**COLUMNS, "target": "sumary", "id": "zzz"}
+        run,
+        "has the columns 'text', 'summary', 'id', 'part'",
+        GOOD,
+        columns={**COLUMNS, "target": "sumary", "id": "zzz"},
     )
     assert "data.columns.target = 'sumary': no such column; did you mean summary?" in told
     assert "data.columns.id = 'zzz': no such column\n" in told + "\n"

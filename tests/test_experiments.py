@@ -6,9 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from pipeline import experiments, params, paths, scores
+from pipeline import experiments, params, paths, records, scores
 from pipeline.errors import UserError
 from pipeline.experiments import Experiment
+from pipeline.records import Example, Prediction
 from tests.test_compare import COMPARE, examples, plant
 
 GIVEN = {
@@ -28,10 +29,13 @@ def made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Experimen
     shares = {"tuned-1": 0.4, "tuned-2": 0.9, "tuned-3": 0.88, "tuned-4": 0.9}
     plant(examples(40), {"base": 0.3, **shares})
     base = scores.read("base")
+    references = {row.id: row.target for row in records.read_rows(paths.split("test"), Example)}
     one = {variant: scores.read(variant) for variant in shares}
 
     def experiment(name: str, rank: str, *tuned: str) -> Experiment:
-        return Experiment(name, {**GIVEN, "lora.r": rank, "seeds": "[1]"}, base, [one[key] for key in tuned], {})
+        given = {**GIVEN, "lora.r": rank, "seeds": "[1]"}
+        texts = {row.id: row.text for row in records.read_rows(paths.predictions(tuned[0]), Prediction)}
+        return Experiment(name, given, base, [one[key] for key in tuned], references, texts, {})
 
     found = [
         experiment("weak", "1", "tuned-1"),
@@ -57,11 +61,27 @@ def test_they_are_ranked_and_every_pair_is_compared_once(made: dict[str, Experim
     assert [row.split("|")[2].strip() for row in rows[1:4]] == ranking.names
     assert "lora.r" in rows[0]
     assert "lora.alpha" not in rows[0]
-    verdicts = {(row.split("|")[1].strip(), row.split("|")[2].strip()): row.split("|")[7].strip() for row in rows[5:]}
+    verdicts = {(row.split("|")[1].strip(), row.split("|")[2].strip()): row.split("|")[7].strip() for row in rows[5:11]}
     assert verdicts["strong − weak", "ROUGE-1"] == "strong is better"
     top = f"{ranking.names[0]} − {ranking.names[1]}"
     assert verdicts[top, "ROUGE-1"] == verdicts[top, "ROUGE-2"] == "no difference shown"
     assert "With one seed" in page
+
+
+def test_the_examples_on_which_the_best_two_differ_most_are_shown(made: dict[str, Experiment]) -> None:
+    found = [made["strong"], made["weak"]]
+    page = experiments.page(found, experiments.rank(found, COMPARE), COMPARE)
+    gains = {
+        row["id"]: row["rouge1"] - other["rouge1"]
+        for row, other in zip(found[0].tuned[0].examples, found[1].tuned[0].examples, strict=True)
+    }
+    rows = [line for line in page.splitlines() if "<br>" in line]
+    shown = [row.split("<br>")[0].removeprefix("| ") for row in rows]
+    assert len(shown) == COMPARE.examples + sum(1 for gain in sorted(gains.values())[: COMPARE.examples] if gain)
+    assert gains[shown[0]] == max(gains.values())
+    assert gains[shown[COMPARE.examples]] == min(gains.values())
+    for name, row in zip(shown, rows, strict=True):
+        assert f"| {found[0].references[name]} | {found[0].texts[name]} | {found[1].texts[name]} |" in row
 
 
 def test_a_pair_has_the_difference_that_its_rows_have(made: dict[str, Experiment]) -> None:
