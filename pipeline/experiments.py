@@ -164,10 +164,11 @@ def page(found: Sequence[Experiment], ranking: Ranking, settings: params.Compare
 
 
 def _apart(first: Experiment, second: Experiment, metric: str, count: int) -> list[str]:
-    """The examples on which the first seeds of two experiments are furthest apart, half of them for either."""
+    """The examples on which the first seeds of two experiments are furthest apart, at most `count` for either."""
     here, there = ({row["id"]: row[metric] for row in one.tuned[0].examples} for one in (first, second))
     order = sorted(here, key=lambda name: (there[name] - here[name], name))
-    chosen = [name for name in dict.fromkeys([*order[:count], *order[::-1][:count]]) if here[name] != there[name]]
+    chosen = [name for name in order[:count] if here[name] > there[name]]
+    chosen += [name for name in order[::-1][:count] if here[name] < there[name]]
     if not chosen:
         return []
     names = [report.markdown(one.name) for one in (first, second)]
