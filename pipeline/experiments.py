@@ -151,7 +151,7 @@ def page(found: Sequence[Experiment], ranking: Ranking, settings: params.Compare
                 report.signed(-pair.result.diff.value),
                 f"{report.signed(-pair.result.deciding.high)} to {report.signed(-pair.result.deciding.low)}",
                 report.probability(pair.p_holm),
-                f"{-pair.result.effect:.2f}",
+                f"{-pair.result.effect:.2f}".replace("-", "−"),
                 _verdict(pair, settings),
             ]
             for pair in ranking.pairs
