@@ -1,13 +1,21 @@
-"""The comparison as a picture: scores with their intervals and reference lines above, paired differences below.
+"""The comparison as pictures: scores with their intervals and reference lines, paired differences, one by one and of
+each example, aspects, training curves, lengths of outputs and how they ended.
 
 Drawn by Vega-Lite inside `vl-convert`, so no browser, no network, and the same bytes for the same numbers.
 """
 
+import csv
+import math
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
+from pipeline import paths, records, scores
 from pipeline.compare import Comparison
+from pipeline.examples import Row
 from pipeline.metrics import LABELS
 
 BAND = 56
@@ -20,28 +28,48 @@ UPRIGHT = "M-0.1,-1H0.1V1H-0.1Z"
 
 @dataclass(frozen=True, slots=True)
 class Look:
-    """Width of the plot area in pixels, and the colours, each anything that SVG takes as one."""
+    """Width of the plot area and size of the letters in pixels, and colours, each anything that SVG takes as one."""
 
     width: int
+    font: int
     background: str
     text: str
     grid: str
     base: str
     tuned: str
     lines: tuple[str, str, str]
+    seeds: tuple[str, ...]
 
 
-FILE = Look(520, "#ffffff", "#1f2328", "#e4e7eb", "#a9b4c0", "#0072b2", ("#e69f00", "#cc5c9a", "#009e73"))
+# The palette of Okabe and Ito, which people with any colour vision can tell apart.
+FILE = Look(
+    520,
+    12,
+    "#ffffff",
+    "#1f2328",
+    "#e4e7eb",
+    "#a9b4c0",
+    "#0072b2",
+    ("#e69f00", "#cc5c9a", "#009e73"),
+    ("#0072b2", "#d55e00", "#009e73", "#cc5c9a", "#e69f00", "#56b4e9"),
+)
 # The page sets these variables, for light and for dark; it is drawn narrow enough to be read on a phone.
 PAGE = Look(
-    250,
+    340,
+    13,
     "transparent",
     "var(--text)",
     "var(--grid)",
     "var(--base)",
     "var(--tuned)",
     ("var(--line-1)", "var(--line-2)", "var(--line-3)"),
+    tuple(f"var(--seed-{i})" for i in range(1, 7)),
 )
+
+MOST_POINTS = 400
+"""A longer training curve is drawn as the means of this many stretches."""
+BINS = 40
+"""Bins of a histogram, about: their width is a round number."""
 
 
 def svg(comparison: Comparison, look: Look) -> str:
@@ -58,10 +86,31 @@ def png(comparison: Comparison, look: Look) -> bytes:
     return bytes(vl_convert.vegalite_to_png(_specification(comparison, look), scale=2))
 
 
+def figures(comparison: Comparison, rows: Sequence[Row], seeds: Sequence[int], look: Look) -> dict[str, str]:
+    """Every figure by name, as an SVG document; `aspects` is left out where the rows have none."""
+    import vl_convert
+
+    metrics = [LABELS[name] for name in comparison.results]
+    charts = {
+        "differences": _differences(comparison, look, metrics),
+        "scores": _scores(comparison, look, metrics),
+        "gains": _gains(comparison, rows, look),
+        "aspects": _aspects(comparison, look),
+        "training": _training(seeds, look),
+        "lengths": _lengths(rows, look),
+        "endings": _endings(comparison, look),
+    }
+    return {
+        name: str(vl_convert.vegalite_to_svg(_configured(chart, look).to_dict()))
+        for name, chart in charts.items()
+        if chart is not None
+    }
+
+
 def inline(document: str) -> str:
-    """An SVG document as it stands inside HTML: without namespaces, which are addresses, and without a fixed size."""
+    """An SVG document as it stands inside HTML: without namespaces, which are addresses, and without a fixed height."""
     document = re.sub(r'\sxmlns(:\w+)?="[^"]*"', "", document)
-    return re.sub(r'(<svg[^>]*?)\swidth="[^"]*"\sheight="[^"]*"', r"\1", document, count=1)
+    return re.sub(r'(<svg[^>]*?)\sheight="[^"]*"', r"\1", document, count=1)
 
 
 def _specification(comparison: Comparison, look: Look) -> dict[str, Any]:
@@ -69,7 +118,12 @@ def _specification(comparison: Comparison, look: Look) -> dict[str, Any]:
 
     metrics = [LABELS[name] for name in comparison.results]
     chart = altair.vconcat(_scores(comparison, look, metrics), _differences(comparison, look, metrics), spacing=28)
-    chart = (
+    specification: dict[str, Any] = _configured(chart, look).to_dict()
+    return specification
+
+
+def _configured(chart: Any, look: Look) -> Any:
+    return (
         chart.configure(background=look.background, font=FONT, padding=8)
         .configure_view(stroke=None)
         .configure_axis(
@@ -78,16 +132,15 @@ def _specification(comparison: Comparison, look: Look) -> dict[str, Any]:
             gridColor=look.grid,
             domain=False,
             ticks=False,
-            labelFontSize=12,
-            titleFontSize=12,
+            labelFontSize=look.font,
+            titleFontSize=look.font,
             titleFontWeight="normal",
             labelPadding=6,
         )
-        .configure_legend(labelColor=look.text, labelFontSize=12, title=None)
-        .configure_title(color=look.text, fontSize=13, anchor="start", frame="group")
+        .configure_header(labelColor=look.text, labelFontSize=look.font)
+        .configure_legend(labelColor=look.text, labelFontSize=look.font, title=None)
+        .configure_title(color=look.text, fontSize=look.font + 1, anchor="start", frame="group")
     )
-    specification: dict[str, Any] = chart.to_dict()
-    return specification
 
 
 def _scores(comparison: Comparison, look: Look, metrics: list[str]) -> Any:
@@ -130,19 +183,216 @@ def _scores(comparison: Comparison, look: Look, metrics: list[str]) -> Any:
 
 
 def _differences(comparison: Comparison, look: Look, metrics: list[str]) -> Any:
+    """Tuned minus base with the interval that decides; with several seeds, a tick for each."""
     import altair
 
     rows = [
-        {"metric": LABELS[name], "value": one.deciding.value, "low": one.deciding.low, "high": one.deciding.high}
+        {"metric": LABELS[name], "value": one.diff.value, "low": one.deciding.low, "high": one.deciding.high}
         for name, one in comparison.results.items()
     ]
     base = altair.Chart(altair.Data(values=rows)).encode(y=altair.Y("metric:N", sort=metrics, title=None))
-    zero = altair.Chart(altair.Data(values=[{"zero": 0}])).mark_rule(color=look.text, strokeDash=[4, 3])
-    return altair.layer(
-        zero.encode(x="zero:Q"),
+    layers = [
+        _zero(look).encode(x="zero:Q"),
         base.mark_rule(color=look.tuned, strokeWidth=3).encode(x=altair.X("low:Q", title=None), x2="high:Q"),
-        base.mark_point(color=look.tuned, fill=look.tuned, size=70, opacity=1).encode(x="value:Q"),
-    ).properties(width=look.width, height=BAND * len(metrics) // 2, title=f"Tuned − base with {_interval(comparison)}")
+    ]
+    if len(comparison.tuned) > 1:
+        each = [
+            {"metric": LABELS[name], "value": one.scores[name] - comparison.base.scores[name]}
+            for name in comparison.results
+            for one in comparison.tuned
+        ]
+        tick = altair.Chart(altair.Data(values=each)).mark_tick(color=look.text, thickness=1.5, size=14, opacity=1)
+        layers.append(tick.encode(y=altair.Y("metric:N", sort=metrics, title=None), x="value:Q"))
+    layers.append(base.mark_point(color=look.tuned, fill=look.tuned, size=70, opacity=1).encode(x="value:Q"))
+    return altair.layer(*layers).properties(
+        width=look.width, height=BAND * len(metrics) // 2, title=f"Tuned − base with {_interval(comparison)}"
+    )
+
+
+def _aspects(comparison: Comparison, look: Look) -> Any:
+    """The differences of each aspect's rows, a panel a deciding metric; None without aspects."""
+    import altair
+
+    if not comparison.aspects:
+        return None
+    names = [aspect.name for aspect in comparison.aspects]
+    panels = []
+    for metric in comparison.decide_by:
+        rows = [
+            {"aspect": one.name, "value": found.diff.value, "low": found.deciding.low, "high": found.deciding.high}
+            for one in comparison.aspects
+            for found in [one.results[metric]]
+        ]
+        y = altair.Y("aspect:N", sort=names, title=None, axis=altair.Axis(labelLimit=140))
+        base = altair.Chart(altair.Data(values=rows)).encode(y=y)
+        panels.append(
+            altair.layer(
+                _zero(look).encode(x="zero:Q"),
+                base.mark_rule(color=look.tuned, strokeWidth=3).encode(x=altair.X("low:Q", title=None), x2="high:Q"),
+                base.mark_point(color=look.tuned, fill=look.tuned, size=70, opacity=1).encode(x="value:Q"),
+            ).properties(width=look.width, height=28 * len(names), title=f"{LABELS[metric]}, tuned − base")
+        )
+    return altair.vconcat(*panels, spacing=20).resolve_scale(x="shared")
+
+
+def _zero(look: Look) -> Any:
+    import altair
+
+    return altair.Chart(altair.Data(values=[{"zero": 0}])).mark_rule(color=look.text, strokeDash=[4, 3])
+
+
+def _gains(comparison: Comparison, rows: Sequence[Row], look: Look) -> Any:
+    """How many examples gained how much in the first deciding metric; those of equal score are a bar of their own."""
+    import altair
+
+    metric = comparison.decide_by[0]
+    gains = [row.gain(metric) for row in rows]
+    step = _round_step((max(gains) - min(gains)) / BINS)
+    bars: dict[tuple[float, float], int] = {}
+    for gain in gains:
+        # Away from zero: (0, step] is the first bin of gains, [-step, 0) that of losses.
+        far = math.ceil(abs(gain) / step - 1e-9) * step
+        ends = (far - step, far) if gain > 0 else (-far, step - far)
+        if abs(gain) < 1e-9:
+            ends = (-step / 8, step / 8)
+        bars[ends] = bars.get(ends, 0) + 1
+    values = [
+        {"from": low, "to": high, "n": n, "side": "equal" if low < 0 < high else "higher" if low >= 0 else "lower"}
+        for (low, high), n in sorted(bars.items())
+    ]
+    sides = altair.Color(
+        "side:N",
+        scale=altair.Scale(domain=["lower", "equal", "higher"], range=[look.base, look.text, look.tuned]),
+        legend=altair.Legend(orient="top", direction="horizontal"),
+    )
+    bar = altair.Chart(altair.Data(values=values)).mark_rect(stroke=look.background, strokeWidth=0.5)
+    return altair.layer(
+        bar.encode(
+            x=altair.X("from:Q", title=f"{LABELS[metric]} of tuned − base, points"),
+            x2="to:Q",
+            y=altair.Y("n:Q", title="examples", axis=altair.Axis(tickMinStep=1, tickCount=5)),
+            y2=altair.datum(0),
+            color=sides,
+        ),
+        _zero(look).encode(x="zero:Q"),
+    ).properties(width=look.width, height=170, title="Gain of each example")
+
+
+def _training(seeds: Sequence[int], look: Look) -> Any:
+    """Training loss (thin) and validation loss (points) against the step, a colour a seed."""
+    import altair
+
+    train, validation = [], []
+    for seed in seeds:
+        train += [{"seed": str(seed), "step": step, "loss": loss} for step, loss in _curve(seed)]
+        entries = records.read_json(paths.training_summary(seed))["validation"]
+        validation += [{"seed": str(seed), "step": entry["step"], "loss": entry["loss"]} for entry in entries]
+    colours = [look.seeds[i % len(look.seeds)] for i in range(len(seeds))]
+    color = altair.Color(
+        "seed:N",
+        scale=altair.Scale(domain=[str(seed) for seed in seeds], range=colours),
+        legend=altair.Legend(orient="bottom", direction="horizontal", columns=6) if len(seeds) > 1 else None,
+    )
+    x = altair.X("step:Q", title="optimizer steps", axis=altair.Axis(tickMinStep=1, tickCount=6))
+    y = altair.Y("loss:Q", title="loss, nats a token", scale=altair.Scale(zero=False))
+    thin = altair.Chart(altair.Data(values=train)).mark_line(strokeWidth=1.2, opacity=0.75)
+    thick = altair.Chart(altair.Data(values=validation))
+    return altair.layer(
+        thin.encode(x=x, y=y, color=color),
+        thick.mark_line(strokeWidth=2.5, strokeDash=[6, 3]).encode(x=x, y=y, color=color),
+        thick.mark_point(filled=True, size=55, opacity=1).encode(x=x, y=y, color=color),
+    ).properties(width=look.width, height=190, title="Loss: training (line), validation (points)")
+
+
+def _curve(seed: int) -> list[tuple[float, float]]:
+    """Step and training loss, of a long log the means of `MOST_POINTS` stretches."""
+    with paths.training_log(seed).open(encoding="utf-8", newline="") as file:
+        log = [(float(row["step"]), float(row["loss"])) for row in csv.DictReader(file)]
+    if len(log) <= MOST_POINTS:
+        return log
+    stretches = np.array_split(np.array(log), MOST_POINTS)
+    return [(float(mean[0]), float(mean[1])) for mean in (part.mean(axis=0) for part in stretches)]
+
+
+def _lengths(rows: Sequence[Row], look: Look) -> Any:
+    """Words of the references and of each model's outputs, as shares; the seeds of tuned together."""
+    import altair
+
+    lengths = {
+        "references": [scores.words(one) for row in rows for one in row.example.references],
+        "base": [row.base.words for row in rows],
+        "tuned": [one.words for row in rows for one in row.tuned],
+    }
+    everything = [length for some in lengths.values() for length in some]
+    # The few longest share the last bin: one endless output would squeeze all others into the first.
+    most = max(1, math.ceil(float(np.quantile(everything, 0.995))))
+    step = max(1, round(_round_step(most / BINS)))
+    bins = most // step + 1
+    panels = []
+    for (name, some), colour in zip(lengths.items(), (look.lines[2], look.base, look.tuned), strict=True):
+        counts = np.bincount(np.minimum(np.array(some) // step, bins - 1), minlength=bins)
+        values = [
+            {"from": i * step, "to": (i + 1) * step, "share": n / len(some)} for i, n in enumerate(counts.tolist()) if n
+        ]
+        mean = [{"mean": sum(some) / len(some)}]
+        bar = altair.Chart(altair.Data(values=values)).mark_rect(color=colour, stroke=look.background, strokeWidth=0.5)
+        last = name == "tuned"
+        x = altair.X(
+            "from:Q",
+            title="words (triangle: the mean)" if last else None,
+            scale=altair.Scale(domain=[0, bins * step]),
+            axis=altair.Axis(labels=last, tickMinStep=1, tickCount=6),
+        )
+        y = altair.Y("share:Q", title=None, axis=altair.Axis(format="%", tickCount=3))
+        marker = altair.Chart(altair.Data(values=mean)).mark_point(
+            shape="triangle-down", color=look.text, fill=look.text, size=50, opacity=1, yOffset=-6
+        )
+        panels.append(
+            altair.layer(
+                bar.encode(x=x, x2="to:Q", y=y, y2=altair.datum(0)), marker.encode(x="mean:Q", y=altair.value(0))
+            ).properties(
+                width=look.width, height=64, title=altair.TitleParams(name, fontSize=look.font, fontWeight="normal")
+            )
+        )
+    return altair.vconcat(*panels, spacing=6).resolve_scale(y="shared").properties(title="Length")
+
+
+def _endings(comparison: Comparison, look: Look) -> Any:
+    """How each variant's outputs ended: by themselves, or cut by the cap on new tokens."""
+    import altair
+
+    outputs = [comparison.base, *comparison.tuned]
+    names = [one.variant for one in outputs]
+    values = [
+        {"variant": one.variant, "ending": ending, "share": share, "order": i}
+        for one in outputs
+        for i, (ending, share) in enumerate(
+            (("by itself (EOS)", 1 - one.stopped_by_cap), ("by the cap", one.stopped_by_cap))
+        )
+    ]
+    return (
+        altair.Chart(altair.Data(values=values))
+        .mark_bar(stroke=look.background, strokeWidth=0.5)
+        .encode(
+            y=altair.Y("variant:N", sort=names, title=None),
+            x=altair.X("share:Q", title=None, axis=altair.Axis(format="%", tickCount=5)),
+            order="order:Q",
+            color=altair.Color(
+                "ending:N",
+                scale=altair.Scale(domain=["by itself (EOS)", "by the cap"], range=[look.lines[2], look.lines[0]]),
+                legend=altair.Legend(orient="top", direction="horizontal"),
+            ),
+        )
+        .properties(width=look.width, height=26 * len(names), title="How outputs ended")
+    )
+
+
+def _round_step(about: float) -> float:
+    """The number of the form 1, 2 or 5 times a power of ten that is next above `about`; 1 for nothing."""
+    if about <= 0:
+        return 1.0
+    power = 10.0 ** math.floor(math.log10(about))
+    return next(factor * power for factor in (1.0, 2.0, 5.0, 10.0) if factor * power >= about * (1 - 1e-9))
 
 
 def _interval(comparison: Comparison) -> str:

@@ -54,7 +54,7 @@ def show(run: RUN = None) -> None:
     With RUN: that run's verdict, the commands that restore it, and whether its adapter is the one it was locked with.
     """
     # Imported here: `--help` needs none of it.
-    from pipeline import params, report, track
+    from pipeline import page, params, report, track
 
     given = params.load()
     if run is not None:
@@ -62,7 +62,7 @@ def show(run: RUN = None) -> None:
 
         lineage.show(run, given.tracking)
         return
-    print(report.closing_lines(track.tracking_uri(given.tracking)))
+    print(report.closing_lines(track.tracking_uri(given.tracking), page.describe(given.seeds)))
     print(f"  run      {track.describe(given.seeds, given.tracking)}")
 
 

@@ -9,7 +9,8 @@ is never used.
 Dimensions: n rows, k statistics of a row, b sums of rows.
 """
 
-from collections.abc import Sequence
+import re
+from collections.abc import Callable, Sequence
 from functools import cache
 from importlib.metadata import version
 from typing import Any, Protocol
@@ -21,6 +22,7 @@ from pipeline.params import Evaluate
 from pipeline.sentences import sentences
 
 Floats = NDArray[np.float64]
+Tokenize = Callable[[str], list[str]]
 
 LABELS = {
     "rouge1": "ROUGE-1",
@@ -76,6 +78,29 @@ def signature(evaluate: Evaluate) -> str:
         parts += [f"sacrebleu {version('sacrebleu')}", "BLEU", "case:mixed", "eff:no", f"tok:{evaluate.bleu_tokenizer}"]
         parts += ["smooth:exp"]
     return "|".join(parts)
+
+
+def tokenizers(name: str, evaluate: Evaluate) -> tuple[Tokenize, Tokenize, bool]:
+    """How a metric splits a text: its tokens as they stand there, the same as it compares them (stemmed, say), and
+    whether it lowers the case first. chrF has none: runs of letters and digits stand in."""
+    if name == "chrf":
+        return _runs, _runs, False
+    if name == "bleu":
+        from sacrebleu import BLEU
+
+        bleu: Any = BLEU(tokenize=evaluate.bleu_tokenizer)
+        split: Tokenize = lambda text: bleu.tokenizer(text.rstrip()).split()  # noqa: E731
+        return split, split, False
+    if evaluate.rouge_tokenizer == "unicode":
+        return _Letters().tokenize, _Letters().tokenize, True
+    from rouge_score.tokenizers import DefaultTokenizer  # imports nltk: a second that nothing else should pay
+
+    plain = DefaultTokenizer(use_stemmer=False).tokenize
+    return plain, DefaultTokenizer(use_stemmer=True).tokenize if evaluate.use_stemmer else plain, True
+
+
+def _runs(text: str) -> list[str]:
+    return re.findall(r"\w+", text)
 
 
 class _Rouge:

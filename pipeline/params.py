@@ -256,6 +256,7 @@ class Compare(Section):
     seed: Annotated[int, Field(ge=0, lt=2**32)]
     decide_by: Annotated[list[Metric], Field(min_length=1)]
     examples: Annotated[int, Field(ge=0, le=100)]
+    explorer: Annotated[int, Field(ge=1, le=100_000)]
     published: list[Published]
 
 

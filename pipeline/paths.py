@@ -1,7 +1,7 @@
 """Where everything lies, relative to the project folder, which is the working directory of every stage.
 
-`out/` is DVC's (cached, git-ignored); `reports/` is for people and kept in git; `.scratch/` holds what a killed
-stage leaves behind and is never an output.
+`out/` is DVC's (cached, git-ignored); `reports/` is for people and kept in git, but for `index.html`, which also tells
+what differs from machine to machine; `.scratch/` holds what a killed stage leaves behind and is never an output.
 """
 
 from pathlib import Path
@@ -21,6 +21,7 @@ ADAPTERS = OUT / "adapters"
 TRAINING = OUT / "training"
 PREDICTIONS = OUT / "predictions"
 SCORES = OUT / "scores"
+FORGETTING = OUT / "forgetting"
 COSTS = OUT / "costs"
 RECEIPT = OUT / "receipt.json"
 
@@ -30,6 +31,8 @@ COMPARISON_MD = REPORTS / "comparison.md"
 REPORT_HTML = REPORTS / "index.html"
 COMPARISON_SVG = REPORTS / "comparison.svg"
 COMPARISON_PNG = REPORTS / "comparison.png"
+FIGURES = REPORTS / "figures"
+TABLES = REPORTS / "tables"
 
 SCRATCH = Path(".scratch")
 
@@ -53,6 +56,11 @@ def training_summary(seed: int) -> Path:
 def training_log(seed: int) -> Path:
     """The training curve, one row an optimizer step."""
     return TRAINING / f"{seed}.csv"
+
+
+def forgetting(seed: int) -> Path:
+    """What one seed's adapter does to general text."""
+    return FORGETTING / f"{seed}.json"
 
 
 def variant(seed: int | None) -> str:

@@ -47,8 +47,16 @@ def commit(folder: Path) -> tuple[str | None, bool]:
     if sha is None:
         return None, False
     excluded = [f":(exclude){name}" for name in RESULTS]
-    changes = _git(folder, "status", "--porcelain", "--", ".", *excluded)
-    return sha, changes != ""
+    status = _git(folder, "status", "--porcelain", "--", ".", *excluded)
+    return sha, status != ""
+
+
+def changes(folder: Path) -> list[str]:
+    """The files under `folder`, relative to it, for which `commit` says that something differs."""
+    excluded = [f":(exclude){name}" for name in RESULTS]
+    listed = _git(folder, "status", "--porcelain", "-z", "--no-renames", "--", ".", *excluded)
+    prefix = _git(folder, "rev-parse", "--show-prefix") or ""
+    return sorted(entry[3:].removeprefix(prefix) for entry in (listed or "").split("\0") if entry)
 
 
 def experiment() -> str | None:
@@ -103,4 +111,4 @@ def _output(*command: str) -> str | None:
         done = subprocess.run(command, capture_output=True, text=True, check=True)
     except (OSError, subprocess.CalledProcessError):
         return None
-    return done.stdout.strip()
+    return done.stdout.strip("\n")

@@ -1,5 +1,5 @@
-"""A comparison as people read it: one line for the terminal, Markdown for the repository, one offline page, numbers
-for `dvc metrics`. Nothing is computed here but the choice of words; templates lie in `pipeline/templates/`.
+"""A comparison as people read it: one line for the terminal, Markdown for the repository, numbers for `dvc metrics`;
+the page is `pipeline.page`'s. Nothing is computed here but the choice of words; templates lie in `pipeline/templates/`.
 
 What models wrote is never trusted: it is escaped for the place where it appears.
 """
@@ -43,7 +43,7 @@ COMMANDS = (
 
 
 def write(comparison: Comparison, guards: Sequence[Guard]) -> None:
-    """Write the five files of `reports/`; equal comparisons give equal bytes."""
+    """Write Markdown, numbers and picture to `reports/`; equal comparisons give equal bytes."""
     records.write_json(paths.METRICS, metrics(comparison))
     records.write_text(paths.COMPARISON_SVG, charts.svg(comparison, charts.FILE))
     with records.replacing(paths.COMPARISON_PNG) as temporary:
@@ -57,13 +57,10 @@ def write(comparison: Comparison, guards: Sequence[Guard]) -> None:
         "power": power(comparison),
         "labels": LABELS,
         "interval": f"{100 * comparison.confidence:g} % interval",
-        "chart": Markup(charts.inline(charts.svg(comparison, charts.PAGE))),
         "shown": LABELS[comparison.decide_by[0]],
         "commands": COMMANDS,
     }
-    environment = _environment()
-    for path, template in ((paths.COMPARISON_MD, "comparison.md.jinja"), (paths.REPORT_HTML, "index.html.jinja")):
-        records.write_text(path, environment.get_template(template).render(given))
+    records.write_text(paths.COMPARISON_MD, environment().get_template("comparison.md.jinja").render(given))
 
 
 def metrics(comparison: Comparison) -> dict[str, Any]:
@@ -171,10 +168,10 @@ def power(comparison: Comparison) -> str:
     return f"{text}; to find one of 1 point takes about {needed:,} groups of examples (here {comparison.groups:,})."
 
 
-def closing_lines(store: str) -> str:
+def closing_lines(store: str, page: str) -> str:
     """The verdict of the last comparison and where to look next, for a terminal; nothing is computed.
 
-    `store` is the address of the MLflow store.
+    `store` is the address of the MLflow store, `page` says where the page is (`page.describe`).
 
     UserError when there is no report yet.
     """
@@ -186,7 +183,7 @@ def closing_lines(store: str) -> str:
         [
             verdict.replace("**", ""),
             "",
-            f"  report   {paths.REPORT_HTML}  (or {paths.COMPARISON_MD})",
+            f"  report   {page}  (or {paths.COMPARISON_MD})",
             f"  numbers  {paths.METRICS}  (dvc metrics diff)",
             f"  record   mlflow ui --backend-store-uri {store}  (make ui)",
         ]
@@ -219,7 +216,7 @@ def span(interval: Interval) -> str:
 
 def markdown(text: str) -> str:
     """Any text as one line of plain Markdown that may stand in a table cell: no markup, HTML or link of its own."""
-    text = _printable(text).strip().replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+    text = printable(text).strip().replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
     text = re.sub(r"([\\`*_\[\]|~$])", r"\\\1", text)
     text = re.sub(r"://|(?<=www)\.|@", lambda found: "".join(f"&#{ord(c)};" for c in found[0]), text, flags=re.I)
     return re.sub(r"\s*\n\s*", "<br>", text) or "*(empty)*"
@@ -227,17 +224,18 @@ def markdown(text: str) -> str:
 
 def html(text: str) -> Markup:
     """Any text as HTML: escaped, and with no address in it that a careless reader or tool takes for a link."""
-    safe = str(escape(_printable(text).strip())).replace("://", "&#58;//")
+    safe = str(escape(printable(text).strip())).replace("://", "&#58;//")
     return Markup(safe) or Markup("<em>(empty)</em>")
 
 
-def _printable(text: str) -> str:
+def printable(text: str) -> str:
     """Control characters, line breaks and tabs aside, as U+FFFD; all line breaks as newlines."""
     return re.sub(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]", "\ufffd", "\n".join(text.splitlines()))
 
 
-def _environment() -> Environment:
-    environment = Environment(
+def environment() -> Environment:
+    """Jinja on the templates, with the words of this module as filters."""
+    made = Environment(
         loader=FileSystemLoader(TEMPLATES),
         autoescape=lambda name: name is not None and name.endswith(".html.jinja"),
         undefined=StrictUndefined,
@@ -245,7 +243,7 @@ def _environment() -> Environment:
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    environment.filters |= {
+    made.filters |= {
         function.__name__: function for function in (points, signed, span, share, probability, markdown, html)
     }
-    return environment
+    return made

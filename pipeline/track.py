@@ -122,11 +122,16 @@ def describe(train_seeds: list[int], tracking: params.Tracking) -> str:
 # What an experiment is
 
 
-def _stages(seeds: list[int]) -> Stages:
+def read_lock() -> str:
+    """The text of `dvc.lock`; UserError where there is none."""
     try:
-        return _locked(paths.DVC_LOCK.read_text(encoding="utf-8"), seeds)
+        return paths.DVC_LOCK.read_text(encoding="utf-8")
     except FileNotFoundError:
         raise UserError(f"{paths.DVC_LOCK} is missing: run `dvc repro`, which makes it") from None
+
+
+def _stages(seeds: list[int]) -> Stages:
+    return _locked(read_lock(), seeds)
 
 
 def _locked(lock: str, seeds: list[int]) -> Stages:
@@ -164,6 +169,11 @@ def params_of(lock: str, seeds: list[int]) -> dict[str, str]:
     return _params(_locked(lock, seeds))
 
 
+def outs_of(lock: str, seeds: list[int]) -> dict[str, dict[str, str]]:
+    """The outputs of each stage, as `{stage: {path: md5}}`, that the text of a `dvc.lock` holds."""
+    return {name: content["outs"] for name, content in _locked(lock, seeds).items()}
+
+
 # What goes into its run
 
 
@@ -192,6 +202,7 @@ def gather(seeds: list[int]) -> Record:
     files += [(path, "models") for path in (paths.BASE_FACTS, paths.QUANTIZED_FACTS)]
     reports = (paths.METRICS, paths.COMPARISON_MD, paths.REPORT_HTML, paths.COMPARISON_SVG, paths.COMPARISON_PNG)
     files += [(path, "reports") for path in reports]
+    files += [(folder, f"reports/{folder.name}") for folder in (paths.FIGURES, paths.TABLES)]
     files += [(paths.scores(variant), paths.SCORES.name) for variant in map(paths.variant, (None, *seeds))]
     for seed in seeds:
         files.append((paths.adapter(seed), f"adapter/{seed}"))
@@ -279,7 +290,14 @@ def _training(seeds: list[int]) -> Iterator[Point]:
 
 
 def _costs(seeds: list[int]) -> Iterator[Point]:
-    """Time and memory of each stage, where this folder ran it for the very result that is here now.
+    """Time and memory of each stage, as `spent` has them."""
+    names = {"seconds": "seconds", "peak_memory_mb": "peak_mb", "peak_device_memory_mb": "peak_device_mb"}
+    for stage, cost in spent(seeds).items():
+        yield from (Point(f"cost/{stage}_{name}", cost[key]) for key, name in names.items() if cost and key in cost)
+
+
+def spent(seeds: list[int]) -> dict[str, dict[str, Any] | None]:
+    """What each stage cost (`stage.run`), where this folder ran it for the very result that is here now, else None.
 
     A result restored from a cache cost this experiment nothing, and what it cost another is in the other's run.
     """
@@ -288,12 +306,11 @@ def _costs(seeds: list[int]) -> Iterator[Point]:
     for seed in seeds:
         results[f"train-{seed}"] = paths.training_summary(seed)
         results[f"infer-tuned-{seed}"] = paths.predictions(paths.variant(seed))
+    found: dict[str, dict[str, Any] | None] = {}
     for stage, result in results.items():
-        if paths.costs(result).exists():
-            cost = records.read_json(paths.costs(result))
-            names = {"seconds": "seconds", "peak_memory_mb": "peak_mb", "peak_device_memory_mb": "peak_device_mb"}
-            if cost["result_sha256"] == records.sha256_path(result):
-                yield from (Point(f"cost/{stage}_{name}", cost[key]) for key, name in names.items() if key in cost)
+        cost = records.read_json(paths.costs(result)) if paths.costs(result).exists() else None
+        found[stage] = cost if cost and cost["result_sha256"] == records.sha256_path(result) else None
+    return found
 
 
 def _is_number(value: Any) -> bool:

@@ -20,12 +20,13 @@ from typing import Any
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
+from pipeline import page as pages
 from pipeline import params, paths, records, source, track
 from pipeline.errors import UserError
 from stages import compare
 
 RECORD = "dvc repro --force --single-item track"
-"""Writes the MLflow run of the working directory, unless a finished one is there, and the receipt."""
+"""Writes the page, the MLflow run of the working directory, unless a finished one is there, and the receipt."""
 ABOVE = "# what is said above"
 STORE = 'MLFLOW_TRACKING_URI="$(lora-repro store)"'
 
@@ -120,7 +121,7 @@ def verify() -> bool:
     """
     project = read()
     found = 0
-    for check in (cache, outputs, pipeline, chain, reports, record, wheels):
+    for check in (cache, outputs, pipeline, chain, reports, page, record, wheels):
         outcome = check(project)
         print(f"{outcome.name}: {outcome.compared}", flush=True)
         for one in outcome.findings:
@@ -395,7 +396,7 @@ def reports(project: Project) -> Outcome:
     """The comparison once more, from predictions and scores; the reports byte by byte."""
     outcome = Outcome("reports")
     again = "dvc repro --force --single-item compare"
-    files = [path for stage in project.stages if stage.name == "compare" for path in stage.outs]
+    outs = [path for stage in project.stages if stage.name == "compare" for path in stage.outs]
     with tempfile.TemporaryDirectory(prefix="lora-repro-") as folder:
         for name in (paths.OUT, paths.PARAMS, paths.DVC_YAML):
             (Path(folder) / name).symlink_to(name.resolve())
@@ -406,12 +407,32 @@ def reports(project: Project) -> Outcome:
             outcome.find(f"{paths.PREDICTIONS}, {paths.SCORES}", f"they cannot be compared: {error}", ABOVE)
             outcome.compared = "not computed"
             return outcome
+        files = sorted({file for out in outs for root in (Path(), Path(folder)) for file in _files(out, root)})
         for path in files:
             if not path.is_file():
                 outcome.find(path, "missing", again)
+            elif not (Path(folder) / path).is_file():
+                outcome.find(path, "no stage writes it", again)
             elif path.read_bytes() != (Path(folder) / path).read_bytes():
                 outcome.find(path, "not what the predictions and scores give", again)
     outcome.compared = f"{len(files)} computed again, {_word(outcome, 'one is equal byte for byte')}"
+    return outcome
+
+
+def _files(out: Path, root: Path) -> list[Path]:
+    """The files of an output below `root`, relative to it; the output itself where it is no folder."""
+    if not (root / out).is_dir():
+        return [out]
+    return [file.relative_to(root) for file in (root / out).rglob("*") if file.is_file()]
+
+
+def page(project: Project) -> Outcome:
+    """The page against its own seal, and the experiment that it shows against the one here."""
+    outcome = Outcome("page")
+    digest = track.digest_of(paths.DVC_LOCK.read_text(encoding="utf-8"), project.params.seeds)
+    for fault in pages.faults(paths.REPORT_HTML, digest):
+        outcome.find(paths.REPORT_HTML, fault, RECORD)
+    outcome.compared = f"seal and experiment of {paths.REPORT_HTML}, {_word(outcome, 'one is right')}"
     return outcome
 
 
@@ -484,7 +505,8 @@ def _lasting(place: str) -> bool:
     """Whether a part of a run is the same for every run of the experiment: cost, code and machine are not."""
     if place.startswith("tags/"):
         return place in ("tags/device", f"tags/{track.NOTE}", f"tags/{track.DIGEST}")
-    return not place.startswith(("metrics/cost/", f"artifacts/{paths.DVC_LOCK}", f"artifacts/{paths.PARAMS}"))
+    other = (paths.DVC_LOCK, paths.PARAMS, paths.REPORT_HTML)
+    return not place.startswith(("metrics/cost/", *(f"artifacts/{path.as_posix()}" for path in other)))
 
 
 def wheels(project: Project) -> Outcome:

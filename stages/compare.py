@@ -1,11 +1,14 @@
 """Stage compare: base against tuned on the same rows; writes what people read."""
 
-from pipeline import compare, guards, params, report, stage
+from pipeline import appendix, compare, examples, guards, params, report, stage
 
 
 def main(declared: params.Declared) -> None:
-    comparison = compare.compare(declared.seeds, declared[params.Evaluate], declared[params.Compare])
-    report.write(comparison, guards.measured(declared.seeds))
+    seeds, evaluate = declared.seeds, declared[params.Evaluate]
+    comparison = compare.compare(seeds, evaluate, declared[params.Compare])
+    measured = guards.measured(seeds)
+    report.write(comparison, measured)
+    appendix.write(comparison, measured, examples.read(seeds, evaluate.metrics), seeds)
 
 
 if __name__ == "__main__":

@@ -1,9 +1,10 @@
-"""Stage track: the whole experiment as one MLflow run."""
+"""Stage track: the report as a page, and the whole experiment as one MLflow run that holds it."""
 
-from pipeline import params, stage, track
+from pipeline import page, params, stage, track
 
 
 def main(declared: params.Declared) -> None:
+    page.write(declared.seeds, declared[params.Evaluate], declared[params.Compare])
     track.track(declared.seeds, declared[params.Tracking])
 
 

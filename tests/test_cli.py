@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from pipeline import cli, params, report, track
+from pipeline import cli, page, params, report, track
 from pipeline.errors import UserError
 
 PARAMS = Path(__file__).parents[1] / "params.yaml"
@@ -21,7 +21,8 @@ def test_show_prints_the_verdict_and_the_run(tmp_path: Path, monkeypatch: pytest
     def describe(seeds: list[int], tracking: params.Tracking) -> str:
         return f"run of {seeds} in {tracking.experiment}"
 
-    monkeypatch.setattr(report, "closing_lines", lambda _: "Better.\n\n  report   here")
+    monkeypatch.setattr(report, "closing_lines", lambda _, page: f"Better.\n\n  report   {page}")
+    monkeypatch.setattr(page, "describe", lambda _: "here")
     monkeypatch.setattr(track, "describe", describe)
     given = params.load()
     result = CliRunner().invoke(cli.app, ["show"])
@@ -31,7 +32,7 @@ def test_show_prints_the_verdict_and_the_run(tmp_path: Path, monkeypatch: pytest
 
 
 def test_a_mistake_is_a_message_on_stderr(monkeypatch: pytest.MonkeyPatch) -> None:
-    def closing_lines(_: str) -> str:
+    def closing_lines(_: str, __: str) -> str:
         raise UserError("there is no report: run `dvc repro`")
 
     monkeypatch.setattr(report, "closing_lines", closing_lines)
@@ -41,7 +42,7 @@ def test_a_mistake_is_a_message_on_stderr(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_a_defect_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
-    def closing_lines(_: str) -> str:
+    def closing_lines(_: str, __: str) -> str:
         raise ZeroDivisionError
 
     monkeypatch.setattr(report, "closing_lines", closing_lines)

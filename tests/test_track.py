@@ -67,7 +67,7 @@ def run(stage, seed=None):
     elif stage == "compare":
         write("reports/metrics.json", {"examples": 2, "rouge1": {"base": 10.5, "tuned": 30.5, "ci_low": 19.0}})
         write("reports/comparison.md", "**Better**: by 20.\n\nand so on")
-        for name in ("index.html", "comparison.svg", "comparison.png"):
+        for name in ("index.html", "comparison.svg", "comparison.png", "figures/scores.svg", "tables/scores.csv"):
             write(f"reports/{name}", name)
     elif stage == "track":
         from pipeline import params, track
@@ -128,6 +128,8 @@ stages:
       - reports/index.html: {cache: false}
       - reports/comparison.svg: {cache: false}
       - reports/comparison.png: {cache: false}
+      - reports/figures: {cache: false}
+      - reports/tables: {cache: false}
     metrics:
       - reports/metrics.json: {cache: false}
   track:
@@ -353,7 +355,10 @@ class TestOneRun:
         names |= {"data/card.json": "out/data/card.json", "dvc.lock": "dvc.lock", "params.yaml": "params.yaml"}
         names |= {
             f"reports/{name}": f"reports/{name}"
-            for name in ("metrics.json", "comparison.md", "index.html", "comparison.svg", "comparison.png")
+            for name in (
+                *("metrics.json", "comparison.md", "index.html", "comparison.svg", "comparison.png"),
+                *("figures/scores.svg", "tables/scores.csv"),
+            )
         }
         assert files == {inside: (toy.folder / name).read_text() for inside, name in names.items()}
 

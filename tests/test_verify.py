@@ -19,6 +19,7 @@ import pytest
 from typer.testing import CliRunner
 
 from pipeline import cli, lineage, params, paths, provenance, recompute, records, source, track, verify
+from pipeline import page as pages
 from pipeline.errors import UserError
 from tests.conftest import Finished, environment
 
@@ -111,7 +112,7 @@ def run() -> track.Stored:
 def test_an_intact_project(here: Path) -> None:
     result = CliRunner().invoke(cli.app, ["verify"])
     assert result.exit_code == 0, result.stdout
-    names = ["cache", "outputs", "pipeline", "chain", "reports", "mlflow", "wheels"]
+    names = ["cache", "outputs", "pipeline", "chain", "reports", "page", "mlflow", "wheels"]
     lines = result.stdout.splitlines()
     assert [line.split(":")[0] for line in lines[:-1]] == names
     objects = [path for path in (here / ".dvc/cache/files/md5").rglob("*") if path.is_file()]
@@ -210,13 +211,15 @@ class TestCache:
 
 class TestOutputs:
     def test_each_is_named_and_mended(self, capsys: pytest.CaptureFixture[str]) -> None:
-        reports = [*sorted(Path("reports").glob("comparison.*")), paths.REPORT_HTML, paths.METRICS]
-        assert len(reports) == 5
+        reports = [*sorted(Path("reports").glob("comparison.*")), paths.METRICS]
+        assert len(reports) == 4
         spoilt = [Path("out/predictions/tuned-17.jsonl"), Path("out/scores/tuned-17.json"), paths.RECEIPT, *reports]
         for path in [*spoilt, Path("out/adapters/17/adapter_model.safetensors")]:
             flip(path)
+        flip(paths.FIGURES / "scores.svg")
         Path("out/training/17.csv").unlink()
         printed = checked(capsys)
+        assert f"\n  {paths.FIGURES}: not what stage compare wrote" in printed
         for path in spoilt:
             assert f"\n  {path}: not what stage " in printed
         assert "\n  out/adapters/17 (adapter_model.safetensors): not what stage train@17 wrote" in printed
@@ -264,14 +267,52 @@ class TestChain:
         assert found == [f"{path}: it names another decoding than the one here"]
 
     def test_reports_are_computed_again(self) -> None:
-        for path in (paths.METRICS, paths.COMPARISON_MD, paths.REPORT_HTML):
+        for path in (paths.METRICS, paths.COMPARISON_MD, paths.FIGURES / "scores.svg", paths.TABLES / "examples.csv"):
             with flipped(path):
                 assert places(verify.reports) == [f"{path}: not what the predictions and scores give"]
+        (paths.TABLES / "mine.csv").touch()
+        assert places(verify.reports) == [f"{paths.TABLES / 'mine.csv'}: no stage writes it"]
+        (paths.TABLES / "mine.csv").unlink()
         path = paths.predictions("base")
         text = path.read_text()
         path.write_text("".join(text.splitlines(keepends=True)[::-1]))
         assert places(verify.reports)[0].startswith("out/predictions, out/scores: they cannot be compared")
         path.write_text(text)
+
+
+class TestPage:
+    def test_a_flipped_byte_anywhere(self, capsys: pytest.CaptureFixture[str]) -> None:
+        size = paths.REPORT_HTML.stat().st_size
+        for at in (0, size // 2, size - 40, size - 1):
+            with flipped(paths.REPORT_HTML, at):
+                [found] = places(verify.page)
+            assert found.startswith("reports/index.html: not what was written")
+        flip(paths.REPORT_HTML)
+        printed = checked(capsys)
+        assert "\n  reports/index.html: not what was written: the seal in its last line is of other content" in printed
+        mend(printed)
+        assert "all agreed" in checked(capsys)
+
+    def test_of_another_experiment(self) -> None:
+        text = paths.REPORT_HTML.read_text()
+        digest = pages.digest_of(paths.REPORT_HTML)
+        assert digest is not None
+        other = text.rpartition("<!-- sha256")[0].replace(digest, digest[::-1])
+        paths.REPORT_HTML.write_text(other + pages.SEAL.format(hashlib.sha256(other.encode()).hexdigest()))
+        found, told = places(verify.page), pages.describe([17])
+        paths.REPORT_HTML.write_text(text)
+        shows = f"shows another experiment ({digest[::-1][:12]}…) than the one here ({digest[:12]}…)"
+        assert found == [f"reports/index.html: it {shows}"]
+        assert told.endswith(f"{digest[::-1][:12]}…: run `dvc repro --force --single-item track`")
+
+    def test_a_deleted_one(self, capsys: pytest.CaptureFixture[str]) -> None:
+        paths.REPORT_HTML.unlink()
+        assert "is missing" in pages.describe([17])
+        printed = checked(capsys)
+        assert "\n  reports/index.html: missing\n    mend: dvc repro --force --single-item track" in printed
+        mend(printed)
+        assert "all agreed" in checked(capsys)
+        assert pages.describe([17]) == "reports/index.html"
 
 
 def artifact(path: str) -> Path:
