@@ -1,7 +1,7 @@
 """What a paper's appendix takes from a comparison: every figure as an SVG file, every table as CSV.
 
-Figures are the page's, drawn for white paper. Numbers have all their digits, shares are in [0, 1], and an empty cell is
-what was not computed. Equal comparisons give equal bytes.
+Figures are the page's, drawn for white paper; what each example scored is in `out/scores`. Numbers have all their
+digits, shares are in [0, 1], and an empty cell is what was not computed. Equal comparisons give equal bytes.
 """
 
 import csv
@@ -9,7 +9,7 @@ import io
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from pipeline import charts, paths, records, scores
+from pipeline import charts, paths, records
 from pipeline.compare import Comparison
 from pipeline.examples import Row
 from pipeline.guards import Guard
@@ -22,11 +22,11 @@ def write(comparison: Comparison, guards: Sequence[Guard], rows: Sequence[Row], 
     """Write `reports/figures/*.svg` and `reports/tables/*.csv`."""
     for name, drawing in charts.figures(comparison, rows, seeds, charts.FILE).items():
         records.write_text(paths.FIGURES / f"{name}.svg", drawing)
-    for name, table in tables(comparison, guards, rows).items():
+    for name, table in tables(comparison, guards).items():
         records.write_text(paths.TABLES / f"{name}.csv", text(table))
 
 
-def tables(comparison: Comparison, guards: Sequence[Guard], rows: Sequence[Row]) -> dict[str, Table]:
+def tables(comparison: Comparison, guards: Sequence[Guard]) -> dict[str, Table]:
     """The tables by name; one that the report does not have is left out."""
     found = {
         "scores": list(_scores(comparison)),
@@ -36,7 +36,6 @@ def tables(comparison: Comparison, guards: Sequence[Guard], rows: Sequence[Row])
         "published": [{"metric": one.metric, "value": one.value, "about": one.about} for one in comparison.published],
         "outputs": list(_outputs(comparison)),
         "guards": [{"rules_out": one.rules_out, "measured": one.measured} for one in guards],
-        "examples": list(_examples(comparison, rows)),
     }
     return {name: table for name, table in found.items() if table}
 
@@ -131,22 +130,3 @@ def _outputs(comparison: Comparison) -> Iterable[dict[str, Any]]:
             "in_language": one.in_language,
             **one.scores,
         }
-
-
-def _examples(comparison: Comparison, rows: Sequence[Row]) -> Iterable[dict[str, Any]]:
-    """One row an example and variant."""
-    variants = [comparison.base.variant, *(one.variant for one in comparison.tuned)]
-    for row in rows:
-        for variant, one in zip(variants, (row.base, *row.tuned), strict=True):
-            yield {
-                "id": row.example.id,
-                "group": row.example.group,
-                "aspect": row.example.aspect,
-                "variant": variant,
-                "source_words": scores.words(row.example.source),
-                "reference_words": scores.words(row.example.target),
-                "words": one.words,
-                "tokens": one.tokens,
-                "stopped_by_cap": int(one.capped),
-                **one.scores,
-            }

@@ -188,7 +188,7 @@ def render(content: Content, evaluate: params.Evaluate, explorer: int) -> str:
         forgetting=forgetting(content.trained),
         whole_time=_sum([one.seconds for one in content.spent]),
         params_yaml=Markup("\n") + report.html(content.origin.params_yaml),
-        files=appendix.tables(comparison, content.guards, content.rows),
+        files=appendix.tables(comparison, content.guards),
         data=Markup(embedded(_data(content, held, split))),
         words=_words(comparison.decide_by[0], evaluate),
         commands=report.COMMANDS,

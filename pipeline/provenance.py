@@ -54,7 +54,7 @@ def commit(folder: Path) -> tuple[str | None, bool]:
 def changes(folder: Path) -> list[str]:
     """The files under `folder`, relative to it, for which `commit` says that something differs."""
     excluded = [f":(exclude){name}" for name in RESULTS]
-    listed = _git(folder, "status", "--porcelain", "-z", "--no-renames", "--", ".", *excluded)
+    listed = _git(folder, "status", "--porcelain", "-z", "--no-renames", "--untracked-files=all", "--", ".", *excluded)
     prefix = _git(folder, "rev-parse", "--show-prefix") or ""
     return sorted(entry[3:].removeprefix(prefix) for entry in (listed or "").split("\0") if entry)
 

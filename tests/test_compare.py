@@ -26,7 +26,13 @@ EVALUATE = Evaluate(
 )
 TRANSLATION = EVALUATE.model_copy(update={"metrics": ["rouge1", "chrf", "bleu"]})
 COMPARE = Compare(
-    bootstrap_samples=2000, confidence=0.95, seed=17, decide_by=["rouge1", "rouge2"], examples=3, published=[]
+    bootstrap_samples=2000,
+    confidence=0.95,
+    seed=17,
+    decide_by=["rouge1", "rouge2"],
+    examples=3,
+    explorer=100,
+    published=[],
 )
 KEEP = {"base": 0.3, "tuned-17": 0.8}
 ASPECTS = ("challenge", "approach")

@@ -18,15 +18,12 @@ from pipeline import appendix, charts, compare, examples, page, paths, report, s
 from pipeline.compare import Comparison
 from pipeline.examples import Row, Written
 from pipeline.page import Content, Origin, Spent, Trained
-from pipeline.params import Compare, Evaluate, Published
+from pipeline.params import Evaluate, Published
 from pipeline.records import Decoding, Example, Prediction, write_json, write_rows
 from tests.test_report import FIRST, GUARDS, NASTY, comparison, several_seeds
 
 EVALUATE = Evaluate(
     metrics=["rouge1", "rouge2"], use_stemmer=True, rouge_tokenizer="latin", bleu_tokenizer="13a", language=None
-)
-COMPARE = Compare(
-    bootstrap_samples=1000, confidence=0.95, seed=1, decide_by=["rouge1"], examples=1, explorer=50, published=[]
 )
 DIGEST = "0123456789abcdef" * 4
 HARD = (
@@ -428,7 +425,7 @@ def test_tables_and_figures_are_the_same_bytes_each_time() -> None:
     assert {path: path.read_bytes() for path in paths.REPORTS.rglob("*.*")} == files
     assert {path.name for path in files} == {
         *("differences.svg", "scores.svg", "gains.svg", "aspects.svg", "training.svg", "lengths.svg", "endings.svg"),
-        *("scores.csv", "seeds.csv", "lines.csv", "aspects.csv", "outputs.csv", "guards.csv", "examples.csv"),
+        *("scores.csv", "seeds.csv", "lines.csv", "aspects.csv", "outputs.csv", "guards.csv"),
     }
     for path, drawing in files.items():
         if path.suffix == ".svg":
@@ -437,7 +434,7 @@ def test_tables_and_figures_are_the_same_bytes_each_time() -> None:
 
 
 def test_tables_hold_all_digits() -> None:
-    tables = appendix.tables(several_seeds(), GUARDS, [row("p", seeds=3)])
+    tables = appendix.tables(several_seeds(), GUARDS)
     [first, _] = list(csv.DictReader(appendix.text(tables["scores"]).splitlines()))
     assert (first["metric"], float(first["base"]), float(first["low"]), float(first["p"])) == (
         "rouge1",
@@ -445,11 +442,6 @@ def test_tables_hold_all_digits() -> None:
         3.5,
         2e-4,
     )
-    assert [one["variant"] for one in tables["examples"]] == ["base", "tuned-0", "tuned-1", "tuned-2"]
-    assert tables["examples"][1] | {"id": 0} == {
-        "id": 0, "group": "p", "aspect": "approach", "variant": "tuned-0", "source_words": 2, "reference_words": 3,
-        "words": 3, "tokens": 5, "stopped_by_cap": 0, "rouge1": 40.0, "rouge2": 5.0,
-    }  # fmt: skip
     assert tables["guards"] == [{"rules_out": "a <doubled> BOS", "measured": "600 prompts | 1 BOS at most"}]
     [reference, *_] = tables["outputs"]
     assert (reference["variant"], reference["words"], reference["empty"]) == ("references", 22.2, None)

@@ -3,6 +3,8 @@
 The tests of this module are one story in one project folder and run in the order in which they stand.
 """
 
+import json
+import re
 import subprocess
 import sys
 import warnings
@@ -12,8 +14,8 @@ from typing import Any
 
 import pytest
 
-from pipeline import paths, records
-from tests.conftest import SPLIT_GROUPS, Finished, environment, make_clone
+from pipeline import page, paths, records, track
+from tests.conftest import ASPECTS, SPLIT_GROUPS, Finished, environment, make_clone
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
 
@@ -82,6 +84,11 @@ def test_one_command_runs_everything(finished: Finished, clone: Path) -> None:
     assert metrics["rouge1"]["ci_low"] <= metrics["rouge1"]["diff"] <= metrics["rouge1"]["ci_high"]
     for report in (paths.COMPARISON_MD, paths.REPORT_HTML, paths.COMPARISON_SVG, paths.COMPARISON_PNG):
         assert (clone / report).stat().st_size > 500
+    lock = (clone / paths.DVC_LOCK).read_text()
+    assert page.faults(clone / paths.REPORT_HTML, track.digest_of(lock, [17])) == []
+    data = re.search(r'id="data">(.*?)</script>', (clone / paths.REPORT_HTML).read_text(), flags=re.S)
+    assert data is not None
+    assert len(json.loads(data[1])["examples"]) == SPLIT_GROUPS["test"] * len(ASPECTS)
     (run,) = finished_runs(clone)
     assert run.data.params["lora.r"] == "4"
     assert run.data.metrics["rouge1.diff"] == metrics["rouge1"]["diff"]

@@ -58,6 +58,17 @@ def test_changed_or_new_inputs_are_dirty(repository: Path, name: str) -> None:
     assert provenance.commit(repository)[1] is True
 
 
+def test_changes_are_named_as_they_lie_in_the_project(repository: Path) -> None:
+    project = repository / "a part"
+    project.mkdir()
+    (repository / "dvc.lock").touch()
+    assert provenance.changes(repository) == []
+    (project / "new file").touch()
+    (repository / "params.yaml").write_text("a: 2\n")
+    assert provenance.changes(repository) == ["a part/new file", "params.yaml"]
+    assert provenance.changes(project) == ["new file"]
+
+
 def test_results_do_not_make_a_folder_dirty(repository: Path) -> None:
     (repository / "dvc.lock").write_text("new\n")
     (repository / "reports").mkdir()

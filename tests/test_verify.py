@@ -267,7 +267,7 @@ class TestChain:
         assert found == [f"{path}: it names another decoding than the one here"]
 
     def test_reports_are_computed_again(self) -> None:
-        for path in (paths.METRICS, paths.COMPARISON_MD, paths.FIGURES / "scores.svg", paths.TABLES / "examples.csv"):
+        for path in (paths.METRICS, paths.COMPARISON_MD, paths.FIGURES / "scores.svg", paths.TABLES / "outputs.csv"):
             with flipped(path):
                 assert places(verify.reports) == [f"{path}: not what the predictions and scores give"]
         (paths.TABLES / "mine.csv").touch()

@@ -239,7 +239,7 @@
   $("metric").addEventListener("change", () => { state.metric = Number($("metric").value); refresh(true); });
   for (const id of ["sort", "outcome", "of", "aspect"]) if ($(id)) $(id).addEventListener("change", () => refresh(false));
   for (const id of ["search", "least", "most"]) $(id).addEventListener("input", () => refresh(false));
-  $("reset").addEventListener("click", () => {
+  $("restart").addEventListener("click", () => {
     $("form").reset();
     state.metric = data.decide;
     state.variant = 1;
@@ -298,15 +298,27 @@
     });
   });
 
+  const save = (name, rows) => {
+    // A text that a spreadsheet would take for a formula is marked as text.
+    const plain = (value) => (typeof value === "string" ? value.replace(/^(?=[=+\-@\t\r])/, "'") : String(value));
+    const cell = (value) => `"${plain(value).replaceAll('"', '""')}"`;
+    const text = rows.map((row) => row.map(cell).join(",") + "\n").join("");
+    const link = make("a", { href: URL.createObjectURL(new Blob([text], { type: "text/csv" })), download: `${name}.csv` });
+    link.click();
+    URL.revokeObjectURL(link.href);
+  };
   document.querySelectorAll("[data-csv]").forEach((button) => {
     button.hidden = false;
     button.addEventListener("click", () => {
-      const cell = (node) => `"${node.innerText.replace(/\s+/g, " ").trim().replaceAll('"', '""')}"`;
-      const rows = [...$(button.dataset.csv).rows].map((row) => [...row.cells].map(cell).join(","));
-      const link = make("a", { href: URL.createObjectURL(new Blob([rows.join("\n") + "\n"], { type: "text/csv" })), download: `${button.dataset.csv}.csv` });
-      link.click();
-      URL.revokeObjectURL(link.href);
+      const rows = [...$(button.dataset.csv).rows];
+      save(button.dataset.csv, rows.map((row) => [...row.cells].map((cell) => cell.innerText.replace(/\s+/g, " ").trim())));
     });
+  });
+  $("save").addEventListener("click", () => {
+    const head = ["id", "aspect", "variant", "words", "tokens", "capped", ...data.metrics, "text"];
+    const rows = state.shown.flatMap((one) => one.v.map((v, i) => [one.id, data.aspects[one.a], data.variants[i],
+      words(v.t), v.n, v.c || 0, ...v.p, v.t]));
+    save("examples", [head, ...rows]);
   });
 
   explorer.hidden = false;
