@@ -1,9 +1,9 @@
 """The energy that a stage took, where the machine has a meter for it.
 
-codecarbon (the extra `energy`) reads RAPL, NVML and powermetrics. Where it finds no meter it estimates, from the load and
-the rated power of the processor: that is no measurement, and is not reported. Main memory it always estimates. A meter
-counts the whole processor, or all GPUs, whatever else they do at that time; where the GPUs alone have one, the figure is
-theirs.
+codecarbon (the extra `energy`) reads RAPL, NVML and powermetrics. Where it finds no meter it estimates, from the load
+and the rated power of the processor: that is no measurement, and is not reported. Main memory it always estimates. A
+meter counts the whole processor, or all GPUs, whatever else they do at that time; where the GPUs alone have one, the
+figure is theirs.
 """
 
 import logging

@@ -33,6 +33,7 @@ SCRIPTS: dict[str, Identity] = {
     "evaluate@base": ("stages.evaluate", "--variant", "base"),
     "train@17": ("stages.train", "--seed", "17"),
     "infer-tuned@17": ("stages.infer_tuned", "--seed", "17"),
+    "forget@17": ("stages.forget", "--seed", "17"),
     "evaluate-tuned@17": ("stages.evaluate", "--variant", "tuned-17"),
     "compare": ("stages.compare",),
 }
