@@ -176,13 +176,17 @@ def windows(tokenizer: Any, texts: Sequence[Text], tokens: int, length: int) -> 
     chosen: list[Window] = []
     left, number = tokens, 0
     waiting = list(texts)
-    while waiting and left > 0:
+    while waiting:
         longer = []
         for text in waiting:
+            if left <= 0:
+                return chosen
             if text.place not in ids:
-                ids[text.place] = tokenizer(text.content[: CHARACTERS * tokens], add_special_tokens=False).input_ids
+                # verbose: it would warn of texts that are longer than a prompt may be.
+                content = text.content[: CHARACTERS * tokens]
+                ids[text.place] = tokenizer(content, add_special_tokens=False, verbose=False).input_ids
             window = [*begin, *ids[text.place][number * size : (number + 1) * size]][: left + 1]
-            if len(window) > 1 and left > 0:
+            if len(window) > 1:
                 chosen.append(Window(text.place, window))
                 left -= len(window) - 1
             if len(ids[text.place]) > (number + 1) * size:
