@@ -7,6 +7,7 @@ digits, shares are in [0, 1], and an empty cell is what was not computed. Equal 
 import csv
 import io
 from collections.abc import Iterable, Sequence
+from dataclasses import asdict
 from typing import Any
 
 from pipeline import charts, paths, records
@@ -35,6 +36,8 @@ def tables(comparison: Comparison, guards: Sequence[Guard]) -> dict[str, Table]:
         "aspects": list(_aspects(comparison)),
         "published": [{"metric": one.metric, "value": one.value, "about": one.about} for one in comparison.published],
         "outputs": list(_outputs(comparison)),
+        "training": [asdict(one) for one in comparison.cost.training],
+        "forgetting": list(_forgetting(comparison)),
         "guards": [{"rules_out": one.rules_out, "measured": one.measured} for one in guards],
     }
     return {name: table for name, table in found.items() if table}
@@ -110,6 +113,23 @@ def _aspects(comparison: Comparison) -> Iterable[dict[str, Any]]:
                 "p": one.p,
                 "p_holm": aspect.p_holm.get(name),
             }
+
+
+def _forgetting(comparison: Comparison) -> Iterable[dict[str, Any]]:
+    found = comparison.cost.forgetting
+    if found:
+        yield {
+            "source": found.source,
+            "tokens": found.tokens,
+            "texts": found.texts,
+            "base_loss": found.base_loss,
+            "tuned_loss": found.tuned_loss,
+            **_interval("difference", found.diff),
+            "base_perplexity": found.base_perplexity,
+            "tuned_perplexity": found.tuned_perplexity,
+            **_interval("cross_entropy", found.cross_entropy),
+            **_interval("kl", found.kl),
+        }
 
 
 def _outputs(comparison: Comparison) -> Iterable[dict[str, Any]]:

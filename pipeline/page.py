@@ -52,20 +52,10 @@ class Spent:
     seconds: float | None
     memory_mb: float | None
     device_memory_mb: float | None
-    energy: float | None
+    energy_kwh: float | None
+    energy_meter: str | None
     device: str | None
     threads: int | None
-
-
-@dataclass(frozen=True, slots=True)
-class Trained:
-    """One seed's training: its summary as `out/training/<seed>.json` holds it, the size of its adapter, and what it did
-    to general text as `out/forgetting/<seed>.json` holds it, where that was measured."""
-
-    seed: int
-    summary: dict[str, Any]
-    adapter_bytes: int
-    forgetting: dict[str, Any] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,12 +79,13 @@ class Origin:
 
 @dataclass(frozen=True, slots=True)
 class Content:
-    """All that the page shows. `card`, `base` and `quantized` are the stages' facts, as their JSON files hold them."""
+    """All that the page shows. `training` (one a seed), `card`, `base` and `quantized` are as the JSON files of the
+    stages hold them."""
 
     comparison: Comparison
     guards: list[Guard]
     rows: list[Row]
-    trained: list[Trained]
+    training: list[dict[str, Any]]
     spent: list[Spent]
     origin: Origin
     card: dict[str, Any]
@@ -116,7 +107,7 @@ def gather(seeds: list[int], evaluate: params.Evaluate, given: params.Compare) -
         comparison,
         guards.measured(seeds),
         rows,
-        [Trained(seed, records.read_json(paths.training_summary(seed)), _bytes(paths.adapter(seed))) for seed in seeds],
+        [records.read_json(paths.training_summary(seed)) for seed in seeds],
         [_spent(stage, cost) for stage, cost in track.spent(seeds).items()],
         origin(seeds),
         records.read_json(paths.DATA_CARD),
@@ -143,14 +134,9 @@ def origin(seeds: list[int]) -> Origin:
     )
 
 
-def _bytes(folder: Path) -> int:
-    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
-
-
-def _spent(stage: str, cost: dict[str, Any] | None) -> Spent:
-    given = cost or {}
-    names = ("seconds", "peak_memory_mb", "peak_device_memory_mb", "energy", "device", "threads")
-    return Spent(stage, *(given.get(name) for name in names))
+def _spent(stage: str, cost: dict[str, Any]) -> Spent:
+    names = ("seconds", "peak_memory_mb", "peak_device_memory_mb", "energy_kwh", "energy_meter", "device", "threads")
+    return Spent(stage, *(cost.get(name) for name in names))
 
 
 # Rendering
@@ -185,7 +171,7 @@ def render(content: Content, evaluate: params.Evaluate, explorer: int) -> str:
         held=len(held),
         data_sources=list(zip(_listed(content.card["source"]), _listed(content.card["sha256"]), strict=True)),
         base_name=content.base["source"].rstrip("/").rpartition("/")[2],
-        forgetting=forgetting(content.trained),
+        meters=list(dict.fromkeys(one.energy_meter for one in content.spent if one.energy_meter)),
         whole_time=_sum([one.seconds for one in content.spent]),
         params_yaml=Markup("\n") + report.html(content.origin.params_yaml),
         files=appendix.tables(comparison, content.guards),
@@ -250,12 +236,6 @@ def duration(seconds: float) -> str:
     if whole < 3600:
         return f"{whole // 60} min {whole % 60:02d} s"
     return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
-
-
-def forgetting(trained: Sequence[Trained]) -> list[tuple[int, dict[str, Any]]]:
-    """What fine-tuning cost in general ability, a row a seed; empty where it was not measured."""
-    found = [(one.seed, one.forgetting) for one in trained]
-    return [(seed, facts) for seed, facts in found if facts and "base_loss" in facts]
 
 
 def _sum(values: Sequence[float | None]) -> float | None:

@@ -163,6 +163,10 @@ def sha256_path(path: Path) -> str:
     return sha256_tree(path) if path.is_dir() else sha256_file(path)
 
 
+def sha256_text(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
 def sha256_ids(ids: Iterable[int]) -> str:
     """Digest of a sequence of token ids."""
     return hashlib.sha256(" ".join(map(str, ids)).encode()).hexdigest()

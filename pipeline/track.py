@@ -139,7 +139,7 @@ def _locked(lock: str, seeds: list[int]) -> Stages:
 
     It also keeps stages that `dvc.yaml` no longer has, such as a seed's after the seeds changed: not these."""
     names = ["prepare", "fetch", "quantize", "infer@base", "evaluate@base", "compare"]
-    names += [f"{stage}@{seed}" for seed in seeds for stage in ("train", "infer-tuned", "evaluate-tuned")]
+    names += [f"{stage}@{seed}" for seed in seeds for stage in ("train", "infer-tuned", "forget", "evaluate-tuned")]
     locked = YAML(typ="safe", pure=True).load(lock)["stages"]
     if missing := [name for name in names if name not in locked]:
         raise UserError(f"{paths.DVC_LOCK} has no {', '.join(missing)}: run `dvc repro`")
@@ -195,6 +195,7 @@ def gather(seeds: list[int]) -> Record:
         "git.dirty": str(dirty).lower() if sha else None,
         "device": records.read_json(paths.decoding("base"))["device"],
         NOTE: paths.COMPARISON_MD.read_text(encoding="utf-8").split("\n", 1)[0][:MAX_TAG],
+        "energy": _meters(seeds),
         **{f"machine.{name}": str(fact) for name, fact in machine.items()},
         **{f"version.{package}": version for package, version in versions.items()},
     }
@@ -207,6 +208,7 @@ def gather(seeds: list[int]) -> Record:
     for seed in seeds:
         files.append((paths.adapter(seed), f"adapter/{seed}"))
         files += [(path, "training") for path in (paths.training_summary(seed), paths.training_log(seed))]
+        files.append((paths.forgetting(seed), paths.FORGETTING.name))
     if missing := [str(path) for path, _ in files if not path.exists()]:
         raise listing(missing, "outputs are missing, run `dvc repro` or `dvc checkout`:")
     metrics = [*_results(), *_training(seeds), *_costs(seeds)]
@@ -290,26 +292,34 @@ def _training(seeds: list[int]) -> Iterator[Point]:
 
 
 def _costs(seeds: list[int]) -> Iterator[Point]:
-    """Time and memory of each stage, as `spent` has them."""
-    names = {"seconds": "seconds", "peak_memory_mb": "peak_mb", "peak_device_memory_mb": "peak_device_mb"}
-    for stage, cost in spent(seeds).items():
-        yield from (Point(f"cost/{stage}_{name}", cost[key]) for key, name in names.items() if cost and key in cost)
-
-
-def spent(seeds: list[int]) -> dict[str, dict[str, Any] | None]:
-    """What each stage cost (`stage.run`), where this folder ran it for the very result that is here now, else None.
+    """Time, memory and measured energy of each stage, where this folder ran it for the very result that is here now.
 
     A result restored from a cache cost this experiment nothing, and what it cost another is in the other's run.
     """
+    for stage, cost in spent(seeds).items():
+        names = {"seconds": "seconds", "peak_memory_mb": "peak_mb", "peak_device_memory_mb": "peak_device_mb"}
+        names |= {"energy_kwh": "energy_kwh"}
+        yield from (Point(f"cost/{stage}_{name}", cost[key]) for key, name in names.items() if key in cost)
+
+
+def _meters(seeds: list[int]) -> str | None:
+    """What measured the energy of the stages that ran here, or why nothing did."""
+    meters = dict.fromkeys(str(cost["energy_meter"]) for cost in spent(seeds).values() if "energy_meter" in cost)
+    return "; ".join(meters)[:MAX_TAG] or None
+
+
+def spent(seeds: list[int]) -> dict[str, dict[str, Any]]:
+    """The cost of each stage (`stage.run`), empty where this folder did not run it for the result that is here now."""
     results = {"prepare": paths.DATA_CARD, "fetch": paths.BASE_FACTS, "quantize": paths.QUANTIZED_FACTS}
     results |= {"infer-base": paths.predictions(paths.variant(None))}
     for seed in seeds:
         results[f"train-{seed}"] = paths.training_summary(seed)
         results[f"infer-tuned-{seed}"] = paths.predictions(paths.variant(seed))
-    found: dict[str, dict[str, Any] | None] = {}
+        results[f"forget-{seed}"] = paths.forgetting(seed)
+    found: dict[str, dict[str, Any]] = {}
     for stage, result in results.items():
-        cost = records.read_json(paths.costs(result)) if paths.costs(result).exists() else None
-        found[stage] = cost if cost and cost["result_sha256"] == records.sha256_path(result) else None
+        cost = records.read_json(paths.costs(result)) if paths.costs(result).exists() else {}
+        found[stage] = cost if cost and cost["result_sha256"] == records.sha256_path(result) else {}
     return found
 
 

@@ -94,6 +94,25 @@ def plant(rows: list[Example], keep: dict[str, float], evaluate: Evaluate = EVAL
         scores.evaluate(variant, evaluate)
 
 
+def training(seed: int, **change: Any) -> dict[str, Any]:
+    """What a training of two epochs leaves: the lowest validation loss after the first."""
+    return {
+        "seed": seed,
+        "trainable_parameters": 1000,
+        "adapter_bytes": 4200,
+        "validation": [{"step": 0, "loss": 3.5}, {"step": 4, "loss": 2.5}, {"step": 8, "loss": 2.6}],
+        "steps": 8,
+        "planned_steps": 8,
+        "epochs": 2.0,
+        "best_loss": 2.5,
+        "best_epoch": 1.0,
+        "kept_loss": 2.6,
+        "kept_epoch": 2.0,
+        "training_loss": 2.1,
+        "gap": 0.5,
+    } | change
+
+
 @pytest.fixture
 def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
@@ -101,6 +120,9 @@ def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def run(*seeds: int, compare_by: Compare = COMPARE) -> Comparison:
+    for seed in seeds or (17,):
+        records.write_json(paths.training_summary(seed), training(seed))
+        records.write_json(paths.forgetting(seed), {"source": None})
     return compare.compare(seeds or (17,), EVALUATE, compare_by)
 
 

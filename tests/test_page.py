@@ -16,8 +16,9 @@ import pytest
 
 from pipeline import appendix, charts, compare, examples, page, paths, report, scores
 from pipeline.compare import Comparison
+from pipeline.cost import Cost
 from pipeline.examples import Row, Written
-from pipeline.page import Content, Origin, Spent, Trained
+from pipeline.page import Content, Origin, Spent
 from pipeline.params import Evaluate, Published
 from pipeline.records import Decoding, Example, Prediction, write_json, write_rows
 from tests.test_report import FIRST, GUARDS, NASTY, comparison, several_seeds
@@ -52,7 +53,8 @@ def content(made: Comparison | None = None, rows: Sequence[Row] | None = None, *
     made = made or comparison()
     rows = list(rows or [row("p1/approach", seeds=len(made.tuned)), row("p2", "outcome", seeds=len(made.tuned))])
     ids = {one.example.id for one in rows}
-    made = replace(made, best=[pair for pair in made.best if pair.id in ids])
+    costs = replace(made.cost, training=[replace(made.cost.training[0], seed=17 + i) for i in range(len(made.tuned))])
+    made = replace(made, cost=costs, best=[pair for pair in made.best if pair.id in ids])
     summary = {
         "rows": 300, "steps": 25, "tokens": 1000, "final_loss": 2.5, "validation": [{"step": 0, "loss": 3.0}],
         "largest_grad_norm": 1.5, "trainable_parameters": 4884480,
@@ -62,8 +64,8 @@ def content(made: Comparison | None = None, rows: Sequence[Row] | None = None, *
             comparison=made,
             guards=GUARDS,
             rows=rows,
-            trained=[Trained(17 + i, summary, 19_600_000) for i in range(len(made.tuned))],
-            spent=[Spent("train-17", 75.5, 3000.0, None, None, "cpu", 2), Spent("fetch", *[None] * 6)],
+            training=[summary | {"seed": 17 + i} for i in range(len(made.tuned))],
+            spent=[Spent("train-17", 75.5, 3000.0, None, 0.0012, "RAPL", "cpu", 2), Spent("fetch", *[None] * 7)],
             origin=Origin(
                 digest=DIGEST,
                 commit="c" * 40,
@@ -84,7 +86,7 @@ def content(made: Comparison | None = None, rows: Sequence[Row] | None = None, *
 
 
 def drawn(one: Content) -> Content:
-    seeds = [trained.seed for trained in one.trained]
+    seeds = [summary["seed"] for summary in one.training]
     return replace(one, figures=charts.figures(one.comparison, one.rows, seeds, charts.PAGE))
 
 
@@ -328,24 +330,23 @@ def test_of_too_many_examples_evenly_spread_ones_with_the_extremes_are_held() ->
 def test_costs_say_what_was_measured_and_what_was_not() -> None:
     text = render(content())
     cells = [re.findall(r"<t[hd][^>]*>([^<]*)<", one) for one in re.findall("<tr>.*?</tr>", text)]
-    assert ["train-17", "1 min 16 s", "3.15 GB", "n/a", "cpu", "2", "n/a"] in cells
+    assert ["train-17", "1 min 16 s", "3.15 GB", "n/a", "cpu", "2", "1.2 Wh"] in cells
     assert ["fetch", "from a cache", "n/a", "n/a", "n/a", "n/a", "n/a"] in cells
-    assert ["17", "4,884,480", "3.63 %", "19.6 MB"] in cells
+    assert "4,884,480 trainable parameters, 3.63 % of the base's; an adapter of 19.6 MB." in text
+    assert "Energy: RAPL." in text
     assert not any(cell[:1] == ["all of them"] for cell in cells)
-    known = render(content(spent=[Spent("a", 30.0, *[None] * 5), Spent("b", 45.0, *[None] * 5)]))
+    known = render(content(spent=[Spent("a", 30.0, *[None] * 6), Spent("b", 45.0, *[None] * 6)]))
     assert '<th scope="row">all of them</th><td>1 min 15 s</td>' in known
 
 
 def test_what_it_cost_in_general_ability_is_shown_where_it_was_measured() -> None:
-    facts = {
-        "source": "pip:text==1/x", "base_loss": 3.0, "tuned_loss": 3.25, "base_perplexity": 20.1,
-        "tuned_perplexity": 25.8, "cross_entropy": 3.1, "kl": 0.2, "tokens": 8192,
-    }  # fmt: skip
-    one = content()
-    assert "General ability" not in render(one)
-    assert "General ability" not in render(replace(one, trained=[replace(one.trained[0], forgetting={"source": None})]))
-    text = render(replace(one, trained=[replace(one.trained[0], forgetting=facts)]))
-    assert "<td>3.000</td><td>3.250</td><td>+0.250</td><td>20.1</td><td>25.8</td><td>3.100</td><td>0.200</td>" in text
+    text = render(content())
+    assert '<th scope="row">loss</th><td>2.900</td><td>2.895</td><td>−0.005</td><td>−0.012 to +0.002</td>' in text
+    assert "2.748<small>after 1 epoch</small>" in text
+    cost = comparison().cost
+    unknown = comparison(cost=Cost(cost.trainable_parameters, cost.adapter_bytes, cost.training, None))
+    assert "Forgetting was not measured: forget.source is null." in Tags(render(content(unknown))).shown()
+    assert "forgetting" not in appendix.tables(unknown, GUARDS)
 
 
 @pytest.mark.parametrize(
@@ -425,7 +426,8 @@ def test_tables_and_figures_are_the_same_bytes_each_time() -> None:
     assert {path: path.read_bytes() for path in paths.REPORTS.rglob("*.*")} == files
     assert {path.name for path in files} == {
         *("differences.svg", "scores.svg", "gains.svg", "aspects.svg", "training.svg", "lengths.svg", "endings.svg"),
-        *("scores.csv", "seeds.csv", "lines.csv", "aspects.csv", "outputs.csv", "guards.csv"),
+        *("scores.csv", "seeds.csv", "lines.csv", "aspects.csv", "outputs.csv", "guards.csv", "training.csv"),
+        "forgetting.csv",
     }
     for path, drawing in files.items():
         if path.suffix == ".svg":

@@ -113,7 +113,7 @@ def test_a_recipe_is_explained_and_has_sources_that_are_pinned(path: Path) -> No
     assert len(parsed(path)["about"]) <= 100
     used(path.stem)
     given = params.load()
-    for one, digest in [*given.data.pinned, (given.model.source, given.model.sha256)]:
+    for one, digest in given.sources:
         if one.startswith("data/"):
             assert digest is None
             assert path.stem.startswith("local-")
@@ -373,7 +373,7 @@ def test_what_a_recipe_needs_is_said_at_once() -> None:
     page = "https://huggingface.co/meta-llama/Llama-2-7b-hf"
     assert f"needs  the licence accepted on {page}, then `hf auth login` or HF_TOKEN\n" in printed
     assert "needs  a GPU with 24 GB: warning, no NVIDIA GPU found here\n" in printed
-    assert "package index" not in printed
+    assert "needs  a package index, for the text of forget; forget.source: null goes without\n" in printed
     own = "needs  your data in data/mine (not there yet); with data.sha256: null the error tells its digest\n"
     assert own in use("local-csv").stdout
     Path("data/mine").mkdir(parents=True)
