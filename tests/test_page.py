@@ -375,6 +375,14 @@ def test_how_to_reproduce_it_depends_on_the_commit() -> None:
     assert "seeds: [17] # http://example.org" in "".join(Tags(render(content())).text)
 
 
+def test_a_table_without_rows_is_left_out() -> None:
+    bare = content(comparison(lines=[], aspects=[]))
+    text = render(bare)
+    assert "Reference lines" not in text
+    assert "<tbody>\n</tbody>" not in text
+    assert not {"lines", "aspects", "seeds", "published"} & set(appendix.tables(bare.comparison, GUARDS))
+
+
 def test_two_kinds_of_chance_stand_there_with_several_seeds_alone() -> None:
     shown = Tags(render(content(several_seeds()))).shown()
     assert "Two kinds of chance" in shown
