@@ -11,6 +11,7 @@ INSTALL := $(VENV)/bin/python -m pip install --quiet -c constraints.txt
 
 repro: $(VENV)/installed ## run what has changed of the experiment, then say the verdict
 	@lora-repro mend
+	@lora-repro viewer
 	@dvc repro
 	@lora-repro show
 

@@ -30,6 +30,9 @@ COMPARISON_MD = REPORTS / "comparison.md"
 REPORT_HTML = REPORTS / "index.html"
 COMPARISON_SVG = REPORTS / "comparison.svg"
 COMPARISON_PNG = REPORTS / "comparison.png"
+PLOT_INTERVALS = REPORTS / "plots" / "intervals.csv"
+PLOT_CURVES = REPORTS / "plots" / "curves.csv"
+PLOT_LENGTHS = REPORTS / "plots" / "lengths.csv"
 
 SCRATCH = Path(".scratch")
 
