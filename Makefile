@@ -28,6 +28,7 @@ bench: $(VENV)/installed-bench ## speed and memory beside TRL, transformers.gene
 	@python -m bench.speed
 
 ui: $(VENV)/installed ## every experiment's parameters, curves, tables and adapter in MLflow
+	@echo "runs with their scores: http://127.0.0.1:5000/$$(lora-repro store --view)"
 	@mlflow ui --backend-store-uri "$$(lora-repro store)"
 
 $(VENV)/installed: pyproject.toml constraints.txt

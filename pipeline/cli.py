@@ -118,12 +118,16 @@ def promote(run: RUN = None, model: Model = None, dry_run: Preview = False) -> N
     registry.promote(run, model, params.load(), dry_run)
 
 
+View = Annotated[bool, typer.Option("--view", help="Where MLflow's page shows them with their scores, instead.")]
+
+
 @app.command()
-def store() -> None:
+def store(view: View = False) -> None:
     """The address of the MLflow store that experiments of this project are recorded in."""
     from pipeline import params, track
 
-    print(track.tracking_uri(params.load().tracking))
+    tracking = params.load().tracking
+    print(track.view(tracking) if view else track.tracking_uri(tracking))
 
 
 @app.command()

@@ -204,10 +204,15 @@ def _decide(
     except UserError as error:
         elsewhere = f"\nAdapters of another test set belong to another registered model: --model {champion.name}-2"
         raise UserError(f"{error}{elsewhere}") from None
-    against = f"version {champion.version}, {before}: {_figures(gained)}: {_word(gained)}"
+    against = f"version {champion.version} (run {before.run.name}): {_figures(gained)}: {_word(gained)}"
     if _verdict(gained) == "better":
         return Decision(True, f"it is better than version {champion.version}", against)
-    return Decision(False, f"against it: {_word(gained)}", against)
+    why = {
+        "none": f"no difference from version {champion.version} is shown",
+        "worse": f"it is worse than version {champion.version}",
+        "mixed": f"the metrics disagree about it and version {champion.version}",
+    }
+    return Decision(False, why[_verdict(gained)], against)
 
 
 def _candidate_of(champion: Any, runs: list[track.Stored], tracking: params.Tracking) -> Candidate:
@@ -290,20 +295,20 @@ def _register(client: Any, model: str, one: Candidate, base: Mapping[str, Result
         if error.error_code != "RESOURCE_ALREADY_EXISTS":
             raise
     tags = {
-        track.DIGEST: one.run.tags[track.DIGEST],
-        SEED: str(one.seed),
-        ADAPTER: one.sha256,
-        TEST: one.test,
-        "signature": one.scored.base.signature,
-        "verdict": f"{_word(base)}: {_figures(base)}",
+        "verdict": _verdict(base),
         "validation_loss": "n/a" if one.loss is None else f"{one.loss:.6f}",
+        SEED: str(one.seed),
         "base_model": one.run.params.get("model.source", "n/a"),
         "quantization": one.run.params.get("quantize.method", "n/a"),
+        "signature": one.scored.base.signature,
+        track.DIGEST: one.run.tags[track.DIGEST],
+        TEST: one.test,
+        ADAPTER: one.sha256,
     }
     return client.create_model_version(
         model,
         source=f"runs:/{one.run.run_id}/adapter/{one.seed}",
         run_id=one.run.run_id,
         tags=tags,
-        description=one.run.tags.get(track.NOTE),
+        description=one.run.tags.get(track.NOTE, "").replace("**", ""),
     )
