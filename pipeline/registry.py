@@ -73,7 +73,7 @@ def promote(name: str | None, model: str | None, given: params.Params, dry_run: 
     the champion was not tested on the same examples in the same way.
     """
     tracking = given.tracking
-    model = _named(model or tracking.experiment)
+    model = _named(tracking.experiment if model is None else model)
     runs = track.stored(tracking)
     one = _candidate(_run(name, given, runs), tracking)
     base = experiments.gain(one.scored, None, given.compare)
