@@ -40,15 +40,6 @@ def mlflow_calls_what_its_dependencies_deprecate() -> Iterator[None]:
         yield
 
 
-@pytest.fixture(scope="session")
-def store_to_copy(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A store just created: its migrations take seconds."""
-    folder = tmp_path_factory.mktemp("registry")
-    with track._opened(params.Tracking(uri=f"sqlite:///{folder.as_posix()}/mlflow.db", experiment="none")) as client:
-        client.search_experiments()
-    return folder / "mlflow.db"
-
-
 class Project:
     """A folder with a store; `record` writes a run whose adapters keep given shares of the references' words."""
 
@@ -125,13 +116,13 @@ class Project:
 
 
 @pytest.fixture
-def project(tmp_path: Path, store_to_copy: Path, monkeypatch: pytest.MonkeyPatch) -> Project:
+def project(tmp_path: Path, empty_database: Path, monkeypatch: pytest.MonkeyPatch) -> Project:
     folder = tmp_path / "my project"
     folder.mkdir()
     monkeypatch.chdir(folder)
     monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path))
     (folder / ".mlflow").mkdir()
-    shutil.copy(store_to_copy, folder / ".mlflow" / "mlflow.db")
+    shutil.copy(empty_database, folder / ".mlflow" / "mlflow.db")
     return Project(folder)
 
 
