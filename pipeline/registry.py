@@ -33,12 +33,12 @@ AGAINST = "against_champion"
 
 @dataclass(frozen=True, slots=True)
 class Candidate:
-    """An adapter of a run, with the scores of that adapter alone; `loss` is the last on the validation rows, if any."""
+    """An adapter of a run, with the scores of that adapter alone, and its loss on the validation rows."""
 
     run: track.Stored
     seed: int
     seeds: int
-    loss: float | None
+    loss: float
     sha256: str
     scored: Experiment
 
@@ -47,9 +47,8 @@ class Candidate:
         return self.scored.base.test_sha256
 
     def __str__(self) -> str:
-        told = "" if self.loss is None else f", validation loss {self.loss:.4f}"
         chosen = f", the lowest of {self.seeds} seeds" if self.seeds > 1 else ""
-        return f"seed {self.seed} of run {self.run.name} ({self.run.run_id}){told}{chosen}"
+        return f"seed {self.seed} of run {self.run.name} ({self.run.run_id}), validation loss {self.loss:.4f}{chosen}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -171,20 +170,19 @@ def _candidate(run: track.Stored, tracking: params.Tracking, seed: int | None = 
         scored = experiments.of_artifacts(run, folder)
         seeds: list[int] = json.loads(run.params["seeds"])
         losses = {one: _loss(folder / "training" / f"{one}.json") for one in seeds}
-        known = {one: loss for one, loss in losses.items() if loss is not None}
         if seed is None:
-            seed = min(known, key=lambda one: known[one]) if known else seeds[0]
+            seed = min(losses, key=lambda one: losses[one])
         sha256 = records.sha256_tree(folder / "adapter" / str(seed))
     tuned = [item for item in scored.tuned if item.variant == paths.variant(seed)]
     # Two runs may have one name, and two of one run are no two experiments.
     scored = replace(scored, name=f"run {run.name} ({run.run_id})", tuned=tuned)
-    return Candidate(run, seed, len(seeds), losses.get(seed), sha256, scored)
+    return Candidate(run, seed, len(seeds), losses[seed], sha256, scored)
 
 
-def _loss(summary: Path) -> float | None:
-    """The last loss on the validation rows; None where there are none."""
-    validation = records.read_json(summary)["validation"]
-    return float(validation[-1]["loss"]) if validation else None
+def _loss(summary: Path) -> float:
+    """The loss on the validation rows of the adapter that was kept: with early stopping not always the last one's."""
+    facts = records.read_json(summary)
+    return float(facts.get("kept_loss", facts["validation"][-1]["loss"]))
 
 
 def _decide(
@@ -296,7 +294,7 @@ def _register(client: Any, model: str, one: Candidate, base: Mapping[str, Result
             raise
     tags = {
         "verdict": _verdict(base),
-        "validation_loss": "n/a" if one.loss is None else f"{one.loss:.6f}",
+        "validation_loss": f"{one.loss:.6f}",
         SEED: str(one.seed),
         "base_model": one.run.params.get("model.source", "n/a"),
         "quantization": one.run.params.get("quantize.method", "n/a"),

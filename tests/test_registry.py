@@ -56,13 +56,13 @@ class Project:
         self,
         name: str,
         shares: dict[int, float],
-        losses: dict[int, float | None] | None = None,
+        losses: dict[int, float] | None = None,
         rows: list[Example] | None = None,
         adapter: Path | None = None,
         digest: str | None = None,
         draw: int = 0,
     ) -> str:
-        """The id of a new run; `losses` are the validation losses, 1.0 where not given, None without validation rows;
+        """The id of a new run; `losses` are the validation losses, 1.0 where not given;
         another `draw` keeps other words."""
         rows = rows or examples(40)
         shutil.rmtree("out", ignore_errors=True)
@@ -71,7 +71,7 @@ class Project:
         files: list[tuple[Path, str | None]] = [(paths.scores(variant), "scores") for variant in ("base", *keep)]
         for seed in shares:
             loss = (losses or {}).get(seed, 1.0)
-            validation = [] if loss is None else [{"step": 0, "loss": 9.0}, {"step": 5, "loss": loss}]
+            validation = [{"step": 0, "loss": 9.0}, {"step": 5, "loss": loss}]
             records.write_json(paths.training_summary(seed), {"validation": validation})
             if adapter is None:
                 records.write_text(paths.adapter(seed) / "adapter_model.safetensors", f"{name} {seed}")
@@ -202,12 +202,11 @@ def test_of_several_seeds_validation_chooses_not_the_test_set(
     assert (version.tags["seed"], version.source.rpartition("/")[2]) == ("2", "2")
 
 
-def test_without_validation_rows_the_first_seed_is_taken(project: Project, capsys: pytest.CaptureFixture[str]) -> None:
-    project.record("seeds", {5: 0.7, 4: 0.9}, losses={5: None, 4: None})
-    project.promote("seeds")
-    assert "adapter   seed 5 of run seeds" in capsys.readouterr().out
-    [version] = versions_of(project, "seeds")
-    assert version.tags["validation_loss"] == "n/a"
+def test_the_loss_is_that_of_the_adapter_which_was_kept(tmp_path: Path) -> None:
+    validation = [{"step": 0, "loss": 3.0}, {"step": 5, "loss": 1.0}, {"step": 9, "loss": 2.0}]
+    records.write_json(tmp_path / "last.json", {"validation": validation})
+    records.write_json(tmp_path / "best.json", {"validation": validation, "kept_loss": 1.0})
+    assert [registry._loss(tmp_path / name) for name in ("last.json", "best.json")] == [2.0, 1.0]
 
 
 def test_a_dry_run_says_the_same_and_writes_nothing(project: Project, capsys: pytest.CaptureFixture[str]) -> None:
