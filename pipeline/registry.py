@@ -149,10 +149,9 @@ def _run(name: str | None, given: params.Params, runs: list[track.Stored]) -> tr
     if not paths.DVC_LOCK.is_file():
         raise UserError(f"{paths.DVC_LOCK} is missing: run `dvc repro`, which makes it, or name a run")
     digest = track.digest_of(paths.DVC_LOCK.read_text(encoding="utf-8"), given.seeds)
-    run_or_none = _of_digest(digest, runs)
-    if run_or_none is None:
+    if (found := _of_digest(digest, runs)) is None:
         raise UserError("the experiment of this folder is not recorded: run `dvc repro`, or name a run")
-    return run_or_none
+    return found
 
 
 def _of_digest(digest: str | None, runs: list[track.Stored]) -> track.Stored | None:
