@@ -276,7 +276,7 @@ def _champion(client: Any, model: str) -> Any:
 
 def _is(one: Candidate, version: Any) -> bool:
     """Whether a version is this very adapter, of this very run: a run that was recorded anew has files of its own."""
-    return version.run_id == one.run.run_id and version.tags.get(SEED) == str(one.seed)
+    return bool(version.run_id == one.run.run_id and version.tags.get(SEED) == str(one.seed))
 
 
 def _register(client: Any, model: str, one: Candidate, base: Mapping[str, Result]) -> Any:

@@ -76,7 +76,7 @@ def _taken() -> str | None:
 def _script() -> str:
     import vl_convert
 
-    script: str = vl_convert.javascript_bundle()
+    script: str = vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed;")  # the one name that DVC's plots call
     # Inside a page, the end of a script may not stand in it; nor may what DVC fills in.
     for word in ("</script", "<!--", "{plot_divs}", "{scripts}", "{refresh_tag}"):
         assert word not in script, word
