@@ -33,6 +33,9 @@ COMPARISON_SVG = REPORTS / "comparison.svg"
 COMPARISON_PNG = REPORTS / "comparison.png"
 FIGURES = REPORTS / "figures"
 TABLES = REPORTS / "tables"
+PLOT_INTERVALS = REPORTS / "plots" / "intervals.csv"
+PLOT_CURVES = REPORTS / "plots" / "curves.csv"
+PLOT_LENGTHS = REPORTS / "plots" / "lengths.csv"
 
 SCRATCH = Path(".scratch")
 

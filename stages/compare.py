@@ -1,6 +1,6 @@
 """Stage compare: base against tuned on the same rows; writes what people read."""
 
-from pipeline import appendix, compare, examples, guards, params, report, stage
+from pipeline import appendix, compare, examples, guards, params, plots, report, stage
 
 
 def main(declared: params.Declared) -> None:
@@ -8,6 +8,7 @@ def main(declared: params.Declared) -> None:
     comparison = compare.compare(seeds, evaluate, declared[params.Compare])
     measured = guards.measured(seeds)
     report.write(comparison, measured)
+    plots.write(comparison, seeds)
     appendix.write(comparison, measured, examples.read(seeds, evaluate.metrics), seeds)
 
 
