@@ -70,7 +70,7 @@ def _reading(tracker: Any) -> Reading:
     """What was measured, and by which meters; nothing of what was estimated."""
     from codecarbon.core import gpu
 
-    data = getattr(tracker, "final_emissions_data", None)
+    data: Any = getattr(tracker, "final_emissions_data", None)
     kwh: dict[str, float] = {}
     for one in getattr(tracker, "_hardware", []):
         kind = type(one).__name__

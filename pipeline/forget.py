@@ -25,8 +25,8 @@ from pipeline.prompt import Row
 
 TOGETHER = 512
 """Tokens computed at once: the logits of all of them are held, twice, in the model's dtype."""
-POSITIONS = 128
-"""Places whose distributions are held in float32 at once: 25 MB each with 49,152 tokens of vocabulary."""
+POSITIONS = 32
+"""Places whose distributions are held in float32 at once: 6 MB each with 49,152 tokens of vocabulary."""
 CHARACTERS = 64
 """A token is taken to have at most so many: of a very long text, more than it can give is not tokenized."""
 PLAIN = (".txt", ".md")

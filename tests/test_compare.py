@@ -90,6 +90,9 @@ def plant(rows: list[Example], keep: dict[str, float], evaluate: Evaluate = EVAL
         )
         if variant != "base":
             decoding = replace(decoding, **change)
+            trained = int(variant.removeprefix("tuned-"))
+            records.write_json(paths.training_summary(trained), training(trained))
+            records.write_json(paths.forgetting(trained), {"source": None})
         records.write_json(paths.decoding(variant), asdict(decoding))
         scores.evaluate(variant, evaluate)
 
@@ -120,9 +123,6 @@ def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def run(*seeds: int, compare_by: Compare = COMPARE) -> Comparison:
-    for seed in seeds or (17,):
-        records.write_json(paths.training_summary(seed), training(seed))
-        records.write_json(paths.forgetting(seed), {"source": None})
     return compare.compare(seeds or (17,), EVALUATE, compare_by)
 
 

@@ -12,7 +12,7 @@ from tests.test_compare import COMPARE, training
 
 def measured(seed: int, rise: float, places: list[str]) -> dict[str, Any]:
     """Windows of ten tokens each, of which every second rises by a little more."""
-    windows = [
+    windows: list[dict[str, Any]] = [
         {"place": place, "tokens": 10, "base": 30.0 + i, "tuned": 30.0 + i + 10 * rise + i % 2, "entropy": 28.0,
          "cross_entropy": 29.0 + i % 3}
         for i, place in enumerate(places)

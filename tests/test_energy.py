@@ -1,6 +1,7 @@
 """Energy: what a meter counted, by which meter; never what codecarbon estimated."""
 
 import logging
+import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -92,7 +93,7 @@ def test_a_meter_that_may_not_be_read_is_named(
     counter = tmp_path / "powercap" / "intel-rapl:0" / "energy_uj"
     counter.parent.mkdir(parents=True)
     counter.touch()
-    monkeypatch.setattr(energy.os, "access", lambda *_: False)
+    monkeypatch.setattr(os, "access", lambda *_: False)
     assert str(measured()["energy_meter"]).startswith(f"n/a: {counter} may not be read by this user")
 
 

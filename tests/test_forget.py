@@ -9,10 +9,11 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from pipeline import adapter, attention, forget, params, paths, records
+from pipeline import adapter, attention, forget, loss, pack, params, paths, records
 from pipeline import model as models
 from pipeline.errors import UserError
 from pipeline.forget import Text, Window
+from pipeline.prompt import Row
 
 LORA = params.Lora(r=4, alpha=8.0, rslora=False, dropout=0.0, target_modules="all-linear")
 
@@ -46,7 +47,7 @@ def test_the_sums_are_those_of_plain_passes_however_they_are_cut(
         ids_1xL = torch.tensor([window.ids])
         with torch.no_grad():
             base_NxV = plain(input_ids=ids_1xL).logits[0, :-1].log_softmax(-1)
-            tuned_NxV = forget.loss.logits(model, forget.pack.pack([tree(window)], ids_1xL.device))[0].log_softmax(-1)
+            tuned_NxV = loss.logits(model, pack.pack([tree(window)], ids_1xL.device))[0].log_softmax(-1)
         target_N = ids_1xL[0, 1:]
         expected = [
             float(torch.nn.functional.nll_loss(log, target_N, reduction="sum")) for log in (base_NxV, tuned_NxV)
@@ -59,7 +60,7 @@ def test_the_sums_are_those_of_plain_passes_however_they_are_cut(
 
 
 def tree(window: Window) -> Any:
-    return forget.pack.tree([forget.Row("", "", window.ids[:1], window.ids[1:])])
+    return pack.tree([Row("", "", window.ids[:1], window.ids[1:])])
 
 
 def test_an_adapter_that_does_nothing_forgets_nothing(tiny_model: Path) -> None:
@@ -104,8 +105,8 @@ def test_a_bos_stands_before_every_window_where_the_model_knows_one() -> None:
 
 
 def section(folder: Path, files: str | list[str], **change: Any) -> params.Forget:
-    given = {"source": str(folder), "sha256": records.sha256_tree(folder), "files": files, "encoding": "utf-8"}
-    given |= {"column": None, "html": False, "tokens": 64, "window": 16}
+    given: dict[str, Any] = {"source": str(folder), "sha256": records.sha256_tree(folder), "files": files}
+    given |= {"encoding": "utf-8", "column": None, "html": False, "tokens": 64, "window": 16}
     return params.Forget.model_validate(given | change)
 
 
