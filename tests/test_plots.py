@@ -15,7 +15,7 @@ from ruamel.yaml import YAML
 from pipeline import paths, plots, records, viewer
 from pipeline.errors import UserError
 from tests.conftest import ROOT, environment
-from tests.test_compare import examples, plant, run
+from tests.test_compare import examples, plant, run, training
 from tests.test_report import several_seeds
 
 DECLARED: dict[str, dict[str, Any]] = {
@@ -36,7 +36,7 @@ def train(seed: int, steps: int) -> list[float]:
     rows = "".join(f"{step},0.0,{loss},12\n" for step, loss in enumerate(losses))
     records.write_text(paths.training_log(seed), f"step,epoch,loss,rows\n{rows}")
     validation = [{"step": 0, "loss": 4.0 + seed}, {"step": steps, "loss": 3.0 + seed}]
-    records.write_json(paths.training_summary(seed), {"seed": seed, "validation": validation})
+    records.write_json(paths.training_summary(seed), training(seed) | {"validation": validation})
     return losses
 
 
