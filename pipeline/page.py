@@ -29,6 +29,7 @@ from pipeline import (
     provenance,
     records,
     report,
+    scores,
     track,
 )
 from pipeline.compare import Comparison
@@ -358,6 +359,7 @@ def _data(content: Content, held: Iterable[int], split: Splitter) -> dict[str, A
             "a": aspects.setdefault(shown(example.aspect), len(aspects)),
             "s": sources.setdefault(shown(example.source), len(sources)),
             "r": [shown(text) for text in example.references],
+            "w": [scores.words(text) for text in (example.source, *example.references)],
             "v": [_variant(written, example, split, metrics) for written in (row.base, *row.tuned)],
         }
         if example.history:
@@ -378,6 +380,7 @@ def _variant(written: Written, example: Example, split: Splitter, metrics: Seque
     one = {
         "t": found.text,
         "n": written.tokens,
+        "w": written.words,
         "p": [round(written.scores[name], 2) for name in metrics],
         "m": _runs(found.text, found.marks),
         "k": _runs(found.reference, found.reference_marks),

@@ -304,6 +304,8 @@ def test_all_examples_are_there_with_every_seed_and_metric() -> None:
     assert [one["id"] for one in data["examples"]] == ["p1/approach", "p2"]
     assert [one["p"] for one in data["examples"][0]["v"]] == [[10, 5], [40, 5], [40, 5], [40, 5]]
     assert len(data["sources"]) == 1  # both have the same
+    assert data["examples"][0]["w"] == [2, 3]
+    assert {one["w"] for one in data["examples"][0]["v"]} == {3}
     assert "All 2 test examples." in tags.shown()
     assert any(one.get("id") == "seed" for one in tags.of("select"))
     assert not any(one.get("id") == "seed" for one in Tags(render(content())).of("select"))

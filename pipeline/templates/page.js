@@ -13,7 +13,6 @@
     node.append(...children);
     return node;
   };
-  const words = (text) => (text.match(/\S+/g) || []).length;
   const points = (value) => value.toFixed(1);
   const signed = (value) => {
     const size = Math.abs(value), text = size >= 0.1 || size === 0 ? size.toFixed(1) : size.toFixed(2);
@@ -25,14 +24,14 @@
   data.examples.forEach((one, i) => {
     one.at = i;
     one.source = data.sources[one.s];
-    one.long = { reference: words(one.r[0]), source: words(one.source), base: words(one.v[0].t) };
+    one.long = { source: one.w[0], reference: one.w[1], base: one.v[0].w };
   });
   const score = (one, variant) => one.v[variant].p[state.metric];
   const gain = (one) => {
     const found = score(one, state.variant) - score(one, 0);
     return Math.abs(found) < 0.005 ? 0 : found;
   };
-  const length = (one, of) => (of === "tuned" ? words(one.v[state.variant].t) : one.long[of]);
+  const length = (one, of) => (of === "tuned" ? one.v[state.variant].w : one.long[of]);
   const haystack = (one) => {
     if (one.hay === undefined) {
       const history = (one.h || []).map((message) => message[1]);
@@ -149,7 +148,7 @@
 
   function output(variant, one, kind) {
     const written = one.v[variant], level = levels(written.t, written.m);
-    const long = words(written.t);
+    const long = written.w;
     const card = make("div", { class: `card of-${kind}` },
       make("div", { class: "label" }, make("h4", {}, data.variants[variant]),
         make("span", {}, `${data.metrics[state.metric]} ${points(score(one, variant))} · ${number(long)} word${long === 1 ? "" : "s"}, ${number(written.n)} token${written.n === 1 ? "" : "s"}`)),
@@ -160,7 +159,7 @@
 
   function reference(one) {
     const base = one.v[0], tuned = one.v[state.variant];
-    const long = one.r.map(words);
+    const long = one.w.slice(1);
     const card = make("div", { class: "card of-reference" },
       make("div", { class: "label" }, make("h4", {}, one.r.length > 1 ? `${one.r.length} references` : "reference"),
         make("span", {}, `${long.map(number).join(" / ")} words`)));
@@ -317,7 +316,7 @@
   $("save").addEventListener("click", () => {
     const head = ["id", "aspect", "variant", "words", "tokens", "capped", ...data.metrics, "text"];
     const rows = state.shown.flatMap((one) => one.v.map((v, i) => [one.id, data.aspects[one.a], data.variants[i],
-      words(v.t), v.n, v.c || 0, ...v.p, v.t]));
+      v.w, v.n, v.c || 0, ...v.p, v.t]));
     save("examples", [head, ...rows]);
   });
 
