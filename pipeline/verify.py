@@ -121,7 +121,7 @@ def verify() -> bool:
     """
     project = read()
     found = 0
-    for check in (cache, outputs, pipeline, chain, reports, page, record, wheels):
+    for check in (cache, outputs, pipeline, chain, reports, record, page, wheels):
         outcome = check(project)
         print(f"{outcome.name}: {outcome.compared}", flush=True)
         for one in outcome.findings:
@@ -428,16 +428,6 @@ def _files(out: Path, root: Path) -> list[Path]:
     return [file.relative_to(root) for file in (root / out).rglob("*") if file.is_file()]
 
 
-def page(project: Project) -> Outcome:
-    """The page against its own seal, and the experiment that it shows against the one here."""
-    outcome = Outcome("page")
-    digest = track.digest_of(paths.DVC_LOCK.read_text(encoding="utf-8"), project.params.seeds)
-    for fault in pages.faults(paths.REPORT_HTML, digest):
-        outcome.find(paths.REPORT_HTML, fault, RECORD)
-    outcome.compared = f"seal and experiment of {paths.REPORT_HTML}, {_word(outcome, 'one is right')}"
-    return outcome
-
-
 def record(project: Project) -> Outcome:
     """The one MLflow run of this experiment: its database sound, it as it was written, and of what is here."""
     outcome = Outcome("mlflow")
@@ -455,7 +445,8 @@ def record(project: Project) -> Outcome:
     try:
         now = track.gather(seeds)
     except (UserError, OSError, KeyError, TypeError, ValueError) as error:
-        outcome.find("outputs", f"no run can be made of them: {error}", ABOVE)
+        # Where nothing above is wrong, it is the page that is missing.
+        outcome.find("outputs", f"no run can be made of them: {error}", ABOVE if project.spoilt() else RECORD)
         return outcome
     runs = track.stored(tracking)
     for run in (run for run in runs if run.status != "FINISHED"):
@@ -490,6 +481,19 @@ def record(project: Project) -> Outcome:
         f"{count} parameters, metrics with their curves, tags and artifacts of run {finished[0].name} "
         f"({finished[0].run_id}), {_word(outcome, 'one is as written and as here')}"
     )
+    return outcome
+
+
+def page(project: Project) -> Outcome:
+    """The page against its own seal, and the experiment that it shows against the one here.
+
+    After the run, since the stage that writes the page anew needs a store that is sound.
+    """
+    outcome = Outcome("page")
+    digest = track.digest_of(paths.DVC_LOCK.read_text(encoding="utf-8"), project.params.seeds)
+    for fault in pages.faults(paths.REPORT_HTML, digest):
+        outcome.find(paths.REPORT_HTML, fault, RECORD)
+    outcome.compared = f"seal and experiment of {paths.REPORT_HTML}, {_word(outcome, 'one is right')}"
     return outcome
 
 

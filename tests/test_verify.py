@@ -112,7 +112,7 @@ def run() -> track.Stored:
 def test_an_intact_project(here: Path) -> None:
     result = CliRunner().invoke(cli.app, ["verify"])
     assert result.exit_code == 0, result.stdout
-    names = ["cache", "outputs", "pipeline", "chain", "reports", "page", "mlflow", "wheels"]
+    names = ["cache", "outputs", "pipeline", "chain", "reports", "mlflow", "page", "wheels"]
     lines = result.stdout.splitlines()
     assert [line.split(":")[0] for line in lines[:-1]] == names
     objects = [path for path in (here / ".dvc/cache/files/md5").rglob("*") if path.is_file()]
