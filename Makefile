@@ -1,4 +1,4 @@
-# make repro | make test | make verify | make bench | make ui. Needs Python 3.11 to 3.13, git, make; everything else goes into .venv.
+# make repro | make test | make verify | make push | make bench | make ui. Needs Python 3.11 to 3.13, git, make; everything else goes into .venv.
 
 PYTHON ?= python3
 VENV := .venv
@@ -6,7 +6,7 @@ export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 INSTALL := $(VENV)/bin/python -m pip install --quiet -c constraints.txt
 
-.PHONY: repro test verify bench ui
+.PHONY: repro test verify push bench ui
 .DEFAULT_GOAL := repro
 
 repro: $(VENV)/installed ## run what has changed of the experiment, then say the verdict
@@ -23,11 +23,15 @@ test: $(VENV)/installed-dev ## lint, types and tests
 verify: $(VENV)/installed ## do cache, dvc.lock, outputs, reports, MLflow run and wheels say the same?
 	@lora-repro verify
 
+push: $(VENV)/installed ## dvc push, if everything agrees: DVC alone would push what has rotted in its cache
+	@lora-repro verify
+	@dvc push
+
 bench: $(VENV)/installed-bench ## speed and memory beside TRL, transformers.generate and llama.cpp (after make repro)
 	@python -m bench.speed
 
 ui: $(VENV)/installed ## every experiment's parameters, curves, tables and adapter in MLflow
-	@mlflow ui --backend-store-uri "$$(lora-repro store)"
+	@store="$$(lora-repro store)" && MLFLOW_BACKEND_STORE_URI="$$store" mlflow ui --host 127.0.0.1
 
 $(VENV)/installed: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(0 if (3, 11) <= v <= (3, 13) else f"error: Python 3.11 to 3.13 is needed, and $(PYTHON) is {v[0]}.{v[1]}: run make PYTHON=python3.12")'

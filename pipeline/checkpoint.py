@@ -22,14 +22,12 @@ from pipeline.progress import say
 KEPT = 4
 """Checkpoints of interrupted stages with other inputs that a project keeps: one holds three times the adapter."""
 
-COMPUTING = ("torch", "transformers", "peft", "bitsandbytes")
-
 
 def key(name: str, identity: Any) -> str:
     """Folder name for a stage and everything that determines its result (JSON): this package's code and the versions
     of those that compute included."""
     code = {path.name: records.sha256_file(path) for path in sorted(Path(__file__).parent.glob("*.py"))}
-    versions = {package: version(package) for package in COMPUTING}
+    versions = {package: version(package) for package in stage.COMPUTING}
     text = json.dumps([identity, code, versions], sort_keys=True, allow_nan=False)
     return f"{name}-{hashlib.sha256(text.encode()).hexdigest()[:32]}"
 

@@ -186,6 +186,7 @@ def _papers(_: params.Data, __: str, found: Sequence[Located], ___: File, ____: 
         name, abstract, summary = paper.get("id"), _in(paper.get("sentences"), "abstract"), paper.get("summary")
         if not isinstance(name, str) or not name:
             raise UserError(f"{where}: id must be a string; is this ACLSum's format? Else use data.format: table")
+        name = _string(name, f"{where}: id")
         if not isinstance(abstract, list) or not all(isinstance(sentence, str) for sentence in abstract):
             raise UserError(f"{where}: sentences.abstract must be a list of strings")
         source = _string(" ".join(abstract), f"{where}: sentences.abstract")

@@ -9,6 +9,7 @@ from pathlib import Path
 PARAMS = Path("params.yaml")
 DVC_YAML = Path("dvc.yaml")
 DVC_LOCK = Path("dvc.lock")
+CONSTRAINTS = Path("constraints.txt")
 
 OUT = Path("out")
 DATA = OUT / "data"

@@ -174,7 +174,7 @@ def power(comparison: Comparison) -> str:
 def closing_lines(store: str) -> str:
     """The verdict of the last comparison and where to look next, for a terminal; nothing is computed.
 
-    `store` is the address of the MLflow store.
+    `store` is the address of the MLflow store, as it may be shown.
 
     UserError when there is no report yet.
     """
@@ -188,7 +188,7 @@ def closing_lines(store: str) -> str:
             "",
             f"  report   {paths.REPORT_HTML}  (or {paths.COMPARISON_MD})",
             f"  numbers  {paths.METRICS}  (dvc metrics diff)",
-            f"  record   mlflow ui --backend-store-uri {store}  (make ui)",
+            f"  record   mlflow ui --host 127.0.0.1 --backend-store-uri {store}  (make ui)",
         ]
     )
 

@@ -18,6 +18,7 @@ from pathlib import Path, PurePosixPath
 from tempfile import TemporaryDirectory
 from typing import Any, Final
 
+from pipeline import params
 from pipeline.errors import UserError
 
 SHOWN = 20  # files or columns that an error lists at most
@@ -36,7 +37,7 @@ ABSENT: Final = object()
 Record = Mapping[str, Any]
 Located = tuple[str, Record]  # where a record stands (`train.jsonl:3`), and the record
 
-_CHARSET = re.compile(rb"Content-Type:[^\n]*?charset=([\w.:-]+)", re.IGNORECASE)
+_CHARSET = re.compile(rb"Content-Type:[^\n]{0,200}?charset=([\w.:-]+)", re.IGNORECASE)
 _PO_LINE = re.compile(r'(?:(?:msgctxt|msgid|msgid_plural|msgstr|msgstr\[\d+\])\s+)?"(?:[^"\\]|\\.)*"')
 
 
@@ -180,7 +181,7 @@ def _json(file: File, encoding: str) -> Iterator[Located]:
     if text.lstrip().startswith("["):
         try:
             located = [(f"{file.name}, item {number}", item) for number, item in enumerate(json.loads(text), start=1)]
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise UserError(f"{file.name} is not JSON: {error}") from None
     else:
         located = []
@@ -188,7 +189,7 @@ def _json(file: File, encoding: str) -> Iterator[Located]:
             if line.strip():
                 try:
                     located.append((f"{file.name}:{number}", json.loads(line)))
-                except ValueError as error:
+                except (ValueError, RecursionError) as error:
                     raise UserError(f"{file.name}:{number} is not a line of JSON: {error}") from None
     for where, item in located:
         if not isinstance(item, dict):
@@ -296,8 +297,8 @@ def _charset(content: bytes, file: File) -> str | None:
         return None
     charset = told[1].decode("ascii", "replace")
     try:
-        "a".encode(charset)
-    except (LookupError, ValueError):
+        params.codec(charset)
+    except ValueError:
         line = content.count(b"\n", 0, told.start()) + 1
         raise UserError(
             f"{file.name}:{line}: the header names the charset '{charset}', which is no encoding: mend the header"

@@ -28,7 +28,7 @@ from filelock import FileLock
 from ruamel.yaml import YAML
 
 from pipeline import params, paths, provenance, records
-from pipeline.errors import UserError, listing
+from pipeline.errors import UserError, listing, without_passwords
 from pipeline.progress import say
 
 DIGEST = "dvc.digest"
@@ -94,6 +94,7 @@ def track(train_seeds: list[int], tracking: params.Tracking) -> None:
     cannot hold, and for a store that cannot be used. A run is FINISHED only when everything is in it.
     """
     record = gather(train_seeds)
+    _refuse_other_content(record, _stages(train_seeds))
     with _opened(tracking) as client:
         experiment_id = _experiment(client, tracking)
         run = _finished(client, experiment_id, record.digest)
@@ -165,6 +166,23 @@ def params_of(lock: str, seeds: list[int]) -> dict[str, str]:
 
 
 # What goes into its run
+
+
+def _refuse_other_content(record: Record, stages: Stages) -> None:
+    """UserError where an output that goes into the run is not what its stage wrote.
+
+    DVC takes a file for what it was by time and size, and restores what has rotted in its cache.
+    """
+    recorded = [path for path, _ in record.files] + [paths.split("test"), *paths.PREDICTIONS.glob("*.jsonl")]
+    changed = [
+        f"{out}: not what stage {name} wrote"
+        for name, content in stages.items()
+        for out, md5 in content["outs"].items()
+        if any(path.is_relative_to(out) for path in recorded) and records.dvc_md5(Path(out)) != md5
+    ]
+    if changed:
+        remedy = "`lora-repro verify` says what mends it"
+        raise listing(changed, f"nothing is recorded of outputs that have changed on the disk; {remedy}:")
 
 
 def gather(seeds: list[int]) -> Record:
@@ -400,7 +418,7 @@ def _opened(tracking: params.Tracking) -> Iterator[Any]:
             yield MlflowClient(tracking_uri=uri)
         except MlflowException as error:
             raise UserError(
-                f"the MLflow store {shown(uri)} refused: {str(error).splitlines()[0]}\n"
+                f"the MLflow store {uri} refused: {str(error).splitlines()[0]}\n"
                 "Nothing computed is lost: mend the store or its address, and run `dvc repro` again"
             ) from error
 
@@ -599,9 +617,4 @@ def _seen_again(client: Any, run: Any, tags: Mapping[str, str]) -> None:
 
 
 def _line(run: Any, tracking: params.Tracking) -> str:
-    return f"run {run.info.run_name} ({run.info.run_id}) in {shown(tracking_uri(tracking))}"
-
-
-def shown(uri: str) -> str:
-    """`uri` without the user name and password that it may hold."""
-    return re.sub(r"//[^/@]*@", "//", uri)
+    return f"run {run.info.run_name} ({run.info.run_id}) in {without_passwords(tracking_uri(tracking))}"

@@ -63,14 +63,15 @@ def train(seed: int, prompt: params.Prompt, lora: params.Lora, train: params.Tra
     # Every step's batch, and how many epochs lie before it.
     plan = [(epoch + at / len(steps), batch) for epoch, steps in enumerate(epochs) for at, batch in enumerate(steps)]
     validation = pack.trees(validation_rows)
+    device = devices.choose(runtime)
     identity = {
         "seed": seed,
         "model": facts["sha256"],
         "data": [records.sha256_file(paths.split(name)) for name in ("train", "validation")],
         "params": [section.model_dump(mode="json") for section in (prompt, lora, train)],
         "runtime": runtime.model_dump(mode="json"),
+        "effective": [device.type, devices.threads(device)],
     }
-    device = devices.choose(runtime)
     with checkpoint.folder(f"train-{seed}", identity) as scratch:
         model = adapter.attach(models.load(device, runtime.keep_dequantized), lora, seed)
         trainer = Trainer(model, train, seed, len(plan))

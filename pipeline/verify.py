@@ -21,7 +21,7 @@ from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
 from pipeline import params, paths, records, source, track
-from pipeline.errors import UserError
+from pipeline.errors import UserError, without_passwords
 from stages import compare
 
 RECORD = "dvc repro --force --single-item track"
@@ -97,20 +97,8 @@ class Project:
     def md5(self, path: Path) -> str | None:
         """DVC's name for the content of a file or folder; None where there is none."""
         if path not in self.known:
-            self.known[path] = md5(path)
+            self.known[path] = records.dvc_md5(path)
         return self.known[path]
-
-
-def md5(path: Path) -> str | None:
-    """DVC's name for the content of a file, or of a folder (its listing as JSON); None where there is none."""
-    if path.is_file():
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "md5").hexdigest()
-    if not path.is_dir():
-        return None
-    files = {file.relative_to(path).as_posix(): file for file in path.rglob("*") if file.is_file()}
-    listing = [{"md5": md5(files[name]), "relpath": name} for name in sorted(files)]
-    return f"{hashlib.md5(json.dumps(listing, sort_keys=True).encode()).hexdigest()}.dir"
 
 
 def verify() -> bool:
@@ -220,7 +208,7 @@ def cache(project: Project) -> Outcome:
             outcome.find(_shown(path), f"missing; it is {place} of stage {out.stage}", _recache(project, out, ""))
             continue
         size += path.stat().st_size
-        if md5(path) != name.removesuffix(".dir"):
+        if records.dvc_md5(path) != name.removesuffix(".dir"):
             remove = f"rm -f {shlex.quote(_shown(path))}"
             if name in owners:
                 out, place = owners[name]
@@ -244,7 +232,7 @@ def cache(project: Project) -> Outcome:
 def listing_of(objects: Path, name: str) -> list[tuple[str, str]]:
     """Path and md5 of the files of a cached folder; none where the listing itself is missing or spoilt."""
     path = objects / name[:2] / name[2:]
-    if not name.endswith(".dir") or not path.is_file() or md5(path) != name.removesuffix(".dir"):
+    if not name.endswith(".dir") or not path.is_file() or records.dvc_md5(path) != name.removesuffix(".dir"):
         return []
     return [(entry["relpath"], entry["md5"]) for entry in records.read_json(path)]
 
@@ -303,7 +291,8 @@ def _inside(project: Project, out: Out) -> str:
     """Which files of a folder differ, as far as the cache still tells."""
     then = dict(listing_of(project.cache / "files" / "md5", out.md5))
     now = {file.relative_to(out.path).as_posix(): file for file in out.path.rglob("*") if file.is_file()}
-    differing = sorted(name for name in then.keys() | now.keys() if name not in now or md5(now[name]) != then.get(name))
+    content = {name: records.dvc_md5(file) for name, file in now.items()}
+    differing = sorted(name for name in then.keys() | now.keys() if content.get(name) != then.get(name))
     return f" ({', '.join(differing)})" if then else ""
 
 
@@ -443,7 +432,7 @@ def record(project: Project) -> Outcome:
         )  # fmt: skip
     finished = [run for run in runs if run.tags[track.DIGEST] == now.digest and run.status == "FINISHED"]
     if not finished:
-        outcome.find(track.shown(track.tracking_uri(tracking)), "no finished run of this experiment", RECORD)
+        outcome.find(without_passwords(track.tracking_uri(tracking)), "no finished run of this experiment", RECORD)
         return outcome
     for run in finished[1:]:
         wrong = f"a second record of the experiment that {finished[0].run_id} holds"

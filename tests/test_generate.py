@@ -17,7 +17,8 @@ def quantized(project: params.Params, tiny_model: Path) -> params.Params:
     import shutil
 
     shutil.copytree(tiny_model, paths.BASE)
-    records.write_json(paths.BASE_FACTS, {"context": 512, "dtype": "float32", "stop_ids": [1]})
+    facts = {"context": 512, "dtype": "float32", "stop_ids": [1], "sha256": records.sha256_tree(paths.BASE)}
+    records.write_json(paths.BASE_FACTS, facts)
     quantize.quantize(project.quantize, project.runtime)
     return project
 

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from pipeline import paths, records
-from tests.conftest import SPLIT_GROUPS, Finished, environment, make_clone
+from tests.conftest import SECRET, SPLIT_GROUPS, Finished, environment, make_clone
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
 
@@ -85,6 +85,14 @@ def test_one_command_runs_everything(finished: Finished, clone: Path) -> None:
     (run,) = finished_runs(clone)
     assert run.data.params["lora.r"] == "4"
     assert run.data.metrics["rouge1.diff"] == metrics["rouge1"]["diff"]
+
+
+def test_no_secret_of_the_environment_is_in_any_file_or_output(finished: Finished) -> None:
+    assert SECRET not in finished.printed
+    files = [path for path in finished.folder.rglob("*") if path.is_file()]
+    folders = {path.relative_to(finished.folder).parts[0] for path in files}
+    assert {"out", "reports", ".mlflow", ".dvc", "dvc.lock", ".git"} <= folders
+    assert [path for path in files if SECRET.encode() in path.read_bytes()] == []
 
 
 def test_again_nothing_runs_and_the_status_is_clean(dvc: Run) -> None:

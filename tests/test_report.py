@@ -99,7 +99,9 @@ def test_the_first_line_is_the_verdict_everywhere() -> None:
     report.write(comparison(), GUARDS)
     assert paths.COMPARISON_MD.read_text().split("\n")[0] == FIRST
     assert report.closing_lines("x").split("\n")[0] == FIRST.replace("**", "")
-    assert "mlflow ui --backend-store-uri sqlite:///here.db" in report.closing_lines("sqlite:///here.db")
+    assert "mlflow ui --host 127.0.0.1 --backend-store-uri sqlite:///here.db" in report.closing_lines(
+        "sqlite:///here.db"
+    )
     page = paths.REPORT_HTML.read_text()
     assert "<h1>Fine-tuning made the model better</h1>" in page
     assert FIRST.split("**: ")[1] in page

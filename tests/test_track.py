@@ -19,7 +19,7 @@ import pytest
 from ruamel.yaml import YAML
 
 from pipeline import params, provenance, track
-from pipeline.errors import UserError
+from pipeline.errors import UserError, without_passwords
 
 ROOT = Path(__file__).parents[1]
 
@@ -506,6 +506,23 @@ class TestRefusals:
         with pytest.raises(UserError, match=rf"train/loss = {value} at step 1"):
             toy.track()
 
+    @pytest.mark.parametrize(
+        "path",
+        ["out/adapters/17/adapter_model.safetensors", "out/predictions/base.jsonl", "out/data/test.jsonl",
+         "out/scores/tuned-17.json", "out/models/quantized.json", "reports/metrics.json"],
+    )  # fmt: skip
+    def test_what_has_changed_on_the_disk_is_not_recorded(self, toy: Toy, path: str) -> None:
+        """As DVC restores it from a cache that has rotted."""
+        content = (toy.folder / path).read_text()
+        (toy.folder / path).write_text(content + " ")
+        with pytest.raises(UserError, match=rf"(?s)nothing is recorded of .*- {path}: not what stage \w+"):
+            toy.track()
+        assert runs(toy.database) == []
+        assert not (toy.folder / "out/receipt.json").exists()
+        (toy.folder / path).write_text(content)
+        toy.track()
+        assert len(runs(toy.database)) == 1
+
     def test_predictions_of_another_split(self, toy: Toy) -> None:
         path = toy.folder / "out/predictions/tuned-17.jsonl"
         path.write_text("".join(path.read_text().splitlines(keepends=True)[::-1]))
@@ -519,10 +536,11 @@ class TestRefusals:
         with pytest.raises(UserError, match="experiment toy was deleted: restore it with `mlflow experiments restore"):
             toy.track()
 
-    def test_a_store_that_mlflow_refuses(self, toy: Toy) -> None:
-        toy.reproduce(("tracking.uri", "bogus://me:secret@nowhere"))
-        with pytest.raises(UserError, match="the MLflow store bogus://nowhere refused"):
+    def test_a_store_that_mlflow_refuses(self, toy: Toy, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", "bogus://me:secret@nowhere")
+        with pytest.raises(UserError, match="the MLflow store bogus://nowhere refused") as caught:
             toy.track()
+        assert "secret" not in str(caught.value)
         assert not (toy.folder / "out/receipt.json").exists()
 
 
@@ -620,7 +638,11 @@ class TestStore:
         assert not (toy.folder / ".mlflow").exists()
 
     def test_passwords_are_not_shown(self) -> None:
-        assert track.shown("http://me:secret@host:5000/a@b") == "http://host:5000/a@b"
+        assert without_passwords("http://me:secret@host:5000/a@b") == "http://host:5000/a@b"
+        assert without_passwords("mysql://h/d?user=me&password=secret&x=1") == "mysql://h/d?user=me&password=...&x=1"
+        assert str(UserError("no answer from https://hf_secret@host:1")) == "no answer from https://host:1"
+        text = "https://host/x and a@b, //a b@c, hf:a/b@main, git@host:a/b"
+        assert without_passwords(text) == text
 
     def test_three_processes_on_a_fresh_store(self, toy: Toy) -> None:
         """Two experiments, one of them twice at the same time: two runs, and a database that is whole."""

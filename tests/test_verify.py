@@ -131,7 +131,7 @@ class TestCache:
     def test_rotten_and_missing_objects(self, capsys: pytest.CaptureFixture[str]) -> None:
         file = cached(out("out/predictions/base.jsonl").md5)
         listing = cached(out("out/adapters/17").md5)
-        within = cached(str(verify.md5(Path("out/data/test.jsonl"))))
+        within = cached(str(records.dvc_md5(Path("out/data/test.jsonl"))))
         gone = cached(out("out/scores/base.json").md5)
         lock = Path("dvc.lock").read_bytes()
         for path in (file, listing, within):
