@@ -18,7 +18,7 @@ test: $(VENV)/installed-dev ## lint, types and tests
 	@ruff check .
 	@ruff format --check .
 	@mypy
-	@pytest
+	@pytest --numprocesses auto --maxprocesses 4 --dist loadfile
 
 verify: $(VENV)/installed ## do cache, dvc.lock, outputs, reports, MLflow run and wheels say the same?
 	@lora-repro verify

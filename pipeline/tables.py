@@ -223,16 +223,18 @@ def _delimited(file: File, encoding: str) -> Iterator[Located]:
 
 
 def _parquet(file: File, _: str) -> Iterator[Located]:
+    """The rows as Arrow has them: `datasets` would open the files and addresses that a column of images names."""
     import datasets
 
     datasets.disable_progress_bars()
     with TemporaryDirectory(prefix="lora-repro-") as cache:  # a result must not rest on an earlier reading
         try:
             table = datasets.Dataset.from_parquet(str(file.path), cache_dir=cache, keep_in_memory=True)
+            found: list[Record] = table.data.to_pylist()
         except Exception as error:  # whatever Arrow raises, `datasets` wraps
             raise UserError(f"{file.name} is not Parquet: {error.__cause__ or error}") from None
-        for number, record in enumerate(table, start=1):
-            yield f"{file.name}, row {number}", record
+    for number, record in enumerate(found, start=1):
+        yield f"{file.name}, row {number}", record
 
 
 # Gettext

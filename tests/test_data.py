@@ -246,6 +246,36 @@ def test_bad_parquet(run: Prepare) -> None:
     fails(run, r"train\.parquet is not Parquet", {f"{split}.parquet": "?" for split in paths.SPLITS}, suffix="parquet")
 
 
+def test_parquet_whose_text_is_no_utf8(run: Prepare) -> None:
+    import pyarrow as pa
+    from pyarrow import parquet
+
+    text = pa.StringArray.from_buffers(1, pa.py_buffer(b"\0\0\0\0\2\0\0\0"), pa.py_buffer(b"\xff\xfe"))
+    file = pa.BufferOutputStream()
+    parquet.write_table(pa.table({"text": text, "summary": ["b"]}), file)
+    fails(run, r"train\.parquet is not Parquet", {"train.parquet": file.getvalue().to_pybytes()}, suffix="parquet")
+
+
+def test_parquet_that_names_other_files_opens_none(run: Prepare, tmp_path: Path) -> None:
+    """Its metadata may declare a column of images by their paths, which `datasets` would open to decode them."""
+    import pyarrow as pa
+    from pyarrow import parquet
+
+    elsewhere = tmp_path / "elsewhere.png"
+    features = {"text": {"dtype": "string", "_type": "Value"}, "summary": {"dtype": "string", "_type": "Value"}}
+    features |= {"picture": {"_type": "Image"}}
+    kind = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+    picture = pa.array([{"bytes": None, "path": str(elsewhere)}], kind)
+    files = {}
+    for split in paths.SPLITS:
+        table = pa.table({"text": [f"{split} text"], "summary": ["b"], "picture": picture})
+        metadata = {"huggingface": json.dumps({"info": {"features": features}})}
+        file = pa.BufferOutputStream()
+        parquet.write_table(table.replace_schema_metadata(metadata), file)
+        files[f"{split}.parquet"] = file.getvalue().to_pybytes()
+    assert run(files, suffix="parquet")["splits"]["train"]["rows"] == 1
+
+
 def test_unknown_suffix(run: Prepare) -> None:
     fails(run, r"train\.xlsx: '\.xlsx' files cannot be read; use \.jsonl", {"train.xlsx": "?"}, suffix="xlsx")
 

@@ -3,6 +3,7 @@
 The tests of this module are one story in one project folder and run in the order in which they stand.
 """
 
+import re
 import subprocess
 import sys
 import warnings
@@ -85,6 +86,27 @@ def test_one_command_runs_everything(finished: Finished, clone: Path) -> None:
     (run,) = finished_runs(clone)
     assert run.data.params["lora.r"] == "4"
     assert run.data.metrics["rouge1.diff"] == metrics["rouge1"]["diff"]
+
+
+def test_every_guard_is_in_the_report(finished: Finished) -> None:
+    text = (finished.folder / paths.COMPARISON_MD).read_text()
+    rows = dict(
+        line.strip("| ").split(" | ", 1)
+        for line in text.splitlines()
+        if line.startswith("| ") and line.count(" | ") == 1
+    )
+    expected = {
+        "test or validation examples in training": "0 exact, 0 near",
+        "quantization or a device other than asked for": "14 layers of nf4.* computed on cpu",
+        "a doubled BOS, or another prefix in inference than in training": "24 prompts start with one BOS at most",
+        "training rows without a supervised token or a closing EOS": "in each of 16 rows; 0 dropped",
+        "gradients through repacked 4-bit weights": "^0 layers repacked",
+        "a loss or an adapter that is not finite": "largest gradient norm [0-9.]+, last loss [0-9.]+",
+        "an adapter that is not applied": "it moves a logit by up to [0-9.]+",
+        "outputs that depend on their batch": "rechecked alone are the same",
+        "hidden decoding defaults, unequal prompts": "decoding settings, cpu with 1 threads",
+    }
+    assert [name for name in expected if not re.search(expected[name], rows.get(name, ""))] == []
 
 
 def test_no_secret_of_the_environment_is_in_any_file_or_output(finished: Finished) -> None:
