@@ -172,6 +172,8 @@ def _check_gguf(found: Path, name: str) -> None:
         header.check(found)
         reader = gguf.GGUFReader(str(found))
         family = reader.fields["general.architecture"].contents()
+        if family in GGUF_FAMILIES:
+            _require_announced_sizes(reader, family)
     except Exception as error:  # whatever numbers that lead nowhere bring about
         raise UserError(f"model.source = {name!r} is not a sound GGUF file ({type(error).__name__}: {error})") from None
     instead = "name the checkpoint in the Hugging Face layout instead"
@@ -180,14 +182,6 @@ def _check_gguf(found: Path, name: str) -> None:
             f"model.source = {name!r}: a GGUF file of architecture {family!r} cannot be read faithfully, only of "
             f"{', '.join(GGUF_FAMILIES)}; {instead}"
         )
-    blocks = {tensor.name.split(".")[1] for tensor in reader.tensors if tensor.name.startswith("blk.")}
-    told = reader.fields.get(f"{family}.block_count")
-    if told is None or told.contents() != len(blocks):
-        announced = told.contents() if told else "no"
-        raise UserError(
-            f"model.source = {name!r} is not a sound GGUF file: it announces {announced} layers, and has tensors of "
-            f"{len(blocks)}"
-        )
     scaling = reader.fields.get(f"{family}.rope.scaling.type")
     factors = [tensor.name for tensor in reader.tensors if tensor.name.startswith("rope_")]
     if factors or (scaling and scaling.contents() != "none"):
@@ -195,6 +189,26 @@ def _check_gguf(found: Path, name: str) -> None:
             f"model.source = {name!r} scales its rotary embedding ({', '.join(factors) or scaling.contents()}), which "
             f"transformers does not read from GGUF files; {instead}"
         )
+
+
+def _require_announced_sizes(reader: Any, family: str) -> None:
+    """ValueError unless the tensors have the sizes in the header: transformers builds the model by it, at any size."""
+    shapes = {tensor.name: [int(size) for size in tensor.shape] for tensor in reader.tensors}
+    own = [name for name in reader.fields if name.startswith(f"{family}.")]
+    told = {name.removeprefix(f"{family}."): reader.fields[name].contents() for name in own}
+    heads = told["attention.head_count"]
+    has = {
+        "block_count": len({name.split(".")[1] for name in shapes if name.startswith("blk.")}),
+        "embedding_length": shapes["token_embd.weight"][0],
+        "vocab_size": shapes["token_embd.weight"][1],
+        "feed_forward_length": shapes["blk.0.ffn_up.weight"][1],
+        "attention.key_length": shapes["blk.0.attn_q.weight"][1] // heads,
+    }
+    wrong = [
+        f"{name} is {told[name]}, of the tensors {size}" for name, size in has.items() if told.get(name, size) != size
+    ]
+    if wrong:
+        raise ValueError(", ".join(wrong))
 
 
 def _check_gguf_is_whole(found: Path, loaded: Any, name: str) -> None:
