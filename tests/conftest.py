@@ -20,6 +20,7 @@ from pipeline import params, paths, records
 
 # Before torch is imported: the models here are so small that threads only wait for each other.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("GOMP_SPINCOUNT", "0")
 
 ROOT = Path(__file__).parent.parent
 TEMPLATE = (
