@@ -222,10 +222,10 @@ def _delimited(file: File, encoding: str) -> Iterator[Located]:
 
 
 def _delimiter(text: str) -> str:
-    """A comma; but a semicolon, as spreadsheets write it where the comma is in numbers, if the header has no comma and
-    would be one column, of which no source and target can come."""
+    """A comma; but a semicolon (as of spreadsheets where the comma is in numbers), tab or bar if the header has it and
+    no comma: it would be one column, which cannot be both source and target."""
     header = text.split("\n", 1)[0]
-    return ";" if ";" in header and "," not in header else ","
+    return next((mark for mark in ",;\t|" if mark in header), ",")
 
 
 def _parquet(file: File, _: str) -> Iterator[Located]:

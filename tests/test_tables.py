@@ -28,7 +28,10 @@ def read(file: File, encoding: str = "utf-8") -> list[Any]:
 # CSV
 
 
-def test_a_header_with_semicolons_and_no_comma_tells_the_delimiter(tmp_path: Path) -> None:
+def test_a_header_without_a_comma_tells_the_delimiter(tmp_path: Path) -> None:
+    for mark in "\t|":
+        [(_, row)] = read(written(tmp_path, "d.csv", f"text{mark}summary\n1,5{mark}b; c\n"))
+        assert (row["text"], row["summary"]) == ("1,5", "b; c")
     text = '\ufefftext;summary\r\n"one; ""two"",\r\nthree";1,5\r\n'
     [(where, row)] = read(written(tmp_path, "a.csv", text))
     assert where == "a.csv:2"
