@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from pipeline import params, paths
+from pipeline import params, paths, significance
 from pipeline.data import Overlap, _places, prepare
 from pipeline.errors import UserError
 from pipeline.records import Example, read_rows, sha256_file, sha256_tree
@@ -894,6 +894,18 @@ def test_in_a_script_without_spaces_each_character_is_a_word(run: Prepare, capsy
 def test_conversations_in_a_table_are_told_of_their_format(run: Prepare) -> None:
     told = "of conversations data.format: chat makes source and target by itself"
     fails(run, told, {**GOOD, "train.jsonl": lines(chat("a", "b"))})
+
+
+# What it is good for
+
+
+def test_the_size_of_the_test_set_is_judged_before_anything_is_trained(
+    run: Prepare, capsys: pytest.CaptureFixture[str]
+) -> None:
+    test = lines(*(row(words(5000 + 100 * number)) for number in range(25)))
+    run({**GOOD, "test.jsonl": test})
+    told = f"25 test rows are likely to show a difference of {significance.planned(25):.1f} points in ROUGE-1"
+    assert told in capsys.readouterr().out
 
 
 # The whole
