@@ -91,13 +91,13 @@ class Stored:
 def track(train_seeds: list[int], tracking: params.Tracking) -> None:
     """Record the experiment in the working directory, unless it is recorded already, and write `paths.RECEIPT`.
 
-    Before that, publish its comparison: what the store refuses is read all the same.
+    Before that, publish its comparison: DVC has removed the reports, and what the store refuses is read all the same.
 
     UserError when `dvc.lock` or an output is missing, when `dvc.lock` mixes two experiments, for a metric that MLflow
     cannot hold, and for a store that cannot be used. A run is FINISHED only when everything is in it.
     """
-    record = gather(train_seeds)
     publish()
+    record = gather(train_seeds)
     with _opened(tracking) as client:
         experiment_id = _experiment(client, tracking)
         run = _finished(client, experiment_id, record.digest)
