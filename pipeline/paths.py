@@ -1,7 +1,8 @@
 """Where everything lies, relative to the project folder, which is the working directory of every stage.
 
-`out/` is DVC's (cached, git-ignored); `reports/` is for people and kept in git; `.scratch/` holds what a killed
-stage leaves behind and is never an output.
+`out/` is DVC's (cached, git-ignored); `reports/` is for people and kept in git, with a copy of `out/comparison`, since
+DVC caches nothing that git keeps but metrics and plots; `.scratch/` holds what a killed stage leaves behind and is
+never an output.
 """
 
 from pathlib import Path
@@ -25,12 +26,14 @@ SCORES = OUT / "scores"
 COSTS = OUT / "costs"
 RECEIPT = OUT / "receipt.json"
 
+COMPARISON = OUT / "comparison"
+COMPARISON_MD = COMPARISON / "comparison.md"
+REPORT_HTML = COMPARISON / "index.html"
+COMPARISON_SVG = COMPARISON / "comparison.svg"
+COMPARISON_PNG = COMPARISON / "comparison.png"
+
 REPORTS = Path("reports")
 METRICS = REPORTS / "metrics.json"
-COMPARISON_MD = REPORTS / "comparison.md"
-REPORT_HTML = REPORTS / "index.html"
-COMPARISON_SVG = REPORTS / "comparison.svg"
-COMPARISON_PNG = REPORTS / "comparison.png"
 
 SCRATCH = Path(".scratch")
 
@@ -73,6 +76,11 @@ def decoding(variant: str) -> Path:
 
 def scores(variant: str) -> Path:
     return SCORES / f"{variant}.json"
+
+
+def published(path: Path) -> Path:
+    """Where people find a file of `COMPARISON`."""
+    return REPORTS / path.relative_to(COMPARISON)
 
 
 def costs(result: Path) -> Path:

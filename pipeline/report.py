@@ -43,7 +43,7 @@ COMMANDS = (
 
 
 def write(comparison: Comparison, guards: Sequence[Guard]) -> None:
-    """Write the five files of `reports/`; equal comparisons give equal bytes."""
+    """Write `paths.METRICS` and the four files of `paths.COMPARISON`; equal comparisons give equal bytes."""
     records.write_json(paths.METRICS, metrics(comparison))
     records.write_text(paths.COMPARISON_SVG, charts.svg(comparison, charts.FILE))
     with records.replacing(paths.COMPARISON_PNG) as temporary:
@@ -178,15 +178,16 @@ def closing_lines(store: str) -> str:
 
     UserError when there is no report yet.
     """
+    page, html = map(paths.published, (paths.COMPARISON_MD, paths.REPORT_HTML))
     try:
-        verdict = paths.COMPARISON_MD.read_text(encoding="utf-8").split("\n", 1)[0]
+        verdict = page.read_text(encoding="utf-8").split("\n", 1)[0]
     except FileNotFoundError:
-        raise UserError(f"{paths.COMPARISON_MD} is missing: run `dvc repro`, which makes it") from None
+        raise UserError(f"{page} is missing: run `dvc repro`, which makes it") from None
     return "\n".join(
         [
             verdict.replace("**", ""),
             "",
-            f"  report   {paths.REPORT_HTML}  (or {paths.COMPARISON_MD})",
+            f"  report   {html}  (or {page})",
             f"  numbers  {paths.METRICS}  (dvc metrics diff)",
             f"  record   mlflow ui --host 127.0.0.1 --backend-store-uri {store}  (make ui)",
         ]

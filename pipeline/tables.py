@@ -200,7 +200,7 @@ def _json(file: File, encoding: str) -> Iterator[Located]:
 def _delimited(file: File, encoding: str) -> Iterator[Located]:
     """Fields stay strings ("007"), quoted as in CSV; a row with a field too many or too few is an error, not padded."""
     text = _text(file.path.read_bytes(), file, encoding)
-    delimiter = "\t" if file.path.suffix.lower() == ".tsv" else ","
+    delimiter = "\t" if file.path.suffix.lower() == ".tsv" else _delimiter(text)
     csv.field_size_limit(sys.maxsize)  # the default of 128 KiB is less than a long document
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
     line = 1
@@ -220,6 +220,13 @@ def _delimited(file: File, encoding: str) -> Iterator[Located]:
             line = reader.line_num + 1
     except csv.Error as error:
         raise UserError(f"{file.name}:{line}: {error}") from None
+
+
+def _delimiter(text: str) -> str:
+    """A comma; but a semicolon (as of spreadsheets where the comma is in numbers), tab or bar if the header has it and
+    no comma: it would be one column, which cannot be both source and target."""
+    header = text.split("\n", 1)[0]
+    return next((mark for mark in ",;\t|" if mark in header), ",")
 
 
 def _parquet(file: File, _: str) -> Iterator[Located]:

@@ -16,6 +16,7 @@ import math
 import os
 import posixpath
 import re
+import shutil
 import tempfile
 import time
 import warnings
@@ -90,9 +91,12 @@ class Stored:
 def track(train_seeds: list[int], tracking: params.Tracking) -> None:
     """Record the experiment in the working directory, unless it is recorded already, and write `paths.RECEIPT`.
 
+    Before that, publish its comparison: DVC has removed the reports, and what the store refuses is read all the same.
+
     UserError when `dvc.lock` or an output is missing, when `dvc.lock` mixes two experiments, for a metric that MLflow
     cannot hold, and for a store that cannot be used. A run is FINISHED only when everything is in it.
     """
+    publish()
     record = gather(train_seeds)
     _refuse_other_content(record, _stages(train_seeds))
     with _opened(tracking) as client:
@@ -105,6 +109,13 @@ def track(train_seeds: list[int], tracking: params.Tracking) -> None:
             _seen_again(client, run, record.tags)
     records.write_json(paths.RECEIPT, {"digest": record.digest})
     say(f"{word}: {_line(run, tracking)}")
+
+
+def publish() -> None:
+    """Copy the files of `paths.COMPARISON`, which a cache may have restored, to `paths.REPORTS`."""
+    for path in sorted(path for path in paths.COMPARISON.rglob("*") if path.is_file()):
+        with records.replacing(paths.published(path)) as temporary:
+            shutil.copyfile(path, temporary)
 
 
 def describe(train_seeds: list[int], tracking: params.Tracking) -> str:

@@ -380,14 +380,16 @@ def chain(project: Project) -> Outcome:
     return outcome
 
 
-def reports(project: Project) -> Outcome:
-    """The comparison once more, from predictions and scores; the reports byte by byte."""
+def reports(_: Project) -> Outcome:
+    """The comparison once more, from predictions and scores; it, and the reports that are its copy, byte by byte."""
     outcome = Outcome("reports")
-    again = "dvc repro --force --single-item compare"
-    files = [path for stage in project.stages if stage.name == "compare" for path in stage.outs]
+    again = "dvc repro --force --single-item compare && dvc repro"
+    count = 0
     with tempfile.TemporaryDirectory(prefix="lora-repro-") as folder:
-        for name in (paths.OUT, paths.PARAMS, paths.DVC_YAML):
-            (Path(folder) / name).symlink_to(name.resolve())
+        (Path(folder) / paths.OUT).mkdir()
+        for name in (*paths.OUT.iterdir(), paths.PARAMS, paths.DVC_YAML):
+            if name != paths.COMPARISON:
+                (Path(folder) / name).symlink_to(name.resolve())
         try:
             with contextlib.chdir(folder):
                 compare.main(params.read("compare"))
@@ -395,12 +397,17 @@ def reports(project: Project) -> Outcome:
             outcome.find(f"{paths.PREDICTIONS}, {paths.SCORES}", f"they cannot be compared: {error}", ABOVE)
             outcome.compared = "not computed"
             return outcome
-        for path in files:
-            if not path.is_file():
-                outcome.find(path, "missing", again)
-            elif path.read_bytes() != (Path(folder) / path).read_bytes():
-                outcome.find(path, "not what the predictions and scores give", again)
-    outcome.compared = f"{len(files)} computed again, {_word(outcome, 'one is equal byte for byte')}"
+        made = [file for file in Path(folder).rglob("*") if file.is_file() and not file.is_symlink()]
+        for file in sorted(made):
+            path = file.relative_to(folder)
+            copy = [(paths.published(path), RECORD)] if path.is_relative_to(paths.COMPARISON) else []
+            for place, remedy in [(path, again), *copy]:
+                count += 1
+                if not place.is_file():
+                    outcome.find(place, "missing", remedy)
+                elif place.read_bytes() != file.read_bytes():
+                    outcome.find(place, "not what the predictions and scores give", remedy)
+    outcome.compared = f"{count} computed again, {_word(outcome, 'one is equal byte for byte')}"
     return outcome
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from pipeline import charts, paths, report
+from pipeline import charts, paths, report, track
 from pipeline.compare import Aspect, Comparison, Line, Output, Pair, Result, Spread
 from pipeline.errors import UserError
 from pipeline.guards import Guard
@@ -98,6 +98,7 @@ FIRST = (
 def test_the_first_line_is_the_verdict_everywhere() -> None:
     report.write(comparison(), GUARDS)
     assert paths.COMPARISON_MD.read_text().split("\n")[0] == FIRST
+    track.publish()
     assert report.closing_lines("x").split("\n")[0] == FIRST.replace("**", "")
     assert "mlflow ui --host 127.0.0.1 --backend-store-uri sqlite:///here.db" in report.closing_lines(
         "sqlite:///here.db"
@@ -192,7 +193,7 @@ def test_equal_comparisons_give_equal_bytes() -> None:
     before = [path.read_bytes() for path in files]
     report.write(comparison(), GUARDS)
     assert [path.read_bytes() for path in files] == before
-    assert sorted(paths.REPORTS.iterdir()) == sorted(files)
+    assert sorted([*paths.COMPARISON.iterdir(), *paths.REPORTS.iterdir()]) == sorted(files)
     assert before[4].startswith(b"\x89PNG")
 
 

@@ -66,9 +66,9 @@ def run(stage, seed=None):
             {"examples": [dict(id=i, group=i, aspect="who", rouge1=score + n) for n, i in enumerate(ids)]})
     elif stage == "compare":
         write("reports/metrics.json", {"examples": 2, "rouge1": {"base": 10.5, "tuned": 30.5, "ci_low": 19.0}})
-        write("reports/comparison.md", "**Better**: by 20.\n\nand so on")
+        write("out/comparison/comparison.md", "**Better**: by 20.\n\nand so on")
         for name in ("index.html", "comparison.svg", "comparison.png"):
-            write(f"reports/{name}", name)
+            write(f"out/comparison/{name}", name)
     elif stage == "track":
         from pipeline import params, track
         track.track(p["seeds"], params.Tracking(**p["tracking"]))
@@ -123,21 +123,20 @@ stages:
     cmd: python toy.py compare
     params: [seeds]
     deps: [out/scores]
-    outs:
-      - reports/comparison.md: {cache: false}
-      - reports/index.html: {cache: false}
-      - reports/comparison.svg: {cache: false}
-      - reports/comparison.png: {cache: false}
+    outs: [out/comparison]
     metrics:
       - reports/metrics.json: {cache: false}
   track:
     cmd: python toy.py track
     params: [seeds, data, prompt, lora, train]
     deps: [out/adapters, out/data, out/models/base.json, out/models/quantized.json, out/predictions, out/scores,
-      out/training, reports/metrics.json, reports/comparison.md, reports/index.html, reports/comparison.svg,
-      reports/comparison.png]
+      out/training, out/comparison, reports/metrics.json]
     outs:
       - out/receipt.json: {cache: false}
+      - reports/comparison.md: {cache: false}
+      - reports/index.html: {cache: false}
+      - reports/comparison.svg: {cache: false}
+      - reports/comparison.png: {cache: false}
 """
 
 PARAMS_OF = {
@@ -352,7 +351,7 @@ class TestOneRun:
         names |= {f"models/{name}.json": f"out/models/{name}.json" for name in ("base", "quantized")}
         names |= {"data/card.json": "out/data/card.json", "dvc.lock": "dvc.lock", "params.yaml": "params.yaml"}
         names |= {
-            f"reports/{name}": f"reports/{name}"
+            f"reports/{name}": f"{'reports' if name == 'metrics.json' else 'out/comparison'}/{name}"
             for name in ("metrics.json", "comparison.md", "index.html", "comparison.svg", "comparison.png")
         }
         assert files == {inside: (toy.folder / name).read_text() for inside, name in names.items()}
@@ -481,9 +480,19 @@ class TestRefusals:
         ):
             toy.track()
 
+    def test_the_comparison_is_published_even_where_the_store_refuses(self, toy: Toy) -> None:
+        toy.track()
+        for path in (toy.folder / "out/comparison").iterdir():
+            assert (toy.folder / "reports" / path.name).read_bytes() == path.read_bytes()
+        (toy.folder / "out/comparison/comparison.md").write_text("**Worse**\n")
+        toy.database.write_bytes(b"no database")
+        with pytest.raises(UserError, match="refused"):
+            toy.track()
+        assert (toy.folder / "reports/comparison.md").read_text() == "**Worse**\n"
+
     def test_missing_outputs_are_all_named(self, toy: Toy) -> None:
         shutil.rmtree(toy.folder / "out/adapters/17")
-        (toy.folder / "reports/comparison.png").unlink()
+        (toy.folder / "out/comparison/comparison.png").unlink()
         with pytest.raises(UserError, match=r"(?s)outputs are missing.*comparison.png\n.*out/adapters/17"):
             toy.track()
 

@@ -210,16 +210,17 @@ class TestCache:
 
 class TestOutputs:
     def test_each_is_named_and_mended(self, capsys: pytest.CaptureFixture[str]) -> None:
-        reports = [*sorted(Path("reports").glob("comparison.*")), paths.REPORT_HTML, paths.METRICS]
+        reports = sorted(Path("reports").iterdir())
         assert len(reports) == 5
         spoilt = [Path("out/predictions/tuned-17.jsonl"), Path("out/scores/tuned-17.json"), paths.RECEIPT, *reports]
-        for path in [*spoilt, Path("out/adapters/17/adapter_model.safetensors")]:
+        for path in [*spoilt, Path("out/adapters/17/adapter_model.safetensors"), paths.COMPARISON_MD]:
             flip(path)
         Path("out/training/17.csv").unlink()
         printed = checked(capsys)
         for path in spoilt:
             assert f"\n  {path}: not what stage " in printed
         assert "\n  out/adapters/17 (adapter_model.safetensors): not what stage train@17 wrote" in printed
+        assert "\n  out/comparison (comparison.md): not what stage compare wrote" in printed
         assert "\n  out/training/17.csv: missing" in printed
         mend(printed)
         assert "all agreed" in checked(capsys)
@@ -264,7 +265,8 @@ class TestChain:
         assert found == [f"{path}: it names another decoding than the one here"]
 
     def test_reports_are_computed_again(self) -> None:
-        for path in (paths.METRICS, paths.COMPARISON_MD, paths.REPORT_HTML):
+        made = (paths.COMPARISON_MD, paths.COMPARISON_PNG)
+        for path in (paths.METRICS, *made, *map(paths.published, made)):
             with flipped(path):
                 assert places(verify.reports) == [f"{path}: not what the predictions and scores give"]
         path = paths.predictions("base")
