@@ -189,7 +189,8 @@ def _refuse_other_content(record: Record, stages: Stages) -> None:
         f"{out}: not what stage {name} wrote"
         for name, content in stages.items()
         for out, md5 in content["outs"].items()
-        if any(path.is_relative_to(out) for path in recorded) and records.dvc_md5(Path(out)) != md5
+        if any(path.is_relative_to(out) or Path(out).is_relative_to(path) for path in recorded)
+        and records.dvc_md5(Path(out)) != md5
     ]
     if changed:
         remedy = "`lora-repro verify` says what mends it"

@@ -412,7 +412,7 @@ def reports(_: Project) -> Outcome:
 
 
 def record(project: Project) -> Outcome:
-    """The one MLflow run of this experiment: its database sound, it as it was written, and of what is here."""
+    """The MLflow store: its database sound, its runs as they were written, and that of this experiment as is here."""
     outcome = Outcome("mlflow")
     tracking, seeds = project.params.tracking, project.params.seeds
     outcome.compared = "no run that could be compared"
@@ -437,6 +437,13 @@ def record(project: Project) -> Outcome:
             f"run {run.name} ({run.run_id})", f"half-written, its status is {run.status}",
             RECORD if own else f"{STORE} mlflow runs delete --run-id {run.run_id}",
         )  # fmt: skip
+    others = [run for run in runs if run.tags[track.DIGEST] != now.digest and run.status == "FINISHED"]
+    for run in others:
+        for fault in _faults(tracking, run)[1]:
+            remedy = (
+                f"{STORE} mlflow runs delete --run-id {run.run_id}  # `dvc exp apply` and `dvc repro` record it anew"
+            )
+            outcome.find(f"run {run.name} ({run.run_id})", fault, remedy)
     finished = [run for run in runs if run.tags[track.DIGEST] == now.digest and run.status == "FINISHED"]
     if not finished:
         outcome.find(without_passwords(track.tracking_uri(tracking)), "no finished run of this experiment", RECORD)
@@ -449,9 +456,7 @@ def record(project: Project) -> Outcome:
     for run in finished:
         place = f"run {run.name} ({run.run_id})"
         remedy = f"{STORE} mlflow runs delete --run-id {run.run_id} && {RECORD}"
-        with tempfile.TemporaryDirectory(prefix="lora-repro-") as folder:
-            held = track.read_back(tracking, run.run_id, Path(folder))
-            faults = track.spoilt(run, held, Path(folder))
+        held, faults = _faults(tracking, run)
         for fault in faults:
             outcome.find(place, fault, remedy)
         count += len(held)
@@ -461,9 +466,17 @@ def record(project: Project) -> Outcome:
                     outcome.find(place, f"{at} is not what is here", ABOVE if project.spoilt() else remedy)
     outcome.compared = (
         f"{count} parameters, metrics with their curves, tags and artifacts of run {finished[0].name} "
-        f"({finished[0].run_id}), {_word(outcome, 'one is as written and as here')}"
+        f"({finished[0].run_id}) and {len(others)} runs of other experiments, "
+        f"{_word(outcome, 'one is as written and, of this experiment, as here')}"
     )
     return outcome
+
+
+def _faults(tracking: params.Tracking, run: track.Stored) -> tuple[dict[str, str], list[str]]:
+    """What a run holds now, and the places in it that are not what was written."""
+    with tempfile.TemporaryDirectory(prefix="lora-repro-") as folder:
+        held = track.read_back(tracking, run.run_id, Path(folder))
+        return held, track.spoilt(run, held, Path(folder))
 
 
 def _unsound(database: Path) -> str | None:

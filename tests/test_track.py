@@ -523,7 +523,7 @@ class TestRefusals:
     def test_what_has_changed_on_the_disk_is_not_recorded(self, toy: Toy, path: str) -> None:
         """As DVC restores it from a cache that has rotted."""
         content = (toy.folder / path).read_text()
-        (toy.folder / path).write_text(content + " ")
+        (toy.folder / path).write_text(content + "\n")
         with pytest.raises(UserError, match=rf"(?s)nothing is recorded of .*- {path}: not what stage \w+"):
             toy.track()
         assert runs(toy.database) == []
@@ -607,7 +607,7 @@ class TestStore:
             ("sqlite:///my.db?timeout=9", "sqlite:///{root}/my.db?timeout=9"),
             ("sqlite:////srv/my.db", "sqlite:////srv/my.db"),
             ("http://localhost:5000", "http://localhost:5000"),
-            ("postgresql+psycopg2://me:word@host/db", "postgresql+psycopg2://me:word@host/db"),
+            ("postgresql+psycopg2://host/db", "postgresql+psycopg2://host/db"),
             ("databricks", "databricks"),
             ("databricks://profile", "databricks://profile"),
             ("mlruns", "{root_uri}/mlruns"),

@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from pipeline import adapter, attention, pack, params, paths, quantize, records, train
+from pipeline import adapter, attention, device, pack, params, paths, quantize, records, train
 from pipeline.errors import UserError
 from pipeline.prompt import Row
 
@@ -216,7 +216,7 @@ def test_another_number_of_threads_starts_afresh(
         patch.setattr(train.Trainer, "step", dies_at(3, train.Trainer.step))
         run(quantized)
     capsys.readouterr()
-    monkeypatch.setattr(train.devices, "threads", lambda _: 3)
+    monkeypatch.setattr(device, "threads", lambda _: 3)
     run(quantized)
     assert "going on" not in capsys.readouterr().out
 

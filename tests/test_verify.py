@@ -292,6 +292,20 @@ class TestMlflow:
             [found] = places(verify.record)
         assert f"artifacts/{path} is not what was written" in found
 
+    def test_a_run_of_another_experiment(self) -> None:
+        """As left by another experiment, its artifacts lost."""
+        from mlflow import MlflowClient
+
+        client = MlflowClient(track.tracking_uri(tracking()))
+        experiment = client.get_experiment_by_name("lora-repro").experiment_id
+        other = client.create_run(experiment, tags={track.DIGEST: "another"}).info.run_id
+        client.set_terminated(other)
+        [found] = verify.record(verify.read()).findings
+        client.delete_run(other)
+        assert found.place.endswith(f"({other})")
+        assert found.wrong == "artifacts/manifest.json is missing"
+        assert f"mlflow runs delete --run-id {other}" in found.remedy
+
     def test_the_manifest_itself(self) -> None:
         with flipped(artifact("manifest.json")):
             [found] = places(verify.record)
