@@ -33,7 +33,7 @@ from tests.conftest import make_clone, tiny_model
 
 STAGES = [
     "prepare", "fetch", "quantize", "infer@base", "evaluate@base",
-    "train@17", "infer-tuned@17", "evaluate-tuned@17", "compare", "track",
+    "train@17", "infer-tuned@17", "forget@17", "evaluate-tuned@17", "compare", "track",
 ]  # fmt: skip
 EVERY_MINUTE, EVERY_STEP = "SECONDS_BETWEEN_CHECKPOINTS = 60.0\n", "SECONDS_BETWEEN_CHECKPOINTS = 0.0\n"
 

@@ -20,7 +20,8 @@ from pipeline import paths, records, stage
 from pipeline.progress import say
 
 KEPT = 4
-"""Checkpoints of interrupted stages with other inputs that a project keeps: one holds three times the adapter."""
+"""Checkpoints of interrupted stages with other inputs that a project keeps: one holds the adapter three times, or four
+with early stopping."""
 
 
 def key(name: str, identity: Any) -> str:

@@ -16,7 +16,8 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline import metrics, params, paths, records, scores, significance
+from pipeline import cost, metrics, params, paths, records, scores, significance
+from pipeline.cost import Cost
 from pipeline.errors import UserError, listing
 from pipeline.metrics import Floats, Metric
 from pipeline.records import Example, Prediction
@@ -141,6 +142,7 @@ class Comparison:
     reference_words: float
     best: list[Pair]
     worst: list[Pair]
+    cost: Cost
 
 
 def compare(seeds: Sequence[int], evaluate: params.Evaluate, compare: params.Compare) -> Comparison:
@@ -196,6 +198,7 @@ def compare(seeds: Sequence[int], evaluate: params.Evaluate, compare: params.Com
         reference_words=scored[0].length["references"],
         best=best,
         worst=worst,
+        cost=cost.read(seeds, compare),
     )
 
 

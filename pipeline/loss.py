@@ -12,11 +12,9 @@ if TYPE_CHECKING:
     import torch
 
 
-def summed(model: Any, packed: pack.Packed) -> "torch.Tensor":
-    """Cross-entropy summed over the supervised tokens; logits are computed at their places only."""
-    import torch
-
-    logits_1xNxV = model(
+def logits(model: Any, packed: pack.Packed) -> "torch.Tensor":
+    """1xNxV: at the places that predict a supervised token, and nowhere else."""
+    logits_1xNxV: torch.Tensor = model(
         input_ids=packed.input_ids_1xL,
         # Four dimensions: transformers hands it on as it is; `attention.grouped` reads the spans instead.
         attention_mask=packed.input_ids_1xL.new_empty(1, 1, 0, 0),
@@ -25,6 +23,14 @@ def summed(model: Any, packed: pack.Packed) -> "torch.Tensor":
         logits_to_keep=packed.answer_at_N,
         use_cache=False,
     ).logits
+    return logits_1xNxV
+
+
+def summed(model: Any, packed: pack.Packed) -> "torch.Tensor":
+    """Cross-entropy summed over the supervised tokens."""
+    import torch
+
+    logits_1xNxV = logits(model, packed)
     return torch.nn.functional.cross_entropy(logits_1xNxV[0].float(), packed.target_N, reduction="sum")
 
 

@@ -210,6 +210,20 @@ class Train(Section):
     beta2: Annotated[float, Field(gt=0, lt=1)]
     max_grad_norm: Annotated[float, Field(gt=0, le=1000)]
     max_dropped_share: Share
+    validate_every: Annotated[int, Field(ge=0, le=1_000_000)]
+    early_stopping: Annotated[int, Field(ge=0, le=1000)]
+
+
+class Forget(Section):
+    key = "forget"
+    source: str | None
+    sha256: Sha256 | None
+    files: OneOrSeveral[str]
+    encoding: Annotated[str, AfterValidator(codec)]
+    column: str | None
+    html: bool
+    tokens: Annotated[int, Field(ge=64, le=10_000_000)]
+    window: Annotated[int, Field(ge=16, le=32768)]
 
 
 class Generation(Section):
@@ -301,11 +315,18 @@ class Params(Section):
     lora: Lora
     seeds: Annotated[list[Annotated[int, Field(ge=0, lt=2**32)]], Field(min_length=1)]
     train: Train
+    forget: Forget
     generation: Generation
     evaluate: Evaluate
     compare: Compare
     runtime: Runtime
     tracking: Tracking
+
+    @property
+    def sources(self) -> list[tuple[str, str | None]]:
+        """Everything that is read from outside, with its digest."""
+        general = [] if self.forget.source is None else [(self.forget.source, self.forget.sha256)]
+        return [*self.data.pinned, (self.model.source, self.model.sha256), *general]
 
     @model_validator(mode="after")
     def seeds_differ(self) -> Self:

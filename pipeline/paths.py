@@ -23,6 +23,7 @@ ADAPTERS = OUT / "adapters"
 TRAINING = OUT / "training"
 PREDICTIONS = OUT / "predictions"
 SCORES = OUT / "scores"
+FORGETTING = OUT / "forgetting"
 COSTS = OUT / "costs"
 RECEIPT = OUT / "receipt.json"
 
@@ -57,6 +58,11 @@ def training_summary(seed: int) -> Path:
 def training_log(seed: int) -> Path:
     """The training curve, one row an optimizer step."""
     return TRAINING / f"{seed}.csv"
+
+
+def forgetting(seed: int) -> Path:
+    """What one seed's adapter does to general text."""
+    return FORGETTING / f"{seed}.json"
 
 
 def variant(seed: int | None) -> str:

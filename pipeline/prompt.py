@@ -130,17 +130,13 @@ class Encoder:
             ids: list[int] = self.tokenizer(rendered, add_special_tokens=False).input_ids
         else:
             ids = self.tokenizer(text, add_special_tokens=False).input_ids
-            if self.tokenizer.bos_token_id is not None and self._adds_bos():
+            if starts_with_bos(self.tokenizer):
                 ids = [self.tokenizer.bos_token_id, *ids]
         return ids
 
     def _render(self, messages: list[dict[str, str]], **options: Any) -> str:
         rendered: str = self.tokenizer.apply_chat_template(messages, tokenize=False, date_string=DATE, **options)
         return rendered
-
-    def _adds_bos(self) -> bool:
-        """Whether the model was trained with a BOS in front, as its tokenizer tells."""
-        return bool(self.tokenizer("a").input_ids[0] == self.tokenizer.bos_token_id)
 
     def _cut(self, source: str, excess: int) -> str:
         """`source` without its last `excess` tokens, and one more for what joins up differently at the cut."""
@@ -159,3 +155,9 @@ class Encoder:
         if self.tokenizer.eos_token_id is None:
             raise UserError("the model's tokenizer has no EOS token: without one, decoding cannot learn to stop")
         return int(self.tokenizer.eos_token_id)
+
+
+def starts_with_bos(tokenizer: Any) -> bool:
+    """Whether the model was trained with a BOS in front of plain text, as its tokenizer tells."""
+    bos = tokenizer.bos_token_id
+    return bos is not None and bool(tokenizer("a").input_ids[0] == bos)

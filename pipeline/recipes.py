@@ -477,8 +477,11 @@ def _needs_in_short(choice: Choice) -> str:
 def _needs_at_length(choice: Choice) -> Iterator[str]:
     needs, sources = choice.recipe.needs, _sources(choice.content)
     everything = [source for given in sources.values() for source in given]
+    general = choice.content["forget"]["source"]
     if any(source.startswith("pip:") for source in everything):
         yield "needs  a package index (PyPI or a mirror)"
+    elif general and general.startswith("pip:"):
+        yield "needs  a package index, for the text of forget; forget.source: null goes without"
     if hub := [source.removeprefix("hf:") for source in everything if _is_on_hub(source)]:
         yield f"needs  the Hugging Face hub (huggingface.co), for {' and '.join(hub)}"
     for page in needs.licence:

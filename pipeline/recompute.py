@@ -85,7 +85,7 @@ def _copy(copy: Path, given: params.Params) -> None:
         raise UserError(f"git cannot list the project's files: {listed.stderr.decode(errors='replace').strip()}")
     names = {Path(os.fsdecode(name)) for name in listed.stdout.split(b"\0") if name} - {paths.DVC_LOCK}
     # A local source may be ignored by git; one outside of the project, by a relative path, cannot come along.
-    for local in map(Path, [*(source for source, _ in given.data.pinned), given.model.source]):
+    for local in (Path(source) for source, _ in given.sources):
         if not local.is_absolute() and local.exists():
             if ".." in local.parts:
                 raise UserError(f"the source {local} lies outside of the project: name it by its absolute path first")

@@ -175,6 +175,10 @@ def dvc_md5(path: Path) -> str | None:
     return f"{hashlib.md5(json.dumps(listing, sort_keys=True).encode()).hexdigest()}.dir"
 
 
+def sha256_text(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
 def sha256_ids(ids: Iterable[int]) -> str:
     """Digest of a sequence of token ids."""
     return hashlib.sha256(" ".join(map(str, ids)).encode()).hexdigest()

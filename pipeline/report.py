@@ -14,6 +14,7 @@ from markupsafe import Markup, escape
 
 from pipeline import charts, paths, records, significance
 from pipeline.compare import Comparison
+from pipeline.cost import Cost
 from pipeline.errors import UserError
 from pipeline.guards import Guard
 from pipeline.metrics import LABELS
@@ -98,12 +99,50 @@ def metrics(comparison: Comparison) -> dict[str, Any]:
                 f"{name}_ci_low": ahead.low,
                 f"{name}_ci_high": ahead.high,
             }
+    content["cost"] = costs(comparison.cost)
     content["words"] = {"references": comparison.reference_words}
     content["stopped_by_cap"] = {}
     for model, outputs in (("base", [comparison.base]), ("tuned", comparison.tuned)):
         content["words"][model] = sum(one.words for one in outputs) / len(outputs)
         content["stopped_by_cap"][model] = sum(one.stopped_by_cap for one in outputs) / len(outputs)
     return content
+
+
+def costs(cost: Cost) -> dict[str, Any]:
+    """What fine-tuning cost, as far as it is the same everywhere: losses in nats a token, means over seeds."""
+    training = cost.training
+    content: dict[str, Any] = {
+        "trainable_parameters": cost.trainable_parameters,
+        "adapter_bytes": cost.adapter_bytes,
+        "epochs": _mean([one.epochs for one in training]),
+        "best_epoch": _mean([one.best_epoch for one in training]),
+        "kept_epoch": _mean([one.kept_epoch for one in training]),
+        "validation_loss_before": _mean([one.first_loss for one in training]),
+        "validation_loss": _mean([one.kept_loss for one in training]),
+        "validation_loss_best": _mean([one.best_loss for one in training]),
+        "training_loss": _mean([one.training_loss for one in training]),
+        "gap": _mean([one.gap for one in training]),
+    }
+    if cost.forgetting:
+        found = cost.forgetting
+        content["general_loss"] = {
+            "base": found.base_loss,
+            "tuned": found.tuned_loss,
+            "diff": found.diff.value,
+            "ci_low": found.diff.low,
+            "ci_high": found.diff.high,
+            "cross_entropy": found.cross_entropy.value,
+            "cross_entropy_ci_low": found.cross_entropy.low,
+            "cross_entropy_ci_high": found.cross_entropy.high,
+            "kl": found.kl.value,
+            "kl_ci_low": found.kl.low,
+            "kl_ci_high": found.kl.high,
+        }
+    return content
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)
 
 
 def basis(comparison: Comparison) -> str:
@@ -141,6 +180,7 @@ def caveats(comparison: Comparison) -> list[str]:
         for one in (comparison.base, *comparison.tuned)
         if one.stopped_by_cap > MANY_CAPPED
     )
+    found.extend(_price(comparison))
     if comparison.groups < FEW_GROUPS:
         found.append(f"With only {comparison.groups} groups of examples the intervals are too narrow.")
     for one in (comparison.base, *comparison.tuned):
@@ -152,6 +192,32 @@ def caveats(comparison: Comparison) -> list[str]:
             )
     if len(comparison.tuned) == 1:
         found.append("One training seed: the intervals cover the choice of test examples, not that of the seed.")
+    return found
+
+
+def _price(comparison: Comparison) -> list[str]:
+    """What the gain was paid for with, where that can be shown: general text forgotten, training gone too far."""
+    found = []
+    forgetting = comparison.cost.forgetting
+    if forgetting is None:
+        found.append(
+            "Forgetting was not measured (forget.source is null): what the adapter costs elsewhere is not known."
+        )
+    elif forgetting.rose:
+        found.append(
+            f"Fine-tuning made the model worse at general text: {nats(forgetting.base_loss)} → "
+            f"{nats(forgetting.tuned_loss)} nats a token ({change(forgetting.diff.value)}, "
+            f"{change_span(forgetting.diff)}), a perplexity of {points(forgetting.base_perplexity)} → "
+            f"{points(forgetting.tuned_perplexity)}."
+        )
+    several = len(comparison.cost.training) > 1
+    found.extend(
+        f"The adapter{f' of seed {one.seed}' if several else ''} is trained past its best: the validation loss was "
+        f"{nats(one.best_loss)} after {epochs(one.best_epoch)} and is {nats(one.kept_loss)} after "
+        f"{epochs(one.kept_epoch)}, which is what was kept. train.early_stopping keeps the best."
+        for one in comparison.cost.training
+        if one.overfitted
+    )
     return found
 
 
@@ -205,6 +271,26 @@ def signed(value: float) -> str:
     return f"−{text}" if value < 0 else f"+{text}"
 
 
+def nats(value: float) -> str:
+    """A loss, in nats a token."""
+    return f"{value:.3f}"
+
+
+def change(value: float) -> str:
+    """A difference of losses with its sign: three decimals, five below 0.001 so that its side of zero is seen."""
+    text = f"{abs(value):.3f}" if abs(value) >= 0.001 or value == 0 else f"{abs(value):.5f}"
+    return f"−{text}" if value < 0 else f"+{text}"
+
+
+def change_span(interval: Interval) -> str:
+    return f"{change(interval.low)} to {change(interval.high)}"
+
+
+def epochs(value: float) -> str:
+    """`1 epoch`, `2.5 epochs`."""
+    return f"{value:.3g} epoch{'' if value == 1 else 's'}"
+
+
 def probability(value: float) -> str:
     """A p-value: three decimals, and what is smaller as such."""
     return "≤ 0.001" if value < 0.001 else f"{value:.3f}"
@@ -247,6 +333,7 @@ def _environment() -> Environment:
         keep_trailing_newline=True,
     )
     environment.filters |= {
-        function.__name__: function for function in (points, signed, span, share, probability, markdown, html)
+        function.__name__: function
+        for function in (points, signed, span, share, probability, nats, change, change_span, epochs, markdown, html)
     }
     return environment

@@ -17,7 +17,7 @@ from pathlib import Path
 import psutil
 from filelock import FileLock, Timeout
 
-from pipeline import params, paths, records
+from pipeline import energy, params, paths, records
 from pipeline.errors import UserError, listing
 
 COMPUTING = (
@@ -46,10 +46,14 @@ def run(stage: str, call: Callable[[params.Declared], None], result: Path | None
         with alone(address(stage, sys.argv[1:])):
             require_pinned_versions()
             remove_leftovers()
-            call(params.read(stage))
-            if result:
-                cost = _cost(time.monotonic() - started)
-                records.write_json(paths.costs(result), cost | {"result_sha256": records.sha256_file(result)})
+            declared = params.read(stage)
+            if result is None:
+                call(declared)
+                return
+            with energy.metered() as end:
+                call(declared)
+                cost = _cost(time.monotonic() - started) | end()
+            records.write_json(paths.costs(result), cost | {"result_sha256": records.sha256_file(result)})
     except UserError as error:
         print(f"\nerror: {error}\n", file=sys.stderr, flush=True)
         sys.exit(1)
@@ -127,7 +131,8 @@ def remove_leftovers() -> None:
 
 
 def _cost(seconds: float) -> dict[str, object]:
-    """Wall time, peak memory of this process (and of the accelerator, where there is one), device and threads."""
+    """Wall time, peak memory of this process (and of the accelerator, where there is one), device and threads; what
+    `energy.metered` gives comes on top."""
     # getrusage counts in bytes on macOS, in KiB elsewhere.
     peak_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
     cost: dict[str, object] = {"seconds": round(seconds, 3), "peak_memory_mb": round(peak_bytes / 2**20, 1)}

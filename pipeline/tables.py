@@ -42,6 +42,14 @@ _PO_LINE = re.compile(r'(?:(?:msgctxt|msgid|msgid_plural|msgstr|msgstr\[\d+\])\s
 
 
 @dataclass(frozen=True, slots=True)
+class Encoding:
+    """The codec of text without a byte order mark, and the parameter, or what else, that names it."""
+
+    codec: str
+    named_by: str
+
+
+@dataclass(frozen=True, slots=True)
 class File:
     """A file of a source: its path from the root down, the name of the source, and where it lies now."""
 
@@ -78,17 +86,18 @@ def select(there: Mapping[str, File], wanted: str | list[str], key: str) -> list
     UserError, naming `key`, for what leads out of the sources or is hidden, and for what no file matches.
     """
     chosen: set[str] = set()
+    section = key.partition(".")[0]
     for pattern in [wanted] if isinstance(wanted, str) else wanted:
         path = PurePosixPath(pattern)
         # The digest of a folder is over what lies in it and is not hidden: nothing else is pinned.
         if path.is_absolute() or any(part.startswith(".") for part in path.parts):
             raise UserError(
-                f"{key} = '{pattern}': must lie in data.source, and not be hidden: only that content is pinned"
+                f"{key} = '{pattern}': must lie in {section}.source, and not be hidden: only that content is pinned"
             )
         # A file may have [ or * in its name.
         names = [path.as_posix()] if path.as_posix() in there else _matching(there, path)
         if not names:
-            raise UserError(f"{key} = '{pattern}': data.source has no such file; it has {_near(there, path)}")
+            raise UserError(f"{key} = '{pattern}': {section}.source has no such file; it has {_near(there, path)}")
         chosen |= set(names)
     return [there[name] for name in sorted(chosen)]
 
@@ -114,12 +123,13 @@ def _near(there: Mapping[str, File], wanted: PurePosixPath) -> str:
 # Reading
 
 
-def records(file: File, encoding: str) -> Iterator[Located]:
+def records(file: File, encoding: str, section: str = "data") -> Iterator[Located]:
     """The records of a file, each with its place; UserError says where the file is broken.
 
-    `encoding` is of text without a byte order mark; a gettext catalogue may name its own.
+    `encoding` is of text without a byte order mark, and given by the `section` of the parameters; a gettext catalogue
+    may name its own.
     """
-    readers: dict[str, Callable[[File, str], Iterator[Located]]] = {
+    readers: dict[str, Callable[[File, Encoding], Iterator[Located]]] = {
         ".jsonl": _json,
         ".json": _json,
         ".csv": _delimited,
@@ -131,7 +141,7 @@ def records(file: File, encoding: str) -> Iterator[Located]:
     suffix = file.path.suffix.lower()
     if suffix not in readers:
         raise UserError(f"{file.name}: '{suffix}' files cannot be read; use {SUFFIXES}")
-    for where, record in readers[suffix](file, encoding):
+    for where, record in readers[suffix](file, Encoding(encoding, f"{section}.encoding")):
         yield where, {**record, "__file__": file.name, "__source__": file.source}
 
 
@@ -160,27 +170,46 @@ def _names(record: Record, prefix: str = "") -> Iterator[str]:
             yield f"{prefix}{name}"
 
 
-def _text(content: bytes, file: File, encoding: str, key: str = "data.encoding") -> str:
-    """The decoded content; a byte order mark wins over `encoding`, which `key` has set."""
-    mark, encoding = next((pair for pair in MARKS if content.startswith(pair[0])), (b"", encoding))
+def plain(file: File, encoding: str, section: str) -> str:
+    """The whole content of a file of plain text."""
+    return _text(file.path.read_bytes(), file, Encoding(encoding, f"{section}.encoding"))
+
+
+def _text(content: bytes, file: File, given: Encoding) -> str:
+    """The decoded content; a byte order mark wins over the encoding that was given."""
+    mark, encoding = next((pair for pair in MARKS if content.startswith(pair[0])), (b"", given.codec))
     content = content.removeprefix(mark)
     try:
         return content.decode(encoding)
     except UnicodeError as error:
         start = getattr(error, "start", 0)  # a few codecs tell no place
         line = content[:start].decode(encoding, "replace").count("\n") + 1
-        remedy = f"set {key} to the encoding that the file has" if not mark else "it is what its first bytes announce"
+        remedy = (
+            f"set {given.named_by} to the encoding that the file has"
+            if not mark
+            else "it is what its first bytes announce"
+        )
         raise UserError(
             f"{file.name}:{line} is not {encoding.upper()} (byte {len(mark) + start}): {remedy}, or save it as UTF-8"
         ) from None
 
 
-def _json(file: File, encoding: str) -> Iterator[Located]:
-    """One object a line, or one array of objects; by hand: a table reader makes dates of date-like strings."""
+def _json(file: File, encoding: Encoding) -> Iterator[Located]:
+    """One object a line, one array of objects, or (.json) one object over several lines.
+
+    By hand: a table reader makes dates of date-like strings.
+    """
     text = _text(file.path.read_bytes(), file, encoding)
-    if text.lstrip().startswith("["):
+    start = text.lstrip()
+    located: list[tuple[str, Any]]
+    if start.startswith("["):
         try:
             located = [(f"{file.name}, item {number}", item) for number, item in enumerate(json.loads(text), start=1)]
+        except (ValueError, RecursionError) as error:
+            raise UserError(f"{file.name} is not JSON: {error}") from None
+    elif file.path.suffix.lower() == ".json" and start.split("\n", 1)[0].rstrip() == "{":
+        try:
+            located = [(file.name, json.loads(text))]
         except (ValueError, RecursionError) as error:
             raise UserError(f"{file.name} is not JSON: {error}") from None
     else:
@@ -197,7 +226,7 @@ def _json(file: File, encoding: str) -> Iterator[Located]:
         yield where, item
 
 
-def _delimited(file: File, encoding: str) -> Iterator[Located]:
+def _delimited(file: File, encoding: Encoding) -> Iterator[Located]:
     """Fields stay strings ("007"), quoted as in CSV; a row with a field too many or too few is an error, not padded."""
     text = _text(file.path.read_bytes(), file, encoding)
     delimiter = "\t" if file.path.suffix.lower() == ".tsv" else _delimiter(text)
@@ -229,7 +258,7 @@ def _delimiter(text: str) -> str:
     return next((mark for mark in ",;\t|" if mark in header), ",")
 
 
-def _parquet(file: File, _: str) -> Iterator[Located]:
+def _parquet(file: File, _: Encoding) -> Iterator[Located]:
     """The rows as Arrow has them: `datasets` would open the files and addresses that a column of images names."""
     import datasets
 
@@ -247,7 +276,7 @@ def _parquet(file: File, _: str) -> Iterator[Located]:
 # Gettext
 
 
-def _catalogue(file: File, encoding: str) -> Iterator[Located]:
+def _catalogue(file: File, encoding: Encoding) -> Iterator[Located]:
     """The entries of a .po file that are translated, without those that are fuzzy, obsolete or have a plural."""
     import polib
 
@@ -277,17 +306,17 @@ def _catalogue(file: File, encoding: str) -> Iterator[Located]:
             yield from _translated(f"{file.name}:{entry.linenum}", entry)
 
 
-def _catalogue_text(file: File, encoding: str) -> str:
+def _catalogue_text(file: File, encoding: Encoding) -> str:
     content = file.path.read_bytes()
     charset = _charset(content, file)
-    return _text(content, file, charset, "the charset of its header") if charset else _text(content, file, encoding)
+    return _text(content, file, Encoding(charset, "the charset of its header") if charset else encoding)
 
 
-def _compiled_catalogue(file: File, encoding: str) -> Iterator[Located]:
+def _compiled_catalogue(file: File, encoding: Encoding) -> Iterator[Located]:
     """The entries of a .mo file, without those that have a plural; what is fuzzy was left out when it was compiled."""
     import polib
 
-    charset = _charset(file.path.read_bytes(), file) or encoding
+    charset = _charset(file.path.read_bytes(), file) or encoding.codec
     try:
         entries = polib.mofile(str(file.path), encoding=charset)
     except Exception as error:  # whatever numbers that lead nowhere bring about

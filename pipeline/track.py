@@ -146,7 +146,7 @@ def _locked(lock: str, seeds: list[int]) -> Stages:
 
     It also keeps stages that `dvc.yaml` no longer has, such as a seed's after the seeds changed: not these."""
     names = ["prepare", "fetch", "quantize", "infer@base", "evaluate@base", "compare"]
-    names += [f"{stage}@{seed}" for seed in seeds for stage in ("train", "infer-tuned", "evaluate-tuned")]
+    names += [f"{stage}@{seed}" for seed in seeds for stage in ("train", "infer-tuned", "forget", "evaluate-tuned")]
     locked = YAML(typ="safe", pure=True).load(lock)["stages"]
     if missing := [name for name in names if name not in locked]:
         raise UserError(f"{paths.DVC_LOCK} has no {', '.join(missing)}: run `dvc repro`")
@@ -215,6 +215,7 @@ def gather(seeds: list[int]) -> Record:
         "git.dirty": str(dirty).lower() if sha else None,
         "device": records.read_json(paths.decoding("base"))["device"],
         NOTE: paths.COMPARISON_MD.read_text(encoding="utf-8").split("\n", 1)[0][:MAX_TAG],
+        "energy": _meters(seeds),
         **{f"machine.{name}": str(fact) for name, fact in machine.items()},
         **{f"version.{package}": version for package, version in versions.items()},
     }
@@ -226,6 +227,7 @@ def gather(seeds: list[int]) -> Record:
     for seed in seeds:
         files.append((paths.adapter(seed), f"adapter/{seed}"))
         files += [(path, "training") for path in (paths.training_summary(seed), paths.training_log(seed))]
+        files.append((paths.forgetting(seed), paths.FORGETTING.name))
     if missing := [str(path) for path, _ in files if not path.exists()]:
         raise listing(missing, "outputs are missing, run `dvc repro` or `dvc checkout`:")
     metrics = [*_results(), *_training(seeds), *_costs(seeds)]
@@ -309,21 +311,33 @@ def _training(seeds: list[int]) -> Iterator[Point]:
 
 
 def _costs(seeds: list[int]) -> Iterator[Point]:
-    """Time and memory of each stage, where this folder ran it for the very result that is here now.
+    """Time, memory and measured energy of each stage, where this folder ran it for the very result that is here now.
 
     A result restored from a cache cost this experiment nothing, and what it cost another is in the other's run.
     """
+    for stage, cost in _paid(seeds).items():
+        names = {"seconds": "seconds", "peak_memory_mb": "peak_mb", "peak_device_memory_mb": "peak_device_mb"}
+        names |= {"energy_kwh": "energy_kwh"}
+        yield from (Point(f"cost/{stage}_{name}", cost[key]) for key, name in names.items() if key in cost)
+
+
+def _meters(seeds: list[int]) -> str | None:
+    """What measured the energy of the stages that ran here, or why nothing did."""
+    meters = dict.fromkeys(str(cost["energy_meter"]) for cost in _paid(seeds).values() if "energy_meter" in cost)
+    return "; ".join(meters)[:MAX_TAG] or None
+
+
+def _paid(seeds: list[int]) -> dict[str, dict[str, Any]]:
+    """The cost of each stage that this folder ran for the result that is here now."""
     results = {"prepare": paths.DATA_CARD, "fetch": paths.BASE_FACTS, "quantize": paths.QUANTIZED_FACTS}
     results |= {"infer-base": paths.predictions(paths.variant(None))}
     for seed in seeds:
         results[f"train-{seed}"] = paths.training_summary(seed)
         results[f"infer-tuned-{seed}"] = paths.predictions(paths.variant(seed))
-    for stage, result in results.items():
-        if paths.costs(result).exists():
-            cost = records.read_json(paths.costs(result))
-            names = {"seconds": "seconds", "peak_memory_mb": "peak_mb", "peak_device_memory_mb": "peak_device_mb"}
-            if cost["result_sha256"] == records.sha256_path(result):
-                yield from (Point(f"cost/{stage}_{name}", cost[key]) for key, name in names.items() if key in cost)
+        results[f"forget-{seed}"] = paths.forgetting(seed)
+    here = {stage: result for stage, result in results.items() if paths.costs(result).exists()}
+    costs = {stage: records.read_json(paths.costs(result)) for stage, result in here.items()}
+    return {stage: cost for stage, cost in costs.items() if cost["result_sha256"] == records.sha256_path(here[stage])}
 
 
 def _is_number(value: Any) -> bool:

@@ -3,6 +3,11 @@
 The loss of a step is the mean over all supervised tokens of its batch, however the batch is split for memory. The
 adapter computes in the model's dtype; gradients are summed and the update is made in float32. Order, dropout and
 learning rate of a step depend on the seed and the step's number alone, so training can stop and go on anywhere.
+
+Overfitting is watched by the loss on the validation split. With `early_stopping`, training ends once that has not
+fallen for so many validations, and the adapter of the lowest is kept; what is kept is among the states after the first
+step, since the state before it is the base. The training loss beside it is of the same kind: in evaluation mode, by the
+adapter that is kept, over training groups spread evenly through the split, with about as many rows as validation has.
 """
 
 import csv
@@ -62,8 +67,16 @@ def train(seed: int, prompt: params.Prompt, lora: params.Lora, train: params.Tra
     epochs = [batches(pack.trees(rows), train.batch_size, _mix(seed, -1 - epoch)) for epoch in range(train.epochs)]
     # Every step's batch, and how many epochs lie before it.
     plan = [(epoch + at / len(steps), batch) for epoch, steps in enumerate(epochs) for at, batch in enumerate(steps)]
+    validated = [step for step, (epoch, _) in enumerate(plan) if _is_due(step, epoch, train)] + [len(plan)]
+    if train.early_stopping >= len(validated) - 1 > 0:
+        raise UserError(
+            f"train.early_stopping = {train.early_stopping}, but training has {len(validated) - 1} validations after "
+            f"its first step, too few to wait so long: lower it, raise train.epochs, or validate more often with "
+            f"train.validate_every (training has {len(plan)} steps)"
+        )
     validation = pack.trees(validation_rows)
     device = devices.choose(runtime)
+    sample = evenly(pack.trees(rows), len(validation_rows))
     identity = {
         "seed": seed,
         "model": facts["sha256"],
@@ -85,17 +98,23 @@ def train(seed: int, prompt: params.Prompt, lora: params.Lora, train: params.Tra
             advance(len(trainer.log))
             while len(trainer.log) < len(plan):
                 epoch, batch = plan[len(trainer.log)]
-                if epoch.is_integer():
+                if _is_due(len(trainer.log), epoch, train):
                     trainer.validate(validation)
+                    if is_over(trainer.validation, train.early_stopping):
+                        break
                 trainer.step(batch, epoch)
                 advance(1)
                 if time.monotonic() - last_saved > SECONDS_BETWEEN_CHECKPOINTS:
                     trainer.save(scratch)
                     last_saved = time.monotonic()
         trainer.validate(validation)
+        trainer.keep_best()
+        training_loss = trainer.loss(sample, "training rows")
         trainer.write_masters()
         adapter.save(model, paths.adapter(seed), facts["sha256"])
         records.write_text(paths.training_log(seed), _csv(trainer.log))
+        best = lowest(trainer.validation)
+        kept = best if train.early_stopping else trainer.validation[-1]
         records.write_json(
             paths.training_summary(seed),
             {
@@ -105,21 +124,37 @@ def train(seed: int, prompt: params.Prompt, lora: params.Lora, train: params.Tra
                 "rows": len(rows),
                 "dropped": dropped,
                 "validation_rows": len(validation_rows),
-                "steps": len(plan),
+                "steps": len(trainer.log),
+                "planned_steps": len(plan),
+                "epochs": _epochs_at(plan, len(trainer.log), train.epochs),
+                "stopped_early": len(trainer.log) < len(plan),
                 "prompts_checked": len(everything) + len(validation_rows),
                 "shortest_answer": min(len(row.completion) for row in rows),
                 "repacked_layers": quantize.repacked(model),
                 "largest_grad_norm": max(step.grad_norm for step in trainer.log),
                 "trainable_parameters": trainer.parameters,
-                "supervised_tokens": sum(tree.supervised for _, batch in plan for tree in batch),
+                "adapter_bytes": (paths.adapter(seed) / adapter.WEIGHTS).stat().st_size,
+                "supervised_tokens": sum(tree.supervised for _, batch in plan[: len(trainer.log)] for tree in batch),
                 "tokens": sum(step.tokens for step in trainer.log),
                 "final_loss": trainer.log[-1].loss,
                 "validation": trainer.validation,
+                "best_step": best["step"],
+                "best_epoch": _epochs_at(plan, best["step"], train.epochs),
+                "best_loss": best["loss"],
+                "kept_step": kept["step"],
+                "kept_epoch": _epochs_at(plan, kept["step"], train.epochs),
+                "kept_loss": kept["loss"],
+                "training_loss": training_loss,
+                "training_loss_rows": sum(len(tree.branches) for tree in sample),
+                "gap": kept["loss"] - training_loss,
                 "logit_change": adapter.logit_change(model.eval()),
             },
         )
-    first, last = trainer.validation[0], trainer.validation[-1]
-    say(f"train {seed}: validation loss {first['loss']:.4f} -> {last['loss']:.4f}")
+    stopped = f", stopped at step {len(trainer.log)} of {len(plan)}" if len(trainer.log) < len(plan) else ""
+    say(
+        f"train {seed}: validation loss {trainer.validation[0]['loss']:.4f} -> {kept['loss']:.4f} "
+        f"at step {kept['step']}{stopped}, training loss {training_loss:.4f}"
+    )
 
 
 class Trainer:
@@ -138,6 +173,7 @@ class Trainer:
         )
         self.log: list[Step] = []
         self.validation: list[dict[str, float]] = []
+        self.best: dict[str, torch.Tensor] = {}
 
     @property
     def parameters(self) -> int:
@@ -178,22 +214,34 @@ class Trainer:
         self.log.append(Step(number, epoch, total, rate, norm, rows, sum(tree.tokens for tree in batch)))
 
     def validate(self, trees: Sequence[pack.Tree]) -> None:
-        """Append the mean loss over all validation rows; dropout is off and nothing is changed."""
-        import torch
-
+        """Append the mean loss over all validation rows; with early stopping, hold on to the best state."""
         if any(entry["step"] == len(self.log) for entry in self.validation) or not trees:
             return
-        self.model.eval()
-        parts = pack.micro_batches(trees, self.train.micro_batch_tokens)
-        total = 0.0
-        with torch.no_grad(), bar(f"validate {self.seed}", len(parts), "parts") as advance:
-            for part in parts:
-                total += loss.summed(self.model, pack.pack(part, self.model.device)).item()
-                advance(1)
-        mean = total / sum(tree.supervised for tree in trees)
+        mean = self.loss(trees, "validate")
         if not math.isfinite(mean):
             raise UserError(f"the validation loss at step {len(self.log)} is {mean}; lower train.learning_rate")
         self.validation.append({"step": len(self.log), "loss": mean})
+        if self.train.early_stopping and lowest(self.validation)["step"] == len(self.log):
+            self.best = {name: master.clone() for name, master in self.masters.items()}
+
+    def loss(self, trees: Sequence[pack.Tree], label: str) -> float:
+        """The mean loss over the supervised tokens of all rows; dropout is off and nothing is changed."""
+        import torch
+
+        self.model.eval()
+        parts = pack.micro_batches(trees, self.train.micro_batch_tokens)
+        total = 0.0
+        with torch.no_grad(), bar(f"{label} {self.seed}", len(parts), "parts") as advance:
+            for part in parts:
+                total += loss.summed(self.model, pack.pack(part, self.model.device)).item()
+                advance(1)
+        return total / sum(tree.supervised for tree in trees)
+
+    def keep_best(self) -> None:
+        """With early stopping, go back to the state whose validation loss was the lowest."""
+        for name, tensor in self.best.items():
+            self.masters[name].copy_(tensor)
+        self._write(self.masters)
 
     def write_masters(self) -> None:
         """Give the model the float32 masters, which are what is saved."""
@@ -209,6 +257,7 @@ class Trainer:
             "optimizer": self.optimizer.state_dict(),
             "log": [asdict(step) for step in self.log],
             "validation": self.validation,
+            "best": self.best,
         }
         with records.replacing(scratch / "state.pt") as temporary:
             torch.save(state, temporary)
@@ -225,7 +274,7 @@ class Trainer:
             master.copy_(state["masters"][name])
         self.optimizer.load_state_dict(state["optimizer"])
         self.log = [Step(**step) for step in state["log"]]
-        self.validation = state["validation"]
+        self.validation, self.best = state["validation"], state["best"]
         self._write(self.masters)
         say(f"train {self.seed}: going on from step {len(self.log)}")
 
@@ -246,6 +295,33 @@ def batches(trees: Sequence[pack.Tree], rows: int, seed: int) -> list[list[pack.
             filled.append([])
         filled[-1].append(tree)
     return filled
+
+
+def evenly(trees: Sequence[pack.Tree], rows: int) -> list[pack.Tree]:
+    """Groups spread evenly through `trees`, with about `rows` rows together; all of them where there are fewer."""
+    share = min(1.0, rows / sum(len(tree.branches) for tree in trees))
+    count = max(1, round(share * len(trees)))
+    return [trees[at * len(trees) // count] for at in range(count)]
+
+
+def lowest(validation: Sequence[dict[str, float]]) -> dict[str, float]:
+    """The validation with the lowest loss, the first of equal ones, of those after a step where there are any."""
+    return min(validation[1:] or validation, key=lambda entry: entry["loss"])
+
+
+def is_over(validation: Sequence[dict[str, float]], patience: int) -> bool:
+    """Whether so many validations have passed since the lowest that training ends; patience 0 never ends it."""
+    return 0 < patience <= len(validation) - 1 - validation.index(lowest(validation))
+
+
+def _is_due(step: int, epoch: float, train: params.Train) -> bool:
+    """Whether to validate before this step; the end of training is due in any case."""
+    return step % train.validate_every == 0 if train.validate_every else epoch.is_integer()
+
+
+def _epochs_at(plan: Sequence[tuple[float, Any]], step: float, epochs: int) -> float:
+    """How many epochs had passed once so many steps were made."""
+    return plan[int(step)][0] if step < len(plan) else float(epochs)
 
 
 def learning_rate(step: int, steps: int, train: params.Train) -> float:

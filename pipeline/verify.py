@@ -339,7 +339,7 @@ def _under(given: Any, name: str) -> Any:
 
 
 def chain(project: Project) -> Outcome:
-    """From digest to digest: base, quantized model, adapters, predictions, scores, receipt."""
+    """From digest to digest: base, quantized model, adapters, predictions, forgetting, scores, receipt."""
     outcome = Outcome("chain")
     count = 0
     spoilt = project.spoilt()
@@ -366,8 +366,10 @@ def chain(project: Project) -> Outcome:
         infer, evaluate, train = (f"{stage}@base" for stage in ("infer", "evaluate", "train"))
         if seed is not None:
             infer, evaluate, train = f"infer-tuned@{seed}", f"evaluate-tuned@{seed}", f"train@{seed}"
-            origin = paths.adapter(seed) / "origin.json"
+            origin, forgetting, forget = paths.adapter(seed) / "origin.json", paths.forgetting(seed), f"forget@{seed}"
             agree(origin, lambda one: one["model_sha256"], "quantized model", tree(paths.QUANTIZED), train)
+            agree(forgetting, lambda one: one["model_sha256"], "quantized model", tree(paths.QUANTIZED), forget)
+            agree(forgetting, lambda one: one["adapter_sha256"], "adapter", tree(paths.adapter(seed)), forget)
         decoding = paths.decoding(variant)
         agree(decoding, lambda one: one["model_sha256"], "quantized model", tree(paths.QUANTIZED), infer)
         adapter = (lambda: None) if seed is None else tree(paths.adapter(seed))
@@ -500,8 +502,7 @@ def wheels(project: Project) -> Outcome:
     """The downloaded wheels that the experiment names, against their pins."""
     outcome = Outcome("wheels")
     counts = {"verified": 0, "not downloaded here": 0}
-    model = project.params.model
-    for name, sha256 in [*project.params.data.pinned, (model.source, model.sha256)]:
+    for name, sha256 in project.params.sources:
         if name.startswith("pip:") and sha256:
             found = sorted((source.cache() / "wheels" / sha256).glob("*.whl"))
             counts["verified" if found else "not downloaded here"] += 1

@@ -130,6 +130,8 @@ def tiny_params(tiny_model: Path, data: Path) -> dict[str, Any]:
     content["prompt"] |= {"max_tokens": 200, "instructions": {"what": "Say what.", "who": "Say who."}}
     content["lora"] |= {"r": 4, "alpha": 8}
     content["train"] |= {"batch_size": 4, "micro_batch_tokens": 64, "learning_rate": 1e-2}
+    content["forget"] |= {"source": str(data), "sha256": records.sha256_tree(data), "files": "general.jsonl"}
+    content["forget"] |= {"column": "text", "html": False, "tokens": 200, "window": 32}
     content["generation"] |= {"max_new_tokens": 8, "batch_size": 4}
     content["compare"] |= {"bootstrap_samples": 1000, "examples": 2}
     content["runtime"] |= {"device": "cpu", "threads": 1}
@@ -137,10 +139,12 @@ def tiny_params(tiny_model: Path, data: Path) -> dict[str, Any]:
 
 
 def write_data(folder: Path) -> None:
-    """A local data set of JSON lines."""
+    """A local data set of JSON lines, and general text beside it."""
     for split, groups in SPLIT_GROUPS.items():
         lines = [json.dumps(asdict(row)) for row in rows(split, groups)]
         (folder / f"{split}.jsonl").write_text("\n".join(lines) + "\n")
+    general = [json.dumps({"text": row.source}) for row in rows("general", 12)]
+    (folder / "general.jsonl").write_text("\n".join(general) + "\n")
 
 
 @pytest.fixture

@@ -85,8 +85,30 @@ def plant(rows: list[Example], keep: dict[str, float], evaluate: Evaluate = EVAL
         )
         if variant != "base":
             decoding = replace(decoding, **change)
+            trained = int(variant.removeprefix("tuned-"))
+            records.write_json(paths.training_summary(trained), training(trained))
+            records.write_json(paths.forgetting(trained), {"source": None})
         records.write_json(paths.decoding(variant), asdict(decoding))
         scores.evaluate(variant, evaluate)
+
+
+def training(seed: int, **change: Any) -> dict[str, Any]:
+    """What a training of two epochs leaves: the lowest validation loss after the first."""
+    return {
+        "seed": seed,
+        "trainable_parameters": 1000,
+        "adapter_bytes": 4200,
+        "validation": [{"step": 0, "loss": 3.5}, {"step": 4, "loss": 2.5}, {"step": 8, "loss": 2.6}],
+        "steps": 8,
+        "planned_steps": 8,
+        "epochs": 2.0,
+        "best_loss": 2.5,
+        "best_epoch": 1.0,
+        "kept_loss": 2.6,
+        "kept_epoch": 2.0,
+        "training_loss": 2.1,
+        "gap": 0.5,
+    } | change
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ from pipeline import params
 
 ROOT = Path(__file__).parent.parent
 STAGES: dict[str, Any] = YAML(typ="safe", pure=True).load((ROOT / "dvc.yaml").read_text())["stages"]
-COMPUTES = {"quantize", "train", "infer", "infer-tuned"}
+COMPUTES = {"quantize", "train", "infer", "infer-tuned", "forget"}
 
 
 def command(definition: dict[str, Any]) -> str:
@@ -83,6 +83,7 @@ def test_the_graph_is_the_whole_design() -> None:
         "infer-tuned",
         "evaluate",
         "evaluate-tuned",
+        "forget",
         "compare",
         "track",
     ]
@@ -90,6 +91,6 @@ def test_the_graph_is_the_whole_design() -> None:
 
 def test_every_script_is_short() -> None:
     scripts = sorted((ROOT / "stages").glob("*.py"))
-    assert len(scripts) == 10
+    assert len(scripts) == 11
     for path in scripts:
         assert len(path.read_text().splitlines()) <= 40, path

@@ -33,10 +33,11 @@ SCRIPTS: dict[str, Identity] = {
     "evaluate@base": ("stages.evaluate", "--variant", "base"),
     "train@17": ("stages.train", "--seed", "17"),
     "infer-tuned@17": ("stages.infer_tuned", "--seed", "17"),
+    "forget@17": ("stages.forget", "--seed", "17"),
     "evaluate-tuned@17": ("stages.evaluate", "--variant", "tuned-17"),
     "compare": ("stages.compare",),
 }
-KILLS = dict.fromkeys(SCRIPTS, 2) | {"train@17": 5, "prepare": 1}
+KILLS = dict.fromkeys(SCRIPTS, 2) | {"train@17": 5, "prepare": 1, "forget@17": 1}
 SPAWNING = multiprocessing.get_context("forkserver")
 SPAWNING.set_forkserver_preload(
     ["torch", "transformers.models.llama", "peft", "bitsandbytes", "rouge_score.rouge_scorer", "altair", "pytest",

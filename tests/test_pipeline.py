@@ -59,7 +59,7 @@ def finished_runs(clone: Path) -> list[Any]:
 
 EVERY = [
     "prepare", "fetch", "quantize", "infer@base", "evaluate@base",
-    "train@17", "infer-tuned@17", "evaluate-tuned@17", "compare", "track",
+    "train@17", "infer-tuned@17", "evaluate-tuned@17", "forget@17", "compare", "track",
 ]  # fmt: skip
 OF_TRAINING = EVERY[5:]
 

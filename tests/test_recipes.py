@@ -116,7 +116,7 @@ def test_a_recipe_is_explained_and_has_sources_that_are_pinned(path: Path) -> No
     assert len(parsed(path)["about"]) <= 100
     used(path.stem)
     given = params.load()
-    for one, digest in [*given.data.pinned, (given.model.source, given.model.sha256)]:
+    for one, digest in given.sources:
         if one.startswith("data/"):
             assert digest is None
             assert path.stem.startswith("local-")
@@ -204,8 +204,8 @@ WRITERS = {
 @pytest.mark.parametrize("name", [path.stem for path in RECIPES if path.stem.startswith("local-")])
 def test_a_template_reads_such_files_as_it_describes_once_it_is_given_their_digest(name: str) -> None:
     Path("data/mine").mkdir(parents=True)
-    for split, numbers in (("train", range(60)), ("validation", range(60, 80)), ("test", range(80, 100))):
-        WRITERS[name](split, numbers)
+    for split, rows in (("train", range(60)), ("validation", range(60, 80)), ("test", range(80, 100))):
+        WRITERS[name](split, rows)
     text = used(name)
     with pytest.raises(UserError, match="data.sha256 is null: pin the content of data/mine with sha256: ") as told:
         data.prepare(params.load().data)
@@ -213,10 +213,10 @@ def test_a_template_reads_such_files_as_it_describes_once_it_is_given_their_dige
     Path("params.yaml").write_text(text.replace("sha256: null", f"sha256: {digest}", 1), encoding="utf-8")
     data.prepare(params.load().data)
     found = {split: records.read_rows(paths.split(split), records.Example) for split in paths.SPLITS}
-    numbers = [int(row.target.removeprefix("short ")) for rows in found.values() for row in rows]
+    numbers = [int(row.target.removeprefix("short ")) for examples in found.values() for row in examples]
     assert sorted(numbers) == sorted(range(60 if name == "local-chat" else 100))
-    for rows in found.values():
-        assert all(row.source == own(int(row.target.removeprefix("short ")))[0].strip() for row in rows)
+    for examples in found.values():
+        assert all(row.source == own(int(row.target.removeprefix("short ")))[0].strip() for row in examples)
     if name == "local-csv":
         assert not {row.group for row in found["train"]} & {row.group for row in found["test"]}
 
@@ -438,7 +438,7 @@ def test_what_a_recipe_needs_is_said_at_once() -> None:
     page = "https://huggingface.co/meta-llama/Llama-2-7b-hf"
     assert f"needs  the licence accepted on {page}, then `hf auth login` or HF_TOKEN\n" in printed
     assert "needs  a GPU with 24 GB: warning, no NVIDIA GPU found here\n" in printed
-    assert "package index" not in printed
+    assert "needs  a package index, for the text of forget; forget.source: null goes without\n" in printed
     own = "needs  your data in data/mine (not there yet); with data.sha256: null the error tells its digest\n"
     assert own in use("local-csv").stdout
     Path("data/mine").mkdir(parents=True)

@@ -12,6 +12,7 @@ import pytest
 
 from pipeline import charts, paths, report, track
 from pipeline.compare import Aspect, Comparison, Line, Output, Pair, Result, Spread
+from pipeline.cost import Cost, Forgetting, Training
 from pipeline.errors import UserError
 from pipeline.guards import Guard
 from pipeline.params import Published
@@ -38,6 +39,35 @@ def result(base: float, tuned: float, low: float, high: float) -> Result:
         ties=0.1,
         losses=0.2,
     )
+
+
+TRAINING = Training(
+    seed=17,
+    epochs=1.0,
+    steps=25,
+    planned_steps=25,
+    first_loss=3.552,
+    best_loss=2.748,
+    best_epoch=1.0,
+    last_loss=2.748,
+    kept_loss=2.748,
+    kept_epoch=1.0,
+    training_loss=2.701,
+    gap=0.047,
+)
+FORGETTING = Forgetting(
+    source="pip:texts==1/texts",
+    tokens=8192,
+    texts=33,
+    units="texts",
+    base_loss=2.9,
+    tuned_loss=2.895,
+    base_perplexity=18.2,
+    tuned_perplexity=18.0,
+    diff=Interval(-0.005, -0.012, 0.002),
+    cross_entropy=Interval(2.95, 2.9, 3.0),
+    kl=Interval(0.05, 0.04, 0.06),
+)
 
 
 def several_seeds() -> Comparison:
@@ -79,6 +109,7 @@ def comparison(**change: Any) -> Comparison:
             reference_words=22.2,
             best=[pair],
             worst=[],
+            cost=Cost(4_884_480, 19_600_000, [TRAINING], FORGETTING),
         ),
         **change,
     )
@@ -297,7 +328,7 @@ def test_markdown_keeps_foreign_text_in_its_cell() -> None:
     )
     text = paths.COMPARISON_MD.read_text()
     tables = re.findall(r"(?:^\|.*\n)+", text, flags=re.M)
-    assert len(tables) == 7
+    assert len(tables) == 9
     for table in tables:
         # as GitHub splits rows: at bars that no backslash escapes
         assert len({len(re.findall(r"(?<!\\)\|", row)) for row in table.splitlines()}) == 1
@@ -368,3 +399,59 @@ def test_inline_svg_drops_namespaces_and_size() -> None:
         '<svg class="m" xmlns="x" xmlns:xlink="y" version="1.1" width="9" height="8" viewBox="0 0 9 8"><g/></svg>'
     )
     assert charts.inline(document) == '<svg class="m" version="1.1" viewBox="0 0 9 8"><g/></svg>'
+
+
+# What it cost
+
+
+def test_what_it_cost_is_in_the_report_and_in_the_numbers() -> None:
+    report.write(comparison(), GUARDS)
+    text = paths.COMPARISON_MD.read_text()
+    for line in (
+        "4,884,480 trainable parameters, an adapter of 19,600,000 bytes.",
+        "| loss | 2.900 | 2.895 | −0.005 | −0.012 to +0.002 |",
+        "| perplexity | 18.2 | 18.0 | −0.2 | |",
+        "| cross-entropy against the base's distribution | 2.900 | 2.950 | +0.050 (KL) | +0.040 to +0.060 |",
+        "| 17 | 1 | 3.552 | 2.748 after 1 epoch | 2.748 after 1 epoch | 2.701 | +0.047 |",
+    ):
+        assert f"\n{line}" in text
+    assert "over 8,192 tokens of general text (33 texts of pip:texts==1/texts, read without a chat template)" in text
+    numbers = json.loads(paths.METRICS.read_text())["cost"]
+    assert numbers["general_loss"] | {"base": 2.9, "diff": -0.005, "kl_ci_high": 0.06} == numbers["general_loss"]
+    assert (numbers["gap"], numbers["validation_loss"], numbers["adapter_bytes"]) == (0.047, 2.748, 19_600_000)
+    assert not any(word in text for word in ("made the model worse at general text", "past its best"))
+
+
+def test_general_text_forgotten_and_training_gone_too_far_are_to_be_read_with_care() -> None:
+    forgot = replace(FORGETTING, tuned_loss=3.1, tuned_perplexity=22.2, diff=Interval(0.2, 0.15, 0.26))
+    late = replace(TRAINING, epochs=3.0, kept_epoch=3.0, kept_loss=2.9, last_loss=2.9)
+    found = report.caveats(comparison(cost=Cost(1000, 4000, [late], forgot)))
+    assert (
+        "Fine-tuning made the model worse at general text: 2.900 → 3.100 nats a token (+0.200, +0.150 to +0.260), a "
+        "perplexity of 18.2 → 22.2."
+    ) in found
+    assert (
+        "The adapter is trained past its best: the validation loss was 2.748 after 1 epoch and is 2.900 after 3 "
+        "epochs, which is what was kept. train.early_stopping keeps the best."
+    ) in found
+    kept = replace(late, kept_loss=2.748, kept_epoch=1.0)
+    assert not any("past its best" in one for one in report.caveats(comparison(cost=Cost(1, 1, [kept], FORGETTING))))
+
+
+def test_forgetting_that_was_not_measured_is_said() -> None:
+    one = comparison(cost=Cost(1000, 4000, [replace(TRAINING, steps=20)], None))
+    report.write(one, GUARDS)
+    text = paths.COMPARISON_MD.read_text()
+    assert "Forgetting was not measured: `forget.source` is null." in text
+    assert "- Forgetting was not measured (forget.source is null)" in text
+    assert "| 17 | 1 (stopped early) | " in text
+    assert "general_loss" not in json.loads(paths.METRICS.read_text())["cost"]
+
+
+def test_a_small_difference_of_losses_keeps_its_sign() -> None:
+    assert [report.change(value) for value in (0.0, 0.00012, -0.00012, 0.25)] == [
+        "+0.000",
+        "+0.00012",
+        "−0.00012",
+        "+0.250",
+    ]

@@ -173,6 +173,16 @@ def test_what_cannot_be_decoded_is_told_by_its_line(tmp_path: Path, content: byt
         read(written(tmp_path, "a.csv", content), encoding)
 
 
+def test_a_json_file_may_be_one_object_over_several_lines(tmp_path: Path) -> None:
+    ((where, record),) = read(written(tmp_path, "a.json", '{\n "a": {"b": "c"}\n}\n'))
+    assert where == "a.json"
+    assert tables.value(record, "a.b") == "c"
+    with pytest.raises(UserError, match=r"a\.json is not JSON"):
+        read(written(tmp_path, "a.json", '{\n "a": 1\n'))
+    with pytest.raises(UserError, match=r"a\.jsonl:1 is not a line of JSON"):
+        read(written(tmp_path, "a.jsonl", '{\n "a": 1\n}\n'))
+
+
 # Gettext
 
 

@@ -56,6 +56,8 @@ def run(stage, seed=None):
         write(f"out/training/{seed}.json", {"seed": int(seed), "rows": 3, "final_loss": 1.25,
             "validation": [{"step": 0, "loss": 3.0}, {"step": 3, "loss": 2.0}]})
         write(f"out/training/{seed}.csv", "step,epoch,loss,tokens\n1,0.0,3.5,10\n2,0.3,2.5,11\n3,0.6,1.25,12\n")
+    elif stage == "forget":
+        write(f"out/forgetting/{seed}.json", {"seed": int(seed), "tuned_loss": 3.5})
     elif stage == "infer":
         rows(f"out/predictions/{tuned(seed)}.jsonl", [dict(id=i, prompt_sha256="0", prompt_tokens=1, finish="stop",
             tokens=1, text=f"{tuned(seed)} says {i}") for i in ids])
@@ -109,6 +111,11 @@ stages:
     params: [prompt]
     deps: ["out/adapters/${item.seed}", out/data]
     outs: ["out/predictions/tuned-${item.seed}.jsonl", "out/predictions/tuned-${item.seed}.json"]
+  forget:
+    matrix: {seed: "${seeds}"}
+    cmd: python toy.py forget ${item.seed}
+    deps: ["out/adapters/${item.seed}"]
+    outs: ["out/forgetting/${item.seed}.json"]
   evaluate:
     matrix: {variant: [base]}
     cmd: python toy.py evaluate ${item.variant}
@@ -130,7 +137,7 @@ stages:
     cmd: python toy.py track
     params: [seeds, data, prompt, lora, train]
     deps: [out/adapters, out/data, out/models/base.json, out/models/quantized.json, out/predictions, out/scores,
-      out/training, out/comparison, reports/metrics.json]
+      out/training, out/forgetting, out/comparison, reports/metrics.json]
     outs:
       - out/receipt.json: {cache: false}
       - reports/comparison.md: {cache: false}
@@ -156,6 +163,7 @@ OUTS_OF: dict[str, Callable[[str], list[str]]] = {
     ],
     "infer": lambda _: ["out/predictions/base.jsonl"],
     "infer-tuned": lambda at: [f"out/predictions/tuned-{at}.jsonl"],
+    "forget": lambda at: [f"out/forgetting/{at}.json"],
     "evaluate": lambda _: ["out/scores/base.json"],
     "evaluate-tuned": lambda at: [f"out/scores/tuned-{at}.json"],
     "compare": lambda _: ["reports/metrics.json"],
@@ -185,7 +193,7 @@ class Toy:
         toy: dict[str, Any] = {"__name__": "toy"}
         exec(compile(STAGE, "toy.py", "exec"), toy)
         seeds = [str(seed) for seed in given["seeds"]]
-        at_of = dict.fromkeys(("train", "infer-tuned", "evaluate-tuned"), seeds) | {
+        at_of = dict.fromkeys(("train", "infer-tuned", "forget", "evaluate-tuned"), seeds) | {
             "infer": ["base"],
             "evaluate": ["base"],
         }
@@ -215,7 +223,8 @@ class Toy:
         result = hashlib.sha256((self.folder / f"out/training/{at}.json").read_bytes()).hexdigest()
         path = self.folder / f"out/costs/training-{at}.json"
         path.parent.mkdir(exist_ok=True)
-        path.write_text(json.dumps({"seconds": 12.5, "peak_memory_mb": 300.0, "result_sha256": result}))
+        cost = {"seconds": 12.5, "peak_memory_mb": 300.0, "energy_kwh": 0.002, "energy_meter": "RAPL"}
+        path.write_text(json.dumps(cost | {"result_sha256": result}))
         return path
 
     def tracking(self) -> params.Tracking:
@@ -323,7 +332,9 @@ class TestOneRun:
             "train/tokens": 12,
             "cost/train-17_seconds": 12.5,
             "cost/train-17_peak_mb": 300.0,
+            "cost/train-17_energy_kwh": 0.002,
         }
+        assert run.data.tags["energy"] == "RAPL"
         assert curve(toy.database, run, "train/loss") == [(1, 3.5), (2, 2.5), (3, 1.25)]
         assert curve(toy.database, run, "validation/loss") == [(0, 3.0), (3, 2.0)]
 
@@ -348,6 +359,7 @@ class TestOneRun:
         names |= {"adapter/17/adapter_model.safetensors": "out/adapters/17/adapter_model.safetensors"}
         names |= {f"scores/{variant}.json": f"out/scores/{variant}.json" for variant in ("base", "tuned-17")}
         names |= {f"training/17.{kind}": f"out/training/17.{kind}" for kind in ("json", "csv")}
+        names |= {"forgetting/17.json": "out/forgetting/17.json"}
         names |= {f"models/{name}.json": f"out/models/{name}.json" for name in ("base", "quantized")}
         names |= {"data/card.json": "out/data/card.json", "dvc.lock": "dvc.lock", "params.yaml": "params.yaml"}
         names |= {
@@ -463,7 +475,7 @@ class TestIdentity:
 class TestRefusals:
     def test_missing_stages(self, toy: Toy) -> None:
         with pytest.raises(
-            UserError, match=r"dvc.lock has no train@18, infer-tuned@18, evaluate-tuned@18: run `dvc repro`"
+            UserError, match=r"dvc.lock has no train@18, infer-tuned@18, forget@18, evaluate-tuned@18: run `dvc repro`"
         ):
             track.track([17, 18], toy.tracking())
 

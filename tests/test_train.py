@@ -28,6 +28,8 @@ def section(**changes: Any) -> params.Train:
         "beta2": 0.999,
         "max_grad_norm": 1.0,
         "max_dropped_share": 0.0,
+        "validate_every": 0,
+        "early_stopping": 0,
     }
     return params.Train.model_validate(base | changes)
 
@@ -193,6 +195,117 @@ def test_a_killed_run_goes_on_and_ends_as_an_uninterrupted_one(
     run(quantized)
     assert "going on from step 6" in capsys.readouterr().out
     assert outputs() == expected
+
+
+# Validation during training
+
+
+def test_validating_more_often_changes_no_bit_of_the_adapter(quantized: params.Params) -> None:
+    run(quantized)
+    expected = adapter.Saved(paths.adapter(17)).sha256
+    losses = {entry["step"]: entry["loss"] for entry in records.read_json(paths.training_summary(17))["validation"]}
+    run(quantized, validate_every=3)
+    summary = records.read_json(paths.training_summary(17))
+    assert adapter.Saved(paths.adapter(17)).sha256 == expected
+    assert [entry["step"] for entry in summary["validation"]] == [0, 3, 6, 8]
+    assert summary["validation"][-1]["loss"] == losses[8] == summary["kept_loss"]
+
+
+def test_the_summary_says_what_is_kept_and_how_far_training_rows_are_ahead(quantized: params.Params) -> None:
+    run(quantized)
+    summary = records.read_json(paths.training_summary(17))
+    assert (summary["steps"], summary["planned_steps"], summary["stopped_early"]) == (8, 8, False)
+    assert (summary["epochs"], summary["kept_step"], summary["kept_epoch"]) == (2.0, 8, 2.0)
+    assert summary["training_loss_rows"] == summary["validation_rows"] == 8
+    assert summary["gap"] == summary["kept_loss"] - summary["training_loss"]
+    assert summary["adapter_bytes"] == (paths.adapter(17) / adapter.WEIGHTS).stat().st_size
+    # Taken in evaluation mode: of the rows that validation has, it is the validation loss.
+    records.write_rows(paths.split("train"), records.read_rows(paths.split("validation"), records.Example))
+    run(quantized)
+    summary = records.read_json(paths.training_summary(17))
+    assert summary["gap"] == pytest.approx(0, abs=1e-6)
+
+
+def test_groups_are_taken_evenly() -> None:
+    trees = some_trees()
+    assert train.evenly(trees, 4) == [trees[0], trees[3]]
+    assert train.evenly(trees, 1) == [trees[0]]
+    assert train.evenly(trees, 100) == trees
+
+
+@pytest.mark.parametrize(
+    ("losses", "patience", "best", "over"),
+    [
+        ([3.0], 1, 0, False),
+        ([1.0, 2.0], 1, 1, False),  # worse than before training: still the best of what was trained
+        ([1.0, 2.0, 3.0], 1, 1, True),
+        ([3.0, 2.0, 2.0], 1, 1, True),  # equal is no gain
+        ([3.0, 2.0, 2.5, 1.0], 2, 3, False),
+        ([3.0, 1.0, 2.5, 2.0], 2, 1, True),
+        ([3.0, 1.0, 2.5, 2.0], 0, 1, False),
+    ],
+)
+def test_training_is_over_once_patience_has_passed(losses: list[float], patience: int, best: int, over: bool) -> None:
+    validation = [{"step": float(step), "loss": loss} for step, loss in enumerate(losses)]
+    assert train.lowest(validation)["step"] == best
+    assert train.is_over(validation, patience) is over
+
+
+def stopping(quantized: params.Params) -> None:
+    run(quantized, validate_every=1, early_stopping=2)
+
+
+def as_planned(seen: dict[int, dict[str, torch.Tensor]]) -> Callable[..., float]:
+    """Validation losses that are lowest after step 3; notes the adapter at each step."""
+
+    def loss(self: train.Trainer, trees: Any, label: str) -> float:
+        assert trees
+        if label == "validate":
+            seen[len(self.log)] = {name: master.clone() for name, master in self.masters.items()}
+        return 1.0 + abs(len(self.log) - 3)
+
+    return loss
+
+
+def test_early_stopping_keeps_the_best_adapter_and_a_killed_run_the_same(
+    quantized: params.Params, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from safetensors.torch import load_file
+
+    seen: dict[int, dict[str, torch.Tensor]] = {}
+    monkeypatch.setattr(train.Trainer, "loss", as_planned(seen))
+    stopping(quantized)
+    expected = outputs()
+    summary = records.read_json(paths.training_summary(17))
+    assert [entry["step"] for entry in summary["validation"]] == [0, 1, 2, 3, 4, 5]
+    assert (summary["steps"], summary["planned_steps"], summary["stopped_early"]) == (5, 8, True)
+    assert (summary["best_step"], summary["kept_step"], summary["kept_epoch"], summary["kept_loss"]) == (
+        3,
+        3,
+        0.75,
+        1.0,
+    )
+    assert len(paths.training_log(17).read_text().splitlines()) == 6
+    assert "at step 3, stopped at step 5 of 8" in capsys.readouterr().out
+    saved = load_file(paths.adapter(17) / adapter.WEIGHTS)
+    for name, master in seen[3].items():
+        assert torch.equal(saved[name.replace(".default", "")], master), name
+    assert any(not torch.equal(seen[3][name], seen[5][name]) for name in seen[3])
+
+    monkeypatch.setattr(train, "SECONDS_BETWEEN_CHECKPOINTS", 0.0)
+    for step in (2, 4):  # before the best, and behind it: the best is part of the checkpoint
+        with monkeypatch.context() as patch, pytest.raises(Killed):
+            patch.setattr(train.Trainer, "step", dies_at(step, train.Trainer.step))
+            stopping(quantized)
+    stopping(quantized)
+    assert "going on from step 4" in capsys.readouterr().out
+    assert outputs() == expected
+
+
+def test_early_stopping_that_could_never_act_is_refused(quantized: params.Params) -> None:
+    with pytest.raises(UserError, match=r"early_stopping = 2, but training has 2 validations after its first step"):
+        run(quantized, early_stopping=2)
+    run(quantized, early_stopping=1)
 
 
 def test_another_learning_rate_starts_afresh(

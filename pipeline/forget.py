@@ -1,0 +1,236 @@
+"""Forgetting: what the adapter does to text that has nothing to do with the task.
+
+Base and tuned read the same windows of general text. The loss on the text tells how much worse the tuned model knows
+it; the cross-entropy against the base's own distribution tells how far it has moved from the base, wherever that led:
+forgetting is measured so in arXiv 2401.05605, whose target is what the base predicts. The lowest that this
+cross-entropy can be is the base's entropy; what it is above is the KL divergence from base to tuned.
+
+The text is read as it is, without a chat template, also where prompts have one: so a chat model is out of its habit,
+base and tuned alike. They share one loaded model, with the adapter on and off; losses are in nats a token.
+"""
+
+import html
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from pipeline import adapter, loss, pack, params, paths, prompt, records, source, tables
+from pipeline import device as devices
+from pipeline import model as models
+from pipeline.errors import UserError
+from pipeline.progress import bar, say
+from pipeline.prompt import Row
+
+TOGETHER = 512
+"""Tokens computed at once: the logits of all of them are held, twice, in the model's dtype."""
+POSITIONS = 32
+"""Places whose distributions are held in float32 at once: 6 MB each with 49,152 tokens of vocabulary."""
+CHARACTERS = 64
+"""A token is taken to have at most so many: of a very long text, more than it can give is not tokenized."""
+PLAIN = (".txt", ".md")
+FEWEST = 2
+"""Windows without which there is nothing to resample."""
+
+
+@dataclass(frozen=True, slots=True)
+class Text:
+    """One document, and where it stands in the source."""
+
+    place: str
+    content: str
+
+
+@dataclass(frozen=True, slots=True)
+class Window:
+    """Consecutive tokens of one text; the first is only read, each of the others predicted."""
+
+    place: str
+    ids: list[int]
+
+
+@dataclass(slots=True)
+class Sums:
+    """Over the predicted tokens of one window, in nats: the losses of base and tuned on the text, the cross-entropy of
+    tuned against the base's distribution, and the base's entropy."""
+
+    place: str
+    tokens: int
+    base: float = 0.0
+    tuned: float = 0.0
+    cross_entropy: float = 0.0
+    entropy: float = 0.0
+
+
+def forget(seed: int, forget: params.Forget, runtime: params.Runtime) -> None:
+    """Write `out/forgetting/<seed>.json`: the sums of every window, and what they come to.
+
+    UserError for a source that cannot be read, or has too little text.
+    """
+    facts = records.read_json(paths.QUANTIZED_FACTS)
+    saved = adapter.Saved(paths.adapter(seed))
+    of_what = {
+        "seed": seed,
+        "source": forget.source,
+        "model_sha256": facts["sha256"],
+        "adapter_sha256": saved.sha256,
+    }
+    if forget.source is None:
+        records.write_json(paths.forgetting(seed), of_what)
+        say("forget: not measured, forget.source is null")
+        return
+    if forget.window > facts["context"]:
+        raise UserError(f"forget.window = {forget.window}, but the model's context is {facts['context']} tokens")
+    chosen = windows(models.tokenizer(), texts(forget, forget.source), forget.tokens, forget.window)
+    if len(chosen) < FEWEST:
+        raise UserError(
+            f"forget.source = {forget.source!r} gives {len(chosen)} windows of text, too few for an interval: "
+            "name more text, or lower forget.window"
+        )
+    device = devices.choose(runtime)
+    model = saved.load(models.load(device, runtime.keep_dequantized), facts["sha256"])
+    found = measure(model, chosen, f"forget {seed}")
+    total = {name: sum(getattr(one, name) for one in found) for name in ("base", "tuned", "cross_entropy", "entropy")}
+    tokens = sum(one.tokens for one in found)
+    mean = {name: value / tokens for name, value in total.items()}
+    if not all(map(math.isfinite, mean.values())):
+        raise UserError(f"the losses on general text are not finite ({mean}): lower train.learning_rate")
+    records.write_json(
+        paths.forgetting(seed),
+        of_what
+        | {
+            "device": device.type,
+            "threads": devices.threads(device),
+            "tokens": tokens,
+            "texts": len({one.place for one in found}),
+            "base_loss": mean["base"],
+            "tuned_loss": mean["tuned"],
+            "base_perplexity": math.exp(mean["base"]),
+            "tuned_perplexity": math.exp(mean["tuned"]),
+            "cross_entropy": mean["cross_entropy"],
+            "base_entropy": mean["entropy"],
+            "kl": mean["cross_entropy"] - mean["entropy"],
+            "windows": [asdict(one) for one in found],
+        },
+    )
+    say(
+        f"forget {seed}: loss on {tokens:,} tokens of general text {mean['base']:.3f} -> {mean['tuned']:.3f}, "
+        f"{mean['cross_entropy'] - mean['entropy']:.3f} nats a token from the base's distribution"
+    )
+
+
+def texts(forget: params.Forget, name: str) -> list[Text]:
+    """The documents of the source, each content once, in an order that neither their places nor other documents decide.
+
+    A file of plain text is one document, as is a record of a table. UserError where `forget.column` does not fit.
+    """
+    found: list[Text] = []
+    with source.mounted([(name, forget.sha256)], kind="dataset", key="forget") as places:
+        for file in tables.select(tables.files(places, several=False), forget.files, "forget.files"):
+            if file.path.suffix.lower() in PLAIN:
+                if forget.column is not None:
+                    raise UserError(f"forget.column = {forget.column!r}, but {file.name} is plain text: set it to null")
+                found.append(Text(file.name, tables.plain(file, forget.encoding, "forget")))
+            else:
+                found += _column(file, forget)
+    if forget.html:
+        found = [Text(text.place, without_tags(text.content)) for text in found]
+    by_digest = {records.sha256_text(text.content): text for text in found if text.content.strip()}
+    return [by_digest[digest] for digest in sorted(by_digest)]
+
+
+def _column(file: tables.File, forget: params.Forget) -> list[Text]:
+    """The texts in one column of a table; records that have none there are left out."""
+    if forget.column is None:
+        raise UserError(f"forget.column is null, but {file.name} holds records: name the column of the text")
+    located = list(tables.records(file, forget.encoding, "forget"))
+    values = [(where, tables.value(record, forget.column)) for where, record in located]
+    if located and all(value is tables.ABSENT for _, value in values):
+        there = [column for column in tables.columns(located) if not column.startswith("__")]
+        raise UserError(
+            f"forget.column = {forget.column!r}: {file.name} has no such column; it has "
+            f"{', '.join(there[: tables.SHOWN])}{', ...' if len(there) > tables.SHOWN else ''}"
+        )
+    for where, value in values:
+        if value is not tables.ABSENT and not isinstance(value, str | None):
+            raise UserError(f"forget.column = {forget.column!r}: at {where} it is {type(value).__name__}, not text")
+    return [Text(where, value) for where, value in values if isinstance(value, str)]
+
+
+def without_tags(text: str) -> str:
+    """HTML as plain text: paragraphs and breaks as new lines, other tags as nothing, entities as their characters."""
+    text = re.sub(r"(?i)<(br|/?p)\b[^>]*>", "\n", text)
+    text = html.unescape(re.sub(r"</?[A-Za-z][^>]*>", "", text))
+    return re.sub(r"\s*\n\s*", "\n", re.sub(r"[ \t\xa0]+", " ", text)).strip()
+
+
+def windows(tokenizer: Any, texts: Sequence[Text], tokens: int, length: int) -> list[Window]:
+    """Windows of `length` tokens, a text's last one shorter, until they have `tokens` to predict, or the texts end.
+
+    The first window of every text comes before the second of any: many texts say more than much of one.
+    """
+    begin = [tokenizer.bos_token_id] if prompt.starts_with_bos(tokenizer) else []
+    size = length - len(begin)
+    ids: dict[str, list[int]] = {}
+    chosen: list[Window] = []
+    left, number = tokens, 0
+    waiting = list(texts)
+    while waiting:
+        longer = []
+        for text in waiting:
+            if left <= 0:
+                return chosen
+            if text.place not in ids:
+                # verbose: it would warn of texts that are longer than a prompt may be.
+                content = text.content[: CHARACTERS * tokens]
+                ids[text.place] = tokenizer(content, add_special_tokens=False, verbose=False).input_ids
+            window = [*begin, *ids[text.place][number * size : (number + 1) * size]][: left + 1]
+            if len(window) > 1:
+                chosen.append(Window(text.place, window))
+                left -= len(window) - 1
+            if len(ids[text.place]) > (number + 1) * size:
+                longer.append(text)
+        waiting, number = longer, number + 1
+    return chosen
+
+
+def measure(model: Any, windows: Sequence[Window], label: str) -> list[Sums]:
+    """The sums of every window, in their order; `model` is the base with the adapter on it."""
+    import torch
+
+    found = [Sums(window.place, len(window.ids) - 1) for window in windows]
+    trees = [pack.tree([Row("", "", window.ids[:1], window.ids[1:])]) for window in windows]
+    sums_of = {id(tree): one for tree, one in zip(trees, found, strict=True)}
+    with torch.no_grad(), bar(label, sum(one.tokens for one in found), "tokens") as advance:
+        for part in pack.micro_batches(trees, TOGETHER):
+            packed = pack.pack(part, model.device)
+            tuned_NxV = loss.logits(model, packed)[0]
+            with model.disable_adapter():
+                base_NxV = loss.logits(model, packed)[0]
+            nats_4xN = torch.cat(
+                [_nats(base_NxV[at], tuned_NxV[at], packed.target_N[at]) for at in _chunks(len(base_NxV))], dim=1
+            )
+            start = 0
+            for tree in part:
+                one = sums_of[id(tree)]
+                here = nats_4xN[:, start : start + one.tokens].sum(dim=1).tolist()
+                one.base, one.tuned, one.cross_entropy, one.entropy = here
+                start += one.tokens
+                advance(one.tokens)
+    return found
+
+
+def _nats(base_NxV: Any, tuned_NxV: Any, target_N: Any) -> Any:
+    """4xN, in float64: at each place the losses of base and tuned, the cross-entropy, and the base's entropy."""
+    import torch
+
+    base_NxV, tuned_NxV = (torch.log_softmax(logits.float(), dim=-1) for logits in (base_NxV, tuned_NxV))
+    losses = [-log_NxV.gather(1, target_N[:, None])[:, 0] for log_NxV in (base_NxV, tuned_NxV)]
+    weight_NxV = base_NxV.exp()
+    entropies = [-(weight_NxV * log_NxV).sum(dim=-1) for log_NxV in (tuned_NxV, base_NxV)]
+    return torch.stack([*losses, *entropies]).cpu().double()
+
+
+def _chunks(count: int) -> list[slice]:
+    return [slice(start, start + POSITIONS) for start in range(0, count, POSITIONS)]

@@ -1,0 +1,220 @@
+"""Forgetting: the sums are those of two plain forward passes; texts and windows are what the parameters say."""
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from pipeline import adapter, attention, forget, loss, pack, params, paths, records
+from pipeline import model as models
+from pipeline.errors import UserError
+from pipeline.forget import Text, Window
+from pipeline.prompt import Row
+
+LORA = params.Lora(r=4, alpha=8.0, rslora=False, dropout=0.0, target_modules="all-linear")
+
+
+def adapted(folder: Path, strength: float = 0.1) -> Any:
+    """The tiny model with an adapter that acts."""
+    base = AutoModelForCausalLM.from_pretrained(folder, attn_implementation=attention.NAME).requires_grad_(False)
+    model = adapter.attach(base, LORA, 7)
+    with torch.no_grad(), torch.random.fork_rng():
+        torch.manual_seed(1)
+        for name, tensor in adapter.tensors(model).items():
+            if "lora_B" in name:
+                tensor.normal_(std=strength)
+    return model.eval()
+
+
+# Measuring
+
+
+def test_the_sums_are_those_of_plain_passes_however_they_are_cut(
+    tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = adapted(tiny_model)
+    windows = [Window(str(i), list(range(40 + i, 40 + i + length))) for i, length in enumerate((30, 2, 17, 44, 30))]
+    found = forget.measure(model, windows, "forget")
+    monkeypatch.setattr(forget, "POSITIONS", 7)
+    monkeypatch.setattr(forget, "TOGETHER", 40)
+    again = forget.measure(model, windows, "forget")
+    plain = AutoModelForCausalLM.from_pretrained(tiny_model).eval()
+    for window, one, other in zip(windows, found, again, strict=True):
+        ids_1xL = torch.tensor([window.ids])
+        with torch.no_grad():
+            base_NxV = plain(input_ids=ids_1xL).logits[0, :-1].log_softmax(-1)
+            tuned_NxV = loss.logits(model, pack.pack([tree(window)], ids_1xL.device))[0].log_softmax(-1)
+        target_N = ids_1xL[0, 1:]
+        expected = [
+            float(torch.nn.functional.nll_loss(log, target_N, reduction="sum")) for log in (base_NxV, tuned_NxV)
+        ]
+        expected += [float(-(base_NxV.exp() * log).sum()) for log in (tuned_NxV, base_NxV)]
+        for sums in (one, other):
+            assert (sums.place, sums.tokens) == (window.place, len(window.ids) - 1)
+            assert [sums.base, sums.tuned, sums.cross_entropy, sums.entropy] == pytest.approx(expected, rel=1e-4)
+        assert one.cross_entropy > one.entropy
+
+
+def tree(window: Window) -> Any:
+    return pack.tree([Row("", "", window.ids[:1], window.ids[1:])])
+
+
+def test_an_adapter_that_does_nothing_forgets_nothing(tiny_model: Path) -> None:
+    (one,) = forget.measure(adapted(tiny_model, strength=0.0), [Window("a", list(range(40, 70)))], "forget")
+    assert one.tuned == one.base
+    assert one.cross_entropy == one.entropy
+
+
+# Windows
+
+
+class Letters:
+    """A tokenizer of one token a letter."""
+
+    bos_token_id: int | None = None
+
+    def __call__(self, text: str, add_special_tokens: bool = True, verbose: bool = True) -> Any:
+        assert verbose == add_special_tokens
+        begin = [self.bos_token_id] if self.bos_token_id is not None and add_special_tokens else []
+        return SimpleNamespace(input_ids=[*begin, *map(ord, text)])
+
+
+def cut(tokenizer: Any, texts: list[str], tokens: int, length: int) -> list[str]:
+    found = forget.windows(tokenizer, [Text(text[:1], text) for text in texts], tokens, length)
+    return ["".join(map(chr, window.ids)) for window in found]
+
+
+def test_every_text_gives_a_window_before_any_gives_a_second() -> None:
+    texts = ["abcdefghij", "ABCD", "1"]
+    assert cut(Letters(), texts, 100, 4) == ["abcd", "ABCD", "efgh", "ij"]
+    assert cut(Letters(), texts, 7, 4) == ["abcd", "ABCD", "ef"]
+    assert cut(Letters(), texts, 3, 4) == ["abcd"]
+
+
+def test_a_bos_stands_before_every_window_where_the_model_knows_one() -> None:
+    tokenizer = Letters()
+    tokenizer.bos_token_id = ord("^")
+    assert cut(tokenizer, ["abcdefghij", "ABCD", "1"], 100, 4) == ["^abc", "^ABC", "^1", "^def", "^D", "^ghi", "^j"]
+
+
+# Texts
+
+
+def section(folder: Path, files: str | list[str], **change: Any) -> params.Forget:
+    given: dict[str, Any] = {"source": str(folder), "sha256": records.sha256_tree(folder), "files": files}
+    given |= {"encoding": "utf-8", "column": None, "html": False, "tokens": 64, "window": 16}
+    return params.Forget.model_validate(given | change)
+
+
+def texts(folder: Path, files: str | list[str], **change: Any) -> list[str]:
+    given = section(folder, files, **change)
+    assert given.source
+    return [text.content for text in forget.texts(given, given.source)]
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    (tmp_path / "own").mkdir()
+    (tmp_path / "own" / "a.txt").write_text("One text.\nOf two lines.\n")
+    (tmp_path / "own" / "b.txt").write_text("Another.")
+    (tmp_path / "own" / "again.txt").write_text("Another.")
+    (tmp_path / "own" / "empty.txt").write_text(" \n")
+    rows = [{"body": {"text": "<p>Caf&eacute; &amp; bar<br>open</p>"}}, {"body": {"text": ""}}, {"body": {}}]
+    (tmp_path / "own" / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "own" / "whole.json").write_text(json.dumps({"body": {"text": "Whole."}}, indent=2))
+    return tmp_path / "own"
+
+
+def test_plain_text_is_a_document_a_file_once_and_in_an_order_of_its_own(folder: Path) -> None:
+    found = texts(folder, "*.txt")
+    assert sorted(found) == ["Another.", "One text.\nOf two lines.\n"]
+    (folder / "a.txt").rename(folder / "z.txt")
+    assert texts(folder, "*.txt") == found
+
+
+def test_a_column_is_a_document_a_record_and_html_is_read_as_text(folder: Path) -> None:
+    files = ["rows.jsonl", "whole.json"]
+    assert sorted(texts(folder, files, column="body.text")) == ["<p>Caf&eacute; &amp; bar<br>open</p>", "Whole."]
+    assert sorted(texts(folder, files, column="body.text", html=True)) == ["Caf\u00e9 & bar\nopen", "Whole."]
+
+
+@pytest.mark.parametrize(
+    ("files", "column", "told"),
+    [
+        ("*.txt", "body", r"forget.column = 'body', but a.txt is plain text: set it to null"),
+        ("*.jsonl", None, r"forget.column is null, but rows.jsonl holds records: name the column"),
+        ("*.jsonl", "text", r"forget.column = 'text': rows.jsonl has no such column; it has body.text"),
+        ("*.jsonl", "body", r"forget.column = 'body': at rows.jsonl:1 it is dict, not text"),
+        ("*.csv", None, r"forget.files = '\*.csv': forget.source has no such file"),
+        ("../*.txt", None, r"forget.files = '../\*.txt': must lie in forget.source"),
+    ],
+)
+def test_what_does_not_fit_is_told(folder: Path, files: str, column: str | None, told: str) -> None:
+    with pytest.raises(UserError, match=told):
+        texts(folder, files, column=column)
+
+
+def test_another_encoding_is_told_by_the_key_that_sets_it(folder: Path) -> None:
+    (folder / "a.txt").write_bytes("caf\u00e9".encode("cp1252"))
+    with pytest.raises(UserError, match=r"a.txt:1 is not UTF-8 .*: set forget.encoding to the encoding"):
+        texts(folder, "a.txt")
+    assert texts(folder, "a.txt", encoding="cp1252") == ["caf\u00e9"]
+
+
+# The stage
+
+
+@pytest.fixture
+def ready(project: params.Params, tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> params.Params:
+    """A project with an adapter of seed 17, and the tiny model in the place of the quantized base."""
+    facts = {"sha256": "a" * 64, "context": 512}
+    records.write_json(paths.QUANTIZED_FACTS, facts)
+    adapter.save(adapted(tiny_model), paths.adapter(17), "a" * 64)
+    monkeypatch.setattr(models, "tokenizer", lambda: AutoTokenizer.from_pretrained(tiny_model))
+    monkeypatch.setattr(
+        models, "load", lambda *_: AutoModelForCausalLM.from_pretrained(tiny_model, attn_implementation=attention.NAME)
+    )
+    return project
+
+
+def test_the_stage_writes_sums_and_means(ready: params.Params) -> None:
+    forget.forget(17, ready.forget, ready.runtime)
+    found = records.read_json(paths.forgetting(17))
+    assert found["tokens"] == ready.forget.tokens == sum(one["tokens"] for one in found["windows"])
+    assert found["texts"] == len({one["place"] for one in found["windows"]}) > 1
+    assert found["adapter_sha256"] == adapter.Saved(paths.adapter(17)).sha256
+    for name in ("base", "tuned"):
+        mean = sum(one[name] for one in found["windows"]) / found["tokens"]
+        assert found[f"{name}_loss"] == pytest.approx(mean)
+    assert found["kl"] == pytest.approx(found["cross_entropy"] - found["base_entropy"])
+    assert found["kl"] > 0
+    first = paths.forgetting(17).read_bytes()
+    forget.forget(17, ready.forget, ready.runtime)
+    assert paths.forgetting(17).read_bytes() == first
+
+
+def test_without_a_source_nothing_is_measured_and_that_is_written(ready: params.Params) -> None:
+    forget.forget(17, ready.forget.model_copy(update={"source": None}), ready.runtime)
+    found = records.read_json(paths.forgetting(17))
+    assert found["source"] is None
+    assert sorted(found) == ["adapter_sha256", "model_sha256", "seed", "source"]
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({"window": 513}, "forget.window = 513, but the model's context is 512 tokens"),
+        ({"tokens": 10}, "gives 1 windows of text, too few for an interval"),
+        ({"sha256": "0" * 64}, "forget.sha256 = '0000"),
+        ({"source": "pip:nothing"}, "forget.source = 'pip:nothing': write pip:"),
+        ({"source": "nowhere"}, "forget.source = 'nowhere': no such file or folder here"),
+    ],
+)
+def test_a_mistake_is_one_clear_error(ready: params.Params, change: dict[str, Any], told: str) -> None:
+    with pytest.raises(UserError, match=told):
+        forget.forget(17, ready.forget.model_copy(update=change), ready.runtime)
+    assert not paths.forgetting(17).exists()
