@@ -1,8 +1,8 @@
 """What `dvc plots show` and `dvc plots diff` draw: three small tables in `reports/plots/`, declared in `dvc.yaml`, each
 with a template of its own in `.dvc/plots/`.
 
-DVC's own bars stack base on tuned and know no intervals; and a plot names its files one by one (a folder is refused), so
-it cannot follow `seeds`.
+DVC's own bars stack base on tuned and know no intervals; and a plot names its files one by one (a folder is refused),
+so it cannot follow `seeds`.
 """
 
 import csv
