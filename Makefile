@@ -1,4 +1,4 @@
-# make repro | make test | make verify | make push | make bench | make ui. Needs Python 3.11 to 3.13, git, make; everything else goes into .venv.
+# make repro | test | verify | push | bench | ui | experiments. Needs Python 3.11 to 3.13, git, make; everything else goes into .venv.
 
 PYTHON ?= python3
 VENV := .venv
@@ -6,11 +6,14 @@ export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 INSTALL := $(VENV)/bin/python -m pip install --quiet -c constraints.txt
 
-.PHONY: repro test verify push bench ui
+DROP := rouge(?!\d.(diff|tuned))|lines|words|stopped|out|pipeline|stages|reports|constraints
+
+.PHONY: repro test verify push bench ui experiments
 .DEFAULT_GOAL := repro
 
 repro: $(VENV)/installed ## run what has changed of the experiment, then say the verdict
 	@lora-repro mend
+	@lora-repro viewer
 	@dvc repro
 	@lora-repro show
 
@@ -31,7 +34,12 @@ bench: $(VENV)/installed-bench ## speed and memory beside TRL, transformers.gene
 	@python -m bench.speed
 
 ui: $(VENV)/installed ## every experiment's parameters, curves, tables and adapter in MLflow
-	@store="$$(lora-repro store)" && MLFLOW_BACKEND_STORE_URI="$$store" mlflow ui --host 127.0.0.1
+	@store="$$(lora-repro store)" && \
+	echo "runs with their scores: http://127.0.0.1:5000/$$(lora-repro store --view)" && \
+	MLFLOW_BACKEND_STORE_URI="$$store" mlflow ui --host 127.0.0.1
+
+experiments: $(VENV)/installed ## dvc exp show, as wide as a terminal: what differs, and the scores that decide
+	@dvc exp show --only-changed --drop '$(DROP)'
 
 $(VENV)/installed: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(0 if (3, 11) <= v <= (3, 13) else f"error: Python 3.11 to 3.13 is needed, and $(PYTHON) is {v[0]}.{v[1]}: run make PYTHON=python3.12")'

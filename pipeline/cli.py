@@ -103,12 +103,39 @@ def compare(names: Names) -> None:
     print(experiments.page(found, experiments.rank(found, given.compare), given.compare))
 
 
+Model = Annotated[str | None, typer.Option("--model", help="Registered model. [default: tracking.experiment]")]
+Preview = Annotated[bool, typer.Option("--dry-run", help="Compare and say what would happen, and write nothing.")]
+
+
 @app.command()
-def store() -> None:
+def promote(run: RUN = None, model: Model = None, dry_run: Preview = False) -> None:
+    """Register the adapter of a run (else of this folder's) in MLflow; the champion moves on a significant gain only.
+
+    The exit code is 0 whether the champion moves or stays, and 1 where they cannot be compared.
+    """
+    from pipeline import params, registry
+
+    registry.promote(run, model, params.load(), dry_run)
+
+
+View = Annotated[bool, typer.Option("--view", help="Where MLflow's page shows them with their scores, instead.")]
+
+
+@app.command()
+def store(view: View = False) -> None:
     """The whole address of the MLflow store that experiments are recorded in, with its password where it has one."""
     from pipeline import params, track
 
-    print(track.tracking_uri(params.load().tracking))
+    tracking = params.load().tracking
+    print(track.view(tracking) if view else track.tracking_uri(tracking))
+
+
+@app.command()
+def viewer() -> None:
+    """Make the pages of `dvc plots show` and `dvc plots diff` open without a network, on this machine."""
+    from pipeline import viewer as page
+
+    page.prepare()
 
 
 @app.command()

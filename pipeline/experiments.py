@@ -92,26 +92,44 @@ def rank(found: Sequence[Experiment], settings: params.Compare) -> Ranking:
     UserError unless all were scored on the same test set in the same way, in the metrics of `settings.decide_by`.
     """
     _refuse_unequal(found)
-    evaluate = _evaluate(found[0])
-    if missing := sorted(set(settings.decide_by) - set(evaluate.metrics)):
-        raise UserError(f"compare.decide_by names {', '.join(missing)}, which these experiments did not compute")
-    chosen = [metric for metric in metrics.chosen(evaluate) if metric.name in settings.decide_by]
-    groups = np.array([row["group"] for row in found[0].base.examples])
-
-    def tables(some: Sequence[scores.Scores]) -> list[compare.Table]:
-        return [compare.Table(chosen, [one.of(metric) for metric in chosen]) for one in some]
-
-    results = {one.name: compare.contrast(tables([one.base]), tables(one.tuned), groups, settings) for one in found}
+    chosen = _deciding(found[0], settings)
+    results = {one.name: _contrast(one, [one.base], chosen, settings) for one in found}
     names = sorted(results, key=lambda name: -results[name][chosen[0].name].tuned.value)
     by_name = {one.name: one for one in found}
     contrasts = {
-        (first, second): compare.contrast(tables(by_name[first].tuned), tables(by_name[second].tuned), groups, settings)
+        (first, second): _contrast(by_name[second], by_name[first].tuned, chosen, settings)
         for first, second in combinations(names, 2)
     }
     keys = [(pair, metric.name) for pair in contrasts for metric in chosen]
     corrected = significance.holm([contrasts[pair][metric].p for pair, metric in keys])
     pairs = [Pair(*pair, metric, contrasts[pair][metric], p) for (pair, metric), p in zip(keys, corrected, strict=True)]
     return Ranking(names, results, pairs)
+
+
+def gain(one: Experiment, over: Experiment | None, settings: params.Compare) -> dict[str, compare.Result]:
+    """Each metric of `settings.decide_by`: an experiment's tuned models against another's, or against its own base.
+
+    UserError as of `rank`."""
+    _refuse_unequal([one] if over is None else [over, one])
+    return _contrast(one, [one.base] if over is None else over.tuned, _deciding(one, settings), settings)
+
+
+def _deciding(one: Experiment, settings: params.Compare) -> list[metrics.Metric]:
+    evaluate = _evaluate(one)
+    if missing := sorted(set(settings.decide_by) - set(evaluate.metrics)):
+        raise UserError(f"compare.decide_by names {', '.join(missing)}, which these experiments did not compute")
+    return [metric for metric in metrics.chosen(evaluate) if metric.name in settings.decide_by]
+
+
+def _contrast(
+    one: Experiment, before: Sequence[scores.Scores], chosen: Sequence[metrics.Metric], settings: params.Compare
+) -> dict[str, compare.Result]:
+    """The tuned models of `one` against those with the scores `before`, on the same test examples."""
+    there, here = (
+        [compare.Table(chosen, [scored.of(metric) for metric in chosen]) for scored in some]
+        for some in (before, one.tuned)
+    )
+    return compare.contrast(there, here, np.array([row["group"] for row in one.base.examples]), settings)
 
 
 def page(found: Sequence[Experiment], ranking: Ranking, settings: params.Compare) -> str:
@@ -334,16 +352,21 @@ def _from_lock(name: str, lock: str, tracking: params.Tracking) -> Experiment:
 def _from_run(run: track.Stored, tracking: params.Tracking) -> Experiment:
     with tempfile.TemporaryDirectory(prefix="lora-repro-") as folder:
         track.read_back(tracking, run.run_id, Path(folder))
-        files = sorted((Path(folder) / paths.SCORES.name).glob("*.json"))
-        found = [scores.load(file) for file in files]
-        if not found:
-            raise UserError(f"run {run.name} holds no scores: it was recorded by an earlier version; run it again")
-        table = records.read_json(Path(folder) / "tables" / "predictions.json")
-        columns = dict(zip(table["columns"], zip(*table["data"], strict=True), strict=True))
-        first = json.loads(run.params["seeds"])[0]
-        texts = columns["tuned"] if "tuned" in columns else columns[paths.variant(first)]
-        references = dict(zip(columns["id"], columns["reference"], strict=True))
-        return _of(run.name, run.params, found, references, dict(zip(columns["id"], texts, strict=True)), run)
+        return of_artifacts(run, Path(folder))
+
+
+def of_artifacts(run: track.Stored, folder: Path) -> Experiment:
+    """The experiment of a run whose artifacts were copied to `folder`; UserError where they hold no scores."""
+    files = sorted((folder / paths.SCORES.name).glob("*.json"))
+    found = [scores.load(file) for file in files]
+    if not found:
+        raise UserError(f"run {run.name} holds no scores: it was recorded by an earlier version; run it again")
+    table = records.read_json(folder / "tables" / "predictions.json")
+    columns = dict(zip(table["columns"], zip(*table["data"], strict=True), strict=True))
+    first = json.loads(run.params["seeds"])[0]
+    texts = columns["tuned"] if "tuned" in columns else columns[paths.variant(first)]
+    references = dict(zip(columns["id"], columns["reference"], strict=True))
+    return _of(run.name, run.params, found, references, dict(zip(columns["id"], texts, strict=True)), run)
 
 
 def _of(

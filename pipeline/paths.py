@@ -35,6 +35,9 @@ COMPARISON_PNG = COMPARISON / "comparison.png"
 
 REPORTS = Path("reports")
 METRICS = REPORTS / "metrics.json"
+PLOT_INTERVALS = REPORTS / "plots" / "intervals.csv"
+PLOT_CURVES = REPORTS / "plots" / "curves.csv"
+PLOT_LENGTHS = REPORTS / "plots" / "lengths.csv"
 
 SCRATCH = Path(".scratch")
 

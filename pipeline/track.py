@@ -38,6 +38,9 @@ COMMITS = "dvc.commits"
 NOTE = "mlflow.note.content"
 COMMIT = "mlflow.source.git.commit"
 
+VIEW = "scores"
+"""The name of the view that MLflow's list of runs offers in its menu Views: by itself the list shows no score."""
+
 MANIFEST = "manifest.json"
 """The artifact that holds the sha256 of everything in a run, by its place there; itself pinned by the tag `SEAL`."""
 SEAL = "manifest.sha256"
@@ -520,7 +523,30 @@ def _write(client: Any, experiment_id: str, record: Record) -> Any:
             client.set_terminated(run_id, "FAILED")
         raise
     client.set_terminated(run_id, "FINISHED")
+    _arrange(client, experiment_id, record)
     return client.get_run(run_id)
+
+
+def _arrange(client: Any, experiment_id: str, record: Record) -> None:
+    """Give the MLflow experiment its view, unless it has one, which the user may have changed."""
+    tag = f"mlflow.sharedViewState.{VIEW}"
+    decide_by = json.loads(record.params.get("compare.decide_by", "[]"))
+    if not decide_by or tag in client.get_experiment(experiment_id).tags:
+        return
+    names = dict.fromkeys(point.name for point in record.metrics)
+    fields = ("base", "tuned", "diff")
+    columns = ["attributes.`Description`", "params.`lora.r`", "params.`train.learning_rate`"]
+    columns += [f"metrics.`{metric}.{field}`" for metric in decide_by for field in fields]
+    columns += [f"metrics.`{name}`" for name in names if name.endswith("validation/loss")]
+    order = {"orderByKey": f"metrics.`{decide_by[0]}.tuned`", "orderByAsc": False}
+    now = round(time.time() * 1000)
+    view = {
+        "name": VIEW,
+        "createdAt": now,
+        "updatedAt": now,
+        "state": json.dumps({**order, "selectedColumns": columns}),
+    }
+    client.set_experiment_tag(experiment_id, tag, json.dumps(view))
 
 
 def _seal(client: Any, run_id: str, record: Record) -> None:
@@ -599,6 +625,18 @@ def stored(tracking: params.Tracking) -> list[Stored]:
             ]
             if not page.token:
                 return found
+
+
+def view(tracking: params.Tracking) -> str:
+    """What follows the address of MLflow's page to see the runs with their scores; empty where none is recorded."""
+    file = database(tracking)
+    if file is not None and not file.exists():
+        return ""
+    with _opened(tracking) as client:
+        experiment = client.get_experiment_by_name(tracking.experiment)
+        if experiment is None or f"mlflow.sharedViewState.{VIEW}" not in experiment.tags:
+            return ""
+        return f"#/experiments/{experiment.experiment_id}/runs?viewStateShareKey={VIEW}"
 
 
 def read_back(tracking: params.Tracking, run_id: str, folder: Path) -> dict[str, str]:

@@ -16,7 +16,7 @@ import pytest
 from filelock import FileLock
 from ruamel.yaml import YAML
 
-from pipeline import params, paths, records
+from pipeline import params, paths, records, track
 
 # Before torch is imported: the models here are so small that threads only wait for each other.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -162,6 +162,16 @@ def project(tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -
     for split, groups in SPLIT_GROUPS.items():
         records.write_rows(paths.split(split), rows(split, groups))
     return params.load()
+
+
+@pytest.fixture(scope="session")
+def empty_database(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A store just created: its migrations take seconds, so the tests that are not about them start from a copy."""
+    folder = tmp_path_factory.mktemp("store")
+    tracking = params.Tracking(uri=f"sqlite:///{folder.as_posix()}/mlflow.db", experiment="none")
+    with track._opened(tracking) as client:
+        client.search_experiments()
+    return folder / "mlflow.db"
 
 
 def environment() -> dict[str, str]:

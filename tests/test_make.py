@@ -22,7 +22,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     for name, code in {
         "dvc": 'echo "dvc $*" >> called',
         "mlflow": 'echo "mlflow $* of $MLFLOW_BACKEND_STORE_URI" >> called',
-        "lora-repro": f'echo "lora-repro $*" >> called; if [ $1 = store ]; then echo "{STORE}"; fi; exit $(cat code)',
+        "lora-repro": f'echo "lora-repro $*" >> called; if [ "$*" = store ]; then echo "{STORE}"; fi; exit $(cat code)',
     }.items():
         (programs / name).write_text(f"#!/bin/sh\n{code}\n")
         (programs / name).chmod(0o755)
@@ -44,7 +44,8 @@ def make(here: Path, target: str) -> tuple[bool, list[str]]:
 
 def test_the_ui_is_for_this_machine_alone(here: Path) -> None:
     """The address is no argument: those of every process can be seen by all users of a machine."""
-    assert make(here, "ui") == (True, ["lora-repro store", f"mlflow ui --host 127.0.0.1 of {STORE}"])
+    asked = ["lora-repro store", "lora-repro store --view"]
+    assert make(here, "ui") == (True, [*asked, f"mlflow ui --host 127.0.0.1 of {STORE}"])
     (here / "code").write_text("1")
     assert make(here, "ui") == (False, ["lora-repro store"])
 
@@ -56,4 +57,4 @@ def test_nothing_is_pushed_that_does_not_agree(here: Path) -> None:
 
 
 def test_what_a_killed_dvc_left_is_mended_before_the_next(here: Path) -> None:
-    assert make(here, "repro") == (True, ["lora-repro mend", "dvc repro", "lora-repro show"])
+    assert make(here, "repro") == (True, ["lora-repro mend", "lora-repro viewer", "dvc repro", "lora-repro show"])

@@ -241,16 +241,6 @@ class Toy:
         return self.folder / ".mlflow" / "mlflow.db"
 
 
-@pytest.fixture(scope="session")
-def empty_database(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A store just created: its migrations take seconds, so the tests that are not about them start from a copy."""
-    folder = tmp_path_factory.mktemp("store")
-    tracking = params.Tracking(uri=f"sqlite:///{folder.as_posix()}/mlflow.db", experiment="none")
-    with track._opened(tracking) as client:
-        client.search_experiments()
-    return folder / "mlflow.db"
-
-
 @pytest.fixture
 def toy(tmp_path: Path, empty_database: Path, monkeypatch: pytest.MonkeyPatch) -> Toy:
     folder = (tmp_path / "my project").resolve()  # a space, as in many a path

@@ -332,6 +332,24 @@ class TestMlflow:
             store.commit()
         assert [f"{place} is not what was written" in one for one in found] == [True]
 
+    def test_a_registered_adapter_is_no_fault_and_peft_loads_it(
+        self, here: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        from mlflow.artifacts import download_artifacts
+        from peft import PeftModel
+        from transformers import AutoModelForCausalLM
+
+        promoted = CliRunner().invoke(cli.app, ["promote"])
+        assert promoted.exit_code == 0, promoted.output
+        assert "version   1 of lora-repro, new" in promoted.stdout
+        assert places(verify.record) == []
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", track.tracking_uri(tracking()))
+        folder = Path(download_artifacts("models:/lora-repro/1", dst_path=str(tmp_path)))
+        assert records.dvc_md5(folder) == out("out/adapters/17").md5
+        base = AutoModelForCausalLM.from_pretrained(here / "out/models/base")
+        loaded = PeftModel.from_pretrained(base, str(folder))
+        assert any("lora_B" in name and weight.any() for name, weight in loaded.named_parameters())
+
     def test_a_changed_run_is_written_anew(self, capsys: pytest.CaptureFixture[str]) -> None:
         flip(artifact("adapter/17/adapter_model.safetensors"))
         before = run().run_id
