@@ -1,4 +1,4 @@
-# make repro | test | verify | bench | ui | experiments. Needs Python 3.11 to 3.13, git, make; everything else goes into .venv.
+# make repro | test | verify | push | bench | ui | experiments. Needs Python 3.11 to 3.13, git, make; everything else goes into .venv.
 
 PYTHON ?= python3
 VENV := .venv
@@ -8,7 +8,7 @@ INSTALL := $(VENV)/bin/python -m pip install --quiet -c constraints.txt
 
 DROP := rouge(?!\d.(diff|tuned))|lines|words|stopped|out|pipeline|stages|reports|constraints
 
-.PHONY: repro test verify bench ui experiments
+.PHONY: repro test verify push bench ui experiments
 .DEFAULT_GOAL := repro
 
 repro: $(VENV)/installed ## run what has changed of the experiment, then say the verdict
@@ -21,17 +21,22 @@ test: $(VENV)/installed-dev ## lint, types and tests
 	@ruff check .
 	@ruff format --check .
 	@mypy
-	@pytest
+	@pytest --numprocesses auto --maxprocesses 4 --dist loadfile
 
 verify: $(VENV)/installed ## do cache, dvc.lock, outputs, reports, MLflow run and wheels say the same?
 	@lora-repro verify
+
+push: $(VENV)/installed ## dvc push, if everything agrees: DVC alone would push what has rotted in its cache
+	@lora-repro verify
+	@dvc push
 
 bench: $(VENV)/installed-bench ## speed and memory beside TRL, transformers.generate and llama.cpp (after make repro)
 	@python -m bench.speed
 
 ui: $(VENV)/installed ## every experiment's parameters, curves, tables and adapter in MLflow
-	@echo "runs with their scores: http://127.0.0.1:5000/$$(lora-repro store --view)"
-	@mlflow ui --backend-store-uri "$$(lora-repro store)"
+	@store="$$(lora-repro store)" && \
+	echo "runs with their scores: http://127.0.0.1:5000/$$(lora-repro store --view)" && \
+	MLFLOW_BACKEND_STORE_URI="$$store" mlflow ui --host 127.0.0.1
 
 experiments: $(VENV)/installed ## dvc exp show, as wide as a terminal: what differs, and the scores that decide
 	@dvc exp show --only-changed --drop '$(DROP)'

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from pipeline import paths, records, scores
+from pipeline import paths, records, sentences
 from pipeline.compare import Comparison
 from pipeline.examples import Row
 from pipeline.metrics import LABELS
@@ -319,7 +319,7 @@ def _lengths(rows: Sequence[Row], look: Look) -> Any:
     import altair
 
     lengths = {
-        "references": [scores.words(one) for row in rows for one in row.example.references],
+        "references": [len(sentences.words(one)) for row in rows for one in row.example.references],
         "base": [row.base.words for row in rows],
         "tuned": [one.words for row in rows for one in row.tuned],
     }

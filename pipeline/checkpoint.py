@@ -23,14 +23,12 @@ KEPT = 4
 """Checkpoints of interrupted stages with other inputs that a project keeps: one holds the adapter three times, or four
 with early stopping."""
 
-COMPUTING = ("torch", "transformers", "peft", "bitsandbytes")
-
 
 def key(name: str, identity: Any) -> str:
     """Folder name for a stage and everything that determines its result (JSON): this package's code and the versions
     of those that compute included."""
     code = {path.name: records.sha256_file(path) for path in sorted(Path(__file__).parent.glob("*.py"))}
-    versions = {package: version(package) for package in COMPUTING}
+    versions = {package: version(package) for package in stage.COMPUTING}
     text = json.dumps([identity, code, versions], sort_keys=True, allow_nan=False)
     return f"{name}-{hashlib.sha256(text.encode()).hexdigest()[:32]}"
 

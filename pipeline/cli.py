@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from pipeline.errors import UserError
+from pipeline.errors import UserError, without_passwords
 
 
 class Commands(TyperGroup):
@@ -62,7 +62,7 @@ def show(run: RUN = None) -> None:
 
         lineage.show(run, given.tracking)
         return
-    print(report.closing_lines(track.tracking_uri(given.tracking), page.describe(given.seeds)))
+    print(report.closing_lines(without_passwords(track.tracking_uri(given.tracking)), page.describe(given.seeds)))
     print(f"  run      {track.describe(given.seeds, given.tracking)}")
 
 
@@ -123,7 +123,7 @@ View = Annotated[bool, typer.Option("--view", help="Where MLflow's page shows th
 
 @app.command()
 def store(view: View = False) -> None:
-    """The address of the MLflow store that experiments of this project are recorded in."""
+    """The whole address of the MLflow store that experiments are recorded in, with its password where it has one."""
     from pipeline import params, track
 
     tracking = params.load().tracking

@@ -21,6 +21,7 @@ from pipeline.cost import Cost
 from pipeline.errors import UserError, listing
 from pipeline.metrics import Floats, Metric
 from pipeline.records import Example, Prediction
+from pipeline.sentences import words
 from pipeline.significance import Interval
 
 Verdict = Literal["better", "worse", "mixed", "none"]
@@ -281,7 +282,7 @@ def verdict(differences: Sequence[Interval]) -> Verdict:
 
 def cut(text: str, reference: str) -> str:
     """The first words of `text`, as many as `reference` has."""
-    return " ".join(text.split()[: scores.words(reference)])
+    return " ".join(words(text)[: len(words(reference))])
 
 
 def _aspects(test: Sequence[Example], tables: Sequence[Table], compare: params.Compare) -> list[Aspect]:
@@ -326,7 +327,7 @@ def _lines(
     for row in test:
         members.setdefault(row.group, []).append(row)
     other = [[row.target for row in members[one.group] if row.aspect != one.aspect] for one in test]
-    n_cut = sum(scores.words(text) > scores.words(row.target) for text, row in zip(base, test, strict=True))
+    n_cut = sum(len(words(text)) > len(words(row.target)) for text, row in zip(base, test, strict=True))
     if {"chrf", "bleu"} & set(evaluate.metrics):
         first = ("copy", "Copy", "the source as it is", [[row.source] for row in test])
     else:

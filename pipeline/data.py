@@ -35,7 +35,7 @@ from numpy.typing import NDArray
 from pipeline import params, paths, progress, records, significance, tables
 from pipeline.errors import UserError, listing
 from pipeline.records import Example
-from pipeline.sentences import lead
+from pipeline.sentences import MAX_FOREIGN_SHARE, foreign_share, lead, words
 from pipeline.source import mounted
 from pipeline.tables import ABSENT, File, Located, Record
 
@@ -131,6 +131,12 @@ def prepare(data: params.Data) -> None:
     )
     for split in splits.values():
         progress.say(split.summary())
+    foreign = foreign_share(text for row in splits["test"].rows for text in row.references)
+    if foreign > MAX_FOREIGN_SHARE:
+        progress.say(
+            f"{foreign:.0%} of the test references' letters lie outside a-z: ROUGE then needs "
+            "evaluate.rouge_tokenizer: unicode"
+        )
     rows = len(splits["test"].rows)
     progress.say(
         f"{rows} test rows are likely to show a difference of {significance.planned(rows):.1f} points in ROUGE-1, if "
@@ -186,6 +192,7 @@ def _papers(_: params.Data, __: str, found: Sequence[Located], ___: File, ____: 
         name, abstract, summary = paper.get("id"), _in(paper.get("sentences"), "abstract"), paper.get("summary")
         if not isinstance(name, str) or not name:
             raise UserError(f"{where}: id must be a string; is this ACLSum's format? Else use data.format: table")
+        name = _string(name, f"{where}: id")
         if not isinstance(abstract, list) or not all(isinstance(sentence, str) for sentence in abstract):
             raise UserError(f"{where}: sentences.abstract must be a list of strings")
         source = _string(" ".join(abstract), f"{where}: sentences.abstract")
@@ -226,8 +233,10 @@ def _check_columns(columns: params.Columns, found: Sequence[Located], file: str)
         problems = []
         for role, column in missing.items():
             close = difflib.get_close_matches(column, there, n=1)
-            hint = f"; did you mean {close[0]}?" if close else ""
+            hint = f"; did you mean {close[0]!r}?" if close else ""
             problems.append(f"data.columns.{role} = '{column}': no such column{hint}")
+        if {"messages", "conversations"} & set(there):
+            problems.append("of conversations data.format: chat makes source and target by itself")
         raise listing(problems, f"{file} has the columns {', '.join(map(repr, there))}")
 
 
@@ -322,7 +331,7 @@ def _context(row: Example) -> str:
 
 def _unwanted(row: Example, data: params.Data) -> str | None:
     """Why the parameters do not want a row; one without a source or a target is not wanted out, but unusable."""
-    lengths = len(row.source.split()), len(row.target.split())
+    lengths = len(words(row.source)), len(words(row.target))
     if not all(lengths):
         return None
     if min(lengths) < data.words.min:
@@ -439,8 +448,8 @@ class Overlap:
     """Finds which texts are, exactly or nearly, among given ones.
 
     Exactly: equal but for case and white space. Nearly: a share of at least `threshold` of the text's distinct 8-word
-    shingles lies in a single one of the given; words are runs of letters and digits, without case. A text of fewer than
-    8 words, or in a script without spaces, has no shingle to share and is compared exactly only.
+    shingles lies in a single one of the given; words are runs of letters and digits, without case; in scripts without
+    spaces, single characters. A text of fewer than 8 words has no shingle to share and is compared exactly only.
 
     Shingles are 64-bit hashes that depend on the words alone. Memory: 12 bytes a shingle of the given texts; time: a
     binary search a shingle of the other.
@@ -470,11 +479,11 @@ class Overlap:
         return "near" if np.bincount(owners).max() / len(shingles) >= self.threshold else None
 
     def _shingles(self, text: str) -> NDArray[np.uint64]:
-        words = re.findall(r"\w+", text.casefold())
-        if len(words) < SHINGLE_WORDS:
+        runs = words(" ".join(re.findall(r"\w+", text.casefold())))
+        if len(runs) < SHINGLE_WORDS:
             return np.empty(0, np.uint64)
-        hashes = np.fromiter(map(self._word, words), np.uint64, len(words))
-        rolled = np.zeros(len(words) - SHINGLE_WORDS + 1, np.uint64)
+        hashes = np.fromiter(map(self._word, runs), np.uint64, len(runs))
+        rolled = np.zeros(len(runs) - SHINGLE_WORDS + 1, np.uint64)
         for offset in range(SHINGLE_WORDS):  # a polynomial in an odd number, modulo 2**64
             rolled = rolled * np.uint64(0x9E3779B97F4A7C15) + hashes[offset : offset + len(rolled)]
         return np.unique(rolled)
@@ -562,6 +571,6 @@ def _shown(gone: Mapping[str, Sequence[str]]) -> dict[str, Any]:
 
 
 def _lengths(texts: Iterable[str]) -> dict[str, float]:
-    """Words between white space."""
-    words = [len(text.split()) for text in texts]
-    return {"min": min(words), "median": median(words), "max": max(words)}
+    """Words as of `sentences.words`."""
+    counts = [len(words(text)) for text in texts]
+    return {"min": min(counts), "median": median(counts), "max": max(counts)}

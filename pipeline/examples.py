@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from pipeline import paths, records, scores
+from pipeline import paths, records, scores, sentences
 from pipeline.records import Example, Prediction
 
 
@@ -18,7 +18,7 @@ class Written:
 
     @property
     def words(self) -> int:
-        return scores.words(self.text)
+        return len(sentences.words(self.text))
 
 
 @dataclass(frozen=True, slots=True)

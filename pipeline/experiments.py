@@ -19,13 +19,17 @@ from ruamel.yaml import YAML
 
 from pipeline import compare, lineage, metrics, params, paths, records, report, scores, significance, track, verify
 from pipeline.errors import UserError, listing
+from pipeline.significance import Interval
+
+TERMINAL = 80
+"""Columns of a terminal that nobody has widened."""
 
 HERE = "workspace"
 """What the experiment in the working directory is called, as DVC calls it."""
 
 COSTS: tuple[tuple[str, str, Callable[[list[float]], float]], ...] = (
     ("trainable", r"(seed-\d+/)?training/trainable_parameters", max),
-    ("training s", r"cost/train-\d+_seconds", sum),
+    ("train s", r"cost/train-\d+_seconds", sum),
     ("peak MB", r"cost/train-\d+_peak_mb", max),
 )
 """What an experiment cost: the metrics in its MLflow run, and what becomes of those of several seeds."""
@@ -129,56 +133,85 @@ def _contrast(
 
 
 def page(found: Sequence[Experiment], ranking: Ranking, settings: params.Compare) -> str:
-    """The ranking as Markdown: the table of experiments, then the pairs, each with its verdict."""
+    """The ranking as Markdown that a terminal shows as tables: what each experiment is, reached and cost, the intervals
+    of each metric, and each two experiments with their verdict. Of the longer texts no table is made."""
     by_name = {one.name: one for one in found}
+    places = {name: f"#{place}" for place, name in enumerate(ranking.names, start=1)}
     shown = list(next(iter(ranking.results.values())))
-    differing = _differing(found)
     interval = f"{100 * settings.confidence:g} % interval"
     first = found[0].base
-    lines = [
-        f"{len(found)} experiments, {first.n} test examples of {first.groups} groups. Signature: `{first.signature}`",
-        "",
-    ]
-    header = ["", "experiment", *differing, "seeds"]
-    header += [f"{metrics.LABELS[name]} ({interval})" for name in shown]
-    header += [f"{metrics.LABELS[name]} − base" for name in shown]
-    header += [key for key, _, _ in COSTS]
-    rows = []
-    for place, name in enumerate(ranking.names, start=1):
-        one, results = by_name[name], ranking.results[name]
-        row = [str(place), report.markdown(name), *(report.markdown(one.params.get(key, "—")) for key in differing)]
-        row.append(str(len(one.tuned)))
-        for metric in shown:
-            tuned = results[metric].tuned
-            row.append(f"{report.points(tuned.value)} ({report.points(tuned.low)} to {report.points(tuned.high)})")
-        row += [f"{report.signed(results[name].diff.value)} ({report.span(results[name].deciding)})" for name in shown]
-        row += [f"{one.costs[key]:,.0f}" if key in one.costs else "n/a" for key, _, _ in COSTS]
-        rows.append(row)
-    lines += _table(header, rows)
-    lines += [
-        "",
-        f"Pairs, of {len(ranking.pairs)} comparisons in all; p corrected for their number (Holm):",
-        "",
-    ]
-    lines += _table(
-        ["", "metric", "difference", interval, "p", "effect (d)", "verdict"],
-        [
+    lines = [f"{len(found)} experiments, {first.n} test examples of {first.groups} groups.", ""]
+    lines += _overview([by_name[name] for name in ranking.names], ranking, shown[0])
+    for metric in shown:
+        label = metrics.LABELS[metric]
+        rows = []
+        for name in ranking.names:
+            one = ranking.results[name][metric]
+            reached = (
+                f"{report.points(one.tuned.value)} ({report.points(one.tuned.low)} to {report.points(one.tuned.high)})"
+            )
+            gained = f"{report.signed(one.diff.value)} ({report.span(one.deciding)})"
+            rows.append([places[name], report.markdown(name), reached, gained])
+        lines += ["", f"{label}, with {interval}:", "", *_table(["", "experiment", label, "tuned − its base"], rows)]
+        rows = [
             [
-                f"{report.markdown(pair.first)} − {report.markdown(pair.second)}",
-                metrics.LABELS[pair.metric],
-                report.signed(-pair.result.diff.value),
-                f"{report.signed(-pair.result.deciding.high)} to {report.signed(-pair.result.deciding.low)}",
+                f"{places[pair.first]} − {places[pair.second]}",
+                f"{report.signed(-pair.result.diff.value)} ({_reversed(pair.result.deciding)})",
                 report.probability(pair.p_holm),
                 f"{-pair.result.effect:.2f}".replace("-", "−"),
                 _verdict(pair, settings),
             ]
             for pair in ranking.pairs
-        ],
-    )
-    lines += _apart(by_name[ranking.names[0]], by_name[ranking.names[1]], shown[0], settings.examples)
+            if pair.metric == metric
+        ]
+        lines += ["", *_table(["", "difference", "p", "d", f"verdict in {label}"], rows)]
+    lines += [
+        "",
+        f"p is two-sided and corrected for all {len(ranking.pairs)} comparisons (Holm); d is the mean over "
+        "the standard deviation of the groups' differences.",
+        f"Signature: `{first.signature}`",
+    ]
     if any(len(one.tuned) == 1 for one in found):
-        lines += ["", "With one seed, an interval covers the choice of test examples, not that of the seed."]
+        lines += ["With one seed, an interval covers the choice of test examples, not that of the seed."]
+    lines += _apart(by_name[ranking.names[0]], by_name[ranking.names[1]], shown[0], settings.examples)
     return "\n".join(lines)
+
+
+def _overview(ranked: Sequence[Experiment], ranking: Ranking, metric: str) -> list[str]:
+    """What each experiment is, reached and cost; parameters that make the table too wide for a terminal go below it."""
+    differing = _differing(ranked)
+    seeds = ["seeds"] if any(len(one.tuned) > 1 for one in ranked) else []
+
+    def rows(names: Sequence[str]) -> list[list[str]]:
+        return [
+            [
+                f"#{place}",
+                report.markdown(one.name),
+                *(report.markdown(one.params.get(key, "—")) for key in names),
+                *(str(len(one.tuned)) for _ in seeds),
+                report.points(ranking.results[one.name][metric].tuned.value),
+                *(f"{one.costs[key]:,.0f}" if key in one.costs else "n/a" for key, _, _ in COSTS),
+            ]
+            for place, one in enumerate(ranked, start=1)
+        ]
+
+    costs = [key for key, _, _ in COSTS]
+    for names in (differing, []):
+        table = _table(["", "experiment", *names, *seeds, metrics.LABELS[metric], *costs], rows(names))
+        if len(table[0]) <= TERMINAL:
+            break
+    if names == differing:
+        return table
+    given = [
+        (f"#{place}", [f"{key} = {one.params.get(key, '—')}" for key in differing])
+        for place, one in enumerate(ranked, 1)
+    ]
+    return [*table, "", *(f"- {place}: {report.markdown(', '.join(values))}" for place, values in given)]
+
+
+def _reversed(interval: Interval) -> str:
+    """The interval of the difference taken the other way round."""
+    return f"{report.signed(-interval.high)} to {report.signed(-interval.low)}"
 
 
 def _apart(first: Experiment, second: Experiment, metric: str, count: int) -> list[str]:
@@ -189,20 +222,19 @@ def _apart(first: Experiment, second: Experiment, metric: str, count: int) -> li
     chosen += [name for name in order[::-1][:count] if here[name] < there[name]]
     if not chosen:
         return []
-    names = [report.markdown(one.name) for one in (first, second)]
-    return [
+    lines = [
         "",
-        f"Where the first two are furthest apart in {metrics.LABELS[metric]}, chosen as extremes (first seeds):",
+        f"Where #1 and #2 are furthest apart in {metrics.LABELS[metric]}, chosen as extremes (first seeds):",
         "",
-        f"| example | reference | {names[0]} | {names[1]} |",
-        "|---|---|---|---|",
-        *(
-            f"| {report.markdown(name)}<br>{report.points(here[name])}, {report.points(there[name])} "
-            f"| {report.markdown(first.references[name])} | {report.markdown(first.texts[name])} "
-            f"| {report.markdown(second.texts[name])} |"
-            for name in chosen
-        ),
     ]
+    for name in chosen:
+        lines += [
+            f"- {report.markdown(name)}",
+            f"  - reference: {report.markdown(first.references[name])}",
+            f"  - #1, {report.points(here[name])}: {report.markdown(first.texts[name])}",
+            f"  - #2, {report.points(there[name])}: {report.markdown(second.texts[name])}",
+        ]
+    return lines
 
 
 def _verdict(pair: Pair, settings: params.Compare) -> str:
@@ -234,7 +266,8 @@ def _refuse_unequal(found: Sequence[Experiment]) -> None:
         problems.append(f"{', '.join(repeated)} is named twice")
     for one in found:
         if one.base.test_sha256 != first.base.test_sha256:
-            problems.append(f"{one.name} was tested on other examples than {first.name}")
+            counts = "" if one.base.n == first.base.n else f" ({one.base.n}, not {first.base.n})"
+            problems.append(f"{one.name} was tested on other examples than {first.name}{counts}")
         if one.base.signature != first.base.signature:
             problems.append(f"{one.name} is scored as {one.base.signature}, {first.name} as {first.base.signature}")
         problems.extend(

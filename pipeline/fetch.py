@@ -4,12 +4,13 @@ import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
-from pathlib import Path
+from pathlib import Path, PurePath
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from pipeline import device as devices
+from pipeline import header, params, paths, records, source
 from pipeline import model as models
-from pipeline import params, paths, records, source
 from pipeline.errors import UserError
 from pipeline.progress import say
 
@@ -36,6 +37,9 @@ adapter; with tied embeddings and untied ones, from safetensors in one file or s
 A sliding window (Mistral, Qwen, Gemma 3, Phi 3) and the change of frequencies of longrope (Phi 3) end the context.
 """
 
+OURS_ALONE = {"local_files_only": True, "trust_remote_code": False}
+"""Nothing is looked for elsewhere, and Python code beside a checkpoint is not run, nor asked about."""
+
 
 def fetch(model: params.Model) -> None:
     """Bring the model to `out/models/base` as safetensors in `model.dtype`, and its facts beside it.
@@ -46,10 +50,15 @@ def fetch(model: params.Model) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     devices.quieten()
-    with source.resolved(model.source, model.sha256, kind="model", key="model") as found, _gguf_read_once():
+    with (
+        source.resolved(model.source, model.sha256, kind="model", key="model") as resolved,
+        _alone(resolved) as found,
+        _gguf_read_once(),
+    ):
         where, weights = _load_options(found, model.source)
         say(f"fetch: reading {model.source}")
         try:
+            tokenizer = AutoTokenizer.from_pretrained(**where)
             loaded, reading = AutoModelForCausalLM.from_pretrained(
                 dtype=getattr(torch, model.dtype), output_loading_info=True, **where, **weights
             )
@@ -57,9 +66,14 @@ def fetch(model: params.Model) -> None:
             raise UserError(
                 f"model.source = {model.source!r}: its weights do not fit its configuration; name a sound checkpoint"
             ) from None
+        except Exception as error:  # whatever a configuration or a header that makes no sense brings about
+            told = f"{type(error).__name__}: {error}".strip().partition("\n")[0]
+            raise UserError(
+                f"model.source = {model.source!r}: transformers cannot load it ({told}); name a sound checkpoint. Code "
+                "that comes with a model is never run"
+            ) from error
         if found.is_file():
             _check_gguf_is_whole(found, loaded, model.source)
-        tokenizer = AutoTokenizer.from_pretrained(**where)
     if absent := sorted(reading["missing_keys"]):
         raise UserError(
             f"model.source = {model.source!r} lacks {len(absent)} of the model's tensors, such as {absent[0]}: they "
@@ -90,7 +104,7 @@ def _load_options(found: Path, name: str) -> tuple[dict[str, Any], dict[str, Any
         _check_gguf(found, name)
         # dequantize: without it the weights stay packed, and cannot be saved as safetensors.
         return (
-            {"pretrained_model_name_or_path": found.parent, "gguf_file": found.name},
+            {"pretrained_model_name_or_path": found.parent, "gguf_file": found.name, **OURS_ALONE},
             {"quantization_config": GgufConfig(dequantize=True)},
         )
     config_file = found / "config.json"
@@ -98,9 +112,9 @@ def _load_options(found: Path, name: str) -> tuple[dict[str, Any], dict[str, Any
         raise UserError(f"model.source = {name!r}: no config.json in this folder; it has {_listing(found)}")
     try:
         config = json.loads(config_file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"model.source = {name!r}: its config.json is not JSON ({error})") from None
-    family, architectures = config.get("model_type"), config.get("architectures") or []
+        family, architectures = config.get("model_type"), [str(one) for one in config.get("architectures") or []]
+    except (ValueError, RecursionError, AttributeError, TypeError) as error:
+        raise UserError(f"model.source = {name!r}: its config.json is no configuration in JSON ({error})") from None
     if family not in FAMILIES or not all(kind.endswith("ForCausalLM") for kind in architectures):
         raise UserError(
             f"model.source = {name!r} is not a causal language model of a known family: model_type {family!r}, "
@@ -116,20 +130,20 @@ def _load_options(found: Path, name: str) -> tuple[dict[str, Any], dict[str, Any
             f"first, or remove it"
         )
     _check_weights(found, config, name)
-    return {"pretrained_model_name_or_path": found, "local_files_only": True}, {"use_safetensors": True}
+    return {"pretrained_model_name_or_path": found, **OURS_ALONE}, {"use_safetensors": True}
 
 
 def _check_weights(found: Path, config: dict[str, Any], name: str) -> None:
     """UserError unless all weights are in safetensors: other formats are pickles, which can run code when read."""
     single, index = found / "model.safetensors", found / "model.safetensors.index.json"
-    files = [single.name] if single.is_file() else []
-    if not files and index.is_file():
-        try:
-            files = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-        except (ValueError, KeyError, AttributeError) as error:
-            raise UserError(f"model.source = {name!r}: its {index.name} lists no weights ({error!r})") from None
     # A configuration may name a weights file of its own.
-    files += filter(None, [config.get("transformers_weights")])
+    files = [str(config["transformers_weights"])] if config.get("transformers_weights") else []
+    files += [single.name] if single.is_file() else [index.name] if index.is_file() else []
+    for listed in [found / file for file in files if file.endswith(".index.json") and _within(file)]:
+        try:
+            files += sorted(set(map(str, json.loads(listed.read_text(encoding="utf-8"))["weight_map"].values())))
+        except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+            raise UserError(f"model.source = {name!r}: its {listed.name} lists no weights ({error!r})") from None
     other = [file for file in files if not file.endswith((".safetensors", ".safetensors.index.json"))]
     if not files or other:
         raise UserError(
@@ -137,9 +151,17 @@ def _check_weights(found: Path, config: dict[str, Any], name: str) -> None:
             f"pickled weights (.bin, .pt) can run code when they are read, so they never are. Where you trust them: "
             f"AutoModelForCausalLM.from_pretrained(<folder>).save_pretrained(<new folder>), and copy the tokenizer"
         )
+    # The pin is over what lies in the folder.
+    if outside := [file for file in files if not _within(file)]:
+        raise UserError(f"model.source = {name!r} takes weights from {outside[0]!r}, which leads out of its folder")
     missing = [file for file in files if not (found / file).is_file()]
     if missing:
-        raise UserError(f"model.source = {name!r}: {index.name} lists {missing[0]}, which is not there")
+        raise UserError(f"model.source = {name!r}: {missing[0]} is named as weights, and is not there")
+
+
+def _within(file: str) -> bool:
+    path = PurePath(file)
+    return not path.is_absolute() and not any(part.startswith(".") for part in path.parts)
 
 
 def _check_gguf(found: Path, name: str) -> None:
@@ -147,10 +169,13 @@ def _check_gguf(found: Path, name: str) -> None:
     import gguf
 
     try:
+        header.check(found)
         reader = gguf.GGUFReader(str(found))
         family = reader.fields["general.architecture"].contents()
-    except (ValueError, KeyError, IndexError, OSError) as error:
-        raise UserError(f"model.source = {name!r} is not a sound GGUF file ({error!r})") from None
+        if family in GGUF_FAMILIES:
+            _require_announced_sizes(reader, family)
+    except Exception as error:  # whatever numbers that lead nowhere bring about
+        raise UserError(f"model.source = {name!r} is not a sound GGUF file ({type(error).__name__}: {error})") from None
     instead = "name the checkpoint in the Hugging Face layout instead"
     if family not in GGUF_FAMILIES:
         raise UserError(
@@ -166,6 +191,26 @@ def _check_gguf(found: Path, name: str) -> None:
         )
 
 
+def _require_announced_sizes(reader: Any, family: str) -> None:
+    """ValueError unless the tensors have the sizes in the header: transformers builds the model by it, at any size."""
+    shapes = {tensor.name: [int(size) for size in tensor.shape] for tensor in reader.tensors}
+    own = [name for name in reader.fields if name.startswith(f"{family}.")]
+    told = {name.removeprefix(f"{family}."): reader.fields[name].contents() for name in own}
+    heads = told["attention.head_count"]
+    has = {
+        "block_count": len({name.split(".")[1] for name in shapes if name.startswith("blk.")}),
+        "embedding_length": shapes["token_embd.weight"][0],
+        "vocab_size": shapes["token_embd.weight"][1],
+        "feed_forward_length": shapes["blk.0.ffn_up.weight"][1],
+        "attention.key_length": shapes["blk.0.attn_q.weight"][1] // heads,
+    }
+    wrong = [
+        f"{name} is {told[name]}, of the tensors {size}" for name, size in has.items() if told.get(name, size) != size
+    ]
+    if wrong:
+        raise ValueError(", ".join(wrong))
+
+
 def _check_gguf_is_whole(found: Path, loaded: Any, name: str) -> None:
     """UserError unless the model has as many numbers as the file: transformers skips tensors that it does not know."""
     import gguf
@@ -177,6 +222,16 @@ def _check_gguf_is_whole(found: Path, loaded: Any, name: str) -> None:
             f"model.source = {name!r} holds {held:,} numbers, of which transformers makes a model of {taken:,}: name "
             f"the checkpoint in the Hugging Face layout instead"
         )
+
+
+@contextmanager
+def _alone(found: Path) -> Iterator[Path]:
+    """A file in a folder of its own: transformers would read a chat template or stop tokens that lie beside it."""
+    with TemporaryDirectory(prefix="lora-repro-") as folder:
+        link = Path(folder) / found.name
+        if found.is_file():
+            link.symlink_to(found.resolve())
+        yield link if found.is_file() else found
 
 
 @contextmanager

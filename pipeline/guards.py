@@ -28,7 +28,7 @@ def measured(seeds: Sequence[int]) -> list[Guard]:
     base = decodings["base"]
     return [
         Guard("test or validation examples in training", _overlap(card)),
-        Guard("weights not quantized as asked", _quantization(facts)),
+        Guard("quantization or a device other than asked for", f"{_quantization(facts)}; computed on {base['device']}"),
         Guard(
             "a doubled BOS, or another prefix in inference than in training",
             f"{_each(one['prompts_checked'] for one in training)} prompts start with one BOS at most; training "

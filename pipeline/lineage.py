@@ -61,7 +61,7 @@ def _adapters(folder: Path, lock: Path, seeds: list[int]) -> list[str]:
     faults = []
     for seed in seeds:
         logged = folder / "adapter" / str(seed)
-        if verify.md5(logged) != outs.get(str(paths.adapter(seed))):
+        if records.dvc_md5(logged) != outs.get(str(paths.adapter(seed))):
             faults.append(f"artifacts/adapter/{seed} is not the adapter that the run's dvc.lock has")
         else:
             print(f"adapter  {seed}: sha256 {records.sha256_tree(logged)}, the one in dvc.lock")

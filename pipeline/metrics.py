@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.params import Evaluate
-from pipeline.sentences import sentences
+from pipeline.sentences import WITHOUT_SPACES, sentences
 
 Floats = NDArray[np.float64]
 Tokenize = Callable[[str], list[str]]
@@ -147,7 +147,7 @@ class _Letters:
 def _pattern() -> Any:
     import regex
 
-    alone = r"\p{Han}\p{Hiragana}\p{Katakana}\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}"
+    alone = WITHOUT_SPACES
     return regex.compile(rf"(?V1)[{alone}]\p{{M}}*|[[\p{{L}}\p{{M}}\p{{N}}]--[{alone}]]+")
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline import paths, records
+from pipeline.errors import UserError
 
 if TYPE_CHECKING:
     import torch
@@ -75,7 +76,7 @@ def stop_ids(model: Any) -> list[int]:
 def tokenizer(folder: Path = paths.QUANTIZED) -> Any:
     from transformers import AutoTokenizer
 
-    return AutoTokenizer.from_pretrained(folder)
+    return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
 
 
 def pretrained(folder: Path, device: "torch.device", **options: Any) -> Any:
@@ -85,8 +86,17 @@ def pretrained(folder: Path, device: "torch.device", **options: Any) -> Any:
     from pipeline import attention
 
     return AutoModelForCausalLM.from_pretrained(
-        folder, device_map={"": device}, attn_implementation=attention.NAME, **options
+        folder, device_map={"": device}, attn_implementation=attention.NAME, trust_remote_code=False, **options
     )
+
+
+def require_intact(folder: Path, facts: dict[str, Any]) -> None:
+    """UserError unless a checkpoint is, byte for byte, what its facts were written of."""
+    if records.sha256_tree(folder) != facts["sha256"]:
+        raise UserError(
+            f"{folder} is not what its stage wrote: it has changed on the disk, or in DVC's cache, from where it came; "
+            "`lora-repro verify` says where, and what mends it"
+        )
 
 
 def load(device: "torch.device", keep_dequantized: bool) -> Any:
@@ -94,13 +104,14 @@ def load(device: "torch.device", keep_dequantized: bool) -> Any:
 
     With `keep_dequantized`, 4-bit layers become plain ones that hold the same values unpacked; else they unpack them
     in every forward pass. Both give the same numbers. 8-bit layers stay what they are. Dropout that the base has of its
-    own is off: it is frozen. UserError when the checkpoint is not what its facts say.
+    own is off: it is frozen. UserError when the checkpoint is not what was written, or not what its facts say.
     """
     import torch
 
     from pipeline import fused, quantize
 
     facts = records.read_json(paths.QUANTIZED_FACTS)
+    require_intact(paths.QUANTIZED, facts)
     model = pretrained(paths.QUANTIZED, device)
     quantize.require_effective(model, facts)
     if keep_dequantized:

@@ -29,7 +29,7 @@ from pipeline import (
     provenance,
     records,
     report,
-    scores,
+    sentences,
     track,
 )
 from pipeline.compare import Comparison
@@ -359,7 +359,7 @@ def _data(content: Content, held: Iterable[int], split: Splitter) -> dict[str, A
             "a": aspects.setdefault(shown(example.aspect), len(aspects)),
             "s": sources.setdefault(shown(example.source), len(sources)),
             "r": [shown(text) for text in example.references],
-            "w": [scores.words(text) for text in (example.source, *example.references)],
+            "w": [len(sentences.words(text)) for text in (example.source, *example.references)],
             "v": [_variant(written, example, split, metrics) for written in (row.base, *row.tuned)],
         }
         if example.history:

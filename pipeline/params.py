@@ -5,8 +5,10 @@ A stage is given only the sections that `dvc.yaml` declares for it, so that noth
 mistake is reported at once.
 """
 
+import codecs
 import difflib
 import re
+import reprlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar
@@ -25,7 +27,7 @@ from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
 from pipeline import paths
-from pipeline.errors import UserError, listing
+from pipeline.errors import UserError, listing, without_passwords
 
 Share = Annotated[float, Field(ge=0, le=1)]
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
@@ -55,11 +57,19 @@ OneOrSeveral = Annotated[
 ]
 
 
-def _codec(name: str) -> str:
+NOT_OF_FILES = ("idna", "punycode", "undefined", "unicode_escape", "raw_unicode_escape")
+"""What Python calls encodings of text as well: of host names, and of its own source code."""
+
+
+def codec(name: str) -> str:
+    """`name`, if it is an encoding that a text file can have; else ValueError."""
     try:
         "a".encode(name)
+        of_files = codecs.lookup(name).name.replace("-", "_") not in NOT_OF_FILES
     except (LookupError, ValueError):
-        raise ValueError(f"'{name}' is no encoding of text, such as utf-8, cp1252 or gb18030") from None
+        of_files = False
+    if not of_files:
+        raise ValueError(f"'{name}' is no encoding of text files, such as utf-8, cp1252 or gb18030")
     return name
 
 
@@ -104,7 +114,7 @@ class Data(Section):
     source: OneOrSeveral[str]
     sha256: OneOrSeveral[Sha256 | None]
     format: Literal["aclsum", "table", "chat"]
-    encoding: Annotated[str, AfterValidator(_codec)]
+    encoding: Annotated[str, AfterValidator(codec)]
     files: Files
     holdout: Holdout
     columns: Columns | None
@@ -209,7 +219,7 @@ class Forget(Section):
     source: str | None
     sha256: Sha256 | None
     files: OneOrSeveral[str]
-    encoding: Annotated[str, AfterValidator(_codec)]
+    encoding: Annotated[str, AfterValidator(codec)]
     column: str | None
     html: bool
     tokens: Annotated[int, Field(ge=64, le=10_000_000)]
@@ -281,9 +291,18 @@ class Runtime(Section):
     keep_dequantized: bool
 
 
+def _without_password(uri: str | None) -> str | None:
+    if uri and without_passwords(uri) != uri:
+        raise ValueError(
+            "an address with a user name or password, and params.yaml is kept in git and in every run: give the "
+            "address as MLFLOW_TRACKING_URI, or both as MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD"
+        )
+    return uri
+
+
 class Tracking(Section):
     key = "tracking"
-    uri: str | None
+    uri: Annotated[str | None, AfterValidator(_without_password)]
     experiment: Annotated[str, Field(min_length=1)]
 
 
@@ -388,8 +407,12 @@ def _parse(path: Path) -> Any:
         return YAML(typ="safe", pure=True).load(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"{path} is missing: run this in the project folder, or restore it with git") from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not UTF-8 ({error.reason} at byte {error.start}): save it as UTF-8") from None
     except YAMLError as error:
         raise UserError(f"{path} is not YAML: {error}") from None
+    except Exception as error:  # ruamel meets bad dates, numbers and too deep a nesting with whatever they bring about
+        raise UserError(f"{path} is not YAML that can be read ({type(error).__name__}: {error})") from None
 
 
 def _explain(problem: Any) -> str:
@@ -399,11 +422,18 @@ def _explain(problem: Any) -> str:
     if kind == "missing":
         return f"{at}: missing; every key must be present (see the comments of the default params.yaml)"
     if kind == "extra_forbidden":
-        return f"{at} = {given!r}: unknown key{_suggestion(problem['loc'])}"
+        return f"{at} = {_shown(given)}: unknown key{_suggestion(problem['loc'])}"
     message = problem["msg"].removeprefix("Value error, ")
     if kind == "value_error":
         return f"{at}: {message}" if at else message
-    return f"{at} = {given!r}: {message[0].lower()}{message[1:]}"
+    return f"{at} = {_shown(given)}: {message[0].lower()}{message[1:]}"
+
+
+def _shown(given: Any) -> str:
+    """A value as an error shows it: a few lines of aliases can stand for more than fits into memory."""
+    short = reprlib.Repr()
+    short.maxlevel, short.maxstring, short.maxother, short.maxlong = 2, 200, 200, 200
+    return short.repr(given)
 
 
 def _is_branch(part: str | int) -> bool:
@@ -416,6 +446,8 @@ def _is_branch(part: str | int) -> bool:
 def _suggestion(location: tuple[str | int, ...]) -> str:
     model: Any = Params
     for part in location[:-1]:
+        if isinstance(part, int):  # of a list, whose items are in view already
+            continue
         model = model.model_fields[part].annotation
         if not hasattr(model, "model_fields"):
             model = next(option for option in model.__args__ if hasattr(option, "model_fields"))

@@ -1,7 +1,8 @@
 """Where everything lies, relative to the project folder, which is the working directory of every stage.
 
-`out/` is DVC's (cached, git-ignored); `reports/` is for people and kept in git, but for `index.html`, which also tells
-what differs from machine to machine; `.scratch/` holds what a killed stage leaves behind and is never an output.
+`out/` is DVC's (cached, git-ignored); `reports/` is for people and kept in git, with a copy of `out/comparison`, since
+DVC caches nothing that git keeps but metrics and plots; only `reports/index.html`, which also tells what differs between
+machines, is not in git. `.scratch/` holds what a killed stage leaves behind and is never an output.
 """
 
 from pathlib import Path
@@ -9,6 +10,7 @@ from pathlib import Path
 PARAMS = Path("params.yaml")
 DVC_YAML = Path("dvc.yaml")
 DVC_LOCK = Path("dvc.lock")
+CONSTRAINTS = Path("constraints.txt")
 
 OUT = Path("out")
 DATA = OUT / "data"
@@ -25,14 +27,16 @@ FORGETTING = OUT / "forgetting"
 COSTS = OUT / "costs"
 RECEIPT = OUT / "receipt.json"
 
+COMPARISON = OUT / "comparison"
+COMPARISON_MD = COMPARISON / "comparison.md"
+COMPARISON_SVG = COMPARISON / "comparison.svg"
+COMPARISON_PNG = COMPARISON / "comparison.png"
+FIGURES = COMPARISON / "figures"
+TABLES = COMPARISON / "tables"
+
 REPORTS = Path("reports")
 METRICS = REPORTS / "metrics.json"
-COMPARISON_MD = REPORTS / "comparison.md"
 REPORT_HTML = REPORTS / "index.html"
-COMPARISON_SVG = REPORTS / "comparison.svg"
-COMPARISON_PNG = REPORTS / "comparison.png"
-FIGURES = REPORTS / "figures"
-TABLES = REPORTS / "tables"
 PLOT_INTERVALS = REPORTS / "plots" / "intervals.csv"
 PLOT_CURVES = REPORTS / "plots" / "curves.csv"
 PLOT_LENGTHS = REPORTS / "plots" / "lengths.csv"
@@ -83,6 +87,11 @@ def decoding(variant: str) -> Path:
 
 def scores(variant: str) -> Path:
     return SCORES / f"{variant}.json"
+
+
+def published(path: Path) -> Path:
+    """Where people find a file of `COMPARISON`."""
+    return REPORTS / path.relative_to(COMPARISON)
 
 
 def costs(result: Path) -> Path:

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from pipeline import paths, records, scores
+from pipeline import paths, records, sentences
 from pipeline.compare import Comparison
 from pipeline.metrics import LABELS
 
@@ -59,7 +59,7 @@ def _lengths(seeds: Sequence[int]) -> Iterator[Row]:
         "tuned": [text for seed in seeds for text in _texts(paths.variant(seed))],
     }
     for name, some in texts.items():
-        for words, count in sorted(Counter(map(scores.words, some)).items()):
+        for words, count in sorted(Counter(len(sentences.words(text)) for text in some).items()):
             yield {"texts": name, "words": words, "share": count / len(some)}
 
 

@@ -64,8 +64,15 @@ class Encoder:
         return len(prompt) <= self.params.max_tokens
 
     def row(self, example: Example) -> Row:
-        """Prompt and completion; the completion ends in the EOS at which decoding stops."""
+        """Prompt and completion; the completion ends in the EOS at which decoding stops.
+
+        UserError for an answer of which the tokenizer leaves nothing to learn.
+        """
         completion = self.tokenizer(example.target, add_special_tokens=False).input_ids
+        if not completion:
+            raise UserError(
+                f"the answer of {example.id}, {example.target!r}, has no token in this model's vocabulary: remove it"
+            )
         return Row(example.id, example.group, self.prompt(example), [*completion, self.end])
 
     def holds(self, row: Row) -> bool:

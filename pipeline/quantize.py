@@ -25,6 +25,7 @@ def quantize(quantize: params.Quantize, runtime: params.Runtime) -> None:
     """Write `out/models/quantized` and its facts; with method none, the base as it is."""
     device = devices.choose(runtime)
     base_facts = records.read_json(paths.BASE_FACTS)
+    models.require_intact(paths.BASE, base_facts)
     windows = _windows(quantize.perplexity_tokens)
     base = models.pretrained(paths.BASE, device)
     before = loss.perplexity(base, windows, "perplexity before")

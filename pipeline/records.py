@@ -163,6 +163,18 @@ def sha256_path(path: Path) -> str:
     return sha256_tree(path) if path.is_dir() else sha256_file(path)
 
 
+def dvc_md5(path: Path) -> str | None:
+    """DVC's name for the content of a file, or of a folder (its listing as JSON); None where there is none."""
+    if path.is_file():
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "md5").hexdigest()
+    if not path.is_dir():
+        return None
+    files = {file.relative_to(path).as_posix(): file for file in path.rglob("*") if file.is_file()}
+    listing = [{"md5": dvc_md5(files[name]), "relpath": name} for name in sorted(files)]
+    return f"{hashlib.md5(json.dumps(listing, sort_keys=True).encode()).hexdigest()}.dir"
+
+
 def sha256_text(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 

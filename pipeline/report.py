@@ -44,7 +44,7 @@ COMMANDS = (
 
 
 def write(comparison: Comparison, guards: Sequence[Guard]) -> None:
-    """Write Markdown, numbers and picture to `reports/`; equal comparisons give equal bytes."""
+    """Write `paths.METRICS`, and Markdown and picture to `paths.COMPARISON`; equal comparisons give equal bytes."""
     records.write_json(paths.METRICS, metrics(comparison))
     records.write_text(paths.COMPARISON_SVG, charts.svg(comparison, charts.FILE))
     with records.replacing(paths.COMPARISON_PNG) as temporary:
@@ -237,21 +237,22 @@ def power(comparison: Comparison) -> str:
 def closing_lines(store: str, page: str) -> str:
     """The verdict of the last comparison and where to look next, for a terminal; nothing is computed.
 
-    `store` is the address of the MLflow store, `page` says where the page is (`page.describe`).
+    `store` is the address of the MLflow store, as it may be shown; `page` says where the page is (`page.describe`).
 
     UserError when there is no report yet.
     """
+    text = paths.published(paths.COMPARISON_MD)
     try:
-        verdict = paths.COMPARISON_MD.read_text(encoding="utf-8").split("\n", 1)[0]
+        verdict = text.read_text(encoding="utf-8").split("\n", 1)[0]
     except FileNotFoundError:
-        raise UserError(f"{paths.COMPARISON_MD} is missing: run `dvc repro`, which makes it") from None
+        raise UserError(f"{text} is missing: run `dvc repro`, which makes it") from None
     return "\n".join(
         [
             verdict.replace("**", ""),
             "",
-            f"  report   {page}  (or {paths.COMPARISON_MD})",
+            f"  report   {page}  (or {text})",
             f"  numbers  {paths.METRICS}  (dvc metrics diff)",
-            f"  record   mlflow ui --backend-store-uri {store}  (make ui)",
+            f"  record   mlflow ui --host 127.0.0.1 --backend-store-uri {store}  (make ui)",
         ]
     )
 

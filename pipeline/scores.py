@@ -3,7 +3,6 @@
 import hashlib
 import json
 import math
-import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -14,9 +13,7 @@ import numpy as np
 from pipeline import metrics, paths, records
 from pipeline.errors import UserError, listing
 from pipeline.params import Evaluate
-
-MAX_FOREIGN_SHARE = 0.5
-"""Share of the references' letters outside a-z above which the default tokenizer sees too little to score."""
+from pipeline.sentences import MAX_FOREIGN_SHARE, foreign_share, words
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,8 +77,8 @@ def evaluate(variant: str, evaluate: Evaluate) -> None:
         groups=len({row.group for row in examples}),
         corpus={one.name: _corpus(one, statistics[one.name]) for one in chosen},
         length={
-            "predictions": sum(map(words, texts)) / n,
-            "references": sum(words(row.target) for row in examples) / n,
+            "predictions": sum(len(words(text)) for text in texts) / n,
+            "references": sum(len(words(row.target)) for row in examples) / n,
         },
         stopped_by_cap=sum(row.finish == "length" for row in predictions) / n,
         empty=sum(not text.strip() for text in texts) / n,
@@ -130,11 +127,6 @@ def _share_in(language: str | None, texts: Sequence[str]) -> float | None:
     return sum(bool(text.strip() and classify(text)[0] == language) for text in texts) / len(texts)
 
 
-def words(text: str) -> int:
-    """Length of a text in whitespace-separated words."""
-    return len(text.split())
-
-
 def same_rows(variant: str, given: Sequence[str], test: Sequence[str]) -> None:
     """UserError unless `given` are the ids of the test split, in its order, each once, and at least one."""
     problems = []
@@ -158,10 +150,9 @@ def _some(ids: Sequence[str]) -> str:
 
 
 def _refuse_other_scripts(references: Sequence[str]) -> None:
-    letters = [letter for text in references for letter in text.lower() if letter.isalpha()]
-    foreign = sum(not re.match("[a-z]", letter) for letter in letters)
-    if foreign > MAX_FOREIGN_SHARE * len(letters):
+    foreign = foreign_share(references)
+    if foreign > MAX_FOREIGN_SHARE:
         raise UserError(
-            f"{foreign / len(letters):.0%} of the references' letters lie outside a-z, which is all that rouge-score's "
+            f"{foreign:.0%} of the references' letters lie outside a-z, which is all that rouge-score's "
             "tokenizer keeps: ROUGE would be about 0 for every model; set evaluate.rouge_tokenizer to unicode"
         )

@@ -1,4 +1,5 @@
-"""Sentences by rule: for the lead of a source, and for rougeLsum, which scores sentence by sentence.
+"""Sentences by rule: for the lead of a source, and for rougeLsum, which scores sentence by sentence. And words: for
+lengths, and where a text is cut to a length.
 
 A sentence ends at a line break, or at [.!?…] with what closes it (quotes, brackets) when white space follows and then
 something other than a lower-case letter or more punctuation; never after a common abbreviation, an initial
@@ -8,7 +9,15 @@ a rule this small does miss what needs a dictionary, and scripts that write no s
 """
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from functools import cache
+from typing import Any
+
+WITHOUT_SPACES = r"\p{Han}\p{Hiragana}\p{Katakana}\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}"
+"""The scripts that put no space between words, as members of a character class of the package `regex`: there each
+character counts as a word."""
+MAX_FOREIGN_SHARE = 0.5
+"""Share of letters outside a-z above which ROUGE's own tokenizer sees too little of a text to score."""
 
 # Quotes that also open are taken as closing only where they touch the full stop.
 _END = re.compile(r"""[.!?…](?:\s?[.!?…])*["']*(?:\s?(?:''|[”’»)\]]))*\s+""")
@@ -21,6 +30,25 @@ _ABBREVIATION = re.compile(
 )
 _INITIAL = re.compile(r"(?:^|[^\w'’-])(?:[^\W\d_]\.)+$")
 _LONGEST_ABBREVIATION = 12  # characters: all that the patterns above need to see
+
+
+def words(text: str) -> list[str]:
+    """What white space separates; in scripts without it each character by itself, with its marks."""
+    parts = text.split()
+    return parts if text.isascii() else [word for part in parts for word in _words().findall(part)]
+
+
+@cache
+def _words() -> Any:
+    import regex
+
+    return regex.compile(rf"[{WITHOUT_SPACES}]\p{{M}}*|[^{WITHOUT_SPACES}]+")
+
+
+def foreign_share(texts: Iterable[str]) -> float:
+    """Which share of the letters of some texts lies outside a-z; 0 where there are no letters."""
+    letters = [letter for text in texts for letter in text.lower() if letter.isalpha()]
+    return sum(not "a" <= letter <= "z" for letter in letters) / max(1, len(letters))
 
 
 def sentences(text: str) -> list[str]:

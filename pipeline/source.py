@@ -13,9 +13,11 @@ import difflib
 import glob
 import os
 import re
+import struct
 import subprocess
 import sys
 import time
+import zlib
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -321,7 +323,7 @@ def _extract(wheel: Path, wanted: _Wheel, scratch: Path, key: str) -> Path:
                     f"{wheel.name} holds {unsafe[0]!r}, which leads out of its folder: do not use this wheel"
                 )
             archive.extractall(scratch, members)
-    except BadZipFile as error:
+    except (BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError, UnicodeError, struct.error) as error:
         raise UserError(f"{key}.source: {wheel.name} is no sound wheel ({error}): use another version") from None
     except OSError as error:
         raise UserError(f"cannot unpack {wheel.name} ({error}): set TMPDIR to a folder with space") from None

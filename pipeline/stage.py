@@ -11,13 +11,20 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import psutil
 from filelock import FileLock, Timeout
 
 from pipeline import energy, params, paths, records
-from pipeline.errors import UserError
+from pipeline.errors import UserError, listing
+
+COMPUTING = (
+    "torch", "transformers", "peft", "bitsandbytes", "accelerate", "tokenizers", "sentencepiece", "safetensors", "gguf",
+    "datasets", "pyarrow", "polib", "numpy", "scipy", "rouge_score", "nltk", "sacrebleu", "regex", "py3langid",
+)  # fmt: skip
+"""The packages whose version can move a number. Their pins are an input of every stage: `constraints.txt` is one."""
 
 
 def run(stage: str, call: Callable[[params.Declared], None], result: Path | None = None) -> None:
@@ -37,6 +44,7 @@ def run(stage: str, call: Callable[[params.Declared], None], result: Path | None
     started = time.monotonic()
     try:
         with alone(address(stage, sys.argv[1:])):
+            require_pinned_versions()
             remove_leftovers()
             declared = params.read(stage)
             if result is None:
@@ -85,6 +93,29 @@ def alone(name: str) -> Iterator[None]:
     finally:
         holder.unlink(missing_ok=True)
         lock.release()
+
+
+def require_pinned_versions() -> None:
+    """UserError where another version than the one in `constraints.txt` would compute: `dvc.lock` would not tell."""
+    if not paths.CONSTRAINTS.is_file():  # DVC does not start a stage without it
+        return
+    lines = paths.CONSTRAINTS.read_text(encoding="utf-8").splitlines()
+    pins = dict(line.split("==") for line in lines if line.count("==") == 1 and not line.startswith("#"))
+    other = []
+    for name in COMPUTING:
+        try:
+            # torch's builds for other devices say so behind a +.
+            found = version(name).partition("+")[0]
+        except PackageNotFoundError:
+            found = "not"
+        if name in pins and found != pins[name]:
+            other.append(f"{name} {pins[name]}, and {found} is installed")
+    if other:
+        remedy = (
+            "install them with `pip install -c constraints.txt -e .`, or write there what you mean to compute with: "
+            "all stages then run again"
+        )
+        raise listing([*other, remedy], f"{paths.CONSTRAINTS} has other versions than this environment:")
 
 
 def remove_leftovers() -> None:

@@ -18,6 +18,7 @@ from pathlib import Path, PurePosixPath
 from tempfile import TemporaryDirectory
 from typing import Any, Final
 
+from pipeline import params
 from pipeline.errors import UserError
 
 SHOWN = 20  # files or columns that an error lists at most
@@ -36,7 +37,7 @@ ABSENT: Final = object()
 Record = Mapping[str, Any]
 Located = tuple[str, Record]  # where a record stands (`train.jsonl:3`), and the record
 
-_CHARSET = re.compile(rb"Content-Type:[^\n]*?charset=([\w.:-]+)", re.IGNORECASE)
+_CHARSET = re.compile(rb"Content-Type:[^\n]{0,200}?charset=([\w.:-]+)", re.IGNORECASE)
 _PO_LINE = re.compile(r'(?:(?:msgctxt|msgid|msgid_plural|msgstr|msgstr\[\d+\])\s+)?"(?:[^"\\]|\\.)*"')
 
 
@@ -204,12 +205,12 @@ def _json(file: File, encoding: Encoding) -> Iterator[Located]:
     if start.startswith("["):
         try:
             located = [(f"{file.name}, item {number}", item) for number, item in enumerate(json.loads(text), start=1)]
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise UserError(f"{file.name} is not JSON: {error}") from None
     elif file.path.suffix.lower() == ".json" and start.split("\n", 1)[0].rstrip() == "{":
         try:
             located = [(file.name, json.loads(text))]
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise UserError(f"{file.name} is not JSON: {error}") from None
     else:
         located = []
@@ -217,7 +218,7 @@ def _json(file: File, encoding: Encoding) -> Iterator[Located]:
             if line.strip():
                 try:
                     located.append((f"{file.name}:{number}", json.loads(line)))
-                except ValueError as error:
+                except (ValueError, RecursionError) as error:
                     raise UserError(f"{file.name}:{number} is not a line of JSON: {error}") from None
     for where, item in located:
         if not isinstance(item, dict):
@@ -228,7 +229,7 @@ def _json(file: File, encoding: Encoding) -> Iterator[Located]:
 def _delimited(file: File, encoding: Encoding) -> Iterator[Located]:
     """Fields stay strings ("007"), quoted as in CSV; a row with a field too many or too few is an error, not padded."""
     text = _text(file.path.read_bytes(), file, encoding)
-    delimiter = "\t" if file.path.suffix.lower() == ".tsv" else ","
+    delimiter = "\t" if file.path.suffix.lower() == ".tsv" else _delimiter(text)
     csv.field_size_limit(sys.maxsize)  # the default of 128 KiB is less than a long document
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
     line = 1
@@ -250,17 +251,26 @@ def _delimited(file: File, encoding: Encoding) -> Iterator[Located]:
         raise UserError(f"{file.name}:{line}: {error}") from None
 
 
+def _delimiter(text: str) -> str:
+    """A comma; but a semicolon (as of spreadsheets where the comma is in numbers), tab or bar if the header has it and
+    no comma: it would be one column, which cannot be both source and target."""
+    header = text.split("\n", 1)[0]
+    return next((mark for mark in ",;\t|" if mark in header), ",")
+
+
 def _parquet(file: File, _: Encoding) -> Iterator[Located]:
+    """The rows as Arrow has them: `datasets` would open the files and addresses that a column of images names."""
     import datasets
 
     datasets.disable_progress_bars()
     with TemporaryDirectory(prefix="lora-repro-") as cache:  # a result must not rest on an earlier reading
         try:
             table = datasets.Dataset.from_parquet(str(file.path), cache_dir=cache, keep_in_memory=True)
+            found: list[Record] = table.data.to_pylist()
         except Exception as error:  # whatever Arrow raises, `datasets` wraps
             raise UserError(f"{file.name} is not Parquet: {error.__cause__ or error}") from None
-        for number, record in enumerate(table, start=1):
-            yield f"{file.name}, row {number}", record
+    for number, record in enumerate(found, start=1):
+        yield f"{file.name}, row {number}", record
 
 
 # Gettext
@@ -325,8 +335,8 @@ def _charset(content: bytes, file: File) -> str | None:
         return None
     charset = told[1].decode("ascii", "replace")
     try:
-        "a".encode(charset)
-    except (LookupError, ValueError):
+        params.codec(charset)
+    except ValueError:
         line = content.count(b"\n", 0, told.start()) + 1
         raise UserError(
             f"{file.name}:{line}: the header names the charset '{charset}', which is no encoding: mend the header"

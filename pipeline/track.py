@@ -16,6 +16,7 @@ import math
 import os
 import posixpath
 import re
+import shutil
 import tempfile
 import time
 import warnings
@@ -28,7 +29,7 @@ from filelock import FileLock
 from ruamel.yaml import YAML
 
 from pipeline import params, paths, provenance, records
-from pipeline.errors import UserError, listing
+from pipeline.errors import UserError, listing, without_passwords
 from pipeline.progress import say
 
 DIGEST = "dvc.digest"
@@ -93,10 +94,14 @@ class Stored:
 def track(train_seeds: list[int], tracking: params.Tracking) -> None:
     """Record the experiment in the working directory, unless it is recorded already, and write `paths.RECEIPT`.
 
+    Before that, publish its comparison: DVC has removed the reports, and what the store refuses is read all the same.
+
     UserError when `dvc.lock` or an output is missing, when `dvc.lock` mixes two experiments, for a metric that MLflow
     cannot hold, and for a store that cannot be used. A run is FINISHED only when everything is in it.
     """
+    publish()
     record = gather(train_seeds)
+    _refuse_other_content(record, _stages(train_seeds))
     with _opened(tracking) as client:
         experiment_id = _experiment(client, tracking)
         run = _finished(client, experiment_id, record.digest)
@@ -107,6 +112,13 @@ def track(train_seeds: list[int], tracking: params.Tracking) -> None:
             _seen_again(client, run, record.tags)
     records.write_json(paths.RECEIPT, {"digest": record.digest})
     say(f"{word}: {_line(run, tracking)}")
+
+
+def publish() -> None:
+    """Copy the files of `paths.COMPARISON`, which a cache may have restored, to `paths.REPORTS`."""
+    for path in sorted(path for path in paths.COMPARISON.rglob("*") if path.is_file()):
+        with records.replacing(paths.published(path)) as temporary:
+            shutil.copyfile(path, temporary)
 
 
 def describe(train_seeds: list[int], tracking: params.Tracking) -> str:
@@ -178,6 +190,24 @@ def outs_of(lock: str, seeds: list[int]) -> dict[str, dict[str, str]]:
 
 
 # What goes into its run
+
+
+def _refuse_other_content(record: Record, stages: Stages) -> None:
+    """UserError where an output that goes into the run is not what its stage wrote.
+
+    DVC takes a file for what it was by time and size, and restores what has rotted in its cache.
+    """
+    recorded = [path for path, _ in record.files] + [paths.split("test"), *paths.PREDICTIONS.glob("*.jsonl")]
+    changed = [
+        f"{out}: not what stage {name} wrote"
+        for name, content in stages.items()
+        for out, md5 in content["outs"].items()
+        if any(path.is_relative_to(out) or Path(out).is_relative_to(path) for path in recorded)
+        and records.dvc_md5(Path(out)) != md5
+    ]
+    if changed:
+        remedy = "`lora-repro verify` says what mends it"
+        raise listing(changed, f"nothing is recorded of outputs that have changed on the disk; {remedy}:")
 
 
 def gather(seeds: list[int]) -> Record:
@@ -430,7 +460,7 @@ def _opened(tracking: params.Tracking) -> Iterator[Any]:
             yield MlflowClient(tracking_uri=uri)
         except MlflowException as error:
             raise UserError(
-                f"the MLflow store {shown(uri)} refused: {str(error).splitlines()[0]}\n"
+                f"the MLflow store {uri} refused: {str(error).splitlines()[0]}\n"
                 "Nothing computed is lost: mend the store or its address, and run `dvc repro` again"
             ) from error
 
@@ -664,9 +694,4 @@ def _seen_again(client: Any, run: Any, tags: Mapping[str, str]) -> None:
 
 
 def _line(run: Any, tracking: params.Tracking) -> str:
-    return f"run {run.info.run_name} ({run.info.run_id}) in {shown(tracking_uri(tracking))}"
-
-
-def shown(uri: str) -> str:
-    """`uri` without the user name and password that it may hold."""
-    return re.sub(r"//[^/@]*@", "//", uri)
+    return f"run {run.info.run_name} ({run.info.run_id}) in {without_passwords(tracking_uri(tracking))}"

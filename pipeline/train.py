@@ -75,6 +75,7 @@ def train(seed: int, prompt: params.Prompt, lora: params.Lora, train: params.Tra
             f"train.validate_every (training has {len(plan)} steps)"
         )
     validation = pack.trees(validation_rows)
+    device = devices.choose(runtime)
     sample = evenly(pack.trees(rows), len(validation_rows))
     identity = {
         "seed": seed,
@@ -82,8 +83,8 @@ def train(seed: int, prompt: params.Prompt, lora: params.Lora, train: params.Tra
         "data": [records.sha256_file(paths.split(name)) for name in ("train", "validation")],
         "params": [section.model_dump(mode="json") for section in (prompt, lora, train)],
         "runtime": runtime.model_dump(mode="json"),
+        "effective": [device.type, devices.threads(device)],
     }
-    device = devices.choose(runtime)
     with checkpoint.folder(f"train-{seed}", identity) as scratch:
         model = adapter.attach(models.load(device, runtime.keep_dequantized), lora, seed)
         trainer = Trainer(model, train, seed, len(plan))

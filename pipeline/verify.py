@@ -22,7 +22,7 @@ from ruamel.yaml.error import YAMLError
 
 from pipeline import page as pages
 from pipeline import params, paths, records, source, track
-from pipeline.errors import UserError
+from pipeline.errors import UserError, without_passwords
 from stages import compare
 
 RECORD = "dvc repro --force --single-item track"
@@ -98,20 +98,8 @@ class Project:
     def md5(self, path: Path) -> str | None:
         """DVC's name for the content of a file or folder; None where there is none."""
         if path not in self.known:
-            self.known[path] = md5(path)
+            self.known[path] = records.dvc_md5(path)
         return self.known[path]
-
-
-def md5(path: Path) -> str | None:
-    """DVC's name for the content of a file, or of a folder (its listing as JSON); None where there is none."""
-    if path.is_file():
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "md5").hexdigest()
-    if not path.is_dir():
-        return None
-    files = {file.relative_to(path).as_posix(): file for file in path.rglob("*") if file.is_file()}
-    listing = [{"md5": md5(files[name]), "relpath": name} for name in sorted(files)]
-    return f"{hashlib.md5(json.dumps(listing, sort_keys=True).encode()).hexdigest()}.dir"
 
 
 def verify() -> bool:
@@ -221,7 +209,7 @@ def cache(project: Project) -> Outcome:
             outcome.find(_shown(path), f"missing; it is {place} of stage {out.stage}", _recache(project, out, ""))
             continue
         size += path.stat().st_size
-        if md5(path) != name.removesuffix(".dir"):
+        if records.dvc_md5(path) != name.removesuffix(".dir"):
             remove = f"rm -f {shlex.quote(_shown(path))}"
             if name in owners:
                 out, place = owners[name]
@@ -245,7 +233,7 @@ def cache(project: Project) -> Outcome:
 def listing_of(objects: Path, name: str) -> list[tuple[str, str]]:
     """Path and md5 of the files of a cached folder; none where the listing itself is missing or spoilt."""
     path = objects / name[:2] / name[2:]
-    if not name.endswith(".dir") or not path.is_file() or md5(path) != name.removesuffix(".dir"):
+    if not name.endswith(".dir") or not path.is_file() or records.dvc_md5(path) != name.removesuffix(".dir"):
         return []
     return [(entry["relpath"], entry["md5"]) for entry in records.read_json(path)]
 
@@ -304,7 +292,8 @@ def _inside(project: Project, out: Out) -> str:
     """Which files of a folder differ, as far as the cache still tells."""
     then = dict(listing_of(project.cache / "files" / "md5", out.md5))
     now = {file.relative_to(out.path).as_posix(): file for file in out.path.rglob("*") if file.is_file()}
-    differing = sorted(name for name in then.keys() | now.keys() if name not in now or md5(now[name]) != then.get(name))
+    content = {name: records.dvc_md5(file) for name, file in now.items()}
+    differing = sorted(name for name in then.keys() | now.keys() if content.get(name) != then.get(name))
     return f" ({', '.join(differing)})" if then else ""
 
 
@@ -394,14 +383,16 @@ def chain(project: Project) -> Outcome:
     return outcome
 
 
-def reports(project: Project) -> Outcome:
-    """The comparison once more, from predictions and scores; the reports byte by byte."""
+def reports(_: Project) -> Outcome:
+    """The comparison once more, from predictions and scores; it, and the reports that are its copy, byte by byte."""
     outcome = Outcome("reports")
-    again = "dvc repro --force --single-item compare"
-    outs = [path for stage in project.stages if stage.name == "compare" for path in stage.outs]
+    again = "dvc repro --force --single-item compare && dvc repro"
+    count = 0
     with tempfile.TemporaryDirectory(prefix="lora-repro-") as folder:
-        for name in (paths.OUT, paths.PARAMS, paths.DVC_YAML):
-            (Path(folder) / name).symlink_to(name.resolve())
+        (Path(folder) / paths.OUT).mkdir()
+        for name in (*paths.OUT.iterdir(), paths.PARAMS, paths.DVC_YAML):
+            if name != paths.COMPARISON:
+                (Path(folder) / name).symlink_to(name.resolve())
         try:
             with contextlib.chdir(folder):
                 compare.main(params.read("compare"))
@@ -409,27 +400,22 @@ def reports(project: Project) -> Outcome:
             outcome.find(f"{paths.PREDICTIONS}, {paths.SCORES}", f"they cannot be compared: {error}", ABOVE)
             outcome.compared = "not computed"
             return outcome
-        files = sorted({file for out in outs for root in (Path(), Path(folder)) for file in _files(out, root)})
-        for path in files:
-            if not path.is_file():
-                outcome.find(path, "missing", again)
-            elif not (Path(folder) / path).is_file():
-                outcome.find(path, "no stage writes it", again)
-            elif path.read_bytes() != (Path(folder) / path).read_bytes():
-                outcome.find(path, "not what the predictions and scores give", again)
-    outcome.compared = f"{len(files)} computed again, {_word(outcome, 'one is equal byte for byte')}"
+        made = [file for file in Path(folder).rglob("*") if file.is_file() and not file.is_symlink()]
+        for file in sorted(made):
+            path = file.relative_to(folder)
+            copy = [(paths.published(path), RECORD)] if path.is_relative_to(paths.COMPARISON) else []
+            for place, remedy in [(path, again), *copy]:
+                count += 1
+                if not place.is_file():
+                    outcome.find(place, "missing", remedy)
+                elif place.read_bytes() != file.read_bytes():
+                    outcome.find(place, "not what the predictions and scores give", remedy)
+    outcome.compared = f"{count} computed again, {_word(outcome, 'one is equal byte for byte')}"
     return outcome
 
 
-def _files(out: Path, root: Path) -> list[Path]:
-    """The files of an output below `root`, relative to it; the output itself where it is no folder."""
-    if not (root / out).is_dir():
-        return [out]
-    return [file.relative_to(root) for file in (root / out).rglob("*") if file.is_file()]
-
-
 def record(project: Project) -> Outcome:
-    """The one MLflow run of this experiment: its database sound, it as it was written, and of what is here."""
+    """The MLflow store: its database sound, its runs as they were written, and that of this experiment as is here."""
     outcome = Outcome("mlflow")
     tracking, seeds = project.params.tracking, project.params.seeds
     outcome.compared = "no run that could be compared"
@@ -455,9 +441,16 @@ def record(project: Project) -> Outcome:
             f"run {run.name} ({run.run_id})", f"half-written, its status is {run.status}",
             RECORD if own else f"{STORE} mlflow runs delete --run-id {run.run_id}",
         )  # fmt: skip
+    others = [run for run in runs if run.tags[track.DIGEST] != now.digest and run.status == "FINISHED"]
+    for run in others:
+        for fault in _faults(tracking, run)[1]:
+            remedy = (
+                f"{STORE} mlflow runs delete --run-id {run.run_id}  # `dvc exp apply` and `dvc repro` record it anew"
+            )
+            outcome.find(f"run {run.name} ({run.run_id})", fault, remedy)
     finished = [run for run in runs if run.tags[track.DIGEST] == now.digest and run.status == "FINISHED"]
     if not finished:
-        outcome.find(track.shown(track.tracking_uri(tracking)), "no finished run of this experiment", RECORD)
+        outcome.find(without_passwords(track.tracking_uri(tracking)), "no finished run of this experiment", RECORD)
         return outcome
     for run in finished[1:]:
         wrong = f"a second record of the experiment that {finished[0].run_id} holds"
@@ -467,9 +460,7 @@ def record(project: Project) -> Outcome:
     for run in finished:
         place = f"run {run.name} ({run.run_id})"
         remedy = f"{STORE} mlflow runs delete --run-id {run.run_id} && {RECORD}"
-        with tempfile.TemporaryDirectory(prefix="lora-repro-") as folder:
-            held = track.read_back(tracking, run.run_id, Path(folder))
-            faults = track.spoilt(run, held, Path(folder))
+        held, faults = _faults(tracking, run)
         for fault in faults:
             outcome.find(place, fault, remedy)
         count += len(held)
@@ -479,7 +470,8 @@ def record(project: Project) -> Outcome:
                     outcome.find(place, f"{at} is not what is here", ABOVE if project.spoilt() else remedy)
     outcome.compared = (
         f"{count} parameters, metrics with their curves, tags and artifacts of run {finished[0].name} "
-        f"({finished[0].run_id}), {_word(outcome, 'one is as written and as here')}"
+        f"({finished[0].run_id}) and {len(others)} runs of other experiments, "
+        f"{_word(outcome, 'one is as written and, of this experiment, as here')}"
     )
     return outcome
 
@@ -495,6 +487,13 @@ def page(project: Project) -> Outcome:
         outcome.find(paths.REPORT_HTML, fault, RECORD)
     outcome.compared = f"seal and experiment of {paths.REPORT_HTML}, {_word(outcome, 'one is right')}"
     return outcome
+
+
+def _faults(tracking: params.Tracking, run: track.Stored) -> tuple[dict[str, str], list[str]]:
+    """What a run holds now, and the places in it that are not what was written."""
+    with tempfile.TemporaryDirectory(prefix="lora-repro-") as folder:
+        held = track.read_back(tracking, run.run_id, Path(folder))
+        return held, track.spoilt(run, held, Path(folder))
 
 
 def _unsound(database: Path) -> str | None:

@@ -36,6 +36,7 @@ def test_a_mistake_is_a_message_on_stderr(monkeypatch: pytest.MonkeyPatch) -> No
         raise UserError("there is no report: run `dvc repro`")
 
     monkeypatch.setattr(report, "closing_lines", closing_lines)
+    monkeypatch.setattr(page, "describe", lambda _: "here")
     result = CliRunner().invoke(cli.app, ["show"])
     assert result.exit_code == 1
     assert (result.stdout, result.stderr) == ("", "error: there is no report: run `dvc repro`\n")
@@ -46,6 +47,7 @@ def test_a_defect_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
         raise ZeroDivisionError
 
     monkeypatch.setattr(report, "closing_lines", closing_lines)
+    monkeypatch.setattr(page, "describe", lambda _: "here")
     assert isinstance(CliRunner().invoke(cli.app, ["show"]).exception, ZeroDivisionError)
 
 

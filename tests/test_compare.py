@@ -56,6 +56,7 @@ def test_verdict(bounds: list[tuple[float, float]], expected: str) -> None:
 def test_cut() -> None:
     assert compare.cut("one two\nthree four", "a b c") == "one two three"
     assert compare.cut("one", "a b c") == "one"
+    assert compare.cut("猫在跑", "狗叫") == "猫 在"  # no metric sees the space
 
 
 # --- whole comparisons ---

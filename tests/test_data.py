@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from pipeline import params, paths
+from pipeline import params, paths, significance
 from pipeline.data import Overlap, _places, prepare
 from pipeline.errors import UserError
 from pipeline.records import Example, read_rows, sha256_file, sha256_tree
@@ -246,6 +246,36 @@ def test_bad_parquet(run: Prepare) -> None:
     fails(run, r"train\.parquet is not Parquet", {f"{split}.parquet": "?" for split in paths.SPLITS}, suffix="parquet")
 
 
+def test_parquet_whose_text_is_no_utf8(run: Prepare) -> None:
+    import pyarrow as pa
+    from pyarrow import parquet
+
+    text = pa.StringArray.from_buffers(1, pa.py_buffer(b"\0\0\0\0\2\0\0\0"), pa.py_buffer(b"\xff\xfe"))
+    file = pa.BufferOutputStream()
+    parquet.write_table(pa.table({"text": text, "summary": ["b"]}), file)
+    fails(run, r"train\.parquet is not Parquet", {"train.parquet": file.getvalue().to_pybytes()}, suffix="parquet")
+
+
+def test_parquet_that_names_other_files_opens_none(run: Prepare, tmp_path: Path) -> None:
+    """Its metadata may declare a column of images by their paths, which `datasets` would open to decode them."""
+    import pyarrow as pa
+    from pyarrow import parquet
+
+    elsewhere = tmp_path / "elsewhere.png"
+    features = {"text": {"dtype": "string", "_type": "Value"}, "summary": {"dtype": "string", "_type": "Value"}}
+    features |= {"picture": {"_type": "Image"}}
+    kind = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+    picture = pa.array([{"bytes": None, "path": str(elsewhere)}], kind)
+    files = {}
+    for split in paths.SPLITS:
+        table = pa.table({"text": [f"{split} text"], "summary": ["b"], "picture": picture})
+        metadata = {"huggingface": json.dumps({"info": {"features": features}})}
+        file = pa.BufferOutputStream()
+        parquet.write_table(table.replace_schema_metadata(metadata), file)
+        files[f"{split}.parquet"] = file.getvalue().to_pybytes()
+    assert run(files, suffix="parquet")["splits"]["train"]["rows"] == 1
+
+
 def test_unknown_suffix(run: Prepare) -> None:
     fails(run, r"train\.xlsx: '\.xlsx' files cannot be read; use \.jsonl", {"train.xlsx": "?"}, suffix="xlsx")
 
@@ -257,7 +287,7 @@ def test_missing_columns_are_all_named(run: Prepare) -> None:
         GOOD,
         columns={**COLUMNS, "target": "sumary", "id": "zzz"},
     )
-    assert "data.columns.target = 'sumary': no such column; did you mean summary?" in told
+    assert "data.columns.target = 'sumary': no such column; did you mean 'summary'?" in told
     assert "data.columns.id = 'zzz': no such column\n" in told + "\n"
 
 
@@ -651,7 +681,7 @@ def test_nested_columns(run: Prepare) -> None:
         run(written, suffix="parquet", columns={**columns, "source": "translation.fra"})
     told = str(caught.value)
     assert "has the columns 'of.n', 'translation.fr', 'translation.en', '__file__', '__source__'" in told
-    assert "data.columns.source = 'translation.fra': no such column; did you mean translation.fr?" in told
+    assert "data.columns.source = 'translation.fra': no such column; did you mean 'translation.fr'?" in told
 
 
 def test_file_and_source_are_columns_of_every_table(run: Prepare) -> None:
@@ -865,6 +895,47 @@ def test_an_encoding_is_declared(run: Prepare) -> None:
     fails(run, r"train\.csv:2 is not UTF-8 \(byte 19\): set data\.encoding to", files, suffix="csv")
     run(files, suffix="csv", encoding="cp1252")
     assert rows_of("test")[0].source == "test à la carte"
+
+
+# Scripts
+
+
+def test_in_a_script_without_spaces_each_character_is_a_word(run: Prepare, capsys: pytest.CaptureFixture[str]) -> None:
+    def text(start: int) -> str:
+        return "".join(chr(0x4E00 + number) for number in range(start, start + 30))
+
+    files = {
+        "train.jsonl": lines(row(text(0), "猫狗跑"), row(text(100), "猫狗"), row(text(1005), "猫狗跑")),
+        "validation.jsonl": lines(row(text(2000), "猫狗跑")),
+        "test.jsonl": lines(row(text(1000), "猫狗跑")),
+    }
+    card = run(files, words={"min": 3, "max": None}, max_dropped_share=0.5)
+    assert [one.id for one in rows_of("train")] == ["train-1"]
+    train = card["splits"]["train"]
+    assert train["filtered"] == {"too few words": {"rows": 1, "examples": ["train-2"]}}
+    assert train["dropped"] == {"overlaps test": {"rows": 1, "examples": ["train-3"]}}
+    assert train["source_words"] == {"min": 30, "median": 30, "max": 30}
+    told = "100% of the test references' letters lie outside a-z: ROUGE then needs evaluate.rouge_tokenizer: unicode"
+    assert told in capsys.readouterr().out
+    run(GOOD)
+    assert "a-z" not in capsys.readouterr().out
+
+
+def test_conversations_in_a_table_are_told_of_their_format(run: Prepare) -> None:
+    told = "of conversations data.format: chat makes source and target by itself"
+    fails(run, told, {**GOOD, "train.jsonl": lines(chat("a", "b"))})
+
+
+# What it is good for
+
+
+def test_the_size_of_the_test_set_is_judged_before_anything_is_trained(
+    run: Prepare, capsys: pytest.CaptureFixture[str]
+) -> None:
+    test = lines(*(row(words(5000 + 100 * number)) for number in range(25)))
+    run({**GOOD, "test.jsonl": test})
+    told = f"25 test rows are likely to show a difference of {significance.planned(25):.1f} points in ROUGE-1"
+    assert told in capsys.readouterr().out
 
 
 # The whole

@@ -57,15 +57,46 @@ def test_they_are_ranked_and_every_pair_is_compared_once(made: dict[str, Experim
     raw = sorted(pair.result.p for pair in ranking.pairs)
     assert min(pair.p_holm for pair in ranking.pairs) == pytest.approx(6 * raw[0])
     page = experiments.page(list(made.values()), ranking, COMPARE)
-    rows = [line for line in page.splitlines() if line.startswith("| ")]
-    assert [row.split("|")[2].strip() for row in rows[1:4]] == ranking.names
-    assert "lora.r" in rows[0]
-    assert "lora.alpha" not in rows[0]
-    verdicts = {(row.split("|")[1].strip(), row.split("|")[2].strip()): row.split("|")[7].strip() for row in rows[5:11]}
-    assert verdicts["strong − weak", "ROUGE-1"] == "strong is better"
-    top = f"{ranking.names[0]} − {ranking.names[1]}"
-    assert verdicts[top, "ROUGE-1"] == verdicts[top, "ROUGE-2"] == "no difference shown"
+    overview, *rest = tables(page)
+    assert [row[1] for row in overview[1:]] == ranking.names
+    assert "lora.r" in overview[0]
+    assert "lora.alpha" not in overview[0]
+    assert [table[0][2] for table in rest[::2]] == ["ROUGE-1", "ROUGE-2"]
+    for reached, pairs in zip(rest[::2], rest[1::2], strict=True):
+        assert [row[:2] for row in reached[1:]] == [[f"#{place}", name] for place, name in enumerate(ranking.names, 1)]
+        assert [row[0] for row in pairs[1:]] == ["#1 − #2", "#1 − #3", "#2 − #3"]
+        assert pairs[1][-1] == "no difference shown"
+        assert [row[-1] for row in pairs[2:]] == [f"{name} is better" for name in ranking.names[:2]]
+    assert "corrected for all 6 comparisons (Holm)" in page
     assert "With one seed" in page
+
+
+def tables(page: str) -> list[list[list[str]]]:
+    """The cells of each table, without the line below its header."""
+    found: list[list[list[str]]] = [[]]
+    for line in page.splitlines():
+        if line.startswith("| "):
+            found[-1].append([cell.strip() for cell in line.split("|")[1:-1]])
+        elif not line.startswith("|"):
+            found.append([])
+    return [table for table in found if table]
+
+
+def test_no_table_is_wider_than_a_terminal(made: dict[str, Experiment]) -> None:
+    costs = {"trainable": 4_884_480.0, "train s": 1234.0, "peak MB": 3100.0}
+    names = ["tacit-jays", "gummy-owls", "local-tier"]
+    found = [replace(one, name=name, costs=costs) for name, one in zip(names, made.values(), strict=True)]
+    page = experiments.page(found, experiments.rank(found, COMPARE), COMPARE)
+    assert max(len(line) for line in page.splitlines() if line.startswith("|")) <= 80
+    assert "| lora.r | seeds | ROUGE-1 | trainable | train s | peak MB |" in page
+    [overview] = [table for table in tables(page) if "trainable" in table[0]]
+    assert {row[-3] for row in overview[1:]} == {"4,884,480"}
+    long = {"prompt.template": "{source}\n\n{instruction}", "data.source": "pip:one==1.0/one/data"}
+    found[1] = replace(found[1], params=found[1].params | long)
+    page = experiments.page(found, experiments.rank(found, COMPARE), COMPARE)
+    assert max(len(line) for line in page.splitlines() if line.startswith("|")) <= 80
+    place = 1 + experiments.rank(found, COMPARE).names.index("gummy-owls")
+    assert f"- #{place}: data.source = pip:one==1.0/one/data, lora.r = 16, prompt.template = {{source}}<br>" in page
 
 
 def test_the_examples_on_which_the_best_two_differ_most_are_shown(made: dict[str, Experiment]) -> None:
@@ -75,13 +106,14 @@ def test_the_examples_on_which_the_best_two_differ_most_are_shown(made: dict[str
         row["id"]: row["rouge1"] - other["rouge1"]
         for row, other in zip(found[0].tuned[0].examples, found[1].tuned[0].examples, strict=True)
     }
-    rows = [line for line in page.splitlines() if "<br>" in line]
-    shown = [row.split("<br>")[0].removeprefix("| ") for row in rows]
+    rows = page.partition("furthest apart in ROUGE-1")[2].split("\n- ")[1:]
+    shown = [row.split("\n")[0] for row in rows]
     ordered = sorted(gains.values())
     losses = [gain for gain in ordered[: COMPARE.examples] if gain < 0]
     assert [gains[name] for name in shown] == [*ordered[::-1][: COMPARE.examples], *losses]
     for name, row in zip(shown, rows, strict=True):
-        assert f"| {found[0].references[name]} | {found[0].texts[name]} | {found[1].texts[name]} |" in row
+        assert f"\n  - reference: {found[0].references[name]}\n" in row
+        assert [line.partition(": ")[2] for line in row.splitlines()[2:4]] == [one.texts[name] for one in found]
 
 
 def test_a_pair_has_the_difference_that_its_rows_have(made: dict[str, Experiment]) -> None:
@@ -90,7 +122,7 @@ def test_a_pair_has_the_difference_that_its_rows_have(made: dict[str, Experiment
     gain = made["weak"].tuned[0].corpus["rouge1"] - made["strong"].tuned[0].corpus["rouge1"]
     assert (pair.first, pair.second) == ("strong", "weak")
     assert pair.result.diff.value == pytest.approx(gain)
-    assert f"| +{-gain:.1f} " in experiments.page(list(made.values())[:2], ranking, COMPARE)
+    assert f"| #1 − #2 | +{-gain:.1f} (" in experiments.page(list(made.values())[:2], ranking, COMPARE)
 
 
 def test_what_was_tested_or_scored_otherwise_is_refused(made: dict[str, Experiment], tmp_path: Path) -> None:
@@ -102,8 +134,12 @@ def test_what_was_tested_or_scored_otherwise_is_refused(made: dict[str, Experime
     rows = [replace(row, target=random.Random(1).choice(["a b", "c d"]), references=[]) for row in examples(40)]
     plant(rows, {"base": 0.3, "tuned-1": 0.4})
     other = replace(weak, base=scores.read("base"), tuned=[scores.read("tuned-1")])
-    with pytest.raises(UserError, match="weak was tested on other examples than strong"):
+    with pytest.raises(UserError, match="weak was tested on other examples than strong$"):
         experiments.rank([strong, other], COMPARE)
+    plant(rows[:30], {"base": 0.3, "tuned-1": 0.4})
+    fewer = replace(weak, base=scores.read("base"), tuned=[scores.read("tuned-1")])
+    with pytest.raises(UserError, match=r"weak was tested on other examples than strong \(30, not 80\)"):
+        experiments.rank([strong, fewer], COMPARE)
     with pytest.raises(UserError, match="strong is named twice"):
         experiments.rank([strong, strong], COMPARE)
 

@@ -1,5 +1,6 @@
 """Fetching: any source becomes one checkpoint; what is not a causal language model is refused before it is loaded."""
 
+import contextlib
 import json
 import random
 import shutil
@@ -193,3 +194,70 @@ def write_gguf(folder: Path, file: Path, family: str = "llama", scaling: str | N
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
+
+
+@pytest.mark.parametrize("file", ["../outside.safetensors", "/tmp/outside.safetensors", ".hidden.safetensors"])
+@pytest.mark.parametrize("named_by", ["model.safetensors.index.json", "own.safetensors.index.json", "config.json"])
+def test_weights_that_the_digest_does_not_cover_are_refused(
+    file: str, named_by: str, project: params.Params, tiny_model: Path, tmp_path: Path
+) -> None:
+    assert project
+    given = changed(tiny_model, tmp_path / "model", transformers_weights=file)
+    folder = Path(given.source)
+    if named_by != "config.json":
+        given = changed(tiny_model, tmp_path / "other", transformers_weights=named_by)
+        folder = Path(given.source)
+        (folder / "model.safetensors").unlink()
+        (folder / named_by).write_text(json.dumps({"weight_map": {"model.norm.weight": file}}))
+        given = given.model_copy(update={"sha256": records.sha256_tree(folder)})
+    shutil.copy(tiny_model / "model.safetensors", folder.parent / "outside.safetensors")
+    with pytest.raises(UserError, match=f"takes weights from '{file}', which leads out of its folder"):
+        fetch.fetch(given)
+
+
+CODE = "from pathlib import Path\nPath('ran').touch()\nfrom transformers import {0}\nclass Own({0}):\n    pass\n"
+
+
+@pytest.mark.parametrize(
+    ("file", "name", "parent"),
+    [
+        ("config.json", "AutoConfig", "LlamaConfig"),
+        ("config.json", "AutoModelForCausalLM", "LlamaForCausalLM"),
+        ("tokenizer_config.json", "AutoTokenizer", "PreTrainedTokenizerFast"),
+    ],
+)
+def test_code_beside_a_checkpoint_is_never_run(
+    file: str, name: str, parent: str, project: params.Params, tiny_model: Path, tmp_path: Path
+) -> None:
+    """The checkpoint is read by the library's own classes, or refused; nobody is asked on the terminal."""
+    assert project
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_model, folder)
+    (folder / "own.py").write_text(CODE.format(parent))
+    settings = records.read_json(folder / file)
+    own = ["own.Own", "own.Own"] if name == "AutoTokenizer" else "own.Own"
+    records.write_json(folder / file, settings | {"auto_map": {name: own}, "tokenizer_class": "Own"})
+    given = params.Model(source=str(folder), sha256=records.sha256_tree(folder), dtype="float32")
+    with contextlib.suppress(UserError):
+        fetch.fetch(given)
+    assert not list(paths.BASE.glob("*.py"))
+    assert not Path("ran").exists()
+
+
+def test_what_lies_beside_a_gguf_file_does_not_enter(project: params.Params, tiny_model: Path, tmp_path: Path) -> None:
+    """Only the file is pinned: a chat template or stop tokens that happen to lie in its folder are others'."""
+    assert project
+    alone, crowded = tmp_path / "alone", tmp_path / "crowded"
+    alone.mkdir()
+    write_gguf(tiny_model, alone / "tiny.gguf")
+    shutil.copytree(tiny_model, crowded)
+    shutil.copy(alone / "tiny.gguf", crowded)
+    (crowded / "chat_template.jinja").write_text("another")
+    (crowded / "generation_config.json").write_text(json.dumps({"eos_token_id": [7], "bos_token_id": 1}))
+    digests = []
+    for folder in (alone, crowded):
+        file = folder / "tiny.gguf"
+        fetch.fetch(params.Model(source=str(file), sha256=records.sha256_file(file), dtype="float32"))
+        digests.append((records.sha256_tree(paths.BASE), records.read_json(paths.BASE_FACTS)["stop_ids"]))
+        shutil.rmtree(paths.BASE)
+    assert digests[0] == digests[1]

@@ -17,7 +17,8 @@ def quantized(project: params.Params, tiny_model: Path) -> params.Params:
     import shutil
 
     shutil.copytree(tiny_model, paths.BASE)
-    records.write_json(paths.BASE_FACTS, {"context": 512, "dtype": "float32", "stop_ids": [1]})
+    facts = {"context": 512, "dtype": "float32", "stop_ids": [1], "sha256": records.sha256_tree(paths.BASE)}
+    records.write_json(paths.BASE_FACTS, facts)
     quantize.quantize(project.quantize, project.runtime)
     return project
 
@@ -67,6 +68,8 @@ def test_a_models_own_generation_defaults_do_not_leak_in(quantized: params.Param
     planted = paths.QUANTIZED / "generation_config.json"
     leak = {"do_sample": True, "temperature": 9.0, "repetition_penalty": 1.9, "max_new_tokens": 3, "min_new_tokens": 3}
     planted.write_text(json.dumps(json.loads(planted.read_text()) | leak))
+    facts = records.read_json(paths.QUANTIZED_FACTS)
+    records.write_json(paths.QUANTIZED_FACTS, facts | {"sha256": records.sha256_tree(paths.QUANTIZED)})
     assert infer(quantized) == before
 
 

@@ -63,6 +63,7 @@ def test_every_mistake_is_named_at_once() -> None:
         ("data", "source", ["a", 5], "data.source.1 = 5: input should be a valid string"),
         ("data", "encoding", "utf-88", "data.encoding: 'utf-88' is no encoding of text"),
         ("data", "encoding", "hex", "data.encoding: 'hex' is no encoding of text"),
+        ("data", "encoding", "idna", "data.encoding: 'idna' is no encoding of text files"),
         ("data", "files", {"train": None, "validation": "v", "test": "t"}, "data.files.train = None"),
         ("data", "files", {"train": "t", "validation": [1], "test": "t"}, "data.files.validation.0 = 1"),
         ("data", "files", {"train": "t", "validation": None, "test": "t"}, "files.validation is null and holdout.val"),
@@ -73,6 +74,8 @@ def test_every_mistake_is_named_at_once() -> None:
         ("lora", "r", True, "lora.r = True"),
         ("train", "learning_rate", float("nan"), "learning_rate"),
         ("train", "learning_rate", float("inf"), "learning_rate"),
+        ("tracking", "uri", "https://me:a-secret@host", "tracking.uri: an address with a user name or password"),
+        ("tracking", "uri", "postgresql://host/db?password=a-secret", "give the address as MLFLOW_TRACKING_URI"),
     ],
 )
 def test_what_is_illegal_is_refused(section: str, key: str, value: Any, message: str) -> None:
@@ -81,6 +84,7 @@ def test_what_is_illegal_is_refused(section: str, key: str, value: Any, message:
     with pytest.raises(UserError) as caught:
         params.check(content, "params.yaml")
     assert message in str(caught.value)
+    assert "a-secret" not in str(caught.value)
 
 
 def test_one_mistake_in_a_value_or_list_is_one_error() -> None:

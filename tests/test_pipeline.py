@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from pipeline import page, paths, records, track
-from tests.conftest import ASPECTS, SPLIT_GROUPS, Finished, environment, make_clone
+from tests.conftest import ASPECTS, SECRET, SPLIT_GROUPS, Finished, environment, make_clone
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
 
@@ -82,8 +82,9 @@ def test_one_command_runs_everything(finished: Finished, clone: Path) -> None:
     assert sorted(ran(finished.printed)) == sorted(EVERY)
     metrics = records.read_json(clone / paths.METRICS)
     assert metrics["rouge1"]["ci_low"] <= metrics["rouge1"]["diff"] <= metrics["rouge1"]["ci_high"]
-    for report in (paths.COMPARISON_MD, paths.REPORT_HTML, paths.COMPARISON_SVG, paths.COMPARISON_PNG):
+    for report in (paths.COMPARISON_MD, paths.COMPARISON_SVG, paths.COMPARISON_PNG, paths.FIGURES / "scores.svg"):
         assert (clone / report).stat().st_size > 500
+        assert (clone / paths.published(report)).read_bytes() == (clone / report).read_bytes()
     lock = (clone / paths.DVC_LOCK).read_text()
     assert page.faults(clone / paths.REPORT_HTML, track.digest_of(lock, [17])) == []
     data = re.search(r'id="data">(.*?)</script>', (clone / paths.REPORT_HTML).read_text(), flags=re.S)
@@ -92,6 +93,35 @@ def test_one_command_runs_everything(finished: Finished, clone: Path) -> None:
     (run,) = finished_runs(clone)
     assert run.data.params["lora.r"] == "4"
     assert run.data.metrics["rouge1.diff"] == metrics["rouge1"]["diff"]
+
+
+def test_every_guard_is_in_the_report(finished: Finished) -> None:
+    text = (finished.folder / paths.COMPARISON_MD).read_text()
+    rows = dict(
+        line.strip("| ").split(" | ", 1)
+        for line in text.splitlines()
+        if line.startswith("| ") and line.count(" | ") == 1
+    )
+    expected = {
+        "test or validation examples in training": "0 exact, 0 near",
+        "quantization or a device other than asked for": "14 layers of nf4.* computed on cpu",
+        "a doubled BOS, or another prefix in inference than in training": "24 prompts start with one BOS at most",
+        "training rows without a supervised token or a closing EOS": "in each of 16 rows; 0 dropped",
+        "gradients through repacked 4-bit weights": "^0 layers repacked",
+        "a loss or an adapter that is not finite": "largest gradient norm [0-9.]+, last loss [0-9.]+",
+        "an adapter that is not applied": "it moves a logit by up to [0-9.]+",
+        "outputs that depend on their batch": "rechecked alone are the same",
+        "hidden decoding defaults, unequal prompts": "decoding settings, cpu with 1 threads",
+    }
+    assert [name for name in expected if not re.search(expected[name], rows.get(name, ""))] == []
+
+
+def test_no_secret_of_the_environment_is_in_any_file_or_output(finished: Finished) -> None:
+    assert SECRET not in finished.printed
+    files = [path for path in finished.folder.rglob("*") if path.is_file()]
+    folders = {path.relative_to(finished.folder).parts[0] for path in files}
+    assert {"out", "reports", ".mlflow", ".dvc", "dvc.lock", ".git"} <= folders
+    assert [path for path in files if SECRET.encode() in path.read_bytes()] == []
 
 
 def test_again_nothing_runs_and_the_status_is_clean(dvc: Run) -> None:
@@ -127,12 +157,17 @@ def test_another_rank_runs_nothing_of_the_base(clone: Path, dvc: Run) -> None:
     assert sorted(run.data.params["lora.r"] for run in finished_runs(clone)) == ["2", "4"]
 
 
-def test_going_back_takes_the_training_from_the_cache_and_records_nothing_twice(clone: Path, dvc: Run) -> None:
+def test_going_back_computes_nothing_and_records_nothing_twice(clone: Path, dvc: Run) -> None:
+    """`track` alone runs: it finds the run in the store, and publishes the comparison that the cache restored."""
+    there = (clone / "reports/comparison.md").read_bytes()
     result = dvc("exp", "run", "-S", "lora.r=4")
     assert result.returncode == 0, result.stdout
-    assert set(ran(result.stdout)) <= {"compare", "track"}
-    assert "Stage 'train@17' is cached" in result.stdout
+    assert ran(result.stdout) == ["track"]
+    for stage in OF_TRAINING[:-1]:
+        assert f"Stage '{stage}' is cached" in result.stdout
+    assert "already recorded: run " in result.stdout
     assert len(finished_runs(clone)) == 2
+    assert (clone / "reports/comparison.md").read_bytes() != there
 
 
 def lora_repro(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
@@ -151,9 +186,11 @@ def test_any_two_experiments_are_compared_wherever_their_scores_are(clone: Path)
     (run,) = [run for run in finished_runs(clone) if run.data.params["lora.r"] == "4"]
     by_name = lora_repro("compare", "rank-2", run.info.run_id[:8], cwd=clone)
     assert by_name.returncode == 0, by_name.stdout
-    assert "2 experiments, 8 test examples of 4 groups. Signature: `rouge-score" in by_name.stdout
+    assert "2 experiments, 8 test examples of 4 groups.\n" in by_name.stdout
+    assert "Signature: `rouge-score" in by_name.stdout
     header, _, *rows = [line for line in by_name.stdout.splitlines() if line.startswith("|")]
     assert "lora.r" in header
+    assert max(len(line) for line in by_name.stdout.splitlines() if line.startswith("|")) <= 80
     assert {(cells[2].strip(), cells[3].strip()) for cells in (row.split("|") for row in rows[:2])} == {
         ("rank-2", "2"),
         (run.info.run_name, "4"),
@@ -195,7 +232,7 @@ def test_a_pulled_experiment_is_compared_on_another_clone(clone: Path, dvc: Run,
     def results(printed: str) -> list[list[str]]:
         """All cells but time and memory, which are in the store of the clone that spent them."""
         rows = [[cell.strip() for cell in line.split("|")] for line in printed.splitlines() if line.startswith("|")]
-        return [row[:-3] if len(row) == 13 else row for row in rows]
+        return [row[:-3] if number < 4 else row for number, row in enumerate(rows)]
 
     assert results(there.stdout) == results(here.stdout)
     assert {row[3]: row[-1] for row in results(there.stdout)[2:4]} == {"2": "4,096", "4": "8,192"}

@@ -36,7 +36,7 @@ def train(seed: int, steps: int) -> list[float]:
     rows = "".join(f"{step},0.0,{loss},12\n" for step, loss in enumerate(losses))
     records.write_text(paths.training_log(seed), f"step,epoch,loss,rows\n{rows}")
     validation = [{"step": 0, "loss": 4.0 + seed}, {"step": steps, "loss": 3.0 + seed}]
-    records.write_json(paths.training_summary(seed), training(seed) | {"validation": validation})
+    records.write_json(paths.training_summary(seed), training(seed, validation=validation))
     return losses
 
 
@@ -76,8 +76,8 @@ def test_the_curves_hold_every_step_and_validation_of_every_seed() -> None:
         ("validation", 0),
         ("validation", 5),
     ]
-    training = [float(row["loss"]) for row in rows if (row["seed"], row["split"]) == ("17", "training")]
-    assert training == train(17, 5)
+    drawn = [float(row["loss"]) for row in rows if (row["seed"], row["split"]) == ("17", "training")]
+    assert drawn == train(17, 5)
     assert [float(row["loss"]) for row in rows if (row["seed"], row["split"]) == ("18", "validation")] == [22, 21]
 
 

@@ -1,5 +1,6 @@
 """Prompts: the same prefix in training and inference, one BOS, an answer that ends."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,16 @@ def test_training_continues_the_very_prefix_of_inference_and_ends_in_eos(tokeniz
     assert row.prompt == encoder.prompt(EXAMPLE)
     assert tokenizer.decode(row.completion) == "blue dog<|end|>"
     assert row.completion[-1] == encoder.end == tokenizer.eos_token_id
+
+
+def test_an_answer_of_which_nothing_is_left_is_refused(tokenizer: Any) -> None:
+    """As by a normalizer that drops zero-width spaces: only the EOS would be learnt."""
+    from tokenizers import normalizers
+
+    tokenizer.backend_tokenizer.normalizer = normalizers.Replace("\u200b", "")
+    encoder = Encoder(tokenizer, section(), 512)
+    with pytest.raises(UserError, match=r"the answer of a/what, '\\u200b', has no token"):
+        encoder.row(replace(EXAMPLE, target="\u200b"))
 
 
 def test_the_end_is_what_the_chat_template_puts_behind_an_answer(tokenizer: Any) -> None:

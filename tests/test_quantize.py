@@ -89,7 +89,8 @@ def test_the_stage_writes_a_checkpoint_that_loads_as_it_is_and_its_facts(
     import shutil
 
     shutil.copytree(tiny_model, paths.BASE)
-    records.write_json(paths.BASE_FACTS, {"context": 512, "dtype": "float32", "stop_ids": [1]})
+    of_base = {"context": 512, "dtype": "float32", "stop_ids": [1], "sha256": records.sha256_tree(paths.BASE)}
+    records.write_json(paths.BASE_FACTS, of_base)
     quantize.quantize(project.quantize, project.runtime)
     facts = records.read_json(paths.QUANTIZED_FACTS)
     # QLoRA, section 3: 4 bits and 0.127 bits of doubly quantized constants a parameter. The layers here are so small
@@ -101,6 +102,18 @@ def test_the_stage_writes_a_checkpoint_that_loads_as_it_is_and_its_facts(
     loaded = AutoModelForCausalLM.from_pretrained(paths.QUANTIZED)
     quantize.require_effective(loaded, facts)
     assert facts["sha256"] == records.sha256_tree(paths.QUANTIZED)
+
+
+def test_a_base_that_has_changed_on_the_disk_is_refused(project: params.Params, tiny_model: Path) -> None:
+    import shutil
+
+    shutil.copytree(tiny_model, paths.BASE)
+    of_base = {"context": 512, "dtype": "float32", "stop_ids": [1], "sha256": records.sha256_tree(paths.BASE)}
+    records.write_json(paths.BASE_FACTS, of_base)
+    config = paths.BASE / "config.json"
+    config.write_text(config.read_text().replace('"rms_norm_eps": 1e-06', '"rms_norm_eps": 1e-05'))
+    with pytest.raises(UserError, match="out/models/base is not what its stage wrote.*lora-repro verify"):
+        quantize.quantize(project.quantize, project.runtime)
 
 
 def test_a_silent_downgrade_is_refused(tiny_model: Path) -> None:
@@ -172,7 +185,8 @@ def test_int8_is_written_with_its_facts_and_stays_int8(project: params.Params, t
     from pipeline import model as models
 
     shutil.copytree(tiny_model, paths.BASE)
-    records.write_json(paths.BASE_FACTS, {"context": 512, "dtype": "bfloat16", "stop_ids": [1]})
+    of_base = {"context": 512, "dtype": "bfloat16", "stop_ids": [1], "sha256": records.sha256_tree(paths.BASE)}
+    records.write_json(paths.BASE_FACTS, of_base)
     wanted = {"method": "int8", "double_quantization": False, "int8_threshold": 4.0}
     quantize.quantize(project.quantize.model_copy(update=wanted), project.runtime)
     facts = records.read_json(paths.QUANTIZED_FACTS)

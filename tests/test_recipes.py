@@ -1,5 +1,7 @@
 """Recipes: each is legal, none depends on what was there before, and none takes anything away unasked."""
 
+import csv
+import json
 import os
 import re
 import shutil
@@ -9,10 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from datasets import Dataset
 from ruamel.yaml import YAML
 from typer.testing import CliRunner, Result
 
-from pipeline import cli, params, recipes, source
+from pipeline import cli, data, params, paths, recipes, records, source
 from pipeline.errors import UserError
 from tests.conftest import ROOT, environment
 
@@ -154,6 +157,68 @@ def test_a_gated_model_names_its_licence() -> None:
 def test_a_published_figure_is_one_that_can_be_compared(figure: str, message: str) -> None:
     with pytest.raises(UserError, match=message):
         recipes.use(write("mine.yaml", f"params: {{compare: {{published: [{figure}]}}}}\n"))
+
+
+# Templates for one's own data
+
+
+def own(number: int) -> tuple[str, str]:
+    """A text with a quotation mark, a comma and a line break in it, and a short one, none like another."""
+    return " ".join(f'w{number}"{word},\n' for word in range(12)), f"short {number}"
+
+
+def local_jsonl(split: str, numbers: range) -> None:
+    lines = [json.dumps(dict(zip(("text", "summary"), own(number), strict=True))) for number in numbers]
+    Path(f"data/mine/{split}.jsonl").write_text("\n".join(lines), encoding="utf-8")
+
+
+def local_csv(split: str, numbers: range) -> None:
+    with Path(f"data/mine/{split}.csv").open("w", encoding="utf-8-sig", newline="") as file:
+        writer = csv.writer(file, delimiter=";")
+        writer.writerows([("customer", "ticket", "answer"), *((f"c{number // 2}", *own(number)) for number in numbers)])
+
+
+def local_parquet(split: str, numbers: range) -> None:
+    pairs = [dict(zip(("de", "en"), own(number), strict=True)) for number in numbers]
+    Dataset.from_dict({"translation": pairs}).to_parquet(f"data/mine/{split}-00000-of-00001.parquet")
+
+
+def local_chat(split: str, numbers: range) -> None:
+    if split == "train":
+        keys = (("conversations", "from", "value"), ("messages", "role", "content"))
+        rows = []
+        for number in numbers:
+            key, by, text = keys[number % 2]
+            said = zip(("user", "assistant"), own(number), strict=True)
+            rows.append({key: [{by: role, text: content} for role, content in said]})
+        Path("data/mine/conversations.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+
+
+WRITERS = {
+    "local-jsonl": local_jsonl, "local-csv": local_csv, "local-parquet": local_parquet, "local-chat": local_chat,
+    "local-plain": local_jsonl,
+}  # fmt: skip
+
+
+@pytest.mark.usefixtures("folder")
+@pytest.mark.parametrize("name", [path.stem for path in RECIPES if path.stem.startswith("local-")])
+def test_a_template_reads_such_files_as_it_describes_once_it_is_given_their_digest(name: str) -> None:
+    Path("data/mine").mkdir(parents=True)
+    for split, rows in (("train", range(60)), ("validation", range(60, 80)), ("test", range(80, 100))):
+        WRITERS[name](split, rows)
+    text = used(name)
+    with pytest.raises(UserError, match="data.sha256 is null: pin the content of data/mine with sha256: ") as told:
+        data.prepare(params.load().data)
+    digest = str(told.value).rpartition(" ")[2]
+    Path("params.yaml").write_text(text.replace("sha256: null", f"sha256: {digest}", 1), encoding="utf-8")
+    data.prepare(params.load().data)
+    found = {split: records.read_rows(paths.split(split), records.Example) for split in paths.SPLITS}
+    numbers = [int(row.target.removeprefix("short ")) for examples in found.values() for row in examples]
+    assert sorted(numbers) == sorted(range(60 if name == "local-chat" else 100))
+    for examples in found.values():
+        assert all(row.source == own(int(row.target.removeprefix("short ")))[0].strip() for row in examples)
+    if name == "local-csv":
+        assert not {row.group for row in found["train"]} & {row.group for row in found["test"]}
 
 
 # Using one

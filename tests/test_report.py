@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from pipeline import charts, paths, report
+from pipeline import charts, paths, report, track
 from pipeline.compare import Aspect, Comparison, Line, Output, Pair, Result, Spread
 from pipeline.cost import Cost, Forgetting, Training
 from pipeline.errors import UserError
@@ -129,9 +129,10 @@ FIRST = (
 def test_the_first_line_is_the_verdict_everywhere() -> None:
     report.write(comparison(), GUARDS)
     assert paths.COMPARISON_MD.read_text().split("\n")[0] == FIRST
+    track.publish()
     printed = report.closing_lines("sqlite:///here.db", "there/index.html")
     assert printed.split("\n")[0] == FIRST.replace("**", "")
-    assert "mlflow ui --backend-store-uri sqlite:///here.db" in printed
+    assert "mlflow ui --host 127.0.0.1 --backend-store-uri sqlite:///here.db" in printed
     assert "  report   there/index.html  (or reports/comparison.md)" in printed
 
 
@@ -214,7 +215,7 @@ def test_equal_comparisons_give_equal_bytes() -> None:
     before = [path.read_bytes() for path in files]
     report.write(comparison(), GUARDS)
     assert [path.read_bytes() for path in files] == before
-    assert sorted(paths.REPORTS.iterdir()) == sorted(files)
+    assert sorted([*paths.COMPARISON.iterdir(), *paths.REPORTS.iterdir()]) == sorted(files)
     assert before[3].startswith(b"\x89PNG")
 
 

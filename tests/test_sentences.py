@@ -2,7 +2,7 @@
 
 import pytest
 
-from pipeline.sentences import lead, sentences
+from pipeline.sentences import foreign_share, lead, sentences, words
 
 
 @pytest.mark.parametrize(
@@ -53,3 +53,23 @@ def test_loses_nothing_but_white_space_and_splits_no_further(text: str) -> None:
     found = sentences(text)
     assert " ".join(found).split() == text.split()
     assert all(sentence == sentence.strip() != "" for sentence in found)
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        ("a b\u2003c\x1fd", ["a", "b", "c", "d"]),
+        ("état-major, déjà", ["état-major,", "déjà"]),
+        ("кошка поёт.", ["кошка", "поёт."]),
+        ("猫在 GPU上跑。", ["猫", "在", "GPU", "上", "跑", "。"]),
+        ("한국어 문장", ["한국어", "문장"]),
+        ("", []),
+    ],
+)
+def test_words(text: str, found: list[str]) -> None:
+    assert words(text) == found
+
+
+def test_the_share_of_letters_that_rouge_does_not_see() -> None:
+    assert foreign_share(["Ab 12 яЯ!"]) == 0.5
+    assert foreign_share(["12", ""]) == 0

@@ -1,12 +1,13 @@
 """Sources: the three forms, their pins, and every way in which they fail. pip is real, its index a local folder."""
 
+import contextlib
 import hashlib
 import os
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
-from zipfile import ZipFile
+from zipfile import ZIP_DEFLATED, ZipFile, ZipInfo
 
 import huggingface_hub
 import pytest
@@ -138,6 +139,22 @@ def test_corrupted_wheel_in_the_cache_is_named_and_downloaded_anew(
     assert sha256(kept) == digest
 
 
+def test_an_index_with_a_password_is_told_without_it(
+    wheel: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.delenv("PIP_NO_INDEX")
+    monkeypatch.delenv("PIP_FIND_LINKS")
+    monkeypatch.setenv("PIP_INDEX_URL", "http://me:a-secret@localhost:9/simple")
+    monkeypatch.setenv("PIP_RETRIES", "0")
+    with (
+        pytest.raises(UserError, match="pip could not download a wheel of demo-data==1.0") as caught,
+        resolved(pip_source("demo/sets"), sha256(wheel), kind="dataset", key="data"),
+    ):
+        pass
+    printed = capfd.readouterr()
+    assert "a-secret" not in str(caught.value) + printed.out + printed.err
+
+
 def test_leftovers_of_a_killed_download_are_removed(wheel: Path, tmp_path: Path) -> None:
     left = tmp_path / "cache" / "wheels" / ".demo-data==1.0.download"
     (left / "done").mkdir(parents=True)
@@ -186,6 +203,33 @@ def test_member_that_leads_out_of_its_folder_is_refused(wheel: Path, tmp_path: P
         resolved(pip_source("demo"), sha256(wheel), kind="dataset", key="data"),
     ):
         pass
+
+
+def test_links_in_a_wheel_are_unpacked_as_the_text_they_hold(wheel: Path) -> None:
+    link = ZipInfo("demo/link.txt")
+    link.external_attr = 0o120777 << 16
+    with ZipFile(wheel, "a") as archive:
+        archive.writestr(link, "/etc/passwd")
+    with resolved(pip_source("demo"), sha256(wheel), kind="dataset", key="data") as folder:
+        assert not (folder / "link.txt").is_symlink()
+        assert (folder / "link.txt").read_text() == "/etc/passwd"
+
+
+@pytest.mark.parametrize("at", range(0, 400, 7))
+def test_a_wheel_with_any_byte_changed_is_read_or_refused(at: int, wheel: Path, tmp_path: Path) -> None:
+    """Pinned by what it has become, as by an author who published it so."""
+    with ZipFile(wheel, "w", ZIP_DEFLATED) as archive:
+        archive.writestr("demo/sets/a.txt", "some text " * 20)
+    content = bytearray(wheel.read_bytes())
+    content[at % len(content)] ^= 1 + at % 255
+    kept = tmp_path / "cache" / "wheels" / hashlib.sha256(content).hexdigest() / wheel.name
+    kept.parent.mkdir(parents=True)
+    kept.write_bytes(content)
+    with (
+        contextlib.suppress(UserError),
+        resolved(pip_source("demo/sets"), sha256(kept), kind="dataset", key="data") as folder,
+    ):
+        assert folder.is_dir()
 
 
 def test_wheel_that_is_no_archive_is_refused(wheel: Path, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -87,6 +88,28 @@ def test_checkpoints_of_other_parameters_stay_up_to_a_number(
         pass
     kept.remove(checkpoint.key("train-17", 3))
     assert {path.name for path in paths.SCRATCH.iterdir() if path.is_dir()} == kept
+
+
+def test_other_versions_than_those_that_the_results_are_locked_with_do_not_compute(
+    project: params.Params, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert project
+    monkeypatch.setattr(sys, "argv", ["prepare.py"])
+    text = (ROOT / "constraints.txt").read_text()
+    assert [name for name in stage.COMPUTING if f"\n{name}==" not in text] == []
+    called: list[params.Declared] = []
+    paths.CONSTRAINTS.write_text(text.replace("torch==", "torch==1.").replace("\nrich==", "\nrich==1."))
+    with pytest.raises(SystemExit, match="1"):
+        stage.run("prepare", called.append)
+    told = capsys.readouterr().err
+    here = version("torch").partition("+")[0]
+    assert f"  - torch 1.{here}, and {here} is installed" in told
+    assert "rich" not in told  # it moves no number
+    assert called == []
+    paths.CONSTRAINTS.write_text(text)
+    monkeypatch.setattr(stage, "version", lambda name: version(name).partition("+")[0] + "+cu130")
+    stage.run("prepare", called.append)
+    assert len(called) == 1
 
 
 def test_a_checkpoint_belongs_to_the_versions_that_compute(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -25,6 +25,23 @@ def read(file: File, encoding: str = "utf-8") -> list[Any]:
     return list(tables.records(file, encoding))
 
 
+# CSV
+
+
+def test_a_header_without_a_comma_tells_the_delimiter(tmp_path: Path) -> None:
+    for mark in "\t|":
+        [(_, row)] = read(written(tmp_path, "d.csv", f"text{mark}summary\n1,5{mark}b; c\n"))
+        assert (row["text"], row["summary"]) == ("1,5", "b; c")
+    text = '\ufefftext;summary\r\n"one; ""two"",\r\nthree";1,5\r\n'
+    [(where, row)] = read(written(tmp_path, "a.csv", text))
+    assert where == "a.csv:2"
+    assert (row["text"], row["summary"]) == ('one; "two",\r\nthree', "1,5")
+    [(_, row)] = read(written(tmp_path, "b.csv", "text,a;b\nx,y\n"))
+    assert row["a;b"] == "y"
+    with pytest.raises(UserError, match=r"c\.csv:2: 3 fields for 2 columns; quote what holds ';'"):
+        read(written(tmp_path, "c.csv", "text;summary\na;b;c\n"))
+
+
 # Finding
 
 

@@ -19,7 +19,7 @@ import pytest
 from ruamel.yaml import YAML
 
 from pipeline import params, provenance, track
-from pipeline.errors import UserError
+from pipeline.errors import UserError, without_passwords
 
 ROOT = Path(__file__).parents[1]
 
@@ -68,9 +68,10 @@ def run(stage, seed=None):
             {"examples": [dict(id=i, group=i, aspect="who", rouge1=score + n) for n, i in enumerate(ids)]})
     elif stage == "compare":
         write("reports/metrics.json", {"examples": 2, "rouge1": {"base": 10.5, "tuned": 30.5, "ci_low": 19.0}})
-        write("reports/comparison.md", "**Better**: by 20.\n\nand so on")
-        for name in ("index.html", "comparison.svg", "comparison.png", "figures/scores.svg", "tables/scores.csv"):
-            write(f"reports/{name}", name)
+        write("out/comparison/comparison.md", "**Better**: by 20.\n\nand so on")
+        for name in ("comparison.svg", "comparison.png", "figures/scores.svg", "tables/scores.csv"):
+            write(f"out/comparison/{name}", name)
+        write("reports/index.html", "index.html")
     elif stage == "track":
         from pipeline import params, track
         track.track(p["seeds"], params.Tracking(**p["tracking"]))
@@ -130,23 +131,20 @@ stages:
     cmd: python toy.py compare
     params: [seeds]
     deps: [out/scores]
-    outs:
-      - reports/comparison.md: {cache: false}
-      - reports/index.html: {cache: false}
-      - reports/comparison.svg: {cache: false}
-      - reports/comparison.png: {cache: false}
-      - reports/figures: {cache: false}
-      - reports/tables: {cache: false}
+    outs: [out/comparison]
     metrics:
       - reports/metrics.json: {cache: false}
   track:
     cmd: python toy.py track
     params: [seeds, data, prompt, lora, train]
     deps: [out/adapters, out/data, out/models/base.json, out/models/quantized.json, out/predictions, out/scores,
-      out/training, out/forgetting, reports/metrics.json, reports/comparison.md, reports/index.html,
-      reports/comparison.svg, reports/comparison.png]
+      out/training, out/forgetting, out/comparison, reports/metrics.json]
     outs:
       - out/receipt.json: {cache: false}
+      - reports/comparison.md: {cache: false}
+      - reports/index.html: {cache: false}
+      - reports/comparison.svg: {cache: false}
+      - reports/comparison.png: {cache: false}
 """
 
 PARAMS_OF = {
@@ -356,7 +354,7 @@ class TestOneRun:
         names |= {f"models/{name}.json": f"out/models/{name}.json" for name in ("base", "quantized")}
         names |= {"data/card.json": "out/data/card.json", "dvc.lock": "dvc.lock", "params.yaml": "params.yaml"}
         names |= {
-            f"reports/{name}": f"reports/{name}"
+            f"reports/{name}": f"{'reports' if name in ('metrics.json', 'index.html') else 'out/comparison'}/{name}"
             for name in (
                 *("metrics.json", "comparison.md", "index.html", "comparison.svg", "comparison.png"),
                 *("figures/scores.svg", "tables/scores.csv"),
@@ -488,9 +486,19 @@ class TestRefusals:
         ):
             toy.track()
 
+    def test_the_comparison_is_published_even_where_the_store_refuses(self, toy: Toy) -> None:
+        toy.track()
+        for path in (toy.folder / "out/comparison").iterdir():
+            assert (toy.folder / "reports" / path.name).read_bytes() == path.read_bytes()
+        (toy.folder / "out/comparison/comparison.md").write_text("**Worse**\n")
+        toy.database.write_bytes(b"no database")
+        with pytest.raises(UserError, match="refused"):
+            toy.track()
+        assert (toy.folder / "reports/comparison.md").read_text() == "**Worse**\n"
+
     def test_missing_outputs_are_all_named(self, toy: Toy) -> None:
         shutil.rmtree(toy.folder / "out/adapters/17")
-        (toy.folder / "reports/comparison.png").unlink()
+        (toy.folder / "out/comparison/comparison.png").unlink()
         with pytest.raises(UserError, match=r"(?s)outputs are missing.*comparison.png\n.*out/adapters/17"):
             toy.track()
 
@@ -513,6 +521,23 @@ class TestRefusals:
         with pytest.raises(UserError, match=rf"train/loss = {value} at step 1"):
             toy.track()
 
+    @pytest.mark.parametrize(
+        "path",
+        ["out/adapters/17/adapter_model.safetensors", "out/predictions/base.jsonl", "out/data/test.jsonl",
+         "out/scores/tuned-17.json", "out/models/quantized.json", "reports/metrics.json"],
+    )  # fmt: skip
+    def test_what_has_changed_on_the_disk_is_not_recorded(self, toy: Toy, path: str) -> None:
+        """As DVC restores it from a cache that has rotted."""
+        content = (toy.folder / path).read_text()
+        (toy.folder / path).write_text(content + "\n")
+        with pytest.raises(UserError, match=rf"(?s)nothing is recorded of .*- {path}: not what stage \w+"):
+            toy.track()
+        assert runs(toy.database) == []
+        assert not (toy.folder / "out/receipt.json").exists()
+        (toy.folder / path).write_text(content)
+        toy.track()
+        assert len(runs(toy.database)) == 1
+
     def test_predictions_of_another_split(self, toy: Toy) -> None:
         path = toy.folder / "out/predictions/tuned-17.jsonl"
         path.write_text("".join(path.read_text().splitlines(keepends=True)[::-1]))
@@ -526,10 +551,11 @@ class TestRefusals:
         with pytest.raises(UserError, match="experiment toy was deleted: restore it with `mlflow experiments restore"):
             toy.track()
 
-    def test_a_store_that_mlflow_refuses(self, toy: Toy) -> None:
-        toy.reproduce(("tracking.uri", "bogus://me:secret@nowhere"))
-        with pytest.raises(UserError, match="the MLflow store bogus://nowhere refused"):
+    def test_a_store_that_mlflow_refuses(self, toy: Toy, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", "bogus://me:secret@nowhere")
+        with pytest.raises(UserError, match="the MLflow store bogus://nowhere refused") as caught:
             toy.track()
+        assert "secret" not in str(caught.value)
         assert not (toy.folder / "out/receipt.json").exists()
 
 
@@ -587,7 +613,7 @@ class TestStore:
             ("sqlite:///my.db?timeout=9", "sqlite:///{root}/my.db?timeout=9"),
             ("sqlite:////srv/my.db", "sqlite:////srv/my.db"),
             ("http://localhost:5000", "http://localhost:5000"),
-            ("postgresql+psycopg2://me:word@host/db", "postgresql+psycopg2://me:word@host/db"),
+            ("postgresql+psycopg2://host/db", "postgresql+psycopg2://host/db"),
             ("databricks", "databricks"),
             ("databricks://profile", "databricks://profile"),
             ("mlruns", "{root_uri}/mlruns"),
@@ -627,7 +653,11 @@ class TestStore:
         assert not (toy.folder / ".mlflow").exists()
 
     def test_passwords_are_not_shown(self) -> None:
-        assert track.shown("http://me:secret@host:5000/a@b") == "http://host:5000/a@b"
+        assert without_passwords("http://me:secret@host:5000/a@b") == "http://host:5000/a@b"
+        assert without_passwords("mysql://h/d?user=me&password=secret&x=1") == "mysql://h/d?user=me&password=...&x=1"
+        assert str(UserError("no answer from https://hf_secret@host:1")) == "no answer from https://host:1"
+        text = "https://host/x and a@b, //a b@c, hf:a/b@main, git@host:a/b"
+        assert without_passwords(text) == text
 
     def test_three_processes_on_a_fresh_store(self, toy: Toy) -> None:
         """Two experiments, one of them twice at the same time: two runs, and a database that is whole."""

@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from pipeline import adapter, attention, pack, params, paths, quantize, records, train
+from pipeline import adapter, attention, device, pack, params, paths, quantize, records, train
 from pipeline.errors import UserError
 from pipeline.prompt import Row
 
@@ -128,7 +128,8 @@ def quantized(project: params.Params, tiny_model: Path) -> params.Params:
     import shutil
 
     shutil.copytree(tiny_model, paths.BASE)
-    records.write_json(paths.BASE_FACTS, {"context": 512, "dtype": "float32", "stop_ids": [1]})
+    facts = {"context": 512, "dtype": "float32", "stop_ids": [1], "sha256": records.sha256_tree(paths.BASE)}
+    records.write_json(paths.BASE_FACTS, facts)
     quantize.quantize(project.quantize, project.runtime)
     return project
 
@@ -317,6 +318,29 @@ def test_another_learning_rate_starts_afresh(
     capsys.readouterr()
     run(quantized, learning_rate=1e-3)
     assert "going on" not in capsys.readouterr().out
+
+
+def test_another_number_of_threads_starts_afresh(
+    quantized: params.Params, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """`runtime.threads: 0` and `device: auto` are another number and another device on another day."""
+    monkeypatch.setattr(train, "SECONDS_BETWEEN_CHECKPOINTS", 0.0)
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(train.Trainer, "step", dies_at(3, train.Trainer.step))
+        run(quantized)
+    capsys.readouterr()
+    monkeypatch.setattr(device, "threads", lambda _: 3)
+    run(quantized)
+    assert "going on" not in capsys.readouterr().out
+
+
+def test_a_base_that_has_changed_on_the_disk_is_refused(quantized: params.Params) -> None:
+    [weights] = paths.QUANTIZED.glob("*.safetensors")
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    with pytest.raises(UserError, match="out/models/quantized is not what its stage wrote.*lora-repro verify"):
+        run(quantized)
 
 
 def test_rows_that_do_not_fit_are_counted_and_above_the_share_refused(quantized: params.Params) -> None:

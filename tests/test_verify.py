@@ -132,7 +132,7 @@ class TestCache:
     def test_rotten_and_missing_objects(self, capsys: pytest.CaptureFixture[str]) -> None:
         file = cached(out("out/predictions/base.jsonl").md5)
         listing = cached(out("out/adapters/17").md5)
-        within = cached(str(verify.md5(Path("out/data/test.jsonl"))))
+        within = cached(str(records.dvc_md5(Path("out/data/test.jsonl"))))
         gone = cached(out("out/scores/base.json").md5)
         lock = Path("dvc.lock").read_bytes()
         for path in (file, listing, within):
@@ -214,17 +214,18 @@ class TestOutputs:
         reports = [*sorted(Path("reports").glob("comparison.*")), paths.METRICS]
         assert len(reports) == 4
         spoilt = [Path("out/predictions/tuned-17.jsonl"), Path("out/scores/tuned-17.json"), paths.RECEIPT, *reports]
-        for path in [*spoilt, Path("out/adapters/17/adapter_model.safetensors")]:
+        for path in [*spoilt, Path("out/adapters/17/adapter_model.safetensors"), paths.COMPARISON_MD]:
             flip(path)
-        flip(paths.FIGURES / "scores.svg")
+        flip(paths.published(paths.FIGURES / "scores.svg"))
         flip(paths.REPORT_HTML)
         Path("out/training/17.csv").unlink()
         printed = checked(capsys)
-        assert f"\n  {paths.FIGURES}: not what stage compare wrote" in printed
+        assert f"\n  {paths.published(paths.FIGURES)}: not what stage track wrote" in printed
         assert f"\n  {paths.REPORT_HTML}: not what was written: the seal" in printed
         for path in spoilt:
             assert f"\n  {path}: not what stage " in printed
         assert "\n  out/adapters/17 (adapter_model.safetensors): not what stage train@17 wrote" in printed
+        assert "\n  out/comparison (comparison.md): not what stage compare wrote" in printed
         assert "\n  out/training/17.csv: missing" in printed
         mend(printed)
         assert "all agreed" in checked(capsys)
@@ -269,12 +270,10 @@ class TestChain:
         assert found == [f"{path}: it names another decoding than the one here"]
 
     def test_reports_are_computed_again(self) -> None:
-        for path in (paths.METRICS, paths.COMPARISON_MD, paths.FIGURES / "scores.svg", paths.TABLES / "outputs.csv"):
+        made = (paths.COMPARISON_MD, paths.COMPARISON_PNG, paths.FIGURES / "scores.svg", paths.TABLES / "outputs.csv")
+        for path in (paths.METRICS, *made, *map(paths.published, made)):
             with flipped(path):
                 assert places(verify.reports) == [f"{path}: not what the predictions and scores give"]
-        (paths.TABLES / "mine.csv").touch()
-        assert places(verify.reports) == [f"{paths.TABLES / 'mine.csv'}: no stage writes it"]
-        (paths.TABLES / "mine.csv").unlink()
         path = paths.predictions("base")
         text = path.read_text()
         path.write_text("".join(text.splitlines(keepends=True)[::-1]))
@@ -329,6 +328,20 @@ class TestMlflow:
             [found] = places(verify.record)
         assert f"artifacts/{path} is not what was written" in found
 
+    def test_a_run_of_another_experiment(self) -> None:
+        """As left by another experiment, its artifacts lost."""
+        from mlflow import MlflowClient
+
+        client = MlflowClient(track.tracking_uri(tracking()))
+        experiment = client.get_experiment_by_name("lora-repro").experiment_id
+        other = client.create_run(experiment, tags={track.DIGEST: "another"}).info.run_id
+        client.set_terminated(other)
+        [found] = verify.record(verify.read()).findings
+        client.delete_run(other)
+        assert found.place.endswith(f"({other})")
+        assert found.wrong == "artifacts/manifest.json is missing"
+        assert f"mlflow runs delete --run-id {other}" in found.remedy
+
     def test_the_manifest_itself(self) -> None:
         with flipped(artifact("manifest.json")):
             [found] = places(verify.record)
@@ -368,7 +381,7 @@ class TestMlflow:
         assert places(verify.record) == []
         monkeypatch.setenv("MLFLOW_TRACKING_URI", track.tracking_uri(tracking()))
         folder = Path(download_artifacts("models:/lora-repro/1", dst_path=str(tmp_path)))
-        assert verify.md5(folder) == out("out/adapters/17").md5
+        assert records.dvc_md5(folder) == out("out/adapters/17").md5
         base = AutoModelForCausalLM.from_pretrained(here / "out/models/base")
         loaded = PeftModel.from_pretrained(base, str(folder))
         assert any("lora_B" in name and weight.any() for name, weight in loaded.named_parameters())

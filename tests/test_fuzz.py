@@ -1,0 +1,353 @@
+"""Untrusted input: whatever is in a file, reading it ends, soon, in a result or in one clear error.
+
+Thousands of inputs, drawn with fixed seeds: sound files in which something was changed, doubled, cut out or replaced,
+and inputs made by hand that once ended in a traceback or not at all.
+"""
+
+import copy
+import random
+import signal
+import struct
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+from ruamel.yaml import YAML
+
+from pipeline import data, fetch, params, paths, records, tables
+from pipeline.errors import UserError
+from tests.conftest import ROOT
+from tests.test_fetch import write_gguf
+
+SECONDS = 10
+"""What one input may take at most; each takes milliseconds."""
+TEXT = (ROOT / "params.yaml").read_text(encoding="utf-8")
+
+
+@contextmanager
+def soon() -> Iterator[None]:
+    """AssertionError where the block takes longer than an input may."""
+
+    def late(*_: object) -> None:
+        raise AssertionError(f"not done in {SECONDS} s")
+
+    before = signal.signal(signal.SIGALRM, late)
+    signal.setitimer(signal.ITIMER_REAL, SECONDS)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def told(call: Callable[[], object]) -> str:
+    """What a user is told; empty where the input was read. Any other exception fails the test."""
+    with soon():
+        try:
+            call()
+        except UserError as error:
+            text = str(error)
+            assert text.strip()
+            assert len(text) < 20_000, text[:1000]
+            assert "Traceback" not in text
+            text.encode("utf-8", "backslashreplace")
+            return text
+    return ""
+
+
+def mutated(draw: random.Random, content: bytes) -> bytes:
+    """A few bytes changed, cut out, doubled, or replaced by what parsers trip over."""
+    changed = bytearray(content)
+    for _ in range(draw.choice((1, 1, 1, 2, 4, 16))):
+        start = draw.randrange(len(changed) + 1)
+        end = min(len(changed), start + draw.choice((1, 1, 2, 8, 64)))
+        match draw.randrange(5):
+            case 0:
+                changed[start:end] = draw.randbytes(end - start)
+            case 1:
+                del changed[start:end]
+            case 2:
+                changed[start:start] = changed[start:end] * draw.choice((1, 2, 50))
+            case 3:
+                del changed[start:]
+            case 4:
+                changed[start:end] = draw.choice(
+                    (b"\0", b"\n", b"\r", b'"', b"'", b"\\", b"{", b"[", b"]", b": ", b"- ", b"&a ", b"*a", b"? ",
+                     b"!!int ", b"!!binary ", b"!!timestamp x", b"%YAML 9", b"---\n", b"<<: ", b"\xff", b"\xef\xbb\xbf",
+                     b"\xff\xfe", b"\\ud800", b"1e999", b"9" * 5000, b"NaN", b"null", b"[" * 300, b"\xe2\x80\xa8")
+                )  # fmt: skip
+        if not changed:
+            break
+    return bytes(changed)
+
+
+def overwritten(draw: random.Random, content: bytes) -> bytes:
+    """One byte changed: everything stays in its place."""
+    changed = bytearray(content)
+    changed[draw.randrange(len(changed))] = draw.randrange(256)
+    return bytes(changed)
+
+
+# Each letter stands for nine of the one before.
+BOMB = b"a: &a [x]\n" + b"".join(b"%c: &%c [%s]\n" % (n, n, b", ".join([b"*%c" % (n - 1)] * 9)) for n in b"bcdefghijkl")
+
+
+class TestParams:
+    ANYTHING: tuple[Any, ...] = (
+        None, True, -1, 0, 10**30, 1.5, float("nan"), float("-inf"), "", "x" * 500, "\x1b[2J", "\ud800", [], [None],
+        [[["x"]]], {}, {"a": 1}, {1: 2}, {None: {}}, b"\xff", {(1, 2): 3},
+    )  # fmt: skip
+
+    def test_any_value_at_any_place(self) -> None:
+        draw = random.Random(0)
+        default = YAML(typ="safe", pure=True).load(TEXT)
+        default["compare"]["published"] = [{"metric": "rouge1", "value": 1.0, "about": "a paper"}]
+        refused = 0
+        for _ in range(2000):
+            content = copy.deepcopy(default)
+            for _ in range(draw.choice((1, 1, 3))):
+                where: Any = content
+                while True:
+                    keys: list[Any] = list(where) if isinstance(where, dict) else list(range(len(where)))
+                    if not keys:
+                        break
+                    key = draw.choice(keys)
+                    if isinstance(where[key], dict | list) and draw.random() < 0.7:
+                        where = where[key]
+                        continue
+                    if isinstance(where, dict) and draw.random() < 0.3:
+                        where[draw.choice(("", "sorce", 5, None, True, "a.b", "\n"))] = draw.choice(self.ANYTHING)
+                    else:
+                        where[key] = draw.choice(self.ANYTHING)
+                    break
+            refused += bool(told(lambda content=content: params.check(content, "params.yaml")))  # type: ignore[misc]
+        assert refused > 1500
+
+    def test_any_text(self, tmp_path: Path) -> None:
+        draw = random.Random(1)
+        file = tmp_path / "params.yaml"
+        bare = "".join(f"{line}\n" for line in TEXT.splitlines() if line.partition("#")[0].strip())
+        refused = 0
+        for _ in range(120):
+            file.write_bytes(mutated(draw, bare.encode()))
+            refused += bool(told(lambda: params.load(file)))
+        assert refused > 60
+
+    @pytest.mark.parametrize(
+        ("content", "said"),
+        [
+            (b"\xff\xfe\x00\x00", "is not"),
+            (b"data: caf\xe9", "is not UTF-8"),
+            (b"[" * 1000, "is not YAML"),
+            (BOMB, "unknown key"),
+            (b"data: 2001-99-99", "is not YAML"),
+            (b"data: !!python/object/apply:os.system [touch pwned]", "is not YAML"),
+            (b"data: !!timestamp x", "is not YAML"),
+            (b"data: 1\ndata: 2", "is not YAML"),
+            (b"? {a: 1}\n: 2", ""),
+            (b"", "must hold sections"),
+        ],
+    )  # fmt: skip
+    def test_made_by_hand(self, content: bytes, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.chdir(tmp_path)
+        Path("params.yaml").write_bytes(content)
+        assert said in told(params.load)
+        assert [path.name for path in tmp_path.iterdir()] == ["params.yaml"]
+
+    def test_an_unknown_key_within_a_list_is_told(self) -> None:
+        content = YAML(typ="safe", pure=True).load(TEXT)
+        content["compare"]["published"] = [{"metric": "rouge1", "value": 1.0, "abuot": "a paper"}]
+        assert "compare.published.0.abuot = 'a paper': unknown key; did you mean about?" in told(
+            lambda: params.check(content, "params.yaml")
+        )
+
+
+@cache
+def section(kind: str, encoding: str = "utf-8") -> params.Data:
+    content = YAML(typ="safe", pure=True).load(TEXT)["data"]
+    columns = {"source": "text", "target": "summary", "id": "id", "group": "by", "aspect": None}
+    content |= {"format": kind, "encoding": encoding, "columns": columns if kind == "table" else None}
+    return params.Data.model_validate(content)
+
+
+def read(file: Path, given: params.Data) -> list[records.Example]:
+    """The rows of a file as `prepare` reads and writes them."""
+    there = tables.File(file.name, "source", file)
+    found = list(tables.records(there, given.encoding))
+    to_examples = {"aclsum": data._papers, "table": data._table, "chat": data._conversations}[given.format]
+    rows = to_examples(given, "train", found, there, 0)
+    records.write_rows(file.with_name("written"), rows)
+    return rows
+
+
+ROWS = {
+    "table": '{"text": "Ein Satz.", "summary": ["a", "b"], "id": 1, "by": "x", "more": {"deep": [1.5, null]}}\n'
+    '{"text": "Noch einer \\u00e9.", "summary": "c", "id": 2, "by": "y"}\n',
+    "aclsum": '{"id": "p1", "sentences": {"abstract": ["One.", "Two."]}, '
+    '"summary": {"challenge": "a", "approach": "b", "outcome": "c"}}\n',
+    "chat": '{"id": "c", "messages": [{"role": "system", "content": "s"}, {"role": "user", "content": "q"}, '
+    '{"role": "assistant", "content": "a"}]}\n{"id": "d", "conversations": [{"from": "human", "value": "q"}, '
+    '{"from": "gpt", "value": "a"}]}\n',
+}
+CATALOGUE = (
+    '# one\nmsgid ""\nmsgstr ""\n"Content-Type: text/plain; charset=UTF-8\\n"\n'
+    '"Plural-Forms: nplurals=2; plural=n>1;\\n"\n\n'
+    '#: a.c:1\n#, fuzzy\nmsgid "Save"\nmsgstr "Sichern"\n\n'
+    'msgctxt "menu"\nmsgid "Open \\"x\\""\nmsgstr ""\n"Öffnen"\n\n'
+    'msgid "one file"\nmsgid_plural "%d files"\nmsgstr[0] "eine Datei"\nmsgstr[1] "%d Dateien"\n\n'
+    '#~ msgid "old"\n#~ msgstr "alt"\n'
+)
+
+
+class TestRows:
+    @pytest.mark.parametrize("kind", ROWS)
+    def test_any_json(self, kind: str, tmp_path: Path) -> None:
+        draw = random.Random(2)
+        file = tmp_path / "train.jsonl"
+        outcomes = []
+        for number in range(700):
+            given = section(kind, draw.choice(("utf-8", "utf-8", "cp1252", "utf-16", "utf-7", "gb18030")))
+            file.write_bytes(ROWS[kind].encode() if number == 0 else mutated(draw, ROWS[kind].encode()))
+            outcomes.append(told(lambda given=given: read(file, given)))  # type: ignore[misc]
+        assert 300 < sum(map(bool, outcomes)) < 700
+        assert all(one.startswith("train.jsonl") for one in outcomes if one)
+
+    @pytest.mark.parametrize("suffix", [".csv", ".tsv"])
+    def test_any_fields(self, suffix: str, tmp_path: Path) -> None:
+        draw = random.Random(3)
+        file = tmp_path / f"train{suffix}"
+        sound = '"text","summary","id","by"\n"a ""b"", c","d",1,x\n"e\nf",g,2,y\n'
+        sound = sound.replace(",", "\t" if suffix == ".tsv" else ",")
+        outcomes = []
+        for number in range(400):
+            file.write_bytes(sound.encode() if number == 0 else mutated(draw, sound.encode()))
+            outcomes.append(told(lambda: read(file, section("table"))))
+        assert 100 < sum(map(bool, outcomes)) < 400
+
+    @pytest.mark.parametrize(
+        "content",
+        [b"[" * 100_000, b'{"a":' * 100_000, b'{"a":' * 900 + b"1" + b"}" * 900, b'{"\\ud800": 1}', b'{"text": 1e999}',
+         b'{"text": ' + b"9" * 5000 + b"}", b"\0" * 100, b'{"id": "\\ud800", "text": "a", "summary": "b"}'],
+    )  # fmt: skip
+    @pytest.mark.parametrize("kind", ROWS)
+    def test_made_by_hand(self, content: bytes, kind: str, tmp_path: Path) -> None:
+        file = tmp_path / "train.jsonl"
+        file.write_bytes(content)
+        assert told(lambda: read(file, section(kind)))
+
+    def test_a_paper_whose_name_is_no_text(self, tmp_path: Path) -> None:
+        file = tmp_path / "train.jsonl"
+        file.write_text(ROWS["aclsum"].replace('"p1"', '"\\ud800"'))
+        assert "train.jsonl:1: id = '\\ud800': holds half of a surrogate pair" in told(
+            lambda: read(file, section("aclsum"))
+        )
+
+
+class TestCatalogues:
+    @pytest.mark.parametrize("suffix", [".po", ".mo"])
+    def test_any_bytes(self, suffix: str, tmp_path: Path) -> None:
+        import polib
+
+        file = tmp_path / f"django{suffix}"
+        sound = CATALOGUE.encode()
+        if suffix == ".mo":
+            polib.pofile(CATALOGUE).save_as_mofile(str(file))
+            sound = file.read_bytes()
+        draw = random.Random(4)
+        outcomes, entries = [], []
+        for number in range(500):
+            file.write_bytes(sound if number == 0 else mutated(draw, sound))
+            there = tables.File(file.name, "source", file)
+            outcomes.append(told(lambda there=there: entries.append(list(tables.records(there, "utf-8")))))  # type: ignore[misc]
+        assert len(entries[0]) == 1
+        assert 100 < sum(map(bool, outcomes)) < 500
+        assert all(one.startswith(f"django{suffix}") for one in outcomes if one)
+
+    @pytest.mark.parametrize("suffix", [".po", ".mo"])
+    def test_a_header_that_never_ends(self, suffix: str, tmp_path: Path) -> None:
+        file = tmp_path / f"django{suffix}"
+        file.write_bytes(b"Content-Type:" * 100_000)
+        assert told(lambda: list(tables.records(tables.File(file.name, "source", file), "utf-8")))
+
+
+def field(name: str, kind: int, value: bytes) -> bytes:
+    return struct.pack("<Q", len(name)) + name.encode() + struct.pack("<I", kind) + value
+
+
+def header(*fields: bytes, count: int | None = None, tensors: int = 0) -> bytes:
+    return b"GGUF" + struct.pack("<IQQ", 3, tensors, len(fields) if count is None else count) + b"".join(fields)
+
+
+ARRAY, UINT8, STRING = 9, 0, 8
+
+
+@pytest.fixture(scope="module")
+def sound(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> bytes:
+    file = tmp_path_factory.mktemp("gguf") / "tiny.gguf"
+    write_gguf(tiny_model, file)
+    return file.read_bytes()
+
+
+class TestGguf:
+    def test_any_header(self, sound: bytes, project: params.Params, tmp_path: Path) -> None:
+        """Of those that are taken for sound some are loaded whole: transformers has its own opinion."""
+        assert project
+        import gguf
+
+        file = tmp_path / "tiny.gguf"
+        file.write_bytes(sound)
+        end = gguf.GGUFReader(str(file)).data_offset
+        del gguf
+        draw = random.Random(5)
+        refused = loaded = 0
+        for number in range(150):
+            # Most of the header is the vocabulary: half of the changes go to what stands before it.
+            part = draw.choice((sound[:700], sound[:end]))
+            changed = part if number == 0 else overwritten(draw, part) if draw.random() < 0.5 else mutated(draw, part)
+            file.write_bytes(changed + sound[len(part) :])
+            if told(lambda: fetch._check_gguf(file, "tiny.gguf")):
+                refused += 1
+            elif loaded < 10:
+                loaded += 1
+                given = params.Model(source=str(file), sha256=records.sha256_file(file), dtype="float32")
+                said = told(lambda given=given: fetch.fetch(given))  # type: ignore[misc]
+                assert not (said and number == 0)
+        assert refused > 50
+        assert loaded == 10
+
+    @pytest.mark.parametrize(
+        "content",
+        [
+            header(field("a", ARRAY, struct.pack("<IQ", UINT8, 2**60))),
+            header(field("a", ARRAY, struct.pack("<IQ", STRING, 2**60))),
+            header(field("a", ARRAY, struct.pack("<IQ", ARRAY, 1) * 5000)),
+            header(field("a", STRING, struct.pack("<Q", 2**63))),
+            header(count=2**63),
+            header(tensors=2**63),
+            header(field("a", 77, b"")),
+            header(field("general.architecture", UINT8, b"\x01")),
+            header(field("general.alignment", 4, struct.pack("<I", 0))),
+            b"GGUF",
+        ],
+    )
+    def test_made_by_hand(self, content: bytes, tmp_path: Path) -> None:
+        file = tmp_path / "tiny.gguf"
+        file.write_bytes(content)
+        assert "GGUF file" in told(lambda: fetch._check_gguf(file, "tiny.gguf"))
+
+    @pytest.mark.parametrize("key", ["block_count", "embedding_length", "feed_forward_length", "attention.head_count"])
+    @pytest.mark.parametrize("value", [0, 3, 2**31])
+    def test_sizes_that_its_tensors_do_not_have(
+        self, key: str, value: int, sound: bytes, project: params.Params, tmp_path: Path
+    ) -> None:
+        assert project
+        name = f"llama.{key}".encode()
+        at = sound.index(struct.pack("<Q", len(name)) + name) + 8 + len(name) + 4
+        file = tmp_path / "tiny.gguf"
+        file.write_bytes(sound[:at] + struct.pack("<I", value) + sound[at + 4 :])
+        given = params.Model(source=str(file), sha256=records.sha256_file(file), dtype="float32")
+        assert told(lambda: fetch.fetch(given))
+        assert not paths.BASE_FACTS.exists()

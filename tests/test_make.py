@@ -1,0 +1,60 @@
+"""The Makefile's targets, with stubs in place of the programs: what is started, with what, and what is not."""
+
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import ROOT
+
+STORE = "postgresql://me:a-secret@host/runs"
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with the Makefile and an environment that is installed, of programs that note how they were called."""
+    (tmp_path / "Makefile").write_text((ROOT / "Makefile").read_text())
+    for name in ("pyproject.toml", "constraints.txt"):
+        (tmp_path / name).touch()
+    programs = tmp_path / ".venv" / "bin"
+    programs.mkdir(parents=True)
+    for name, code in {
+        "dvc": 'echo "dvc $*" >> called',
+        "mlflow": 'echo "mlflow $* of $MLFLOW_BACKEND_STORE_URI" >> called',
+        "lora-repro": f'echo "lora-repro $*" >> called; if [ "$*" = store ]; then echo "{STORE}"; fi; exit $(cat code)',
+    }.items():
+        (programs / name).write_text(f"#!/bin/sh\n{code}\n")
+        (programs / name).chmod(0o755)
+    (tmp_path / "code").write_text("0")
+    (tmp_path / ".venv" / "installed").touch()
+    os.utime(tmp_path / "pyproject.toml", (0, 0))
+    os.utime(tmp_path / "constraints.txt", (0, 0))
+    monkeypatch.setenv("MLFLOW_HOST", "0.0.0.0")
+    return tmp_path
+
+
+def make(here: Path, target: str) -> tuple[bool, list[str]]:
+    """Whether it succeeded, and the calls it made."""
+    (here / "called").write_text("")
+    done = subprocess.run(["make", target], cwd=here, capture_output=True, text=True, check=False)
+    assert "a-secret" not in done.stdout + done.stderr
+    return done.returncode == 0, (here / "called").read_text().splitlines()
+
+
+def test_the_ui_is_for_this_machine_alone(here: Path) -> None:
+    """The address is no argument: those of every process can be seen by all users of a machine."""
+    asked = ["lora-repro store", "lora-repro store --view"]
+    assert make(here, "ui") == (True, [*asked, f"mlflow ui --host 127.0.0.1 of {STORE}"])
+    (here / "code").write_text("1")
+    assert make(here, "ui") == (False, ["lora-repro store"])
+
+
+def test_nothing_is_pushed_that_does_not_agree(here: Path) -> None:
+    assert make(here, "push") == (True, ["lora-repro verify", "dvc push"])
+    (here / "code").write_text("1")
+    assert make(here, "push") == (False, ["lora-repro verify"])
+
+
+def test_what_a_killed_dvc_left_is_mended_before_the_next(here: Path) -> None:
+    assert make(here, "repro") == (True, ["lora-repro mend", "lora-repro viewer", "dvc repro", "lora-repro show"])
