@@ -20,7 +20,7 @@ Table = list[dict[str, Any]]
 
 
 def write(comparison: Comparison, guards: Sequence[Guard], rows: Sequence[Row], seeds: Sequence[int]) -> None:
-    """Write `reports/figures/*.svg` and `reports/tables/*.csv`."""
+    """Write `paths.FIGURES` and `paths.TABLES`, of which `reports/` gets a copy."""
     for name, drawing in charts.figures(comparison, rows, seeds, charts.FILE).items():
         records.write_text(paths.FIGURES / f"{name}.svg", drawing)
     for name, table in tables(comparison, guards).items():

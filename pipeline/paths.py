@@ -1,8 +1,8 @@
 """Where everything lies, relative to the project folder, which is the working directory of every stage.
 
 `out/` is DVC's (cached, git-ignored); `reports/` is for people and kept in git, with a copy of `out/comparison`, since
-DVC caches nothing that git keeps but metrics and plots; only `reports/index.html`, which also tells what differs between
-machines, is not in git. `.scratch/` holds what a killed stage leaves behind and is never an output.
+DVC caches nothing that git keeps but metrics and plots. Only `index.html` there is not: it also tells what differs
+between machines. `.scratch/` holds what a killed stage leaves behind and is never an output.
 """
 
 from pathlib import Path

@@ -431,9 +431,9 @@ def test_json_that_stands_in_html_is_json() -> None:
 def test_tables_and_figures_are_the_same_bytes_each_time() -> None:
     made, rows = several_seeds(), [row(f"p{i}", seeds=3) for i in range(5)]
     appendix.write(made, GUARDS, rows, [17, 18, 18])
-    files = {path: path.read_bytes() for path in paths.REPORTS.rglob("*.*")}
+    files = {path: path.read_bytes() for path in paths.COMPARISON.rglob("*.*")}
     appendix.write(made, GUARDS, rows, [17, 18, 18])
-    assert {path: path.read_bytes() for path in paths.REPORTS.rglob("*.*")} == files
+    assert {path: path.read_bytes() for path in paths.COMPARISON.rglob("*.*")} == files
     assert {path.name for path in files} == {
         *("differences.svg", "scores.svg", "gains.svg", "aspects.svg", "training.svg", "lengths.svg", "endings.svg"),
         *("scores.csv", "seeds.csv", "lines.csv", "aspects.csv", "outputs.csv", "guards.csv", "training.csv"),
