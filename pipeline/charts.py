@@ -21,7 +21,7 @@ from pipeline.metrics import LABELS
 BAND = 56
 """Height of one metric in the upper panel, pixels; the lower panel has half of it."""
 FONT = "Liberation Sans, Arial, sans-serif"
-"""The first is inside vl-convert, so that the picture is the same on every machine."""
+"""Texts are measured in the first, which is inside vl-convert: the same bytes with whatever fonts a machine has."""
 UPRIGHT = "M-0.1,-1H0.1V1H-0.1Z"
 """The legend's sign for a reference line, as an SVG path: upright, as the line is."""
 
@@ -77,13 +77,6 @@ def svg(comparison: Comparison, look: Look) -> str:
     import vl_convert
 
     return str(vl_convert.vegalite_to_svg(_specification(comparison, look)))
-
-
-def png(comparison: Comparison, look: Look) -> bytes:
-    """The chart as a PNG of twice the size of the SVG."""
-    import vl_convert
-
-    return bytes(vl_convert.vegalite_to_png(_specification(comparison, look), scale=2))
 
 
 def figures(comparison: Comparison, rows: Sequence[Row], seeds: Sequence[int], look: Look) -> dict[str, str]:

@@ -30,7 +30,6 @@ RECEIPT = OUT / "receipt.json"
 COMPARISON = OUT / "comparison"
 COMPARISON_MD = COMPARISON / "comparison.md"
 COMPARISON_SVG = COMPARISON / "comparison.svg"
-COMPARISON_PNG = COMPARISON / "comparison.png"
 FIGURES = COMPARISON / "figures"
 TABLES = COMPARISON / "tables"
 

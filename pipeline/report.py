@@ -47,8 +47,6 @@ def write(comparison: Comparison, guards: Sequence[Guard]) -> None:
     """Write `paths.METRICS`, and Markdown and picture to `paths.COMPARISON`; equal comparisons give equal bytes."""
     records.write_json(paths.METRICS, metrics(comparison))
     records.write_text(paths.COMPARISON_SVG, charts.svg(comparison, charts.FILE))
-    with records.replacing(paths.COMPARISON_PNG) as temporary:
-        temporary.write_bytes(charts.png(comparison, charts.FILE))
     given = {
         "c": comparison,
         "guards": guards,

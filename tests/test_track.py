@@ -69,7 +69,7 @@ def run(stage, seed=None):
     elif stage == "compare":
         write("reports/metrics.json", {"examples": 2, "rouge1": {"base": 10.5, "tuned": 30.5, "ci_low": 19.0}})
         write("out/comparison/comparison.md", "**Better**: by 20.\n\nand so on")
-        for name in ("comparison.svg", "comparison.png", "figures/scores.svg", "tables/scores.csv"):
+        for name in ("comparison.svg", "figures/scores.svg", "tables/scores.csv"):
             write(f"out/comparison/{name}", name)
         write("reports/index.html", "index.html")
     elif stage == "track":
@@ -144,7 +144,6 @@ stages:
       - reports/comparison.md: {cache: false}
       - reports/index.html: {cache: false}
       - reports/comparison.svg: {cache: false}
-      - reports/comparison.png: {cache: false}
 """
 
 PARAMS_OF = {
@@ -356,7 +355,7 @@ class TestOneRun:
         names |= {
             f"reports/{name}": f"{'reports' if name in ('metrics.json', 'index.html') else 'out/comparison'}/{name}"
             for name in (
-                *("metrics.json", "comparison.md", "index.html", "comparison.svg", "comparison.png"),
+                *("metrics.json", "comparison.md", "index.html", "comparison.svg"),
                 *("figures/scores.svg", "tables/scores.csv"),
             )
         }
@@ -498,8 +497,8 @@ class TestRefusals:
 
     def test_missing_outputs_are_all_named(self, toy: Toy) -> None:
         shutil.rmtree(toy.folder / "out/adapters/17")
-        (toy.folder / "out/comparison/comparison.png").unlink()
-        with pytest.raises(UserError, match=r"(?s)outputs are missing.*comparison.png\n.*out/adapters/17"):
+        (toy.folder / "out/comparison/comparison.svg").unlink()
+        with pytest.raises(UserError, match=r"(?s)outputs are missing.*comparison.svg\n.*out/adapters/17"):
             toy.track()
 
     @pytest.mark.parametrize("name", ["infer@base", "rouge (1)", "a//b", "../up", "/root", ""])

@@ -270,7 +270,7 @@ class TestChain:
         assert found == [f"{path}: it names another decoding than the one here"]
 
     def test_reports_are_computed_again(self) -> None:
-        made = (paths.COMPARISON_MD, paths.COMPARISON_PNG, paths.FIGURES / "scores.svg", paths.TABLES / "outputs.csv")
+        made = (paths.COMPARISON_MD, paths.COMPARISON_SVG, paths.FIGURES / "scores.svg", paths.TABLES / "outputs.csv")
         for path in (paths.METRICS, *made, *map(paths.published, made)):
             with flipped(path):
                 assert places(verify.reports) == [f"{path}: not what the predictions and scores give"]
