@@ -2,6 +2,7 @@
 
 import sys
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -165,13 +166,29 @@ def use(recipe: RECIPE = None, force: Force = False, dry_run: DryRun = False) ->
         recipes.use(recipe, force, dry_run)
 
 
+FILE = Annotated[Path | None, typer.Argument(help="A search's file, such as sweeps/example.yaml.")]
 Set = Annotated[list[str], typer.Option("-S", "--set-param", help="<parameter>=<value>,<value>...")]
-Jobs = Annotated[int, typer.Option("-j", "--jobs", min=1, help="Experiments at once; 1 for one GPU.")]
+Jobs = Annotated[int | None, typer.Option("-j", "--jobs", min=1, help="Experiments at once here; 1 if not given.")]
+Ray = Annotated[str | None, typer.Option("--ray", help="Trials of FILE on a Ray cluster: auto, local or its address.")]
 
 
 @app.command()
-def sweep(overrides: Set, jobs: Jobs = 1) -> None:
-    """Run every combination through DVC's queue; the exit code tells whether all succeeded."""
-    from pipeline import sweep as sweeping
+def sweep(file: FILE = None, overrides: Set = [], jobs: Jobs = None, ray: Ray = None) -> None:  # noqa: B006
+    """-S: every combination as a whole experiment, tested, to compare. FILE: a search that selects on validation loss.
 
-    raise typer.Exit(sweeping.sweep(overrides, jobs))
+    The trials of a search are trained and validated only; its winner alone is tested, once. Run again after a kill, it
+    goes on. The exit code tells whether all succeeded.
+    """
+    if (file is None) == (not overrides):
+        raise UserError("sweep needs either -S <parameter>=<value>,<value>... or the file of a search")
+    if file is None:
+        if ray is not None:
+            raise UserError("--ray runs the trials of a search: give its file instead of -S")
+        from pipeline import sweep as sweeping
+
+        raise typer.Exit(sweeping.sweep(overrides, jobs or 1))
+    if ray is not None and jobs is not None:
+        raise UserError("-j is for this machine; on a cluster at_once and cluster in the file say how many run at once")
+    from pipeline import search
+
+    raise typer.Exit(search.search(file, jobs, ray))

@@ -83,7 +83,7 @@ def find(name: str, tracking: params.Tracking) -> Experiment:
         return _from_lock(name, paths.DVC_LOCK.read_text(encoding="utf-8"), tracking)
     if commit := _commit(name):
         return _from_lock(name, _shown(commit), tracking)
-    return _from_run(lineage.find(name, track.stored(tracking)), tracking)
+    return _from_run(lineage.named(name, tracking), tracking)
 
 
 def rank(found: Sequence[Experiment], settings: params.Compare) -> Ranking:
@@ -321,8 +321,14 @@ def _from_lock(name: str, lock: str, tracking: params.Tracking) -> Experiment:
     try:
         seeds: list[int] = stages["compare"]["params"]["params.yaml"]["seeds"]
     except (KeyError, TypeError):
-        raise UserError(f"{name}: its {paths.DVC_LOCK} holds no finished comparison: run `dvc repro` there") from None
-    digest, given = track.digest_of(lock, seeds), track.params_of(lock, seeds)
+        raise UserError(
+            f"{name}: its {paths.DVC_LOCK} holds no finished comparison (a trial of a sweep is validated, not tested): "
+            "run `dvc repro` there"
+        ) from None
+    try:
+        digest, given = track.digest_of(lock, seeds), track.params_of(lock, seeds)
+    except UserError as error:
+        raise UserError(f"{name}: {error}") from None
     run = next((run for run in track.stored(tracking) if run.tags.get(track.DIGEST) == digest), None)
     objects = verify.cache_folder(Path()) / "files" / "md5"
     md5: dict[str, str] = {out["path"]: out["md5"] for stage in stages.values() for out in stage.get("outs", [])}

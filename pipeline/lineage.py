@@ -18,7 +18,7 @@ def show(name: str, tracking: params.Tracking) -> None:
     `name`: an id, the beginning of one, or a run's name. UserError when it names no run or several, and when the run is
     not what was written.
     """
-    run = find(name, track.stored(tracking))
+    run = named(name, tracking)
     tags = run.tags
     print(f"run      {run.name} ({run.run_id}), {run.status}")
     print(f"commit   {tags.get(track.COMMIT, 'none')}{', with changes' if tags.get('git.dirty') == 'true' else ''}")
@@ -36,6 +36,23 @@ def show(name: str, tracking: params.Tracking) -> None:
     print("restore")
     for command in restoring(run, seeds):
         print(f"  {command}")
+
+
+def named(name: str, tracking: params.Tracking) -> track.Stored:
+    """The one run of a complete experiment that `name` means; UserError as of `find`, and for a trial of a sweep."""
+    runs = track.stored(tracking)
+    try:
+        return find(name, runs)
+    except UserError:
+        trials = [run for run in track.stored(tracking, track.TRIAL) if name in (run.name, run.run_id)]
+        if not trials:
+            raise
+    trial = trials[0]
+    raise UserError(
+        f"{name} is a trial of the sweep {trial.tags[track.SWEEP]} ({trial.tags['trial.state']}): it was validated and "
+        "not tested, so it has no result to show or compare"
+        + (f"; `dvc exp apply {trial.name}` and `dvc repro` test it" if trial.tags["trial.state"] == "complete" else "")
+    )
 
 
 def find(name: str, runs: list[track.Stored]) -> track.Stored:

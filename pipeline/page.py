@@ -109,7 +109,7 @@ def gather(seeds: list[int], evaluate: params.Evaluate, given: params.Compare) -
         guards.measured(seeds),
         rows,
         [records.read_json(paths.training_summary(seed)) for seed in seeds],
-        [_spent(stage, cost) for stage, cost in track.spent(seeds).items()],
+        [_spent(stage, cost) for stage, cost in track.spent(seeds, Path()).items()],
         origin(seeds),
         records.read_json(paths.DATA_CARD),
         records.read_json(paths.BASE_FACTS),

@@ -382,27 +382,34 @@ def read(stage: str, folder: Path = Path()) -> Declared:
 
 def load(path: Path = paths.PARAMS) -> Params:
     """Parse and check a params file; UserError lists every mistake with its key, its value and the remedy."""
-    return check(_parse(path), str(path))
+    return check(parse(path), str(path))
 
 
 def check(content: Any, name: str) -> Params:
     """Check parsed params; `name` heads the error."""
+    return checked(Params, content, name)
+
+
+def checked(model: type[S], content: Any, name: str) -> S:
+    """Check what a file `name` holds against a model of it; UserError as of `load`."""
     if not isinstance(content, Mapping):
-        raise UserError(f"{name} must hold sections (data:, model:, ...), not {type(content).__name__}")
+        first, second = list(model.model_fields)[:2]
+        raise UserError(f"{name} must hold sections ({first}:, {second}:, ...), not {type(content).__name__}")
     try:
-        return Params.model_validate(content)
+        return model.model_validate(content)
     except ValidationError as error:
         problems = error.errors(include_url=False)
-        raise listing([_explain(problem) for problem in problems], f"{name}: {len(problems)} to mend") from None
+        raise listing([_explain(problem, model) for problem in problems], f"{name}: {len(problems)} to mend") from None
 
 
 def sections_of(stage: str, dvc_yaml: Path) -> frozenset[str]:
     """The params sections that `dvc.yaml` declares for a stage, and those that need no declaration."""
-    declared = _parse(dvc_yaml)["stages"][stage].get("params", [])
+    declared = parse(dvc_yaml)["stages"][stage].get("params", [])
     return frozenset([*declared, *UNDECLARED])
 
 
-def _parse(path: Path) -> Any:
+def parse(path: Path) -> Any:
+    """A YAML 1.2 file; UserError where it is missing or none."""
     try:
         return YAML(typ="safe", pure=True).load(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -415,14 +422,14 @@ def _parse(path: Path) -> Any:
         raise UserError(f"{path} is not YAML that can be read ({type(error).__name__}: {error})") from None
 
 
-def _explain(problem: Any) -> str:
+def _explain(problem: Any, model: type[BaseModel]) -> str:
     """One pydantic error as `key = value: what is wrong and what is legal`."""
     at = ".".join(str(part) for part in problem["loc"] if not _is_branch(part))
     kind, given = problem["type"], problem["input"]
     if kind == "missing":
         return f"{at}: missing; every key must be present (see the comments of the default params.yaml)"
     if kind == "extra_forbidden":
-        return f"{at} = {_shown(given)}: unknown key{_suggestion(problem['loc'])}"
+        return f"{at} = {_shown(given)}: unknown key{_suggestion(problem['loc'], model)}"
     message = problem["msg"].removeprefix("Value error, ")
     if kind == "value_error":
         return f"{at}: {message}" if at else message
@@ -443,13 +450,14 @@ def _is_branch(part: str | int) -> bool:
     )
 
 
-def _suggestion(location: tuple[str | int, ...]) -> str:
-    model: Any = Params
+def _suggestion(location: tuple[str | int, ...], model: Any) -> str:
     for part in location[:-1]:
         if isinstance(part, int):  # of a list, whose items are in view already
             continue
-        model = model.model_fields[part].annotation
-        if not hasattr(model, "model_fields"):
-            model = next(option for option in model.__args__ if hasattr(option, "model_fields"))
+        field = model.model_fields.get(part)
+        if field is None:  # the key of a mapping, whose values the model is of
+            continue
+        options = [field.annotation, *getattr(field.annotation, "__args__", ())]
+        model = next((option for option in options if hasattr(option, "model_fields")), model)
     close = difflib.get_close_matches(str(location[-1]), model.model_fields, n=1)
     return f"; did you mean {close[0]}?" if close else f"; known here: {', '.join(model.model_fields)}"

@@ -42,6 +42,9 @@ PLOT_LENGTHS = REPORTS / "plots" / "lengths.csv"
 
 SCRATCH = Path(".scratch")
 
+SWEEPS = Path(".sweeps")
+"""Searches: Optuna's database, and the clones that trials run in."""
+
 SPLITS = ("train", "validation", "test")
 
 

@@ -1,5 +1,7 @@
 """Long work made visible: a bar with rate and remaining time on a terminal, plain lines everywhere else."""
 
+import json
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -11,10 +13,20 @@ from rich.text import Text
 
 SECONDS_BETWEEN_LINES = 10.0
 
+VALIDATIONS = "LORA_REPRO_VALIDATIONS"
+"""The environment variable that names the file which a search reads validation losses from while a trial trains."""
+
 
 def say(message: str) -> None:
     """One line to the user, at once: stages run under DVC, which shows their output as it comes."""
     print(message, flush=True)
+
+
+def publish_validation(seed: int, step: int, loss: float) -> None:
+    """Append a validation loss to the file that `VALIDATIONS` names, if there is one. It changes no result."""
+    if name := os.environ.get(VALIDATIONS):
+        with open(name, "a", encoding="utf-8") as file:  # noqa: PTH123 - one write, which is appended whole
+            file.write(json.dumps({"seed": seed, "step": step, "loss": loss}) + "\n")
 
 
 @contextmanager

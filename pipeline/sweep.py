@@ -117,15 +117,20 @@ def _require_tools() -> None:
             "`dvc` is not on the PATH, so the queue's workers could not start: put the virtual environment's folder "
             "there (source .venv/bin/activate)"
         )
+    require_git()
+
+
+def require_git() -> None:
+    """UserError unless DVC can commit experiments, and there is a commit to start them from."""
     for key in ("name", "email"):
         given = subprocess.run(["git", "config", f"user.{key}"], capture_output=True, text=True, check=False).stdout
         if not given.strip() and not os.environ.get(f"GIT_COMMITTER_{key.upper()}"):
             raise UserError(
-                f"git has no user.{key}, and DVC commits queued experiments: set it with `git config user.{key} <...>`"
+                f"git has no user.{key}, and DVC commits experiments: set it with `git config user.{key} <...>`"
             )
     head = subprocess.run(["git", "rev-parse", "--verify", "--quiet", "HEAD"], capture_output=True, check=False)
     if head.returncode:
-        raise UserError("there is no commit that queued experiments could start from: `git add` and `git commit` first")
+        raise UserError("there is no commit that experiments could start from: `git add` and `git commit` first")
 
 
 def _queue(combinations: Sequence[Combination], overrides: Sequence[str]) -> Iterator[tuple[str, Combination]]:

@@ -33,6 +33,10 @@ from pipeline.errors import UserError, listing, without_passwords
 from pipeline.progress import say
 
 DIGEST = "dvc.digest"
+TRIAL = "trial.digest"
+"""Instead of `DIGEST` in the run of a sweep's trial, which was trained and validated, never tested."""
+SWEEP, WINNER = "sweep", "sweep.winner"
+"""The sweeps that a trial belongs to, and those that a complete experiment won."""
 EXPERIMENTS = "dvc.experiments"
 COMMITS = "dvc.commits"
 NOTE = "mlflow.note.content"
@@ -44,12 +48,15 @@ VIEW = "scores"
 MANIFEST = "manifest.json"
 """The artifact that holds the sha256 of everything in a run, by its place there; itself pinned by the tag `SEAL`."""
 SEAL = "manifest.sha256"
-SEALED_TAGS = ("dvc.digest", "git.", "device", "machine.", "version.", "mlflow.source.", NOTE)
+SEALED_TAGS = ("dvc.digest", "trial.", "git.", "device", "machine.", "version.", "mlflow.source.", NOTE)
 """What the names of tags begin with that never change; a user may add others, and rename the run."""
 
 # MLflow's limits; longer values are refused by its stores, larger batches by its server.
 MAX_PARAM, MAX_TAG, MAX_KEY = 6000, 8000, 250
 MAX_PARAMS_A_BATCH, MAX_METRICS_A_BATCH = 100, 1000
+
+UPSTREAM = ("prepare", "fetch", "quantize")
+"""The stages that training rests on."""
 
 Stages = dict[str, dict[str, Any]]
 
@@ -75,8 +82,13 @@ class Record:
     files: list[tuple[Path, str | None]]
 
     @property
+    def key(self) -> str:
+        """The tag that holds the digest: of a complete experiment, or of a trial."""
+        return TRIAL if TRIAL in self.tags else DIGEST
+
+    @property
     def digest(self) -> str:
-        return self.tags[DIGEST]
+        return self.tags[self.key]
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,14 +114,7 @@ def track(train_seeds: list[int], tracking: params.Tracking) -> None:
     publish()
     record = gather(train_seeds)
     _refuse_other_content(record, _stages(train_seeds))
-    with _opened(tracking) as client:
-        experiment_id = _experiment(client, tracking)
-        run = _finished(client, experiment_id, record.digest)
-        word = "recorded" if run is None else "already recorded"
-        if run is None:
-            run = _write(client, experiment_id, record)
-        else:
-            _seen_again(client, run, record.tags)
+    run, word = _written(record, tracking)
     records.write_json(paths.RECEIPT, {"digest": record.digest})
     say(f"{word}: {_line(run, tracking)}")
 
@@ -121,6 +126,35 @@ def publish() -> None:
             shutil.copyfile(path, temporary)
 
 
+def write(record: Record, tracking: params.Tracking) -> str:
+    """Record a trial unless it is recorded already; the id of its run. UserError as of `track`."""
+    run, _ = _written(record, tracking)
+    return str(run.info.run_id)
+
+
+def _written(record: Record, tracking: params.Tracking) -> tuple[Any, str]:
+    with _opened(tracking) as client:
+        experiment_id = _experiment(client, tracking)
+        run = _finished(client, experiment_id, record)
+        if run is None:
+            return _write(client, experiment_id, record), "recorded"
+        _seen_again(client, run, record.tags)
+        return run, "already recorded"
+
+
+def crown(tracking: params.Tracking, digest: str, sweep: str, table: Path) -> str | None:
+    """Tag the run of a complete experiment as the winner of a sweep, and log the sweep's table into it, in the place of
+    an earlier one; the run's id, or None where there is no such run."""
+    with _opened(tracking) as client:
+        experiment_id = _experiment(client, tracking)
+        for run in _runs(client, experiment_id, DIGEST, digest):
+            if run.info.status == "FINISHED":
+                _add(client, run, WINNER, sweep)
+                client.log_artifact(run.info.run_id, str(table), "sweep")
+                return str(run.info.run_id)
+    return None
+
+
 def describe(train_seeds: list[int], tracking: params.Tracking) -> str:
     """Where the record of the working directory is, in one line; the store is opened only if it is there."""
     digest = _digest(_stages(train_seeds))
@@ -128,7 +162,7 @@ def describe(train_seeds: list[int], tracking: params.Tracking) -> str:
     if file is None or file.exists():
         with _opened(tracking) as client:
             experiment = client.get_experiment_by_name(tracking.experiment)
-            for run in _runs(client, experiment.experiment_id, digest) if experiment else []:
+            for run in _runs(client, experiment.experiment_id, DIGEST, digest) if experiment else []:
                 if run.info.status == "FINISHED":
                     return _line(run, tracking)
     return "not recorded: run `dvc repro` (or `dvc repro --single-item --force track` if that finds nothing to do)"
@@ -146,18 +180,34 @@ def read_lock() -> str:
 
 
 def _stages(seeds: list[int]) -> Stages:
-    return _locked(read_lock(), seeds)
+    return _locked(read_lock(), _names(seeds))
 
 
-def _locked(lock: str, seeds: list[int]) -> Stages:
-    """Parameters and outputs of an experiment's stages, as `{stage: {params, outs}}`, from the text of a `dvc.lock`.
+def _names(seeds: list[int]) -> list[str]:
+    """The stages of a complete experiment, but for `track`."""
+    names = [*UPSTREAM, "infer@base", "evaluate@base", "compare"]
+    of_seeds = ("train", "infer-tuned", "forget", "evaluate-tuned")
+    return names + [f"{stage}@{seed}" for seed in seeds for stage in of_seeds]
 
-    It also keeps stages that `dvc.yaml` no longer has, such as a seed's after the seeds changed: not these."""
-    names = ["prepare", "fetch", "quantize", "infer@base", "evaluate@base", "compare"]
-    names += [f"{stage}@{seed}" for seed in seeds for stage in ("train", "infer-tuned", "forget", "evaluate-tuned")]
+
+def _locked(lock: str, names: list[str]) -> Stages:
+    """Parameters and outputs of some stages, as `{stage: {params, outs}}`, from the text of a `dvc.lock`.
+
+    It also keeps stages that `dvc.yaml` no longer has, such as a seed's after the seeds changed: not these. UserError
+    where a stage is missing, or read another adapter than the one there, as after `dvc repro train@17` alone.
+    """
     locked = YAML(typ="safe", pure=True).load(lock)["stages"]
     if missing := [name for name in names if name not in locked]:
         raise UserError(f"{paths.DVC_LOCK} has no {', '.join(missing)}: run `dvc repro`")
+    made = {out["path"]: out["md5"] for name in names for out in locked[name].get("outs", [])}
+    adapters = paths.ADAPTERS.as_posix()
+    for name in names:
+        for dep in locked[name].get("deps", []):
+            if dep["path"].startswith(f"{adapters}/") and made.get(dep["path"], dep["md5"]) != dep["md5"]:
+                raise UserError(
+                    f"{paths.DVC_LOCK} mixes two experiments, {name} was run with another {dep['path']}: run "
+                    "`dvc repro`"
+                )
     return {
         name: {
             "params": {
@@ -176,17 +226,17 @@ def _digest(stages: Stages) -> str:
 
 def digest_of(lock: str, seeds: list[int]) -> str:
     """The digest of the experiment that the text of a `dvc.lock` holds; UserError where it lacks a stage."""
-    return _digest(_locked(lock, seeds))
+    return _digest(_locked(lock, _names(seeds)))
 
 
 def params_of(lock: str, seeds: list[int]) -> dict[str, str]:
     """The parameters by dotted name, as a run has them, of the experiment that the text of a `dvc.lock` holds."""
-    return _params(_locked(lock, seeds))
+    return _params(_locked(lock, _names(seeds)))
 
 
 def outs_of(lock: str, seeds: list[int]) -> dict[str, dict[str, str]]:
     """The outputs of each stage, as `{stage: {path: md5}}`, that the text of a `dvc.lock` holds."""
-    return {name: content["outs"] for name, content in _locked(lock, seeds).items()}
+    return {name: content["outs"] for name, content in _locked(lock, _names(seeds)).items()}
 
 
 # What goes into its run
@@ -218,7 +268,6 @@ def gather(seeds: list[int]) -> Record:
     experiment = provenance.experiment()
     # Many experiments share a commit that they differ from: its name alone would be none.
     at_commit = sha and (f"{sha[:7]}+{digest[:7]}" if dirty else sha[:7])
-    versions, machine = provenance.versions(), provenance.platform_facts()
     tags = {
         DIGEST: digest,
         EXPERIMENTS: experiment,
@@ -228,9 +277,8 @@ def gather(seeds: list[int]) -> Record:
         "git.dirty": str(dirty).lower() if sha else None,
         "device": records.read_json(paths.decoding("base"))["device"],
         NOTE: paths.COMPARISON_MD.read_text(encoding="utf-8").split("\n", 1)[0][:MAX_TAG],
-        "energy": _meters(seeds),
-        **{f"machine.{name}": str(fact) for name, fact in machine.items()},
-        **{f"version.{package}": version for package, version in versions.items()},
+        "energy": _meters(seeds, Path()),
+        **_surroundings(),
     }
     files: list[tuple[Path, str | None]] = [(paths.DVC_LOCK, None), (paths.PARAMS, None), (paths.DATA_CARD, "data")]
     files += [(path, "models") for path in (paths.BASE_FACTS, paths.QUANTIZED_FACTS)]
@@ -244,7 +292,7 @@ def gather(seeds: list[int]) -> Record:
         files.append((paths.forgetting(seed), paths.FORGETTING.name))
     if missing := [str(path) for path, _ in files if not path.exists()]:
         raise listing(missing, "outputs are missing, run `dvc repro` or `dvc checkout`:")
-    metrics = [*_results(), *_training(seeds), *_costs(seeds)]
+    metrics = [*_results(), *_training(seeds, Path()), *_costs(seeds, Path())]
     _check(metrics)
     return Record(
         name=experiment or at_commit or digest[:12],
@@ -254,6 +302,53 @@ def gather(seeds: list[int]) -> Record:
         predictions=_predictions(seeds),
         files=files,
     )
+
+
+def gather_trial(root: Path, commit: str, seeds: list[int], name: str, sweep: str, loss: float) -> Record:
+    """All that the run of the trial `name` holds, whose outputs are in the project folder `root`."""
+    lock = (root / paths.DVC_LOCK).read_text(encoding="utf-8")
+    stages = _locked(lock, [*UPSTREAM, *(f"train@{seed}" for seed in seeds)])
+    files: list[tuple[Path, str | None]] = [(root / paths.DVC_LOCK, None), (root / paths.PARAMS, None)]
+    for seed in seeds:
+        files.append((root / paths.adapter(seed), f"adapter/{seed}"))
+        files += [(root / path, "training") for path in (paths.training_summary(seed), paths.training_log(seed))]
+    metrics = [Point("validation_loss", loss), *_training(seeds, root), *_costs(seeds, root)]
+    _check(metrics)
+    device = records.read_json(root / paths.training_summary(seeds[0]))["device"]
+    note = f"Trial of sweep {sweep}: validation loss {loss:.4f}; not tested"
+    tags = _trial_tags(commit, _digest(stages), name, sweep, note) | {"trial.state": "complete", "device": device}
+    return Record(name, tags, _params(stages), metrics, {}, files)
+
+
+def gather_pruned(
+    commit: str, given: Mapping[str, Any], name: str, sweep: str, curve: list[tuple[int, float]]
+) -> Record:
+    """What there is of a trial that was ended early: its parameters, and its validation losses until then."""
+    values = dict(leaf for section, value in given.items() for leaf in _flat(value, section))
+    tags = _trial_tags(commit, "", name, sweep, f"Trial of sweep {sweep}: pruned; not tested")
+    identity = json.dumps([commit, values, curve], sort_keys=True)
+    tags |= {TRIAL: _sha256(identity), "trial.state": "pruned"}
+    points = [Point("validation/loss", loss, step) for step, loss in curve]
+    return Record(name, tags, {key: _cut(value) for key, value in values.items()}, points, {}, [])
+
+
+def _trial_tags(commit: str, digest: str, name: str, sweep: str, note: str) -> dict[str, str]:
+    tags = {
+        TRIAL: digest,
+        "kind": "trial",
+        SWEEP: sweep,
+        EXPERIMENTS: name,
+        "mlflow.source.name": "lora-repro sweep",
+        NOTE: note,
+    }
+    # A trial differs from its commit in its parameters.
+    return tags | {COMMITS: commit, COMMIT: commit, "git.dirty": "true"} | _surroundings()
+
+
+def _surroundings() -> dict[str, str]:
+    """Tags that say on which machine, and with which versions, a record was made."""
+    machine = {f"machine.{name}": str(fact) for name, fact in provenance.platform_facts().items()}
+    return machine | {f"version.{package}": version for package, version in provenance.versions().items()}
 
 
 def _params(stages: Stages) -> dict[str, str]:
@@ -309,40 +404,41 @@ def _numbers(value: Any, name: str = "") -> Iterator[Point]:
         raise UserError(f"{paths.METRICS}: {name} = {value!r} is not a number")
 
 
-def _training(seeds: list[int]) -> Iterator[Point]:
+def _training(seeds: list[int], root: Path) -> Iterator[Point]:
     for seed in seeds:
         prefix = f"seed-{seed}/" if len(seeds) > 1 else ""
-        summary = records.read_json(paths.training_summary(seed))
+        summary = records.read_json(root / paths.training_summary(seed))
         for name, value in summary.items():
             if _is_number(value) and name != "seed":
                 yield Point(f"{prefix}training/{name}", value)
         for entry in summary["validation"]:
             yield Point(f"{prefix}validation/loss", entry["loss"], entry["step"])
-        with paths.training_log(seed).open(encoding="utf-8", newline="") as file:
+        with (root / paths.training_log(seed)).open(encoding="utf-8", newline="") as file:
             for row in csv.DictReader(file):
                 step = int(row.pop("step"))
                 yield from (Point(f"{prefix}train/{name}", float(cell), step) for name, cell in row.items())
 
 
-def _costs(seeds: list[int]) -> Iterator[Point]:
+def _costs(seeds: list[int], root: Path) -> Iterator[Point]:
     """Time, memory and measured energy of each stage, where this folder ran it for the very result that is here now.
 
     A result restored from a cache cost this experiment nothing, and what it cost another is in the other's run.
     """
-    for stage, cost in spent(seeds).items():
+    for stage, cost in spent(seeds, root).items():
         names = {"seconds": "seconds", "peak_memory_mb": "peak_mb", "peak_device_memory_mb": "peak_device_mb"}
         names |= {"energy_kwh": "energy_kwh"}
         yield from (Point(f"cost/{stage}_{name}", cost[key]) for key, name in names.items() if key in cost)
 
 
-def _meters(seeds: list[int]) -> str | None:
+def _meters(seeds: list[int], root: Path) -> str | None:
     """What measured the energy of the stages that ran here, or why nothing did."""
-    meters = dict.fromkeys(str(cost["energy_meter"]) for cost in spent(seeds).values() if "energy_meter" in cost)
+    costs = spent(seeds, root).values()
+    meters = dict.fromkeys(str(cost["energy_meter"]) for cost in costs if "energy_meter" in cost)
     return "; ".join(meters)[:MAX_TAG] or None
 
 
-def spent(seeds: list[int]) -> dict[str, dict[str, Any]]:
-    """The cost of each stage (`stage.run`), empty where this folder did not run it for the result that is here now."""
+def spent(seeds: list[int], root: Path) -> dict[str, dict[str, Any]]:
+    """The cost of each stage (`stage.run`), empty where the folder did not run it for the result that is there now."""
     results = {"prepare": paths.DATA_CARD, "fetch": paths.BASE_FACTS, "quantize": paths.QUANTIZED_FACTS}
     results |= {"infer-base": paths.predictions(paths.variant(None))}
     for seed in seeds:
@@ -351,8 +447,9 @@ def spent(seeds: list[int]) -> dict[str, dict[str, Any]]:
         results[f"forget-{seed}"] = paths.forgetting(seed)
     found: dict[str, dict[str, Any]] = {}
     for stage, result in results.items():
-        cost = records.read_json(paths.costs(result)) if paths.costs(result).exists() else {}
-        found[stage] = cost if cost and cost["result_sha256"] == records.sha256_path(result) else {}
+        noted = root / paths.costs(result)
+        cost = records.read_json(noted) if noted.exists() else {}
+        found[stage] = cost if cost and cost["result_sha256"] == records.sha256_path(root / result) else {}
     return found
 
 
@@ -484,16 +581,16 @@ def _experiment(client: Any, tracking: params.Tracking) -> str:
     return str(experiment.experiment_id)
 
 
-def _runs(client: Any, experiment_id: str, digest: str) -> list[Any]:
+def _runs(client: Any, experiment_id: str, key: str, digest: str) -> list[Any]:
     """The runs of a digest, the oldest first."""
-    found = client.search_runs([experiment_id], f"tags.`{DIGEST}` = '{digest}'", order_by=["attributes.start_time ASC"])
+    found = client.search_runs([experiment_id], f"tags.`{key}` = '{digest}'", order_by=["attributes.start_time ASC"])
     return list(found)
 
 
-def _finished(client: Any, experiment_id: str, digest: str) -> Any:
+def _finished(client: Any, experiment_id: str, record: Record) -> Any:
     """The finished run of a digest, or None; half-written ones, which a killed process left, are deleted."""
     finished = None
-    for run in _runs(client, experiment_id, digest):
+    for run in _runs(client, experiment_id, record.key, record.digest):
         if run.info.status == "FINISHED":
             finished = finished or run
         else:
@@ -529,7 +626,8 @@ def _write(client: Any, experiment_id: str, record: Record) -> Any:
         client.log_dict(
             run_id, {"packages": provenance.versions(), "machine": provenance.platform_facts()}, "versions.json"
         )
-        client.log_table(run_id, record.predictions, "tables/predictions.json")
+        if record.predictions:
+            client.log_table(run_id, record.predictions, "tables/predictions.json")
         _seal(client, run_id, record)
     except BaseException:
         with contextlib.suppress(Exception):  # the first error is the one to see; RUNNING is not FINISHED either
@@ -566,7 +664,8 @@ def _seal(client: Any, run_id: str, record: Record) -> None:
     """Write the manifest of a run that has everything else, and pin it."""
     content = manifest(record)
     with tempfile.TemporaryDirectory(prefix="lora-repro-") as folder:
-        for written in ("versions.json", "tables/predictions.json"):  # as MLflow made them from what it was given
+        # As MLflow made them from what it was given.
+        for written in ("versions.json", *(["tables/predictions.json"] if record.predictions else [])):
             content[f"artifacts/{written}"] = records.sha256_file(
                 Path(client.download_artifacts(run_id, written, folder))
             )
@@ -610,8 +709,10 @@ def _sha256(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def stored(tracking: params.Tracking) -> list[Stored]:
-    """The runs that this project wrote to its MLflow experiment, the oldest first; none where there is no store."""
+def stored(tracking: params.Tracking, key: str = DIGEST) -> list[Stored]:
+    """The runs that this project wrote to its MLflow experiment, the oldest first; none where there is no store.
+
+    With `key` = `TRIAL` those of trials, which no complete experiment is among."""
     file = database(tracking)
     if file is not None and not file.exists():
         return []
@@ -622,7 +723,7 @@ def stored(tracking: params.Tracking) -> list[Stored]:
         found, page = [], None
         while True:
             page = client.search_runs(
-                [experiment.experiment_id], f"tags.`{DIGEST}` != ''", order_by=["attributes.start_time ASC"],
+                [experiment.experiment_id], f"tags.`{key}` != ''", order_by=["attributes.start_time ASC"],
                 page_token=page and page.token,
             )  # fmt: skip
             found += [
@@ -685,12 +786,17 @@ def spoilt(run: Stored, now: Mapping[str, str], folder: Path) -> list[str]:
 
 def _seen_again(client: Any, run: Any, tags: Mapping[str, str]) -> None:
     """Add this experiment's name and commit to those that the finished run was seen with: its only change, ever."""
-    for key in (EXPERIMENTS, COMMITS):
-        known = [name for name in run.data.tags.get(key, "").split(", ") if name]
-        if key in tags and tags[key] not in known:
-            value = ", ".join([*known, tags[key]])
-            if len(value) <= MAX_TAG:
-                client.set_tag(run.info.run_id, key, value)
+    for key in (EXPERIMENTS, COMMITS, SWEEP):
+        if key in tags:
+            _add(client, run, key, tags[key])
+
+
+def _add(client: Any, run: Any, key: str, name: str) -> None:
+    """Add a name to a tag that lists some, as long as MLflow takes it."""
+    known = [one for one in run.data.tags.get(key, "").split(", ") if one]
+    value = ", ".join([*known, name])
+    if name not in known and len(value) <= MAX_TAG:
+        client.set_tag(run.info.run_id, key, value)
 
 
 def _line(run: Any, tracking: params.Tracking) -> str:

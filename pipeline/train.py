@@ -23,7 +23,7 @@ from pipeline import adapter, checkpoint, loss, pack, params, paths, quantize, r
 from pipeline import device as devices
 from pipeline import model as models
 from pipeline.errors import UserError
-from pipeline.progress import bar, say
+from pipeline.progress import bar, publish_validation, say
 from pipeline.prompt import Encoder, Row
 
 if TYPE_CHECKING:
@@ -102,6 +102,8 @@ def train(seed: int, prompt: params.Prompt, lora: params.Lora, train: params.Tra
                     trainer.validate(validation)
                     if is_over(trainer.validation, train.early_stopping):
                         break
+                    # Not the last one: when a search may end a trial does not depend on how fast it looks.
+                    publish_validation(seed, len(trainer.log), trainer.validation[-1]["loss"])
                 trainer.step(batch, epoch)
                 advance(1)
                 if time.monotonic() - last_saved > SECONDS_BETWEEN_CHECKPOINTS:
@@ -275,6 +277,8 @@ class Trainer:
         self.optimizer.load_state_dict(state["optimizer"])
         self.log = [Step(**step) for step in state["log"]]
         self.validation, self.best = state["validation"], state["best"]
+        for entry in self.validation:
+            publish_validation(self.seed, int(entry["step"]), entry["loss"])
         self._write(self.masters)
         say(f"train {self.seed}: going on from step {len(self.log)}")
 

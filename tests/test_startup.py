@@ -8,7 +8,10 @@ import pytest
 
 REPO = Path(__file__).resolve().parents[1]
 
-SLOW = {"torch", "transformers", "peft", "bitsandbytes", "mlflow", "datasets", "dvc", "altair", "pandas", "sklearn"}
+SLOW = {
+    "torch", "transformers", "peft", "bitsandbytes", "mlflow", "datasets", "dvc", "altair", "pandas", "sklearn",
+    "optuna", "ray",
+}  # fmt: skip
 
 LIGHT = [*sorted(f"stages.{file.stem}" for file in (REPO / "stages").glob("[a-z]*.py")), "pipeline.cli"]
 
