@@ -57,7 +57,7 @@ def make_project(project: Path) -> None:
         )
     )
     (project / "dvc.yaml").write_text(DVC_YAML)
-    (project / ".gitignore").write_text("/out/\n/.mlflow/\n/.scratch/\n__pycache__/\n")
+    (project / ".gitignore").write_text("/out/\n/reports/index.html\n/.mlflow/\n/.scratch/\n__pycache__/\n")
     shutil.copy(ROOT / "params.yaml", project / "params.yaml")
     for command in ("git init -q", "dvc init -q", "git add -A", "git commit -qm start"):
         subprocess.run(command.split(), cwd=project, check=True, env=environment(project))

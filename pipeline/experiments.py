@@ -158,7 +158,7 @@ def page(found: Sequence[Experiment], ranking: Ranking, settings: params.Compare
                 f"{places[pair.first]} − {places[pair.second]}",
                 f"{report.signed(-pair.result.diff.value)} ({_reversed(pair.result.deciding)})",
                 report.probability(pair.p_holm),
-                f"{-pair.result.effect:.2f}".replace("-", "−"),
+                f"{round(-pair.result.effect, 2) + 0.0:.2f}".replace("-", "−"),  # zero has no sign
                 _verdict(pair, settings),
             ]
             for pair in ranking.pairs

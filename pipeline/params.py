@@ -400,6 +400,8 @@ def checked(model: type[S], content: Any, name: str) -> S:
     except ValidationError as error:
         problems = error.errors(include_url=False)
         raise listing([_explain(problem, model) for problem in problems], f"{name}: {len(problems)} to mend") from None
+    except UnicodeEncodeError as error:  # as YAML can write it: "\ud800"
+        raise UserError(f"{name}: {error.object!r} holds half a character (U+D800 to U+DFFF): remove it") from None
 
 
 def sections_of(stage: str, dvc_yaml: Path) -> frozenset[str]:

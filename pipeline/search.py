@@ -26,6 +26,7 @@ from typing import Annotated, Any, Literal, Protocol, Self
 from filelock import FileLock, Timeout
 from pydantic import Field, model_validator
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from pipeline import params, paths, provenance, records, sweep, track, trial
@@ -601,5 +602,5 @@ def _csv(study: Study, total: int) -> str:
 def _print_table(study: Study, total: int) -> None:
     table = Table(*_header(study)[:-1], box=None, pad_edge=False)
     for row in _rows(study, total):
-        table.add_row(*row[:-1])
+        table.add_row(*map(escape, row[:-1]))
     Console(soft_wrap=True, width=1000).print(table)  # as wide as the names are

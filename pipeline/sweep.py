@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 from ruamel.yaml import YAML
 
@@ -31,6 +32,10 @@ SECONDS_WITHOUT_A_WORKER = 30.0
 """How long nothing may begin or end before the workers are counted; a worker takes some seconds to start."""
 RESTARTS = 3
 LOG_LINES = 15
+
+BASE = "evaluate@base"
+NOT_OF_THE_BASE = {"lora", "train", "seeds", "forget", "compare", "tracking"}
+"""The parameters that `BASE`, and all that it depends on, do not read."""
 
 QUEUED, RUNNING, SUCCESS, FAILED, LOST = "Queued", "Running", "Success", "Failed", "Lost"
 OPEN = (QUEUED, RUNNING)
@@ -58,6 +63,7 @@ def sweep(overrides: Sequence[str], jobs: int) -> int:
     check(combinations)
     names: dict[str, Combination] = {}
     try:
+        _base_first(combinations)
         for name, combination in _queue(combinations, overrides):
             names[name] = combination
             say(f"queued {name}: {combination}")
@@ -131,6 +137,16 @@ def require_git() -> None:
     head = subprocess.run(["git", "rev-parse", "--verify", "--quiet", "HEAD"], capture_output=True, check=False)
     if head.returncode:
         raise UserError("there is no commit that experiments could start from: `git add` and `git commit` first")
+
+
+def _base_first(combinations: Iterable[Combination]) -> None:
+    """Compute here what all experiments share of the base: workers that begin side by side would each compute it.
+
+    UserError where that fails: so would every experiment.
+    """
+    changed = {override.lstrip("+~").split("=")[0].split(".")[0] for one in combinations for override in one.overrides}
+    if changed <= NOT_OF_THE_BASE and subprocess.run(["dvc", "repro", BASE], check=False).returncode:
+        raise UserError(f"nothing was queued: {BASE} failed, which every experiment needs")
 
 
 def _queue(combinations: Sequence[Combination], overrides: Sequence[str]) -> Iterator[tuple[str, Combination]]:
@@ -234,7 +250,7 @@ def _dvc(*arguments: str) -> str:
 def _print_table(names: dict[str, Combination], states: dict[str, str]) -> None:
     table = Table("experiment", "parameters", "status", box=None, pad_edge=False)
     for name, combination in names.items():
-        table.add_row(name, str(combination), states[name].lower())
+        table.add_row(name, escape(str(combination)), states[name].lower())
     Console(soft_wrap=True).print(table)
 
 

@@ -37,7 +37,7 @@ SCRIPTS: dict[str, Identity] = {
     "evaluate-tuned@17": ("stages.evaluate", "--variant", "tuned-17"),
     "compare": ("stages.compare",),
 }
-KILLS = dict.fromkeys(SCRIPTS, 2) | {"train@17": 5, "prepare": 1, "forget@17": 1}
+KILLS = dict.fromkeys(SCRIPTS, 2) | {"train@17": 5} | dict.fromkeys(("prepare", "evaluate@base", "forget@17"), 1)
 SPAWNING = multiprocessing.get_context("forkserver")
 SPAWNING.set_forkserver_preload(
     ["torch", "transformers.models.llama", "peft", "bitsandbytes", "rouge_score.rouge_scorer", "altair", "pytest",

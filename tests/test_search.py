@@ -95,7 +95,7 @@ def make_project(folder: Path) -> Path:
     (project / "toy.py").write_text(script())
     (project / "dvc.yaml").write_text(DVC_YAML)
     (project / "grid.yaml").write_text(PLAN)
-    (project / ".gitignore").write_text("/out/\n/.mlflow/\n/.scratch/\n/.sweeps/\n__pycache__/\n")
+    (project / ".gitignore").write_text("/out/\n/reports/index.html\n/.mlflow/\n/.scratch/\n/.sweeps/\n__pycache__/\n")
     content = YAML(typ="safe", pure=True).load((ROOT / "params.yaml").read_text())
     content["train"]["epochs"] = 2
     YAML().dump(content, project / "params.yaml")

@@ -1,5 +1,6 @@
 """A sweep: mistakes before anything is queued, the truth at the end, one whole run for each experiment."""
 
+import re
 import subprocess
 import time
 from pathlib import Path
@@ -80,6 +81,11 @@ def test_two_workers_on_a_fresh_store_and_one_failure(tmp_path: Path) -> None:
     assert "0/3 " in done.stdout  # begun while none had ended: seen as it happens
     assert 'Traceback (most recent call last):\n  File "<string>"' not in done.stdout
     assert parallel.runs(project) == {rank: ["FINISHED"] for rank in ("4", "6")}
+    assert done.stdout.count("Running stage 'infer@base'") == 1  # before the workers, and by none of them
+    queued = re.findall(r"^queued (\S+):", done.stdout, re.M)
+    assert len(queued) == 3
+    logs = [kills.run(project, "queue", "logs", one).stdout for one in queued]
+    assert all("Running stage 'train@17'" in log and "Running stage 'infer@base'" not in log for log in logs)
 
 
 def test_of_two_repros_at_once_the_second_is_refused(tmp_path: Path) -> None:

@@ -71,9 +71,9 @@ def run(stage, seed=None):
         write("out/comparison/comparison.md", "**Better**: by 20.\n\nand so on")
         for name in ("comparison.svg", "figures/scores.svg", "tables/scores.csv"):
             write(f"out/comparison/{name}", name)
-        write("reports/index.html", "index.html")
     elif stage == "track":
         from pipeline import params, track
+        write("reports/index.html", "index.html")
         track.track(p["seeds"], params.Tracking(**p["tracking"]))
 
 if __name__ == "__main__":
@@ -142,8 +142,9 @@ stages:
     outs:
       - out/receipt.json: {cache: false}
       - reports/comparison.md: {cache: false}
-      - reports/index.html: {cache: false}
       - reports/comparison.svg: {cache: false}
+      - reports/figures: {cache: false}
+      - reports/tables: {cache: false}
 """
 
 PARAMS_OF = {
@@ -192,6 +193,7 @@ class Toy:
         (self.folder / "params.yaml").write_text(json.dumps(given))
         toy: dict[str, Any] = {"__name__": "toy"}
         exec(compile(STAGE, "toy.py", "exec"), toy)
+        toy["write"]("reports/index.html", "index.html")
         seeds = [str(seed) for seed in given["seeds"]]
         at_of = dict.fromkeys(("train", "infer-tuned", "forget", "evaluate-tuned"), seeds) | {
             "infer": ["base"],
@@ -487,8 +489,11 @@ class TestRefusals:
 
     def test_the_comparison_is_published_even_where_the_store_refuses(self, toy: Toy) -> None:
         toy.track()
-        for path in (toy.folder / "out/comparison").iterdir():
-            assert (toy.folder / "reports" / path.name).read_bytes() == path.read_bytes()
+        made = [path for path in (toy.folder / "out/comparison").rglob("*") if path.is_file()]
+        assert len(made) == 4
+        for path in made:
+            published = toy.folder / "reports" / path.relative_to(toy.folder / "out/comparison")
+            assert published.read_bytes() == path.read_bytes()
         (toy.folder / "out/comparison/comparison.md").write_text("**Worse**\n")
         toy.database.write_bytes(b"no database")
         with pytest.raises(UserError, match="refused"):

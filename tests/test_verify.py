@@ -212,7 +212,7 @@ class TestCache:
 class TestOutputs:
     def test_each_is_named_and_mended(self, capsys: pytest.CaptureFixture[str]) -> None:
         reports = [*sorted(Path("reports").glob("comparison.*")), paths.METRICS]
-        assert len(reports) == 4
+        assert len(reports) == 3
         spoilt = [Path("out/predictions/tuned-17.jsonl"), Path("out/scores/tuned-17.json"), paths.RECEIPT, *reports]
         for path in [*spoilt, Path("out/adapters/17/adapter_model.safetensors"), paths.COMPARISON_MD]:
             flip(path)
