@@ -6,13 +6,12 @@ so it cannot follow `seeds`.
 """
 
 import csv
-import io
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from pipeline import paths, records, sentences
+from pipeline import appendix, paths, records, sentences
 from pipeline.compare import Comparison
 from pipeline.metrics import LABELS
 
@@ -68,8 +67,4 @@ def _texts(variant: str) -> list[str]:
 
 
 def _write(path: Path, rows: Iterable[Row]) -> None:
-    out, table = io.StringIO(), list(rows)
-    writer = csv.DictWriter(out, fieldnames=list(table[0]), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(table)
-    records.write_text(path, out.getvalue())
+    records.write_text(path, appendix.text(list(rows)))
