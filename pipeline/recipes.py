@@ -145,6 +145,13 @@ def use(name: str, force: bool = False, dry_run: bool = False) -> None:
         print("next   dvc repro")
 
 
+def experiment(name: str, machine: params.Params) -> params.Params:
+    """The parameters of a recipe, by name or path, with the sections of `MACHINE` as `machine` has them."""
+    choice = _choice(_path(name), _default())
+    mine = {section: getattr(machine, section).model_dump() for section in MACHINE}
+    return params.check(choice.content | mine, str(choice.document.path))
+
+
 def result(choice: Choice, default: Document, now: Document | None) -> str:
     """The text of `params.yaml` by a recipe, with the sections of `MACHINE` as they are in `now`.
 
@@ -496,7 +503,7 @@ def _needs_at_length(choice: Choice) -> Iterator[str]:
 
 def _gpu_found(gb: float) -> str:
     """What `nvidia-smi` says, against what is wanted. torch would know better, but takes seconds to import."""
-    found = _gpus()
+    found = gpus()
     if not found:
         return "warning, no NVIDIA GPU found here"
     name, most = max(found, key=lambda one: one[1])
@@ -505,7 +512,7 @@ def _gpu_found(gb: float) -> str:
     )
 
 
-def _gpus() -> list[tuple[str, float]]:
+def gpus() -> list[tuple[str, float]]:
     """Name and memory, in GB of 10^9 bytes, of each NVIDIA GPU."""
     command = ["nvidia-smi", "--query-gpu=name,memory.total", "--format=csv,noheader,nounits"]
     if shutil.which(command[0]) is None:

@@ -28,7 +28,13 @@ COMPUTING = (
 
 
 def run(stage: str, call: Callable[[params.Declared], None], result: Path | None = None) -> None:
-    """Run one stage of `dvc.yaml`; with `result`, the output that tells one run of it from another, note its cost.
+    """Run one stage of `dvc.yaml`, which is given the parameters that it declares; else as `process`."""
+    process(address(stage, sys.argv[1:]), lambda: call(params.read(stage)), result)
+
+
+def process(name: str, call: Callable[[], None], result: Path | None = None) -> None:
+    """Do what a process is for, under the lock `name`; with `result`, the output that tells one run of it from another,
+    note its cost.
 
     The cost is no output of the pipeline: it differs from run to run, and `dvc.lock` must not. It names the content of
     the result that it was paid for, so it can be told from the cost of an earlier result in the same place.
@@ -43,15 +49,14 @@ def run(stage: str, call: Callable[[params.Declared], None], result: Path | None
     os.environ.setdefault("GOMP_SPINCOUNT", "5000")
     started = time.monotonic()
     try:
-        with alone(address(stage, sys.argv[1:])):
+        with alone(name):
             require_pinned_versions()
             remove_leftovers()
-            declared = params.read(stage)
             if result is None:
-                call(declared)
+                call()
                 return
             with energy.metered() as end:
-                call(declared)
+                call()
                 cost = _cost(time.monotonic() - started) | end()
             records.write_json(paths.costs(result), cost | {"result_sha256": records.sha256_file(result)})
     except UserError as error:

@@ -39,7 +39,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     shutil.copytree(ROOT / "recipes", "recipes")
     for name in ("params.yaml", "params.default.yaml"):
         shutil.copy(ROOT / name, name)
-    monkeypatch.setattr(recipes, "_gpus", list)
+    monkeypatch.setattr(recipes, "gpus", list)
     # A repository around the temporary folder is none of this project's.
     monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
     return Path.cwd()

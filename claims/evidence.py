@@ -1,0 +1,73 @@
+"""What was measured for a claim: named values, and what has to be said with them. The verdict is not made here.
+
+A measurement is a function without arguments in the module of its subject, and a stage of `claims/dvc.yaml` that
+carries the claim's name.
+"""
+
+import argparse
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from pipeline import paths, records, stage
+from pipeline.significance import Interval
+
+OUT = paths.OUT / "claims"
+"""Everything that the claims' pipeline computes."""
+
+Value = float | Interval | list[float]
+"""A number; a number with its interval; or one number a training seed."""
+
+
+@dataclass(frozen=True, slots=True)
+class Evidence:
+    """Values by name, with units in the name or in the register's text, and `notes`: sentences for the reader.
+
+    `not_run` says what was missing where nothing could be measured (`a GPU with 24 GB`); `not_comparable` why what was
+    measured says nothing about the claim at this scale.
+    """
+
+    values: dict[str, Value] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+    not_run: str | None = None
+    not_comparable: str | None = None
+
+    def __post_init__(self) -> None:
+        bad = [name for name, value in self.values.items() if not all(map(math.isfinite, numbers(value)))]
+        if bad:
+            raise ValueError(f"evidence that is not finite: {', '.join(bad)}")
+
+
+def numbers(value: Value) -> list[float]:
+    """All numbers of a value."""
+    if isinstance(value, Interval):
+        return [value.value, value.low, value.high]
+    return value if isinstance(value, list) else [value]
+
+
+def path(claim: str) -> Path:
+    """The evidence of one claim."""
+    return OUT / "evidence" / f"{claim}.json"
+
+
+def read(claim: str) -> Evidence:
+    content = records.read_json(path(claim))
+    return Evidence(**content | {"values": {name: _value(value) for name, value in content["values"].items()}})
+
+
+def write(claim: str, evidence: Evidence) -> None:
+    records.write_json(path(claim), asdict(evidence))
+
+
+def main(measurements: Mapping[str, Callable[[], Evidence]]) -> None:
+    """The command line of a subject: take the measurement of the claim that is named, and write its evidence."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("claim", choices=list(measurements))
+    claim = parser.parse_args().claim
+    stage.process(f"claim-{claim}", lambda: write(claim, measurements[claim]()), result=path(claim))
+
+
+def _value(content: Any) -> Value:
+    return Interval(**content) if isinstance(content, dict) else content

@@ -1,0 +1,183 @@
+"""`claims/claims.yaml`: what papers claim, how it is checked here, and the verdict that evidence leads to.
+
+A claim counts as reproduced when all its conditions hold. Conditions stand in the register, not in code, and name
+measured values; thresholds are fixed before anything is measured. A condition on a value with an interval, or on one
+value a training seed, can hold, fail, or be undecided.
+"""
+
+import operator
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal, Self
+
+from pydantic import Field, model_validator
+
+from claims.evidence import Evidence, Value, numbers
+from pipeline import params
+from pipeline.errors import UserError, listing
+from pipeline.recipes import Needs
+from pipeline.significance import Interval
+
+FILE = Path("claims/claims.yaml")
+
+Kind = Literal["EXACT", "SAME", "DIR", "PROXY", "FULL"]
+Verdict = Literal["reproduced", "not reproduced", "inconclusive", "not run", "not comparable at this scale"]
+Text = Annotated[str, Field(min_length=1)]
+
+COMPARISONS: dict[str, tuple[str, Callable[[float, float], bool]]] = {
+    "above": (">", operator.gt),
+    "below": ("<", operator.lt),
+    "at_least": ("≥", operator.ge),
+    "at_most": ("≤", operator.le),
+}
+
+
+class Condition(params.Section):
+    """`value` is the name of a measured value; exactly one of the others says what it must be, as a number or as the
+    name of a measured value, or of a published figure (`published.<name>`).
+
+    `within` belongs to `equals`: the largest absolute difference; without it they are equal to the last bit.
+    """
+
+    value: Text
+    equals: float | str | None = None
+    within: Annotated[float, Field(ge=0)] = 0.0
+    above: float | str | None = None
+    below: float | str | None = None
+    at_least: float | str | None = None
+    at_most: float | str | None = None
+
+    @model_validator(mode="after")
+    def says_one_thing(self) -> Self:
+        said = [name for name in ("equals", *COMPARISONS) if getattr(self, name) is not None]
+        if len(said) != 1:
+            raise ValueError(f"must have exactly one of equals, {', '.join(COMPARISONS)}, and has {len(said)}")
+        if self.within and self.equals is None:
+            raise ValueError("within goes with equals")
+        return self
+
+    @property
+    def relation(self) -> str:
+        return next(name for name in ("equals", *COMPARISONS) if getattr(self, name) is not None)
+
+    @property
+    def other(self) -> float | str:
+        """What the value is compared with."""
+        other: float | str = getattr(self, self.relation)
+        return other
+
+
+class Claim(params.Section):
+    """`published`: the paper's figures by name. `distance`: how far the check is from the paper's setting."""
+
+    kind: Kind
+    claim: Text
+    paper: Text
+    place: Text
+    published: dict[str, float]
+    check: Text
+    distance: Text | None
+    reproduced_when: Annotated[list[Condition], Field(min_length=1)]
+    needs: Needs
+    recipe: str | None
+
+    @model_validator(mode="after")
+    def scaled_down_checks_say_so(self) -> Self:
+        if self.kind != "EXACT" and self.distance is None:
+            raise ValueError(f"distance must say how far a check of kind {self.kind} is from the paper's setting")
+        if self.recipe is not None and self.kind != "FULL":
+            raise ValueError("a recipe belongs to kind FULL")
+        return self
+
+    @model_validator(mode="after")
+    def published_figures_are_there(self) -> Self:
+        names = [str(condition.other) for condition in self.reproduced_when]
+        known = {f"published.{name}" for name in self.published}
+        missing = [name for name in names if name.startswith("published.") and name not in known]
+        if missing:
+            raise ValueError(f"conditions name {', '.join(missing)}, which published does not hold")
+        return self
+
+
+class Register(params.Section):
+    claims: Annotated[dict[str, Claim], Field(min_length=1)]
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """One condition after the measurement: in words, and whether it holds (None: undecided)."""
+
+    text: str
+    holds: bool | None
+
+
+@dataclass(frozen=True, slots=True)
+class Judgment:
+    verdict: Verdict
+    findings: list[Finding]
+
+
+def load(path: Path = FILE) -> dict[str, Claim]:
+    """All claims by id, in the register's order; UserError lists every mistake."""
+    return params.checked(Register, params.parse(path), str(path)).claims
+
+
+def judge(claim: Claim, evidence: Evidence) -> Judgment:
+    """The verdict. UserError when a condition names a value that was not measured."""
+    if evidence.not_run is not None:
+        return Judgment("not run", [])
+    values: dict[str, Value] = {**evidence.values, **{f"published.{k}": v for k, v in claim.published.items()}}
+    named = [name for one in claim.reproduced_when for name in (one.value, one.other) if isinstance(name, str)]
+    if unknown := sorted(set(named) - set(values)):
+        raise listing([*unknown, f"there are {', '.join(values)}"], f"{FILE}: conditions name what was not measured:")
+    findings = [_finding(condition, values) for condition in claim.reproduced_when]
+    if evidence.not_comparable is not None:
+        return Judgment("not comparable at this scale", findings)
+    held = [finding.holds for finding in findings]
+    if False in held:
+        return Judgment("not reproduced", findings)
+    return Judgment("inconclusive" if None in held else "reproduced", findings)
+
+
+def _finding(condition: Condition, values: Mapping[str, Value]) -> Finding:
+    here = values[condition.value]
+    there: Value = values[condition.other] if isinstance(condition.other, str) else condition.other
+    name = f"{condition.other} ({shown(there)})" if isinstance(condition.other, str) else shown(there)
+    if condition.relation == "equals":
+        sign = "=" if not condition.within else f"within {condition.within:g} of"
+        holds = _agreed(here, there, lambda one, other: abs(one - other) <= condition.within)
+    else:
+        sign, compare = COMPARISONS[condition.relation]
+        holds = _agreed(here, there, compare)
+    return Finding(f"{condition.value} ({shown(here)}) {sign} {name}", holds)
+
+
+def _agreed(here: Value, there: Value, compare: Callable[[float, float], bool]) -> bool | None:
+    """Whether a comparison holds at all ends of the interval, or for all seeds; None where they differ."""
+    if isinstance(here, Interval) and isinstance(there, Interval):
+        raise UserError(f"{FILE}: two values with intervals are compared: measure their difference instead")
+    one, other = (_ends(value) for value in (here, there))
+    if len(one) > 1 and len(other) > 1 and len(one) != len(other):
+        raise UserError(f"{FILE}: a condition compares {len(one)} values with {len(other)}")
+    count = max(len(one), len(other))
+    held = {compare(*pair) for pair in zip(one * (count // len(one)), other * (count // len(other)), strict=True)}
+    return held.pop() if len(held) == 1 else None
+
+
+def _ends(value: Value) -> list[float]:
+    """What a comparison must hold for."""
+    return [value.low, value.high] if isinstance(value, Interval) else numbers(value)
+
+
+def shown(value: Value) -> str:
+    """A value for people: four significant figures or more, all digits of whole numbers."""
+    if isinstance(value, Interval):
+        return f"{_number(value.value)}, {_number(value.low)} to {_number(value.high)}"
+    return ", ".join(map(_number, numbers(value)))
+
+
+def _number(value: float) -> str:
+    if float(value).is_integer() and abs(value) < 1e15:
+        return f"{int(value):,}"
+    return f"{value:.4g}" if abs(value) < 10_000 else f"{value:,.1f}"
