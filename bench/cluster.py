@@ -27,7 +27,7 @@ import psutil
 from ruamel.yaml import YAML
 
 from bench import kills, sweeps
-from pipeline import params, track
+from pipeline import params, store
 from tests.conftest import ROOT
 
 SECRETS = {"AWS_ACCESS_KEY_ID": "a", "AWS_SECRET_ACCESS_KEY": "b", "AWS_DEFAULT_REGION": "us-east-1"}
@@ -54,8 +54,8 @@ def main() -> int:
         killed = kill_one(folder / "node", search)
         print(search.communicate()[0], flush=True)
         there = [(row["experiment"], row["validation_loss"]) for row in sweeps.table(other)]
-        trials = track.stored(params.Tracking(uri=uri, experiment="lora-repro"), track.TRIAL)
-        finished = {run.tags[track.TRIAL] for run in trials if run.status == "FINISHED"}
+        trials = store.stored(params.Tracking(uri=uri, experiment="lora-repro"), store.TRIAL)
+        finished = {run.tags[store.TRIAL] for run in trials if run.status == "FINISHED"}
         base = sweeps.stages(other).count("infer")
         winners = [winner(one) for one in (project, other)]
         print(

@@ -25,12 +25,14 @@ Value = float | Interval | list[float]
 class Evidence:
     """Values by name, with units in the name or in the register's text, and `notes`: sentences for the reader.
 
+    `uses` are the results (paths below `out/claims`) that other stages computed for it, whose cost is part of its own.
     `not_run` says what was missing where nothing could be measured (`a GPU with 24 GB`); `not_comparable` why what was
     measured says nothing about the claim at this scale.
     """
 
     values: dict[str, Value] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    uses: list[str] = field(default_factory=list)
     not_run: str | None = None
     not_comparable: str | None = None
 

@@ -9,7 +9,7 @@ import operator
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal, Self
+from typing import Annotated, Literal, Self, get_args
 
 from pydantic import Field, model_validator
 
@@ -23,6 +23,7 @@ FILE = Path("claims/claims.yaml")
 
 Kind = Literal["EXACT", "SAME", "DIR", "PROXY", "FULL"]
 Verdict = Literal["reproduced", "not reproduced", "inconclusive", "not run", "not comparable at this scale"]
+VERDICTS: tuple[Verdict, ...] = get_args(Verdict)
 Text = Annotated[str, Field(min_length=1)]
 
 COMPARISONS: dict[str, tuple[str, Callable[[float, float], bool]]] = {
@@ -146,7 +147,12 @@ def _finding(condition: Condition, values: Mapping[str, Value]) -> Finding:
     name = f"{condition.other} ({shown(there)})" if isinstance(condition.other, str) else shown(there)
     if condition.relation == "equals":
         sign = "=" if not condition.within else f"within {condition.within:g} of"
-        holds = _agreed(here, there, lambda one, other: abs(one - other) <= condition.within)
+        # Both sides apart: an interval that reaches beyond both holds the other value as well.
+        sides = {
+            _agreed(here, there, lambda one, other: one - other >= -condition.within),
+            _agreed(here, there, lambda one, other: one - other <= condition.within),
+        }
+        holds = next((side for side in (False, None) if side in sides), True)
     else:
         sign, compare = COMPARISONS[condition.relation]
         holds = _agreed(here, there, compare)

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from pipeline.errors import UserError, without_passwords
+from pipeline.errors import UserError
 
 
 class Commands(TyperGroup):
@@ -55,7 +55,7 @@ def show(run: RUN = None) -> None:
     With RUN: that run's verdict, the commands that restore it, and whether its adapter is the one it was locked with.
     """
     # Imported here: `--help` needs none of it.
-    from pipeline import page, params, report, track
+    from pipeline import page, params, report, store, track
 
     given = params.load()
     if run is not None:
@@ -63,7 +63,7 @@ def show(run: RUN = None) -> None:
 
         lineage.show(run, given.tracking)
         return
-    print(report.closing_lines(without_passwords(track.tracking_uri(given.tracking)), page.describe(given.seeds)))
+    print(report.closing_lines(store.address(given.tracking), page.describe(given.seeds)))
     print(f"  run      {track.describe(given.seeds, given.tracking)}")
 
 
@@ -125,10 +125,10 @@ View = Annotated[bool, typer.Option("--view", help="Where MLflow's page shows th
 @app.command()
 def store(view: View = False) -> None:
     """The whole address of the MLflow store that experiments are recorded in, with its password where it has one."""
-    from pipeline import params, track
+    from pipeline import params, store
 
     tracking = params.load().tracking
-    print(track.view(tracking) if view else track.tracking_uri(tracking))
+    print(store.view(tracking) if view else store.tracking_uri(tracking))
 
 
 @app.command()

@@ -17,7 +17,20 @@ from typing import Any
 import numpy as np
 from ruamel.yaml import YAML
 
-from pipeline import compare, lineage, metrics, params, paths, records, report, scores, significance, track, verify
+from pipeline import (
+    compare,
+    lineage,
+    metrics,
+    params,
+    paths,
+    records,
+    report,
+    scores,
+    significance,
+    store,
+    track,
+    verify,
+)
 from pipeline.errors import UserError, listing
 from pipeline.significance import Interval
 
@@ -329,7 +342,7 @@ def _from_lock(name: str, lock: str, tracking: params.Tracking) -> Experiment:
         digest, given = track.digest_of(lock, seeds), track.params_of(lock, seeds)
     except UserError as error:
         raise UserError(f"{name}: {error}") from None
-    run = next((run for run in track.stored(tracking) if run.tags.get(track.DIGEST) == digest), None)
+    run = next((run for run in store.stored(tracking) if run.tags.get(store.DIGEST) == digest), None)
     objects = verify.cache_folder(Path()) / "files" / "md5"
     md5: dict[str, str] = {out["path"]: out["md5"] for stage in stages.values() for out in stage.get("outs", [])}
 
@@ -355,13 +368,13 @@ def _from_lock(name: str, lock: str, tracking: params.Tracking) -> Experiment:
     return replace(_from_run(run, tracking), name=name)
 
 
-def _from_run(run: track.Stored, tracking: params.Tracking) -> Experiment:
+def _from_run(run: store.Stored, tracking: params.Tracking) -> Experiment:
     with tempfile.TemporaryDirectory(prefix="lora-repro-") as folder:
-        track.read_back(tracking, run.run_id, Path(folder))
+        store.read_back(tracking, run.run_id, Path(folder))
         return of_artifacts(run, Path(folder))
 
 
-def of_artifacts(run: track.Stored, folder: Path) -> Experiment:
+def of_artifacts(run: store.Stored, folder: Path) -> Experiment:
     """The experiment of a run whose artifacts were copied to `folder`; UserError where they hold no scores."""
     files = sorted((folder / paths.SCORES.name).glob("*.json"))
     found = [scores.load(file) for file in files]
@@ -381,7 +394,7 @@ def _of(
     found: Sequence[scores.Scores],
     references: dict[str, str],
     texts: dict[str, str],
-    run: track.Stored | None,
+    run: store.Stored | None,
 ) -> Experiment:
     base = [one for one in found if one.variant == paths.variant(None)]
     tuned = [one for one in found if one.variant != paths.variant(None)]

@@ -5,7 +5,7 @@ import subprocess
 import tempfile
 from pathlib import Path
 
-from pipeline import params, paths, records, track, verify
+from pipeline import params, paths, records, store, track, verify
 from pipeline.errors import UserError, listing
 
 STAGED = ("exec", "stash", "apply", "celery")
@@ -21,12 +21,12 @@ def show(name: str, tracking: params.Tracking) -> None:
     run = named(name, tracking)
     tags = run.tags
     print(f"run      {run.name} ({run.run_id}), {run.status}")
-    print(f"commit   {tags.get(track.COMMIT, 'none')}{', with changes' if tags.get('git.dirty') == 'true' else ''}")
-    print(f"digest   {tags[track.DIGEST]}")
-    print(f"verdict  {tags.get(track.NOTE, '').replace('**', '')}")
+    print(f"commit   {tags.get(store.COMMIT, 'none')}{', with changes' if tags.get('git.dirty') == 'true' else ''}")
+    print(f"digest   {tags[store.DIGEST]}")
+    print(f"verdict  {tags.get(store.NOTE, '').replace('**', '')}")
     with tempfile.TemporaryDirectory(prefix="lora-repro-") as folder:
-        held = track.read_back(tracking, run.run_id, Path(folder))
-        faults = track.spoilt(run, held, Path(folder)) if run.status == "FINISHED" else ["it is half-written"]
+        held = store.read_back(tracking, run.run_id, Path(folder))
+        faults = store.spoilt(run, held, Path(folder)) if run.status == "FINISHED" else ["it is half-written"]
         lock = Path(folder) / paths.DVC_LOCK
         seeds: list[int] = json.loads(run.params.get("seeds", "[]"))
         faults += _adapters(Path(folder), lock, seeds)
@@ -38,24 +38,24 @@ def show(name: str, tracking: params.Tracking) -> None:
         print(f"  {command}")
 
 
-def named(name: str, tracking: params.Tracking) -> track.Stored:
+def named(name: str, tracking: params.Tracking) -> store.Stored:
     """The one run of a complete experiment that `name` means; UserError as of `find`, and for a trial of a sweep."""
-    runs = track.stored(tracking)
+    runs = store.stored(tracking)
     try:
         return find(name, runs)
     except UserError:
-        trials = [run for run in track.stored(tracking, track.TRIAL) if name in (run.name, run.run_id)]
+        trials = [run for run in store.stored(tracking, store.TRIAL) if name in (run.name, run.run_id)]
         if not trials:
             raise
     trial = trials[0]
     raise UserError(
-        f"{name} is a trial of the sweep {trial.tags[track.SWEEP]} ({trial.tags['trial.state']}): it was validated and "
+        f"{name} is a trial of the sweep {trial.tags[store.SWEEP]} ({trial.tags['trial.state']}): it was validated and "
         "not tested, so it has no result to show or compare"
         + (f"; `dvc exp apply {trial.name}` and `dvc repro` test it" if trial.tags["trial.state"] == "complete" else "")
     )
 
 
-def find(name: str, runs: list[track.Stored]) -> track.Stored:
+def find(name: str, runs: list[store.Stored]) -> store.Stored:
     """The one run that `name` means; UserError for none and for several."""
     fitting = [run for run in runs if run.run_id == name]
     fitting = fitting or [run for run in runs if run.name == name]
@@ -85,11 +85,11 @@ def _adapters(folder: Path, lock: Path, seeds: list[int]) -> list[str]:
     return faults
 
 
-def restoring(run: track.Stored, seeds: list[int]) -> list[str]:
+def restoring(run: store.Stored, seeds: list[int]) -> list[str]:
     """The commands that bring the outputs of a run back to the working directory: by its commit, else by its DVC
     experiment, else by the files in the run itself."""
-    digest = run.tags[track.DIGEST]
-    seen = [sha for sha in run.tags.get(track.COMMITS, "").split(", ") if sha]
+    digest = run.tags[store.DIGEST]
+    seen = [sha for sha in run.tags.get(store.COMMITS, "").split(", ") if sha]
     # The commit that a run started from rarely holds its result, which is committed afterwards.
     later = _git("log", "--format=%H", "--exclude=refs/exps/*", "--all", "--", paths.DVC_LOCK.as_posix()).split()
     for sha in dict.fromkeys([*seen, *later]):
@@ -101,7 +101,7 @@ def restoring(run: track.Stored, seeds: list[int]) -> list[str]:
         if parts[2] not in STAGED and _holds(sha, digest, seeds):
             return [f"dvc exp apply {parts[-1]}"]
     fetch = f"{verify.STORE} mlflow artifacts download --run-id {run.run_id} --dst-path . --artifact-path"
-    base = run.tags.get(track.COMMIT)
+    base = run.tags.get(store.COMMIT)
     # `dvc repro` last: it fills what the cache has lost, and finds nothing to do otherwise.
     return [
         *([f"git checkout {base}"] if base else []),

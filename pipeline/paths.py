@@ -35,6 +35,8 @@ TABLES = COMPARISON / "tables"
 
 REPORTS = Path("reports")
 METRICS = REPORTS / "metrics.json"
+CLAIMS = REPORTS / "claims.json"
+"""The verdicts of the claims' pipeline; absent where it has never run."""
 REPORT_HTML = REPORTS / "index.html"
 PLOT_INTERVALS = REPORTS / "plots" / "intervals.csv"
 PLOT_CURVES = REPORTS / "plots" / "curves.csv"

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from pipeline import params, paths, provenance, records, track, verify
+from pipeline import params, paths, provenance, records, store, track, verify
 from pipeline.errors import UserError
 from pipeline.progress import say
 
@@ -137,7 +137,7 @@ def environment(given: params.Params, device: str) -> list[str]:
     lock = paths.DVC_LOCK.read_text(encoding="utf-8")
     digest = track.digest_of(lock, given.seeds)
     found = [
-        run for run in track.stored(given.tracking) if (run.tags[track.DIGEST], run.status) == (digest, "FINISHED")
+        run for run in store.stored(given.tracking) if (run.tags[store.DIGEST], run.status) == (digest, "FINISHED")
     ]
     if not found:
         return ["environment: unknown of then, there is no finished run of this experiment"]

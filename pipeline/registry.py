@@ -18,7 +18,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from pipeline import compare, experiments, lineage, params, paths, records, report, track, verify
+from pipeline import compare, experiments, lineage, params, paths, records, report, store, track, verify
 from pipeline.compare import Result
 from pipeline.errors import UserError, listing
 from pipeline.experiments import Experiment
@@ -35,7 +35,7 @@ AGAINST = "against_champion"
 class Candidate:
     """An adapter of a run, with the scores of that adapter alone, and its loss on the validation rows."""
 
-    run: track.Stored
+    run: store.Stored
     seed: int
     seeds: int
     loss: float
@@ -73,7 +73,7 @@ def promote(name: str | None, model: str | None, given: params.Params, dry_run: 
     """
     tracking = given.tracking
     model = _named(tracking.experiment if model is None else model)
-    runs = track.stored(tracking)
+    runs = store.stored(tracking)
     one = _candidate(_run(name, given, runs), tracking)
     base = experiments.gain(one.scored, None, given.compare)
     settle = _planned if dry_run else _settled
@@ -84,10 +84,10 @@ def promote(name: str | None, model: str | None, given: params.Params, dry_run: 
 
 
 def _planned(
-    one: Candidate, base: Mapping[str, Result], model: str, runs: list[track.Stored], given: params.Params
+    one: Candidate, base: Mapping[str, Result], model: str, runs: list[store.Stored], given: params.Params
 ) -> Iterator[str]:
     """What `_settled` would do, in words."""
-    with track._opened(given.tracking) as client:
+    with store.opened(given.tracking) as client:
         champion, versions = _champion(client, model), _listed(client, model)
     decision = _decide(one, base, champion, runs, given)
     version = next((f"version {known.version}" for known in versions if _is(one, known)), "a new version")
@@ -100,14 +100,14 @@ def _planned(
 
 
 def _settled(
-    one: Candidate, base: Mapping[str, Result], model: str, runs: list[track.Stored], given: params.Params
+    one: Candidate, base: Mapping[str, Result], model: str, runs: list[store.Stored], given: params.Params
 ) -> Iterator[str]:
     """Register and move the alias, in words; again from the start if another process has moved it meanwhile."""
     while True:
-        with track._opened(given.tracking) as client:
+        with store.opened(given.tracking) as client:
             before = _champion(client, model)
         decision = _decide(one, base, before, runs, given)
-        with track._opened(given.tracking) as client:
+        with store.opened(given.tracking) as client:
             champion = _champion(client, model)
             if (champion and champion.version) == (before and before.version):
                 versions = _listed(client, model)
@@ -121,7 +121,7 @@ def _settled(
                 break
     yield from decision.told()
     yield f"version   {version.version} of {model}, {'new' if new else 'registered before'}"
-    tried = {known.tags.get(track.DIGEST) for known in [*versions, version] if known.tags.get(TEST) == one.test}
+    tried = {known.tags.get(store.DIGEST) for known in [*versions, version] if known.tags.get(TEST) == one.test}
     if len(tried) > 1:
         yield f"tried     {len(tried)} experiments on this test set: the more, the likelier one gains by chance"
     if decision.moves:
@@ -140,10 +140,10 @@ def _stays(champion: Any) -> str:
 # What is compared
 
 
-def _run(name: str | None, given: params.Params, runs: list[track.Stored]) -> track.Stored:
+def _run(name: str | None, given: params.Params, runs: list[store.Stored]) -> store.Stored:
     if name is not None:
         run = lineage.find(name, runs)
-        if run.status != "FINISHED" or track.DIGEST not in run.tags:
+        if run.status != "FINISHED" or store.DIGEST not in run.tags:
             raise UserError(f"run {run.name} ({run.run_id}) is no finished experiment, its status is {run.status}")
         return run
     if not paths.DVC_LOCK.is_file():
@@ -154,17 +154,17 @@ def _run(name: str | None, given: params.Params, runs: list[track.Stored]) -> tr
     return found
 
 
-def _of_digest(digest: str | None, runs: list[track.Stored]) -> track.Stored | None:
-    found = (run for run in runs if run.tags.get(track.DIGEST) == digest and run.status == "FINISHED")
+def _of_digest(digest: str | None, runs: list[store.Stored]) -> store.Stored | None:
+    found = (run for run in runs if run.tags.get(store.DIGEST) == digest and run.status == "FINISHED")
     return next(found, None) if digest else None
 
 
-def _candidate(run: track.Stored, tracking: params.Tracking, seed: int | None = None) -> Candidate:
+def _candidate(run: store.Stored, tracking: params.Tracking, seed: int | None = None) -> Candidate:
     """The adapter of a run that is a version or would be one: of `seed`, else of the lowest validation loss."""
     with tempfile.TemporaryDirectory(prefix="lora-repro-") as name:
         folder = Path(name)
-        held = track.read_back(tracking, run.run_id, folder)
-        if faults := track.spoilt(run, held, folder):
+        held = store.read_back(tracking, run.run_id, folder)
+        if faults := store.spoilt(run, held, folder):
             raise listing(faults, f"run {run.name} ({run.run_id}) is not what was written, so it cannot be trusted:")
         scored = experiments.of_artifacts(run, folder)
         seeds: list[int] = json.loads(run.params["seeds"])
@@ -185,7 +185,7 @@ def _loss(summary: Path) -> float:
 
 
 def _decide(
-    one: Candidate, base: Mapping[str, Result], champion: Any, runs: list[track.Stored], given: params.Params
+    one: Candidate, base: Mapping[str, Result], champion: Any, runs: list[store.Stored], given: params.Params
 ) -> Decision:
     if champion is not None and _is(one, champion):
         return Decision(False, "it is this adapter")
@@ -193,7 +193,7 @@ def _decide(
         return Decision(False, f"the adapter is not shown to be better than its base ({_word(base)})")
     if champion is None:
         return Decision(True, "it is better than its base, and there was none")
-    if (champion.tags.get(track.DIGEST), champion.tags.get(SEED)) == (one.run.tags[track.DIGEST], str(one.seed)):
+    if (champion.tags.get(store.DIGEST), champion.tags.get(SEED)) == (one.run.tags[store.DIGEST], str(one.seed)):
         return Decision(True, f"it is the adapter of version {champion.version}, whose run was recorded anew")
     before = _candidate_of(champion, runs, given.tracking)
     try:
@@ -212,10 +212,10 @@ def _decide(
     return Decision(False, why[_verdict(gained)], against)
 
 
-def _candidate_of(champion: Any, runs: list[track.Stored], tracking: params.Tracking) -> Candidate:
+def _candidate_of(champion: Any, runs: list[store.Stored], tracking: params.Tracking) -> Candidate:
     """The champion with its scores, out of its run, or of the run that has replaced that."""
     run = next((run for run in runs if run.run_id == champion.run_id), None)
-    run = run or _of_digest(champion.tags.get(track.DIGEST), runs)
+    run = run or _of_digest(champion.tags.get(store.DIGEST), runs)
     seed = champion.tags.get(SEED, "")
     if run is None or not seed.isdecimal():
         raise UserError(
@@ -298,7 +298,7 @@ def _register(client: Any, model: str, one: Candidate, base: Mapping[str, Result
         "base_model": one.run.params.get("model.source", "n/a"),
         "quantization": one.run.params.get("quantize.method", "n/a"),
         "signature": one.scored.base.signature,
-        track.DIGEST: one.run.tags[track.DIGEST],
+        store.DIGEST: one.run.tags[store.DIGEST],
         TEST: one.test,
         ADAPTER: one.sha256,
     }
@@ -307,5 +307,5 @@ def _register(client: Any, model: str, one: Candidate, base: Mapping[str, Result
         source=f"runs:/{one.run.run_id}/adapter/{one.seed}",
         run_id=one.run.run_id,
         tags=tags,
-        description=one.run.tags.get(track.NOTE, "").replace("**", ""),
+        description=one.run.tags.get(store.NOTE, "").replace("**", ""),
     )

@@ -318,10 +318,10 @@ def printable(text: str) -> str:
     return re.sub(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]", "\ufffd", "\n".join(text.splitlines()))
 
 
-def environment() -> Environment:
-    """Jinja on the templates, with the words of this module as filters."""
+def environment(folder: Path = TEMPLATES) -> Environment:
+    """Jinja on the templates of a folder, with the words of this module as filters."""
     made = Environment(
-        loader=FileSystemLoader(TEMPLATES),
+        loader=FileSystemLoader(folder),
         autoescape=lambda name: name is not None and name.endswith(".html.jinja"),
         undefined=StrictUndefined,
         trim_blocks=True,

@@ -29,7 +29,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from pipeline import params, paths, provenance, records, sweep, track, trial
+from pipeline import params, paths, provenance, records, store, sweep, track, trial
 from pipeline.errors import UserError, listing, without_passwords
 from pipeline.progress import say
 
@@ -219,7 +219,7 @@ def search(path: Path, jobs: int | None, address: str | None) -> int:
     sweep.require_git()
     _require_optuna()
     commit, within = _committed(path)
-    uri = track.tracking_uri(given.tracking)
+    uri = store.tracking_uri(given.tracking)
     # The address of the environment is the user's own: the rules for one in params.yaml are not for it.
     tracking = params.Tracking.model_construct(uri=uri, experiment=given.tracking.experiment)
     folder = (paths.SWEEPS / name).resolve()
@@ -335,14 +335,14 @@ def _test_winner(study: "Study", runner: Runner, tracking: params.Tracking, tabl
         say(f"{tested.name}: failed; the same command tries it again\n{lines}")
         return 1
     digest = track.digest_of(outcome.log, job.seeds)
-    run = track.crown(tracking, digest, study.name, table)
+    run = store.crown(tracking, digest, study.name, table)
     if run is None:
         say(f"{tested.name} has no MLflow run: `dvc exp apply {tested.name}`, then `dvc repro` records it")
         return 1
-    runs = track.stored(tracking)
-    verdict = next(one for one in runs if one.run_id == run).tags.get(track.NOTE, "").replace("**", "")
+    runs = store.stored(tracking)
+    verdict = next(one for one in runs if one.run_id == run).tags.get(store.NOTE, "").replace("**", "")
     say(f"{verdict}\n")
-    earlier = [one for one in runs if study.name in one.tags.get(track.WINNER, "").split(", ") and one.run_id != run]
+    earlier = [one for one in runs if study.name in one.tags.get(store.WINNER, "").split(", ") and one.run_id != run]
     if earlier:
         names = ", ".join(one.name for one in earlier)
         say(f"an earlier winner of this sweep was tested too, {names}: the test split was looked at more than once\n")

@@ -22,7 +22,7 @@ from typing import Any
 from filelock import FileLock
 from ruamel.yaml import YAML
 
-from pipeline import leash, params, paths, records, track
+from pipeline import leash, params, paths, records, store, track
 from pipeline.errors import UserError
 from pipeline.progress import VALIDATIONS
 
@@ -113,7 +113,7 @@ def run(source: Source, job: Job, folder: Path, judge: Judge) -> Outcome:
                 rejected = _rejected(_curve(summary["validation"])[:-1], judge)
             if rejected is not None:
                 record = track.gather_pruned(source.commit, job.given, job.name, source.sweep, rejected)
-                outcome = Outcome(PRUNED, rejected, run=track.write(record, source.tracking))
+                outcome = Outcome(PRUNED, rejected, run=_recorded(record, source))
             elif commit is None:
                 outcome = Outcome(FAILED, log=_end(log))
             else:
@@ -284,12 +284,18 @@ def _rejected(curve: Curve, judge: Judge) -> Curve | None:
     return next((curve[:end] for end in range(1, len(curve) + 1) if judge(curve[:end])), None)
 
 
+def _recorded(record: store.Record, source: Source) -> str:
+    """The id of the run of a trial, which is written unless it is there."""
+    [(run, _)] = store.write([record], source.tracking)
+    return str(run.info.run_id)
+
+
 def _complete(source: Source, job: Job, project: Path, commit: str) -> Outcome:
     """The outcome of a trial whose outputs are in `project`, recorded."""
     summaries = [records.read_json(project / paths.training_summary(seed)) for seed in job.seeds]
     loss = fmean(map(validation_loss, summaries))
     record = track.gather_trial(project, source.commit, job.seeds, job.name, source.sweep, loss)
-    run = track.write(record, source.tracking)
+    run = _recorded(record, source)
     parameters = int(summaries[0]["trainable_parameters"])
     return Outcome(COMPLETE, _curve(summaries[0]["validation"]), loss, parameters, commit, run)
 

@@ -21,8 +21,8 @@ from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
 from pipeline import page as pages
-from pipeline import params, paths, records, source, track
-from pipeline.errors import UserError, without_passwords
+from pipeline import params, paths, records, source, store, track
+from pipeline.errors import UserError
 from stages import compare
 
 RECORD = "dvc repro --force --single-item track"
@@ -419,7 +419,7 @@ def record(project: Project) -> Outcome:
     outcome = Outcome("mlflow")
     tracking, seeds = project.params.tracking, project.params.seeds
     outcome.compared = "no run that could be compared"
-    database = track.database(tracking)
+    database = store.database(tracking)
     if database is not None and database.exists() and (fault := _unsound(database)):
         renew = f"mv {shlex.quote(str(database))} {shlex.quote(f'{database}.broken')} && {RECORD}"
         outcome.find(
@@ -434,23 +434,23 @@ def record(project: Project) -> Outcome:
         # Where nothing above is wrong, it is the page that is missing.
         outcome.find("outputs", f"no run can be made of them: {error}", ABOVE if project.spoilt() else RECORD)
         return outcome
-    runs = track.stored(tracking)
+    runs = store.stored(tracking)
     for run in (run for run in runs if run.status != "FINISHED"):
-        own = run.tags[track.DIGEST] == now.digest
+        own = run.tags[store.DIGEST] == now.digest
         outcome.find(
             f"run {run.name} ({run.run_id})", f"half-written, its status is {run.status}",
             RECORD if own else f"{STORE} mlflow runs delete --run-id {run.run_id}",
         )  # fmt: skip
-    others = [run for run in runs if run.tags[track.DIGEST] != now.digest and run.status == "FINISHED"]
+    others = [run for run in runs if run.tags[store.DIGEST] != now.digest and run.status == "FINISHED"]
     for run in others:
         for fault in _faults(tracking, run)[1]:
             remedy = (
                 f"{STORE} mlflow runs delete --run-id {run.run_id}  # `dvc exp apply` and `dvc repro` record it anew"
             )
             outcome.find(f"run {run.name} ({run.run_id})", fault, remedy)
-    finished = [run for run in runs if run.tags[track.DIGEST] == now.digest and run.status == "FINISHED"]
+    finished = [run for run in runs if run.tags[store.DIGEST] == now.digest and run.status == "FINISHED"]
     if not finished:
-        outcome.find(without_passwords(track.tracking_uri(tracking)), "no finished run of this experiment", RECORD)
+        outcome.find(store.address(tracking), "no finished run of this experiment", RECORD)
         return outcome
     for run in finished[1:]:
         wrong = f"a second record of the experiment that {finished[0].run_id} holds"
@@ -465,7 +465,7 @@ def record(project: Project) -> Outcome:
             outcome.find(place, fault, remedy)
         count += len(held)
         if not faults:
-            for at, digest in track.manifest(now).items():
+            for at, digest in store.manifest(now).items():
                 if _lasting(at) and held.get(at) != digest:
                     outcome.find(place, f"{at} is not what is here", ABOVE if project.spoilt() else remedy)
     outcome.compared = (
@@ -489,11 +489,11 @@ def page(project: Project) -> Outcome:
     return outcome
 
 
-def _faults(tracking: params.Tracking, run: track.Stored) -> tuple[dict[str, str], list[str]]:
+def _faults(tracking: params.Tracking, run: store.Stored) -> tuple[dict[str, str], list[str]]:
     """What a run holds now, and the places in it that are not what was written."""
     with tempfile.TemporaryDirectory(prefix="lora-repro-") as folder:
-        held = track.read_back(tracking, run.run_id, Path(folder))
-        return held, track.spoilt(run, held, Path(folder))
+        held = store.read_back(tracking, run.run_id, Path(folder))
+        return held, store.spoilt(run, held, Path(folder))
 
 
 def _unsound(database: Path) -> str | None:
@@ -509,7 +509,7 @@ def _unsound(database: Path) -> str | None:
 def _lasting(place: str) -> bool:
     """Whether a part of a run is the same for every run of the experiment: cost, code and machine are not."""
     if place.startswith("tags/"):
-        return place in ("tags/device", f"tags/{track.NOTE}", f"tags/{track.DIGEST}")
+        return place in ("tags/device", f"tags/{store.NOTE}", f"tags/{store.DIGEST}")
     other = (paths.DVC_LOCK, paths.PARAMS, paths.REPORT_HTML)
     return not place.startswith(("metrics/cost/", *(f"artifacts/{path.as_posix()}" for path in other)))
 

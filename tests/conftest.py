@@ -16,7 +16,7 @@ import pytest
 from filelock import FileLock
 from ruamel.yaml import YAML
 
-from pipeline import params, paths, records, track
+from pipeline import params, paths, records, store
 
 # Before torch is imported: the models here are so small that threads only wait for each other.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -169,7 +169,7 @@ def empty_database(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A store just created: its migrations take seconds, so the tests that are not about them start from a copy."""
     folder = tmp_path_factory.mktemp("store")
     tracking = params.Tracking(uri=f"sqlite:///{folder.as_posix()}/mlflow.db", experiment="none")
-    with track._opened(tracking) as client:
+    with store.opened(tracking) as client:
         client.search_experiments()
     return folder / "mlflow.db"
 

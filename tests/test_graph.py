@@ -1,4 +1,5 @@
-"""`dvc.yaml` against the code: what a stage imports is what it depends on; what it reads is what it declares."""
+"""`dvc.yaml` and `claims/dvc.yaml` against the code: what a stage imports is what it depends on; what it reads is what
+it declares."""
 
 import ast
 from pathlib import Path
@@ -11,6 +12,10 @@ from pipeline import params
 
 ROOT = Path(__file__).parent.parent
 STAGES: dict[str, Any] = YAML(typ="safe", pure=True).load((ROOT / "dvc.yaml").read_text())["stages"]
+CLAIMS: dict[str, Any] = {
+    name: definition.get("do", definition)
+    for name, definition in YAML(typ="safe", pure=True).load((ROOT / "claims/dvc.yaml").read_text())["stages"].items()
+}
 COMPUTES = {"quantize", "train", "infer", "infer-tuned", "forget"}
 
 
@@ -18,10 +23,10 @@ def command(definition: dict[str, Any]) -> str:
     return str(definition.get("cmd", ""))
 
 
-def script(name: str) -> Path:
+def script(definition: dict[str, Any]) -> Path:
     """The file behind `python -m stages.<script> ...`."""
-    start, module = command(STAGES[name]).split()[:2], command(STAGES[name]).split()[2]
-    assert start == ["python", "-m"], f"{name}: a queued experiment would import the main workspace's code"
+    start, module = command(definition).split()[:2], command(definition).split()[2]
+    assert start == ["python", "-m"], "a queued experiment would import the main workspace's code"
     return Path(*module.split(".")).with_suffix(".py")
 
 
@@ -43,15 +48,15 @@ def closure(start: Path) -> set[str]:
                 continue
             for module in modules:
                 file = Path(*module.split(".")).with_suffix(".py")
-                if module.split(".")[0] in ("pipeline", "stages") and (ROOT / file).is_file():
+                if module.split(".")[0] in ("pipeline", "stages", "claims") and (ROOT / file).is_file():
                     queue.append(file)
     return found
 
 
-@pytest.mark.parametrize("name", STAGES)
-def test_a_stage_depends_on_the_modules_it_imports(name: str) -> None:
-    declared = {dep for dep in STAGES[name]["deps"] if dep.endswith(".py")}
-    assert declared == closure(script(name))
+@pytest.mark.parametrize("definition", [*STAGES.values(), *CLAIMS.values()], ids=[*STAGES, *CLAIMS])
+def test_a_stage_depends_on_the_modules_it_imports(definition: dict[str, Any]) -> None:
+    declared = {dep for dep in definition["deps"] if dep.endswith(".py")}
+    assert declared == closure(script(definition))
 
 
 @pytest.mark.parametrize("name", sorted(COMPUTES))
@@ -94,3 +99,24 @@ def test_every_script_is_short() -> None:
     assert len(scripts) == 11
     for path in scripts:
         assert len(path.read_text().splitlines()) <= 40, path
+
+
+def test_every_claim_of_the_register_has_one_measurement() -> None:
+    wanted = set(YAML(typ="safe", pure=True).load((ROOT / "claims/claims.yaml").read_text())["claims"])
+    place = "out/claims/evidence/"
+    measured = [
+        out.removeprefix(place).removesuffix(".json").replace("${item.claim}", claim)
+        for definition in CLAIMS.values()
+        for out in map(str, definition["outs"])
+        for claim in definition.get("matrix", {}).get("claim", [""])
+        if out.startswith(place)
+    ]
+    assert sorted(measured) == sorted(wanted)
+
+
+def test_claims_are_checked_in_the_project_folder() -> None:
+    assert {definition["wdir"] for definition in CLAIMS.values()} == {".."}
+
+
+def test_the_default_experiment_depends_on_no_claim() -> None:
+    assert not any("claims" in str(definition) for definition in STAGES.values())

@@ -15,7 +15,7 @@ import pytest
 from ruamel.yaml import YAML
 from typer.testing import CliRunner
 
-from pipeline import cli, params, paths, records, registry, track
+from pipeline import cli, params, paths, records, registry, store
 from pipeline.errors import UserError
 from pipeline.records import Example, Prediction
 from tests.conftest import ROOT
@@ -84,16 +84,16 @@ class Project:
             ]
             for seed in shares
         }
-        record = track.Record(
+        record = store.Record(
             name=name,
-            tags={track.DIGEST: digest or name, track.NOTE: f"**Better**: {name}."},
+            tags={store.DIGEST: digest or name, store.NOTE: f"**Better**: {name}."},
             params={**GIVEN, "seeds": json.dumps(list(shares))},
             metrics=[],
             predictions={"id": [row.id for row in rows], "reference": [row.target for row in rows], **texts},
             files=files,
         )
-        with track._opened(self.given.tracking) as client:
-            return str(track._write(client, track._experiment(client, self.given.tracking), record).info.run_id)
+        with store.opened(self.given.tracking) as client:
+            return str(store._write(client, store.experiment(client, self.given.tracking), record).info.run_id)
 
     def promote(self, name: str, **change: Any) -> None:
         registry.promote(name, change.get("model"), self.given, change.get("dry_run", False))
@@ -102,7 +102,7 @@ class Project:
     def client(self) -> Any:
         from mlflow import MlflowClient
 
-        return MlflowClient(tracking_uri=track.tracking_uri(self.given.tracking))
+        return MlflowClient(tracking_uri=store.tracking_uri(self.given.tracking))
 
     def versions(self, model: str = "toy") -> dict[int, str]:
         """The names of the runs that versions are of, by number."""
@@ -328,10 +328,10 @@ def test_the_alias_leads_to_the_runs_own_adapter(
 
     run_id = project.record("good", {1: 0.9, 2: 0.8}, losses={2: 0.5})
     project.promote("good")
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", track.tracking_uri(project.given.tracking))
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", store.tracking_uri(project.given.tracking))
     (tmp_path / "champion").mkdir()
     folder = Path(download_artifacts("models:/toy@champion", dst_path=str(tmp_path / "champion")))
     assert records.sha256_tree(folder) == records.sha256_tree(paths.adapter(2)) != records.sha256_tree(paths.adapter(1))
-    [run] = track.stored(project.given.tracking)
-    held = track.read_back(project.given.tracking, run_id, tmp_path / "back")
-    assert track.spoilt(run, held, tmp_path / "back") == []
+    [run] = store.stored(project.given.tracking)
+    held = store.read_back(project.given.tracking, run_id, tmp_path / "back")
+    assert store.spoilt(run, held, tmp_path / "back") == []

@@ -22,7 +22,7 @@ import pytest
 from ruamel.yaml import YAML
 
 from bench.kills import environment
-from pipeline import cluster, experiments, lineage, params, paths, provenance, search, track, trial
+from pipeline import cluster, experiments, lineage, params, paths, provenance, search, store, track, trial
 from pipeline.errors import UserError
 from tests.conftest import ROOT
 from tests.test_track import DVC_YAML, STAGE
@@ -201,8 +201,8 @@ def test_a_killed_search_goes_on_and_tests_its_winner_alone(project: Path, monke
     # MLflow has those, and the pruned one with its curve until then; no cache has its adapter.
     found = runs(project)
     assert {tags["status"] for tags in found} == {"FINISHED"}
-    assert [tags.get(track.WINNER) for tags in found if track.DIGEST in tags] == ["grid"]
-    assert sorted(tags["trial.state"] for tags in found if track.TRIAL in tags) == ["complete", "complete", "pruned"]
+    assert [tags.get(store.WINNER) for tags in found if store.DIGEST in tags] == ["grid"]
+    assert sorted(tags["trial.state"] for tags in found if store.TRIAL in tags) == ["complete", "complete", "pruned"]
     [pruned] = [tags for tags in found if tags.get("trial.state") == "pruned"]
     with contextlib.closing(sqlite3.connect(project / ".mlflow/mlflow.db")) as database:
         query = "select key, step, value from metrics where run_uuid = ? order by step"
@@ -425,9 +425,9 @@ def test_what_a_dead_worker_left_is_found_by_the_next_node(source: trial.Source,
     again = trial.run(replace(source, cache=f"{tmp_path}/two/cache"), job, tmp_path / "two/rates-1", lambda _: False)
     assert (again.state, again.loss, again.run) == (first.state, first.loss, first.run)
     assert done(Path.cwd()) == ["train 6 0.001"]
-    [recorded] = track.stored(source.tracking, track.TRIAL)
+    [recorded] = store.stored(source.tracking, store.TRIAL)
     assert recorded.run_id == first.run
-    assert track.stored(source.tracking) == []
+    assert store.stored(source.tracking) == []
 
 
 def test_all_that_nodes_could_not_share_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 from ruamel.yaml import YAML
 
-from pipeline import params, provenance, track
+from pipeline import params, provenance, store, track
 from pipeline.errors import UserError, without_passwords
 
 ROOT = Path(__file__).parents[1]
@@ -72,7 +72,7 @@ def run(stage, seed=None):
         for name in ("comparison.svg", "figures/scores.svg", "tables/scores.csv"):
             write(f"out/comparison/{name}", name)
     elif stage == "track":
-        from pipeline import params, track
+        from pipeline import params, store, track
         write("reports/index.html", "index.html")
         track.track(p["seeds"], params.Tracking(**p["tracking"]))
 
@@ -629,7 +629,7 @@ class TestStore:
         monkeypatch.chdir(copy)
         monkeypatch.setenv("DVC_ROOT", str(toy.folder))
         wanted = expected.format(root=toy.folder.as_posix(), root_uri=toy.folder.as_uri())
-        assert track.tracking_uri(params.Tracking(uri=uri, experiment="toy")) == wanted
+        assert store.tracking_uri(params.Tracking(uri=uri, experiment="toy")) == wanted
 
     def test_an_experiment_in_a_copy_is_recorded_in_the_main_repository(
         self, toy: Toy, monkeypatch: pytest.MonkeyPatch

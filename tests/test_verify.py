@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from pipeline import cli, lineage, params, paths, provenance, recompute, records, source, track, verify
+from pipeline import cli, lineage, params, paths, provenance, recompute, records, source, store, verify
 from pipeline import page as pages
 from pipeline.errors import UserError
 from tests.conftest import Finished, environment
@@ -104,8 +104,8 @@ def tracking() -> params.Tracking:
     return params.load().tracking
 
 
-def run() -> track.Stored:
-    [found] = track.stored(tracking())
+def run() -> store.Stored:
+    [found] = store.stored(tracking())
     return found
 
 
@@ -332,9 +332,9 @@ class TestMlflow:
         """As left by another experiment, its artifacts lost."""
         from mlflow import MlflowClient
 
-        client = MlflowClient(track.tracking_uri(tracking()))
+        client = MlflowClient(store.tracking_uri(tracking()))
         experiment = client.get_experiment_by_name("lora-repro").experiment_id
-        other = client.create_run(experiment, tags={track.DIGEST: "another"}).info.run_id
+        other = client.create_run(experiment, tags={store.DIGEST: "another"}).info.run_id
         client.set_terminated(other)
         [found] = verify.record(verify.read()).findings
         client.delete_run(other)
@@ -379,7 +379,7 @@ class TestMlflow:
         assert promoted.exit_code == 0, promoted.output
         assert "version   1 of lora-repro, new" in promoted.stdout
         assert places(verify.record) == []
-        monkeypatch.setenv("MLFLOW_TRACKING_URI", track.tracking_uri(tracking()))
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", store.tracking_uri(tracking()))
         folder = Path(download_artifacts("models:/lora-repro/1", dst_path=str(tmp_path)))
         assert records.dvc_md5(folder) == out("out/adapters/17").md5
         base = AutoModelForCausalLM.from_pretrained(here / "out/models/base")
@@ -400,12 +400,12 @@ class TestMlflow:
     def test_half_written_and_second_runs(self, capsys: pytest.CaptureFixture[str]) -> None:
         from mlflow import MlflowClient
 
-        client = MlflowClient(track.tracking_uri(tracking()))
+        client = MlflowClient(store.tracking_uri(tracking()))
         experiment = client.get_experiment_by_name("lora-repro").experiment_id
         own = run()
-        half = client.create_run(experiment, tags={track.DIGEST: own.tags[track.DIGEST]}).info.run_id
-        other = client.create_run(experiment, tags={track.DIGEST: "another"}).info.run_id
-        second = client.create_run(experiment, tags={track.DIGEST: own.tags[track.DIGEST]}).info.run_id
+        half = client.create_run(experiment, tags={store.DIGEST: own.tags[store.DIGEST]}).info.run_id
+        other = client.create_run(experiment, tags={store.DIGEST: "another"}).info.run_id
+        second = client.create_run(experiment, tags={store.DIGEST: own.tags[store.DIGEST]}).info.run_id
         client.set_terminated(second)
         printed = checked(capsys)
         for one in (half, other):
@@ -455,7 +455,7 @@ class TestShow:
         lineage.show(found.name, tracking())
         printed = capsys.readouterr().out
         assert f"adapter  17: sha256 {records.sha256_tree(paths.adapter(17))}, the one in dvc.lock" in printed
-        assert f"digest   {found.tags[track.DIGEST]}" in printed
+        assert f"digest   {found.tags[store.DIGEST]}" in printed
         commands = lineage.restoring(found, [17])
         assert commands[0] == f"git checkout {git('rev-parse', 'HEAD')}"
         assert [words.split()[-1] for words in commands[1:3]] == ["params.yaml", "dvc.lock"]
