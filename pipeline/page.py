@@ -93,6 +93,8 @@ class Content:
     base: dict[str, Any]
     quantized: dict[str, Any]
     figures: dict[str, str] = field(default_factory=dict)
+    claims: list[dict[str, Any]] = field(default_factory=list)
+    """As `reports/claims.json` holds them; they are about papers, not about this experiment."""
 
 
 def write(seeds: list[int], evaluate: params.Evaluate, compare: params.Compare) -> None:
@@ -115,6 +117,7 @@ def gather(seeds: list[int], evaluate: params.Evaluate, given: params.Compare) -
         records.read_json(paths.BASE_FACTS),
         records.read_json(paths.QUANTIZED_FACTS),
         charts.figures(comparison, rows, seeds, charts.PAGE),
+        records.read_json(paths.CLAIMS) if paths.CLAIMS.exists() else [],
     )
 
 

@@ -489,3 +489,23 @@ def test_examples_are_read_in_the_order_of_the_test_split() -> None:
     assert first.base.capped
     assert first.base.scores == {"rouge1": 0.0}
     assert first.gain("rouge1") == 0
+
+
+CLAIM = {
+    "id": "two", "kind": "EXACT", "claim": "<i>2</i> is 2", "paper": "Anon", "place": "table 1", "published": {"n": 2.0},
+    "findings": [{"text": "n (3) = published.n (2)", "holds": False}], "verdict": "not reproduced", "seconds": 2.0,
+}  # fmt: skip
+
+
+def test_claims_are_shown_where_they_have_been_checked() -> None:
+    assert "Paper results" not in render(content())
+    text = render(content(claims=[CLAIM, CLAIM | {"id": "three", "findings": [], "seconds": None}]))
+    seen = Tags(text)
+    assert [attributes["id"] for _, attributes in seen.tags if (attributes.get("id") or "").startswith("claim-")] == [
+        "claim-two",
+        "claim-three",
+    ]
+    shown = " ".join(" ".join(seen.text).split())
+    assert "<i>2</i> is 2" in shown
+    assert "✗ n (3) = published.n (2)" in shown
+    assert shown.count("not reproduced") == 2
