@@ -4,8 +4,6 @@ Figures are the page's, drawn for white paper; what each example scored is in `o
 digits, shares are in [0, 1], and an empty cell is what was not computed. Equal comparisons give equal bytes.
 """
 
-import csv
-import io
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from typing import Any
@@ -45,11 +43,8 @@ def tables(comparison: Comparison, guards: Sequence[Guard]) -> dict[str, Table]:
 
 def text(table: Table) -> str:
     """A table as CSV, with the first row's keys as header."""
-    out = io.StringIO()
-    writer = csv.DictWriter(out, fieldnames=list(table[0]), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(table)
-    return out.getvalue()
+    header = list(table[0])
+    return records.csv_text(header, ([row[name] for name in header] for row in table))
 
 
 def _interval(name: str, one: Interval) -> dict[str, float]:

@@ -7,9 +7,7 @@ process only, and one that is loaded again draws its random numbers from the sta
 """
 
 import contextlib
-import csv
 import hashlib
-import io
 import itertools
 import json
 import math
@@ -308,7 +306,7 @@ def _run(plan: Search, study: "Study", runner: Runner, tracking: params.Tracking
             say(f"{len(study.ended)}/{total} {job.name}: {outcome.state}{loss} ({job})")
     _print_table(study, total)
     table = folder / f"{study.name}.csv"
-    records.write_text(table, _csv(study, total))
+    records.write_text(table, records.csv_text(_header(study), _rows(study, total)))
     failed = [number for number in range(total) if study.ended[number].state == trial.FAILED]
     for number in failed:
         log = "\n".join(f"  | {line}" for line in study.ended[number].log.splitlines())
@@ -589,14 +587,6 @@ def _rows(study: Study, total: int) -> Iterator[list[str]]:
 
 def _header(study: Study) -> list[str]:
     return ["trial", "experiment", *study.plan.parameters, "state", "validation_loss", "trainable", "run"]
-
-
-def _csv(study: Study, total: int) -> str:
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(_header(study))
-    writer.writerows(_rows(study, total))
-    return text.getvalue()
 
 
 def _print_table(study: Study, total: int) -> None:

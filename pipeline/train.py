@@ -10,12 +10,10 @@ step, since the state before it is the base. The training loss beside it is of t
 adapter that is kept, over training groups spread evenly through the split, with about as many rows as validation has.
 """
 
-import csv
-import io
 import math
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, astuple, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -114,7 +112,8 @@ def train(seed: int, prompt: params.Prompt, lora: params.Lora, train: params.Tra
         training_loss = trainer.loss(sample, "training rows")
         trainer.write_masters()
         adapter.save(model, paths.adapter(seed), facts["sha256"])
-        records.write_text(paths.training_log(seed), _csv(trainer.log))
+        curve = records.csv_text(list(Step.__dataclass_fields__), map(astuple, trainer.log))
+        records.write_text(paths.training_log(seed), curve)
         best = lowest(trainer.validation)
         kept = best if train.early_stopping else trainer.validation[-1]
         records.write_json(
@@ -347,11 +346,3 @@ def _mix(seed: int, number: int) -> int:
     import hashlib
 
     return int.from_bytes(hashlib.sha256(f"{seed}/{number}".encode()).digest()[:8], "big") >> 1
-
-
-def _csv(log: Sequence[Step]) -> str:
-    text = io.StringIO()
-    writer = csv.DictWriter(text, fieldnames=Step.__dataclass_fields__, lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(asdict(step) for step in log)
-    return text.getvalue()

@@ -492,8 +492,10 @@ def test_examples_are_read_in_the_order_of_the_test_split() -> None:
 
 
 CLAIM = {
-    "id": "two", "kind": "EXACT", "claim": "<i>2</i> is 2", "paper": "Anon", "place": "table 1", "published": {"n": 2.0},
-    "findings": [{"text": "n (3) = published.n (2)", "holds": False}], "verdict": "not reproduced", "seconds": 2.0,
+    "id": "two", "kind": "EXACT", "claim": "<i>2</i> is 2", "paper": "Anon", "place": "table 1",
+    "published": {"n": 2.0},
+    "findings": [{"text": "n (3) = published.n (2)", "holds": False}], "verdict": "not reproduced",
+    "seconds": 2.0,
 }  # fmt: skip
 
 
