@@ -1,4 +1,4 @@
-# make repro | test | verify | push | bench | ui | experiments. Needs Python 3.11 to 3.13, git, make; everything else goes into .venv.
+# make repro | test | verify | push | claims | bench | ui | experiments. Needs Python 3.11 to 3.13, git, make; everything else goes into .venv.
 
 PYTHON ?= python3
 VENV := .venv
@@ -8,7 +8,7 @@ INSTALL := $(VENV)/bin/python -m pip install --quiet -c constraints.txt
 
 DROP := rouge(?!\d.(diff|tuned))|lines|words|stopped|out|pipeline|stages|reports|constraints
 
-.PHONY: repro test verify push bench ui experiments
+.PHONY: repro test verify push claims bench ui experiments
 .DEFAULT_GOAL := repro
 
 repro: $(VENV)/installed ## run what has changed of the experiment, then say the verdict
@@ -29,6 +29,10 @@ verify: $(VENV)/installed ## do cache, dvc.lock, outputs, reports, MLflow run an
 push: $(VENV)/installed ## dvc push, if everything agrees: DVC alone would push what has rotted in its cache
 	@lora-repro verify
 	@dvc push
+
+# KIND=EXACT: those of one kind alone, without the report.
+claims: $(VENV)/installed ## check what papers claim (claims/claims.yaml); reports/claims.md
+	@dvc repro $(if $(KIND),$$(python -m claims.register $(KIND)),claims/dvc.yaml)
 
 bench: $(VENV)/installed-bench ## speed and memory beside TRL, transformers.generate and llama.cpp (after make repro)
 	@python -m bench.speed

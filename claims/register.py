@@ -5,6 +5,7 @@ measured values; thresholds are fixed before anything is measured. A condition o
 value a training seed, can hold, fail, or be undecided.
 """
 
+import argparse
 import operator
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -187,3 +188,15 @@ def _number(value: float) -> str:
     if float(value).is_integer() and abs(value) < 1e15:
         return f"{int(value):,}"
     return f"{value:.4g}" if abs(value) < 10_000 else f"{value:,.1f}"
+
+
+def main() -> None:
+    """Print DVC's targets of the claims of one kind."""
+    parser = argparse.ArgumentParser(description=main.__doc__)
+    parser.add_argument("kind", choices=get_args(Kind))
+    kind = parser.parse_args().kind
+    print(" ".join(f"claims/dvc.yaml:claim@{name}" for name, claim in load().items() if claim.kind == kind))
+
+
+if __name__ == "__main__":
+    main()
