@@ -15,7 +15,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from pipeline import adapter, decode, fused, generate, pack, params, paths, records, source
+from pipeline import adapter, backend_transformers, decode, fused, generate, pack, params, paths, records, source
 from pipeline import device as devices
 from pipeline import model as models
 from pipeline import train as training
@@ -252,7 +252,7 @@ def infer_transformers(setting: str) -> dict[str, Any]:
         names = sorted(prompts, key=lambda name: -len(prompts[name]))
         found: dict[str, list[int]] = {}
         for batch in (names[at : at + size] for at in range(0, len(names), size)):
-            outputs = generate.beam_search(model, config, [prompts[name] for name in batch])
+            outputs = backend_transformers.beam_search(model, config, [prompts[name] for name in batch])
             found |= dict(zip(batch, outputs, strict=True))
         return found
 

@@ -84,6 +84,14 @@ class Saved:
     def sha256(self) -> str:
         return records.sha256_tree(self.folder)
 
+    def require_of(self, model_sha256: str) -> None:
+        """UserError when it belongs to another base."""
+        origin = records.read_json(self.folder / ORIGIN)["model_sha256"]
+        if origin != model_sha256:
+            raise UserError(
+                f"{self.folder} was trained on another base (sha256 {origin}) than the one loaded ({model_sha256})"
+            )
+
     def load(self, model: Any, model_sha256: str, name: str = "default") -> Any:
         """Put the adapter on the base it was trained on, and prove that it acts.
 
@@ -99,11 +107,7 @@ class Saved:
 
         from pipeline import fused
 
-        origin = records.read_json(self.folder / ORIGIN)["model_sha256"]
-        if origin != model_sha256:
-            raise UserError(
-                f"{self.folder} was trained on another base (sha256 {origin}) than the one loaded ({model_sha256})"
-            )
+        self.require_of(model_sha256)
         saved = load_file(self.folder / WEIGHTS)
         if isinstance(model, PeftModel):
             if name in model.peft_config:

@@ -58,7 +58,8 @@ def measured(seeds: Sequence[int]) -> list[Guard]:
         Guard(
             "hidden decoding defaults, unequal prompts",
             f"{len(base['generation'])} decoding settings, {base['device']} with {base['threads']} threads, "
-            f"{base['dtype']} and prompts {base['prompts_sha256'][:12]} are those of all {len(variants)} variants",
+            f"{base['dtype']} and prompts {base['prompts_sha256'][:12]} are those of all {len(variants)} variants; "
+            f"{base['generation']['backend']} computed them",
         ),
     ]
 

@@ -7,11 +7,13 @@ mistake is reported at once.
 
 import codecs
 import difflib
+import importlib.util
 import re
 import reprlib
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar
+from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar, get_args
 
 from pydantic import (
     AfterValidator,
@@ -31,6 +33,8 @@ from pipeline.errors import UserError, listing, without_passwords
 
 Share = Annotated[float, Field(ge=0, le=1)]
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+GgufType = Literal["F32", "BF16", "F16", "Q8_0", "Q5_1", "Q5_0", "Q4_1", "Q4_0"]
+GGUF_TYPES: tuple[str, ...] = get_args(GgufType)
 Metric = Literal["rouge1", "rouge2", "rougeL", "rougeLsum", "chrf", "bleu"]
 
 
@@ -228,6 +232,8 @@ class Forget(Section):
 
 class Generation(Section):
     key = "generation"
+    backend: Literal["transformers", "llama.cpp", "vllm"]
+    gguf_type: GgufType
     max_new_tokens: Annotated[int, Field(ge=1, le=32768)]
     num_beams: Annotated[int, Field(ge=1, le=64)]
     length_penalty: float
@@ -241,6 +247,16 @@ class Generation(Section):
     def length_penalty_is_for_beams(self) -> Self:
         if self.num_beams == 1 and self.length_penalty != 1.0:
             raise ValueError("length_penalty acts on beam search only: set num_beams above 1, or length_penalty to 1.0")
+        return self
+
+    @model_validator(mode="after")
+    def transformers_alone_searches_and_penalizes(self) -> Self:
+        plain = {"num_beams": 1, "repetition_penalty": 1.0, "no_repeat_ngram_size": 0}
+        asked = [f"{name} = {getattr(self, name)}" for name, value in plain.items() if getattr(self, name) != value]
+        if self.backend != "transformers" and asked:
+            raise ValueError(
+                f"{', '.join(asked)}: backend {self.backend!r} decodes greedily alone; set backend to transformers"
+            )
         return self
 
 
@@ -289,6 +305,7 @@ class Runtime(Section):
     device: Literal["auto", "cpu", "cuda", "mps"]
     threads: Annotated[int, Field(ge=0, le=1024)]
     keep_dequantized: bool
+    vllm: str | None
 
 
 def _without_password(uri: str | None) -> str | None:
@@ -343,12 +360,25 @@ class Params(Section):
         return self
 
     @model_validator(mode="after")
+    def other_backends_compute_with_plain_weights(self) -> Self:
+        if self.generation.backend != "transformers" and self.quantize.method == "int8":
+            raise ValueError(
+                f"generation.backend = {self.generation.backend!r} with quantize.method = 'int8', which quantizes "
+                "activations as well: only transformers computes that"
+            )
+        return self
+
+    @model_validator(mode="after")
     def published_figures_have_a_counterpart(self) -> Self:
         missing = sorted({figure.metric for figure in self.compare.published}.difference(self.evaluate.metrics))
         if missing:
             raise ValueError(f"compare.published holds figures in {missing}, which evaluate.metrics does not compute")
         return self
 
+
+VLLM = "0.33.0"
+"""The version that `backend_vllm` is written for. It wants another torch and other transformers than the pinned ones,
+so it has an environment of its own."""
 
 UNDECLARED = (Runtime.key, Tracking.key)
 
@@ -377,7 +407,26 @@ class Declared:
 
 def read(stage: str, folder: Path = Path()) -> Declared:
     """Check `params.yaml` and return what `dvc.yaml` lets `stage` see of it."""
-    return Declared(stage, load(folder / paths.PARAMS), sections_of(stage, folder / paths.DVC_YAML))
+    given, sections = load(folder / paths.PARAMS), sections_of(stage, folder / paths.DVC_YAML)
+    if "runtime.threads" in sections:  # it computes: nothing is trained for an inference that cannot run
+        require_backend(given)
+    return Declared(stage, given, sections)
+
+
+def require_backend(given: Params) -> None:
+    """UserError where what `generation.backend` computes with is not installed."""
+    backend, remedy = given.generation.backend, "or set generation.backend to transformers"
+    if backend == "llama.cpp" and importlib.util.find_spec("xllamacpp") is None:
+        raise UserError(
+            "generation.backend = 'llama.cpp' needs xllamacpp, which is not installed: "
+            f"pip install -c constraints.txt -e '.[llama-cpp]' {remedy}"
+        )
+    if backend == "vllm" and (given.runtime.vllm is None or shutil.which(given.runtime.vllm) is None):
+        raise UserError(
+            f"generation.backend = 'vllm' needs the Python of an environment with vLLM, and runtime.vllm = "
+            f"{given.runtime.vllm!r} is none: python3 -m venv .vllm && .vllm/bin/pip install vllm=={VLLM}, then "
+            f"runtime.vllm: .vllm/bin/python; {remedy}"
+        )
 
 
 def load(path: Path = paths.PARAMS) -> Params:

@@ -64,9 +64,9 @@ class Decoding:
     """The conditions under which a variant's predictions were made; base and tuned must agree on all but the adapter.
 
     `prompts_sha256` is over ids and prompt tokens in order; `model_sha256` and `adapter_sha256` are over the files of
-    the quantized base and of the adapter; `generation` is the whole of transformers' GenerationConfig and the batching.
-    `threads` is 0 where the CPU does not compute. `recheck` counts the examples that were decoded again alone, and
-    those among them that came out the same.
+    the quantized base and of the adapter; `generation` is the whole of transformers' GenerationConfig, the batching and
+    the backend with the versions that it rests on. `threads` is 0 where the CPU does not compute. `recheck` counts the
+    examples that were decoded again alone, and those among them that came out the same.
     """
 
     variant: str

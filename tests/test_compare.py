@@ -318,6 +318,10 @@ def test_an_aspect_within_one_group_has_no_interval_and_no_row() -> None:
             {"generation": {"num_beams": 4, "top_k": 50}},
             "generation: tuned-17 has {'num_beams': 4}, base has {'num_beams': 1}",
         ),
+        (
+            {"generation": {"num_beams": 1, "top_k": 50, "backend": "llama.cpp"}},
+            "tuned-17 has {'backend': 'llama.cpp'}",
+        ),
         ({"device": "cuda"}, "device: tuned-17 has cuda, base has cpu"),
         ({"dtype": "bfloat16"}, "dtype: tuned-17 has bfloat16, base has float32"),
         ({"threads": 4}, "threads: tuned-17 has 4, base has 2"),

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from transformers import AutoModelForCausalLM
 
-from pipeline import checkpoint, generate, model, params, paths, quantize, records
+from pipeline import backend_transformers, checkpoint, generate, model, params, paths, quantize, records
 from pipeline.errors import UserError
 from pipeline.records import Prediction
 
@@ -37,6 +37,8 @@ def test_every_test_row_is_answered_in_order_with_its_conditions(quantized: para
     assert decoding["generation"]["do_sample"] is False
     assert decoding["generation"]["max_new_tokens"] == 8
     assert decoding["generation"]["batch_size"] == 4
+    assert decoding["generation"]["backend"] == "transformers"
+    assert "gguf_type" not in decoding["generation"]
     assert decoding["device"] == "cpu"
     assert decoding["adapter_sha256"] is None
 
@@ -60,7 +62,8 @@ def test_greedy_decoding_is_the_argmax_chain(quantized: params.Params, tiny_mode
         while len(ids) < 12 and ids[-1] != 1:
             ids.append(int(loaded(torch.tensor([ids])).logits[0, -1].argmax()))
     families = [[("chain", prompt)], [("other", [9, 10])]]
-    assert dict(generate.complete(loaded, config, families, quantized.generation))["chain"] == ids[4:]
+    engine = backend_transformers.Engine(loaded, config, quantized.generation, "cpu", 1)
+    assert dict(backend_transformers.complete(engine, families))["chain"] == ids[4:]
 
 
 def test_a_models_own_generation_defaults_do_not_leak_in(quantized: params.Params) -> None:
@@ -83,7 +86,7 @@ def test_a_killed_run_goes_on_behind_its_last_whole_line(
     quantized: params.Params, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     expected = infer(quantized, batch_size=1)  # rounds of four examples
-    original, calls = generate.complete, []
+    original, calls = backend_transformers.complete, []
 
     def dies(*arguments: Any) -> Any:
         calls.append(1)
@@ -93,7 +96,7 @@ def test_a_killed_run_goes_on_behind_its_last_whole_line(
             yield answer
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(generate, "complete", dies)
+        patch.setattr(backend_transformers, "complete", dies)
         infer(quantized, batch_size=1)
     (file,) = paths.SCRATCH.glob("infer-base-*/predictions.jsonl")
     assert len(file.read_text().splitlines()) == 6
@@ -101,11 +104,11 @@ def test_a_killed_run_goes_on_behind_its_last_whole_line(
     capsys.readouterr()
     decoded: list[str] = []
 
-    def notes(model: Any, config: Any, families: Any, generation: Any) -> Any:
+    def notes(engine: Any, families: Any) -> Any:
         decoded.extend(name for family in families for name, _ in family)
-        return original(model, config, families, generation)
+        return original(engine, families)
 
-    monkeypatch.setattr(generate, "complete", notes)
+    monkeypatch.setattr(backend_transformers, "complete", notes)
     assert infer(quantized, batch_size=1, recheck=0) == expected
     assert len(decoded) == 4  # the round that was under way, whole: its batches are those of an uninterrupted run
     assert "going on behind 5 examples" in capsys.readouterr().out
@@ -116,13 +119,13 @@ def test_beam_search_is_what_transformers_does_within_the_limits(
     quantized: params.Params, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     batches: list[list[int]] = []
-    original = generate.beam_search
+    original = backend_transformers.beam_search
 
     def notes(model: Any, config: Any, prompts: Any) -> Any:
         batches.append([len(prompt) for prompt in prompts])
         return original(model, config, prompts)
 
-    monkeypatch.setattr(generate, "beam_search", notes)
+    monkeypatch.setattr(backend_transformers, "beam_search", notes)
     greedy = infer(quantized, recheck=0)
     assert not batches
     beams = infer(quantized, num_beams=3, batch_size=3, recheck=0)
@@ -141,14 +144,14 @@ def test_examples_are_decoded_again_alone_and_counted(
 ) -> None:
     infer(quantized, recheck=3)
     assert records.read_json(paths.decoding("base"))["recheck"] == {"examples": 3, "identical": 3}
-    original = generate.complete
+    original = backend_transformers.complete
 
-    def depends_on_its_batch(model: Any, config: Any, families: Any, generation: Any) -> Any:
+    def depends_on_its_batch(engine: Any, families: Any) -> Any:
         if len(families) == 1:
             return iter([(families[0][0][0], [20])])
-        return original(model, config, families, generation)
+        return original(engine, families)
 
-    monkeypatch.setattr(generate, "complete", depends_on_its_batch)
+    monkeypatch.setattr(backend_transformers, "complete", depends_on_its_batch)
     infer(quantized, recheck=3)
     assert records.read_json(paths.decoding("base"))["recheck"] == {"examples": 3, "identical": 0}
     infer(quantized, recheck=0)
