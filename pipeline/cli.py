@@ -104,6 +104,30 @@ def compare(names: Names) -> None:
     print(experiments.page(found, experiments.rank(found, given.compare), given.compare))
 
 
+GgufTypes = Annotated[
+    list[str], typer.Option("--type", help="A GGUF type; again for more. [default: generation.gguf_type]")
+]
+FewRows = Annotated[
+    int | None, typer.Option("--rows", min=2, help="Rows of each split, whole groups; all if not given.")
+]
+OneFile = Annotated[bool, typer.Option("--merged", help="The adapter merged into the file, not beside it.")]
+MaxRise = Annotated[float, typer.Option("--max-rise", min=0, help="A rise in perplexity by this share is a loss.")]
+
+
+@app.command()
+def parity(types: GgufTypes = [], rows: FewRows = None, merged: OneFile = False, max_rise: MaxRise = 0.01) -> None:  # noqa: B006
+    """Does the experiment survive as GGUF? Base and adapter through transformers and llama.cpp, compared.
+
+    Writes reports/parity.md and reports/parity.json. The exit code is 1 where a GGUF file loses quality.
+    """
+    from pipeline import params
+    from pipeline import parity as checks
+
+    given = params.load()
+    if checks.parity(given, types or [given.generation.gguf_type], rows, merged, max_rise):
+        raise typer.Exit(1)
+
+
 Model = Annotated[str | None, typer.Option("--model", help="Registered model. [default: tracking.experiment]")]
 Preview = Annotated[bool, typer.Option("--dry-run", help="Compare and say what would happen, and write nothing.")]
 
