@@ -192,13 +192,17 @@ def _ask(engine: Engine, prompts: list[list[int]], new_tokens: int) -> list[tupl
     answers = sorted([answers] if isinstance(answers, dict) else answers, key=lambda answer: answer["index"])
     for prompt, answer in zip(prompts, answers, strict=True):
         require_read(engine.tokenizer, prompt, answer)
+        if not answer["tokens"]:
+            raise UserError(f"llama.cpp wrote nothing behind {len(prompt)} tokens: {answer['stop_type']}")
     return [(answer["tokens"], answer["stop_type"] == "eos") for answer in answers]
 
 
 def require_read(tokenizer: Any, prompt: Sequence[int], answer: dict[str, Any]) -> None:
     """UserError unless llama.cpp read what was sent: as many tokens, which by its own vocabulary are the same text."""
     sent = tokenizer.decode(prompt, skip_special_tokens=False, clean_up_tokenization_spaces=False)
-    if answer["tokens_evaluated"] != len(prompt) or answer["prompt"] != sent or answer["truncated"]:
+    # The halves of characters look different, and SentencePiece's decoder takes the first space away.
+    same = sent.replace("\ufffd", "").strip() == answer["prompt"].replace("\ufffd", "").strip()
+    if answer["tokens_evaluated"] != len(prompt) or not same or answer["truncated"]:
         raise UserError(
             f"llama.cpp read {answer['tokens_evaluated']} tokens, {answer['prompt'][:80]!r}..., where {len(prompt)} "
             f"were sent, {sent[:80]!r}...: its vocabulary is another; set generation.backend to transformers"

@@ -82,6 +82,7 @@ def parity(given: params.Params, types: Sequence[str], rows: int | None, merged:
     )
     config = generate.configuration(given.generation, sorted({encoder.end, *facts["stop_ids"]}), tokenizer)
     saved = adapter.Saved(paths.adapter(given.seeds[0]))
+    saved.require_of(facts["sha256"])
     variants = {paths.variant(None): None, paths.variant(given.seeds[0]): saved}
     groups = np.array([example.group for example in test])
     conditions: dict[str, Any] = {}

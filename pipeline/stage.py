@@ -26,6 +26,9 @@ COMPUTING = (
 )  # fmt: skip
 """The packages whose version can move a number. Their pins are an input of every stage: `constraints.txt` is one."""
 
+WHERE_INSTALLED = ("xllamacpp",)
+"""The same of extras."""
+
 
 def run(stage: str, call: Callable[[params.Declared], None], result: Path | None = None) -> None:
     """Run one stage of `dvc.yaml`, which is given the parameters that it declares; else as `process`."""
@@ -107,12 +110,12 @@ def require_pinned_versions() -> None:
     lines = paths.CONSTRAINTS.read_text(encoding="utf-8").splitlines()
     pins = dict(line.split("==") for line in lines if line.count("==") == 1 and not line.startswith("#"))
     other = []
-    for name in COMPUTING:
+    for name in (*COMPUTING, *WHERE_INSTALLED):
         try:
             # torch's builds for other devices say so behind a +.
             found = version(name).partition("+")[0]
         except PackageNotFoundError:
-            found = "not"
+            found = pins.get(name, "not") if name in WHERE_INSTALLED else "not"
         if name in pins and found != pins[name]:
             other.append(f"{name} {pins[name]}, and {found} is installed")
     if other:

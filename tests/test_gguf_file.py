@@ -104,6 +104,8 @@ def test_sentencepieces_merges_become_scores(tiny_model: Path, tmp_path: Path) -
         body = {"content": text, "add_special": False, "parse_special": True}
         told = backend_llamacpp.post(server, "tokenize", body)["tokens"]
         assert told == tokenizer(text, add_special_tokens=False).input_ids, text
+        answer = backend_llamacpp.post(server, "completion", {"prompt": told, "n_predict": 1, "return_tokens": True})
+        backend_llamacpp.require_read(tokenizer, told, answer)
 
 
 def test_llama_3s_frequencies_are_transformers(tiny_model: Path, tmp_path: Path) -> None:
