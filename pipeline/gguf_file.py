@@ -51,13 +51,12 @@ def write_base(folder: Path, path: Path, kind: str) -> None:
 
     UserError as of `refuse`, and where the layers' inputs do not fill whole blocks of `kind`.
     """
-    _write_model(folder, path, kind, {})
+    _write_model(folder, path, kind, None)
 
 
 def write_merged(folder: Path, adapter: Path, path: Path, kind: str) -> None:
     """As `write_base`, with the update of the PEFT adapter in `adapter` added to the weights in float32."""
-    lora = _read_lora(adapter)
-    _write_model(folder, path, kind, {name: lora.scale * (b @ a) for name, (a, b) in lora.pairs.items()})
+    _write_model(folder, path, kind, _read_lora(adapter))
 
 
 def write_adapter(adapter: Path, base: Path, path: Path, kind: str) -> None:
@@ -249,7 +248,7 @@ def _read_lora(adapter: Path) -> _Lora:
     return _Lora(rank, scale, {name: (pair["A"], pair["B"]) for name, pair in halves.items()})
 
 
-def _write_model(folder: Path, path: Path, kind: str, updates: dict[str, Array]) -> None:
+def _write_model(folder: Path, path: Path, kind: str, lora: _Lora | None) -> None:
     import gguf
 
     if kind not in params.GGUF_TYPES:
@@ -258,7 +257,8 @@ def _write_model(folder: Path, path: Path, kind: str, updates: dict[str, Array])
     theta, factors = checkpoint.rotation()
     vocabulary = _vocabulary(folder, checkpoint.config)
     tensors = weights(folder)
-    if unknown := sorted(set(updates) - set(tensors)):
+    pairs = lora.pairs if lora else {}
+    if unknown := sorted(set(pairs) - set(tensors)):
         raise UserError(f"the adapter changes {unknown[0]}, which {folder} does not have")
     config = checkpoint.config
     with records.replacing(path) as temporary:
@@ -288,7 +288,10 @@ def _write_model(folder: Path, path: Path, kind: str, updates: dict[str, Array])
                 yield factors
             for name, tensor in tensors.items():
                 array = tensor.float().numpy()
-                yield checkpoint.ordered(name, array + updates[name] if name in updates else array)
+                if lora and name in pairs:
+                    a_RxI, b_OxR = pairs[name]
+                    array = array + lora.scale * (b_OxR @ a_RxI)
+                yield checkpoint.ordered(name, array)
 
         _write(writer, listed, arrays())
 
@@ -385,7 +388,7 @@ def _vocabulary(folder: Path, config: dict[str, Any]) -> Callable[[Any], None]:
         writer.add_token_types(types)
         if kind == "sentencepiece":
             writer.add_token_scores(scores)
-            writer.add_add_space_prefix(True)
+            writer.add_add_space_prefix(tokenizer.backend_tokenizer.encode("a").tokens[-1].startswith("\u2581"))
         else:
             writer.add_token_merges(merges)
         if tokenizer.bos_token_id is not None:

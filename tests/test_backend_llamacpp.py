@@ -45,19 +45,25 @@ def infer(project: params.Params, variant: str, saved: adapter.Saved | None, **c
 
 
 @pytest.mark.parametrize(
-    ("family", "tied", "method"),
+    ("family", "tied", "method", "changes"),
     [
-        ("llama", True, "none"),
-        ("llama", False, "nf4"),
-        ("mistral", True, "none"),
-        ("qwen2", True, "none"),
-        ("qwen3", False, "none"),
+        ("llama", True, "none", {"attention_bias": True, "mlp_bias": True}),
+        ("llama", False, "nf4", {}),
+        ("mistral", True, "none", {}),
+        ("qwen2", True, "none", {}),
+        ("qwen3", False, "none", {}),
     ],
 )
 def test_base_and_adapted_write_what_transformers_writes(
-    project: params.Params, tiny_model: Path, tmp_path: Path, family: str, tied: bool, method: str
+    project: params.Params,
+    tiny_model: Path,
+    tmp_path: Path,
+    family: str,
+    tied: bool,
+    method: str,
+    changes: dict[str, Any],
 ) -> None:
-    quantized(project, made(family, tied, tiny_model, tmp_path / family), method)
+    quantized(project, made(family, tied, tiny_model, tmp_path / family, **changes), method)
     saved = trained(rslora=family == "llama")
     written = {}
     for name in ("transformers", "llama.cpp"):
