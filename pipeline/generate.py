@@ -2,7 +2,8 @@
 
 Greedy decoding goes through the scheduler of `pipeline.decode`, beam search through `transformers.generate`. Which
 examples are computed together follows from the prompts alone: they are taken in rounds, and a killed run goes on behind
-its last whole round, so that it writes what an uninterrupted one would have written.
+its last whole round, so that it writes what an uninterrupted one would have written. Several processes
+(`pipeline.distributed`) take whole rounds each, so their number changes no prediction.
 """
 
 import json
@@ -12,7 +13,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any, Protocol
 
-from pipeline import checkpoint, params, paths, records
+from pipeline import checkpoint, distributed, params, paths, records
 from pipeline import device as devices
 from pipeline import model as models
 from pipeline.progress import bar, say
@@ -69,13 +70,21 @@ def infer(
         recheck={},
     )
     identity = [asdict(decoding), runtime.model_dump(mode="json")]
+    distributed.require_same(checkpoint.key("infer", identity), "experiment")
+    planned = rounds(examples, prompts, generation.batch_size)
+    if len(planned) < distributed.processes():
+        say(
+            f"infer {variant}: {len(planned)} rounds for {distributed.processes()} processes, some of which have "
+            f"nothing to do; a smaller generation.batch_size gives more rounds"
+        )
+    own = distributed.share(planned, lambda families: sum(len(prompts[name]) for names in families for name in names))
     with checkpoint.folder(f"infer-{variant}", identity) as scratch:
-        written = Written(scratch / "predictions.jsonl")
+        written = Written(scratch / f"predictions-{distributed.rank()}.jsonl")
         model = models.load(device, runtime.keep_dequantized)
         if adapter is not None:
             model = adapter.load(model, facts["sha256"])
-        with bar(f"infer {variant}", len(prompts), "examples") as advance:
-            for families in rounds(examples, prompts, generation.batch_size):
+        with bar(f"infer {variant}", sum(len(names) for families in own for names in families), "examples") as advance:
+            for families in own:
                 names = [name for family in families for name in family]
                 if all(name in written.rows for name in names):
                     advance(len(names))
@@ -92,10 +101,14 @@ def infer(
                         )
                     )
                     advance(1)
-        again = recheck(model, config, prompts, generation)
-        same = sum(written.rows[name].text == text(tokenizer, ids) for name, ids in again.items())
-        decoding = replace(decoding, recheck={"examples": len(again), "identical": same})
-        records.write_rows(paths.predictions(variant), [written.rows[example.id] for example in examples])
+        again = {name: text(tokenizer, ids) for name, ids in recheck(model, config, prompts, generation).items()}
+        everything = distributed.gather((written.rows, again))
+        if distributed.rank() > 0:
+            return
+        predicted = {name: row for rows, _ in everything for name, row in rows.items()}
+        same = [predicted[name].text == alone for _, rechecked in everything for name, alone in rechecked.items()]
+        decoding = replace(decoding, recheck={"examples": len(same), "identical": sum(same)})
+        records.write_rows(paths.predictions(variant), [predicted[example.id] for example in examples])
         records.write_json(paths.decoding(variant), asdict(decoding))
 
 
@@ -186,10 +199,11 @@ def beam_search(model: Any, config: Any, prompts: Sequence[Sequence[int]]) -> li
 def recheck(
     model: Any, config: Any, prompts: Mapping[str, list[int]], generation: params.Generation
 ) -> dict[str, list[int]]:
-    """New token ids of `generation.recheck` prompts, evenly spread, each decoded alone."""
+    """New token ids of `generation.recheck` prompts, evenly spread, each decoded alone; of those, this process's."""
     count = generation.recheck
     names = list(prompts)[:: max(1, len(prompts) // count)][:count] if count else []
-    alone = ([[(name, prompts[name])]] for name in names)
+    own = distributed.share(names, lambda name: len(prompts[name]))
+    alone = ([[(name, prompts[name])]] for name in own)
     return dict(answer for families in alone for answer in complete(model, config, families, generation))
 
 
