@@ -1,6 +1,6 @@
 """Is an experiment over several processes the one of one process, on the default experiment's model and data?
 
-    python -m bench.processes [--steps 20] [--rows 60] [--project .]
+    python -m bench.processes [--steps 20] [--batch 12] [--rows 60] [--project .]
 
 Takes the base and the data of a project that has run, in a copy. Training: the loss of each step by 2 processes over
 gloo beside that of 1, in the base's dtype and in float32. Inference: the predictions of 2 beside those of 1, for some
@@ -31,12 +31,13 @@ TOLERANCE = 1e-4
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=20, help="of training")
+    parser.add_argument("--batch", type=int, default=12, help="rows of a step")
     parser.add_argument("--rows", type=int, default=60, help="of the test split")
     parser.add_argument("--project", type=Path, default=Path())
     given = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="processes-") as folder:
         place = Path(folder)
-        prepare(place, given.project.resolve(), given.steps, given.rows)
+        prepare(place, given.project.resolve(), given.steps, given.batch, given.rows)
         with chdir(place):
             fine = inference()
             fine &= heads()
@@ -46,7 +47,7 @@ def main() -> int:
     return 0 if fine else 1
 
 
-def prepare(place: Path, project: Path, steps: int, rows: int) -> None:
+def prepare(place: Path, project: Path, steps: int, batch: int, rows: int) -> None:
     """A project with another's base and data, of which training takes so many steps, and inference so many rows."""
     for path in (paths.BASE, paths.BASE_FACTS, paths.QUANTIZED, paths.QUANTIZED_FACTS):
         (place / path).parent.mkdir(parents=True, exist_ok=True)
@@ -55,11 +56,12 @@ def prepare(place: Path, project: Path, steps: int, rows: int) -> None:
     for name in ("dvc.yaml", "params.yaml", "constraints.txt"):
         shutil.copy(ROOT / name, place / name)
     content = YAML(typ="safe", pure=True).load(place / paths.PARAMS)
+    content["train"]["batch_size"] = batch
     # Of smaller batches inference has several rounds.
     content["generation"] |= {"batch_size": 4, "recheck": 2}
     content["runtime"] |= {"threads": 1, "device": "cpu"}
     YAML().dump(content, place / paths.PARAMS)
-    wanted = {"train": steps * content["train"]["batch_size"], "validation": 24, "test": rows}
+    wanted = {"train": steps * batch, "validation": 24, "test": rows}
     for split, count in wanted.items():
         lines = (project / paths.split(split)).read_text(encoding="utf-8").split("\n")[:count]
         (place / paths.DATA).mkdir(exist_ok=True)

@@ -18,7 +18,7 @@ import torch
 from ruamel.yaml import YAML
 from safetensors.torch import load_file
 
-from pipeline import adapter, device, distributed, generate, params, paths, quantize, records, stage, train
+from pipeline import adapter, device, distributed, generate, page, params, paths, quantize, records, stage, train
 from pipeline.errors import UserError
 from tests.conftest import ROOT, environment
 from tests.test_kills import SPAWNING
@@ -331,6 +331,7 @@ def test_the_stage_starts_its_members_and_notes_what_they_cost(quantized: params
     assert (cost["processes"], cost["threads"]) == (2, 1)
     assert cost["peak_memory_mb"] > 2 * 100
     assert cost["result_sha256"] == records.sha256_file(paths.training_summary(17))
+    assert page._spent("train@17", cost).device == "2 × cpu"
 
 
 # Attention heads over processes
