@@ -16,7 +16,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from pipeline import paths, records, stage
+from pipeline import distributed, paths, records, stage
 from pipeline.progress import say
 
 KEPT = 4
@@ -37,8 +37,14 @@ def key(name: str, identity: Any) -> str:
 def folder(name: str, identity: Any) -> Iterator[Path]:
     """Yield the stage's own scratch folder, with what an earlier run left there; remove it if the block succeeds.
 
-    UserError when another process is at work on the same stage.
+    Of several members of one stage (`pipeline.distributed`) the first holds the lock and removes the folder. UserError
+    when another process is at work on the same stage.
     """
+    if distributed.rank() > 0:
+        scratch = paths.SCRATCH / key(name, identity)
+        scratch.mkdir(exist_ok=True)
+        yield scratch
+        return
     with stage.alone(name):
         scratch = paths.SCRATCH / key(name, identity)
         scratch.mkdir(exist_ok=True)

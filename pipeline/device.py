@@ -5,7 +5,7 @@ import os
 import warnings
 from typing import TYPE_CHECKING
 
-from pipeline import params
+from pipeline import distributed, params
 from pipeline.errors import UserError
 from pipeline.progress import say
 
@@ -21,11 +21,12 @@ def choose(runtime: params.Runtime) -> "torch.device":
     import torch
 
     quieten()
-    torch.set_num_threads(runtime.threads or os.cpu_count() or 1)
+    torch.set_num_threads(runtime.threads or max(1, (os.cpu_count() or 1) // distributed.local_processes()))
     torch.use_deterministic_algorithms(True, warn_only=True)
     # Of no use here, since nothing reads memory before writing it, and not for free.
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
-    device = _found(cpu_only=runtime.device == "cpu")
+    cpu_only = runtime.device == "cpu"
+    device = distributed.join(cpu_only) if distributed.processes() > 1 else _found(cpu_only=cpu_only)
     if runtime.device not in ("auto", device.type):
         raise UserError(
             f"runtime.device = {runtime.device!r}, but this machine offers {device.type!r} "

@@ -2,7 +2,7 @@
 
 Who computes is one of `pipeline.backend`. Which examples are computed together follows from the prompts alone: they are
 taken in rounds, and a killed run goes on behind its last whole round, so that it writes what an uninterrupted one would
-have written.
+have written. Several processes (`pipeline.distributed`) take whole rounds each, so their number changes no prediction.
 """
 
 import json
@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from pipeline import backend as backends
-from pipeline import checkpoint, params, paths, records
+from pipeline import checkpoint, distributed, params, paths, records
 from pipeline import model as models
+from pipeline.errors import UserError
 from pipeline.progress import bar, say
 from pipeline.prompt import Encoder
 from pipeline.records import Decoding, Example, Prediction
@@ -33,8 +34,14 @@ def infer(
 ) -> None:
     """Write what the base, or the base with `adapter`, answers to every test prompt, and under which conditions.
 
-    UserError for prompts that do not fit, and for an adapter that is of another base or does not act.
+    UserError for prompts that do not fit, for an adapter that is of another base or does not act, and for a backend
+    that several processes cannot share.
     """
+    if generation.backend != "transformers" and distributed.processes() > 1:
+        raise UserError(
+            f"generation.backend = {generation.backend!r} computes in one process, and there are "
+            f"{distributed.processes()}: set runtime.processes to 1, or generation.backend to transformers"
+        )
     facts = records.read_json(paths.QUANTIZED_FACTS)
     tokenizer = models.tokenizer()
     encoder = Encoder(tokenizer, prompt, facts["context"])
@@ -64,10 +71,18 @@ def infer(
         recheck={},
     )
     identity = [asdict(decoding), runtime.model_dump(mode="json")]
+    distributed.require_same(checkpoint.key("infer", identity), "experiment")
+    planned = rounds(examples, prompts, generation.batch_size)
+    if len(planned) < distributed.processes():
+        say(
+            f"infer {variant}: {len(planned)} rounds for {distributed.processes()} processes, some of which have "
+            f"nothing to do; a smaller generation.batch_size gives more rounds"
+        )
+    own = distributed.share(planned, lambda families: sum(len(prompts[name]) for names in families for name in names))
     with checkpoint.folder(f"infer-{variant}", identity) as scratch:
-        written = Written(scratch / "predictions.jsonl")
-        with bar(f"infer {variant}", len(prompts), "examples") as advance:
-            for families in rounds(examples, prompts, generation.batch_size):
+        written = Written(scratch / f"predictions-{distributed.rank()}.jsonl")
+        with bar(f"infer {variant}", sum(len(names) for families in own for names in families), "examples") as advance:
+            for families in own:
                 names = [name for family in families for name in family]
                 if all(name in written.rows for name in names):
                     advance(len(names))
@@ -84,10 +99,15 @@ def infer(
                         )
                     )
                     advance(1)
-        again = recheck(backend, engine, prompts, generation.recheck)
-        same = sum(written.rows[name].text == text(tokenizer, ids) for name, ids in again.items())
-        decoding = replace(decoding, recheck={"examples": len(again), "identical": same})
-        records.write_rows(paths.predictions(variant), [written.rows[example.id] for example in examples])
+        alone = recheck(backend, engine, prompts, generation.recheck)
+        again = {name: text(tokenizer, ids) for name, ids in alone.items()}
+        everything = distributed.gather((written.rows, again))
+        if distributed.rank() > 0:
+            return
+        predicted = {name: row for rows, _ in everything for name, row in rows.items()}
+        same = [predicted[name].text == said for _, rechecked in everything for name, said in rechecked.items()]
+        decoding = replace(decoding, recheck={"examples": len(same), "identical": sum(same)})
+        records.write_rows(paths.predictions(variant), [predicted[example.id] for example in examples])
         records.write_json(paths.decoding(variant), asdict(decoding))
 
 
@@ -128,9 +148,10 @@ def rounds(examples: Sequence[Example], prompts: Mapping[str, Sequence[int]], ro
 def recheck(
     backend: backends.Backend, engine: Any, prompts: Mapping[str, list[int]], count: int
 ) -> dict[str, list[int]]:
-    """New token ids of `count` prompts, evenly spread, each decoded alone."""
+    """New token ids of `count` prompts, evenly spread, each decoded alone; of those, this process's."""
     names = list(prompts)[:: max(1, len(prompts) // count)][:count] if count else []
-    alone = ([[(name, prompts[name])]] for name in names)
+    own = distributed.share(names, lambda name: len(prompts[name]))
+    alone = ([[(name, prompts[name])]] for name in own)
     return dict(answer for families in alone for answer in backend.complete(engine, families))
 
 

@@ -140,6 +140,8 @@ def origin(seeds: list[int]) -> Origin:
 
 def _spent(stage: str, cost: dict[str, Any]) -> Spent:
     names = ("seconds", "peak_memory_mb", "peak_device_memory_mb", "energy_kwh", "energy_meter", "device", "threads")
+    if "processes" in cost:  # threads are of one, memory is of all of them
+        cost = cost | {"device": f"{cost['processes']} × {cost['device']}"}
     return Spent(stage, *(cost.get(name) for name in names))
 
 

@@ -304,6 +304,7 @@ class Runtime(Section):
     key = "runtime"
     device: Literal["auto", "cpu", "cuda", "mps"]
     threads: Annotated[int, Field(ge=0, le=1024)]
+    processes: Annotated[int, Field(ge=1, le=1024)]
     keep_dequantized: bool
     vllm: str | None
 

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any
 
 import psutil
 from filelock import FileLock, Timeout
@@ -35,23 +36,26 @@ def run(stage: str, call: Callable[[params.Declared], None], result: Path | None
     process(address(stage, sys.argv[1:]), lambda: call(params.read(stage)), result)
 
 
-def process(name: str, call: Callable[[], None], result: Path | None = None) -> None:
+def process(
+    name: str, call: Callable[[], dict[str, Any] | None], result: Path | None = None, shared: bool = False
+) -> None:
     """Do what a process is for, under the lock `name`; with `result`, the output that tells one run of it from another,
     note its cost.
 
     The cost is no output of the pipeline: it differs from run to run, and `dvc.lock` must not. It names the content of
-    the result that it was paid for, so it can be told from the cost of an earlier result in the same place.
+    the result that it was paid for, so it can be told from the cost of an earlier result in the same place. What the
+    call returns takes the place of what this process measures of itself: other processes may have done the work
+    (`shared`, `pipeline.distributed`).
     A UserError is printed without a traceback, and the process exits with 1; an interrupted one exits with 130.
     """
-    # Read by libraries when they are imported, which happens inside the call. Without a terminal, bars are litter.
-    if not sys.stderr.isatty():
-        os.environ.setdefault("TQDM_DISABLE", "1")
-    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    # OpenMP's threads wait for each other by spinning for milliseconds, which takes the cores from a second experiment.
-    os.environ.setdefault("GOMP_SPINCOUNT", "5000")
+    set_environment()
     started = time.monotonic()
     try:
+        if not shared and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            raise UserError(
+                f"{name} computes in one process, but WORLD_SIZE = {os.environ['WORLD_SIZE']} in the environment says "
+                "that a launcher started several: start it without one, by `dvc repro`"
+            )
         with alone(name):
             require_pinned_versions()
             remove_leftovers()
@@ -59,15 +63,25 @@ def process(name: str, call: Callable[[], None], result: Path | None = None) -> 
                 call()
                 return
             with energy.metered() as end:
-                call()
-                cost = _cost(time.monotonic() - started) | end()
-            records.write_json(paths.costs(result), cost | {"result_sha256": records.sha256_file(result)})
+                measured = call()
+                paid = {"seconds": round(time.monotonic() - started, 3)} | (measured or cost()) | end()
+            records.write_json(paths.costs(result), paid | {"result_sha256": records.sha256_file(result)})
     except UserError as error:
         print(f"\nerror: {error}\n", file=sys.stderr, flush=True)
         sys.exit(1)
     except KeyboardInterrupt:
         print("\ninterrupted: `dvc repro` goes on from here\n", file=sys.stderr, flush=True)
         sys.exit(130)
+
+
+def set_environment() -> None:
+    """What libraries read when they are imported, which happens inside a stage's call."""
+    if not sys.stderr.isatty():  # bars are litter
+        os.environ.setdefault("TQDM_DISABLE", "1")
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    # OpenMP's threads wait for each other by spinning for milliseconds, which takes the cores from a second experiment.
+    os.environ.setdefault("GOMP_SPINCOUNT", "5000")
 
 
 def address(stage: str, arguments: list[str]) -> str:
@@ -138,18 +152,17 @@ def remove_leftovers() -> None:
                 path.unlink(missing_ok=True)
 
 
-def _cost(seconds: float) -> dict[str, object]:
-    """Wall time, peak memory of this process (and of the accelerator, where there is one), device and threads; what
-    `energy.metered` gives comes on top."""
+def cost() -> dict[str, Any]:
+    """Peak memory of this process (and of the accelerator, where there is one), device and threads."""
     # getrusage counts in bytes on macOS, in KiB elsewhere.
     peak_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-    cost: dict[str, object] = {"seconds": round(seconds, 3), "peak_memory_mb": round(peak_bytes / 2**20, 1)}
+    found: dict[str, Any] = {"peak_memory_mb": round(peak_bytes / 2**20, 1)}
     torch = sys.modules.get("torch")
     if torch is not None:
-        cost["threads"] = torch.get_num_threads()
+        found["threads"] = torch.get_num_threads()
         if torch.cuda.is_available() and torch.cuda.is_initialized():
-            cost["device"] = torch.cuda.get_device_name()
-            cost["peak_device_memory_mb"] = round(torch.cuda.max_memory_allocated() / 2**20, 1)
+            found["device"] = torch.cuda.get_device_name()
+            found["peak_device_memory_mb"] = round(torch.cuda.max_memory_allocated() / 2**20, 1)
         else:
-            cost["device"] = "mps" if torch.backends.mps.is_available() else "cpu"
-    return cost
+            found["device"] = "mps" if torch.backends.mps.is_available() else "cpu"
+    return found

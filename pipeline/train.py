@@ -4,6 +4,10 @@ The loss of a step is the mean over all supervised tokens of its batch, however 
 adapter computes in the model's dtype; gradients are summed and the update is made in float32. Order, dropout and
 learning rate of a step depend on the seed and the step's number alone, so training can stop and go on anywhere.
 
+Several processes (`pipeline.distributed`) divide the groups of each step's batch, and of validation, among them, and
+sum gradients and losses over the supervised tokens of all: up to rounding, what one process computes. Dropout alone
+differs, since each process draws of its own.
+
 Overfitting is watched by the loss on the validation split. With `early_stopping`, training ends once that has not
 fallen for so many validations, and the adapter of the lowest is kept; what is kept is among the states after the first
 step, since the state before it is the base. The training loss beside it is of the same kind: in evaluation mode, by the
@@ -17,7 +21,7 @@ from dataclasses import asdict, astuple, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipeline import adapter, checkpoint, loss, pack, params, paths, quantize, records
+from pipeline import adapter, checkpoint, distributed, loss, pack, params, paths, quantize, records
 from pipeline import device as devices
 from pipeline import model as models
 from pipeline.errors import UserError
@@ -72,6 +76,12 @@ def train(seed: int, prompt: params.Prompt, lora: params.Lora, train: params.Tra
             f"its first step, too few to wait so long: lower it, raise train.epochs, or validate more often with "
             f"train.validate_every (training has {len(plan)} steps)"
         )
+    groups = max(len(batch) for _, batch in plan)
+    if groups < distributed.processes():
+        raise UserError(
+            f"runtime.processes = {distributed.processes()}, but a step's batch has {groups} groups of rows at most to "
+            f"divide among them: lower it, or raise train.batch_size"
+        )
     validation = pack.trees(validation_rows)
     device = devices.choose(runtime)
     sample = evenly(pack.trees(rows), len(validation_rows))
@@ -83,10 +93,12 @@ def train(seed: int, prompt: params.Prompt, lora: params.Lora, train: params.Tra
         "runtime": runtime.model_dump(mode="json"),
         "effective": [device.type, devices.threads(device)],
     }
+    distributed.require_same(checkpoint.key("train", identity), "experiment")
     with checkpoint.folder(f"train-{seed}", identity) as scratch:
         model = adapter.attach(models.load(device, runtime.keep_dequantized), lora, seed)
         trainer = Trainer(model, train, seed, len(plan))
         trainer.resume(scratch)
+        distributed.require_same(len(trainer.log), "checkpoint")
         say(
             f"train {seed}: {len(rows)} rows ({dropped} dropped), {len(plan)} steps, "
             f"{trainer.parameters:,} trainable parameters"
@@ -104,13 +116,15 @@ def train(seed: int, prompt: params.Prompt, lora: params.Lora, train: params.Tra
                     publish_validation(seed, len(trainer.log), trainer.validation[-1]["loss"])
                 trainer.step(batch, epoch)
                 advance(1)
-                if time.monotonic() - last_saved > SECONDS_BETWEEN_CHECKPOINTS:
+                if distributed.rank() == 0 and time.monotonic() - last_saved > SECONDS_BETWEEN_CHECKPOINTS:
                     trainer.save(scratch)
                     last_saved = time.monotonic()
         trainer.validate(validation)
         trainer.keep_best()
         training_loss = trainer.loss(sample, "training rows")
         trainer.write_masters()
+        if distributed.rank() > 0:
+            return
         adapter.save(model, paths.adapter(seed), facts["sha256"])
         curve = records.csv_text(list(Step.__dataclass_fields__), map(astuple, trainer.log))
         records.write_text(paths.training_log(seed), curve)
@@ -186,11 +200,12 @@ class Trainer:
 
         number = len(self.log)
         self.model.train()
-        torch.manual_seed(_mix(self.seed, number))  # of dropout
+        torch.manual_seed(_mix(self.seed, number) + distributed.rank())  # of dropout
         supervised = sum(tree.supervised for tree in batch)
         gradients = {name: torch.zeros_like(master) for name, master in self.masters.items()}
         total = 0.0
-        for part in pack.micro_batches(batch, self.train.micro_batch_tokens):
+        own = distributed.share(batch, lambda tree: tree.tokens)
+        for part in pack.micro_batches(own, self.train.micro_batch_tokens):
             part_loss = loss.summed(self.model, pack.pack(part, self.model.device)) / supervised
             part_loss.backward()
             total += part_loss.item()
@@ -198,6 +213,7 @@ class Trainer:
                 if tensor.grad is not None:
                     gradients[name] += tensor.grad
                     tensor.grad = None
+        total = distributed.add_up(total, list(gradients.values()))
         norm = float(torch.nn.utils.get_total_norm(list(gradients.values())))
         if not math.isfinite(total) or not math.isfinite(norm):
             raise UserError(
@@ -218,6 +234,7 @@ class Trainer:
         """Append the mean loss over all validation rows; with early stopping, hold on to the best state."""
         if any(entry["step"] == len(self.log) for entry in self.validation) or not trees:
             return
+        distributed.require_same(self.masters, "adapter")
         mean = self.loss(trees, "validate")
         if not math.isfinite(mean):
             raise UserError(f"the validation loss at step {len(self.log)} is {mean}; lower train.learning_rate")
@@ -230,13 +247,14 @@ class Trainer:
         import torch
 
         self.model.eval()
-        parts = pack.micro_batches(trees, self.train.micro_batch_tokens)
+        own = distributed.share(trees, lambda tree: tree.tokens)
+        parts = pack.micro_batches(own, self.train.micro_batch_tokens)
         total = 0.0
         with torch.no_grad(), bar(f"{label} {self.seed}", len(parts), "parts") as advance:
             for part in parts:
                 total += loss.summed(self.model, pack.pack(part, self.model.device)).item()
                 advance(1)
-        return total / sum(tree.supervised for tree in trees)
+        return distributed.add_up(total) / sum(tree.supervised for tree in trees)
 
     def keep_best(self) -> None:
         """With early stopping, go back to the state whose validation loss was the lowest."""

@@ -1,6 +1,6 @@
 """Stage infer@base: what the base writes for the test split. Depends on nothing of LoRA or training."""
 
-from pipeline import generate, params, paths, stage
+from pipeline import distributed, generate, params, paths
 
 
 def main(declared: params.Declared) -> None:
@@ -8,4 +8,4 @@ def main(declared: params.Declared) -> None:
 
 
 if __name__ == "__main__":
-    stage.run("infer", main, result=paths.predictions("base"))
+    distributed.run("infer", main, result=paths.predictions("base"))

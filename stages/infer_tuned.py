@@ -2,7 +2,7 @@
 
 import argparse
 
-from pipeline import adapter, generate, params, paths, stage
+from pipeline import adapter, distributed, generate, params, paths
 
 
 def main(declared: params.Declared, seed: int) -> None:
@@ -14,4 +14,4 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seed", type=int, required=True)
     seed = parser.parse_args().seed
-    stage.run("infer-tuned", lambda declared: main(declared, seed), result=paths.predictions(paths.variant(seed)))
+    distributed.run("infer-tuned", lambda declared: main(declared, seed), result=paths.predictions(paths.variant(seed)))

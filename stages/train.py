@@ -2,7 +2,7 @@
 
 import argparse
 
-from pipeline import params, paths, stage, train
+from pipeline import distributed, params, paths, train
 
 
 def main(declared: params.Declared, seed: int) -> None:
@@ -14,4 +14,4 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seed", type=int, required=True)
     seed = parser.parse_args().seed
-    stage.run("train", lambda declared: main(declared, seed), result=paths.training_summary(seed))
+    distributed.run("train", lambda declared: main(declared, seed), result=paths.training_summary(seed))

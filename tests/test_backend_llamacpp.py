@@ -153,7 +153,7 @@ def test_the_device_is_one_of_this_build_of_llama_cpp(
     import xllamacpp
 
     monkeypatch.setattr(xllamacpp, "get_device_info", lambda: [{"name": name} for name in names])
-    runtime = params.Runtime(device=asked, threads=1, keep_dequantized=True, vllm=None)
+    runtime = params.Runtime(device=asked, threads=1, processes=1, keep_dequantized=True, vllm=None)
     if found is None:
         with pytest.raises(UserError, match=f"runtime.device = '{asked}', but this build of llama.cpp offers"):
             backend_llamacpp._device(runtime)

@@ -55,7 +55,7 @@ def taken(folder: Path, method: str) -> Any:
         params.Quantize(
             method=method, double_quantization=four_bits, int8_threshold=6.0, perplexity_tokens=256  # type: ignore[arg-type]
         ),
-        params.Runtime(device="cpu", threads=1, keep_dequantized=True, vllm=None),
+        params.Runtime(device="cpu", threads=1, processes=1, keep_dequantized=True, vllm=None),
     )  # fmt: skip
     return models.load(CPU, keep_dequantized=True)
 

@@ -98,7 +98,7 @@ def test_a_killed_run_goes_on_behind_its_last_whole_line(
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(backend_transformers, "complete", dies)
         infer(quantized, batch_size=1)
-    (file,) = paths.SCRATCH.glob("infer-base-*/predictions.jsonl")
+    (file,) = paths.SCRATCH.glob("infer-base-*/predictions-0.jsonl")
     assert len(file.read_text().splitlines()) == 6
     file.write_text(file.read_text()[:-20])  # the last line cut off by a power failure
     capsys.readouterr()

@@ -1,0 +1,155 @@
+"""Is an experiment over several processes the one of one process, on the default experiment's model and data?
+
+    python -m bench.processes [--steps 20] [--batch 12] [--rows 60] [--project .]
+
+Takes the base and the data of a project that has run, in a copy. Training: the loss of each step by 2 processes over
+gloo beside that of 1, in the base's dtype and in float32. Inference: the predictions of 2 beside those of 1, for some
+test rows. Attention heads: the logits of 3 processes beside those of transformers' undivided model, in float32. All
+with one thread a process. Exits with 1 where losses or logits differ by more than 1e-4 in float32, or a text differs.
+"""
+
+import argparse
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from contextlib import chdir
+from pathlib import Path
+from typing import Any
+
+from ruamel.yaml import YAML
+
+from pipeline import distributed, params, paths, quantize, records
+from pipeline import model as models
+
+ROOT = Path(__file__).parent.parent
+TOLERANCE = 1e-4
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--steps", type=int, default=20, help="of training")
+    parser.add_argument("--batch", type=int, default=12, help="rows of a step")
+    parser.add_argument("--rows", type=int, default=60, help="of the test split")
+    parser.add_argument("--project", type=Path, default=Path())
+    given = parser.parse_args()
+    with tempfile.TemporaryDirectory(prefix="processes-") as folder:
+        place = Path(folder)
+        prepare(place, given.project.resolve(), given.steps, given.batch, given.rows)
+        with chdir(place):
+            fine = inference()
+            fine &= heads()
+            training()
+            to_float32()
+            fine &= training() <= TOLERANCE
+    return 0 if fine else 1
+
+
+def prepare(place: Path, project: Path, steps: int, batch: int, rows: int) -> None:
+    """A project with another's base and data, of which training takes so many steps, and inference so many rows."""
+    for path in (paths.BASE, paths.BASE_FACTS, paths.QUANTIZED, paths.QUANTIZED_FACTS):
+        (place / path).parent.mkdir(parents=True, exist_ok=True)
+        copy = shutil.copytree if (project / path).is_dir() else shutil.copy
+        copy(project / path, place / path)
+    for name in ("dvc.yaml", "params.yaml", "constraints.txt"):
+        shutil.copy(ROOT / name, place / name)
+    content = YAML(typ="safe", pure=True).load(place / paths.PARAMS)
+    content["train"]["batch_size"] = batch
+    # Of smaller batches inference has several rounds.
+    content["generation"] |= {"batch_size": 4, "recheck": 2}
+    content["runtime"] |= {"threads": 1, "device": "cpu"}
+    YAML().dump(content, place / paths.PARAMS)
+    wanted = {"train": steps * batch, "validation": 24, "test": rows}
+    for split, count in wanted.items():
+        lines = (project / paths.split(split)).read_text(encoding="utf-8").split("\n")[:count]
+        (place / paths.DATA).mkdir(exist_ok=True)
+        (place / paths.split(split)).write_text("\n".join(lines).rstrip("\n") + "\n", encoding="utf-8")
+
+
+def stage(processes: int, *command: str) -> float:
+    """Run a stage over so many processes; its seconds."""
+    content = YAML(typ="safe", pure=True).load(paths.PARAMS)
+    content["runtime"]["processes"] = processes
+    YAML().dump(content, paths.PARAMS)
+    started = time.monotonic()
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-m", *command], env=environment, capture_output=True, text=True)
+    if done.returncode:
+        sys.exit(done.stdout + done.stderr)
+    return time.monotonic() - started
+
+
+def training() -> float:
+    """The largest relative difference of a step's loss, or of a validation's."""
+    seen: list[list[float]] = []
+    seconds = []
+    for processes in (1, 2):
+        seconds.append(stage(processes, "stages.train", "--seed", "17"))
+        steps = paths.training_log(17).read_text(encoding="utf-8").splitlines()[1:]
+        validation: list[dict[str, float]] = records.read_json(paths.training_summary(17))["validation"]
+        seen.append([float(line.split(",")[2]) for line in steps] + [entry["loss"] for entry in validation])
+    differences = [abs(one - two) / one for one, two in zip(*seen, strict=True)]
+    largest, validated = max(differences[: len(steps)]), max(differences[len(steps) :])
+    dtype = records.read_json(paths.QUANTIZED_FACTS)["dtype"]
+    print(
+        f"training, {dtype}, {len(steps)} steps: the losses of 2 processes differ from those of 1 by {largest:.1e} at "
+        f"most (relative; at the first step {differences[0]:.1e}), validation losses by {validated:.1e}; "
+        f"{seconds[0]:.0f} s and {seconds[1]:.0f} s",
+        flush=True,
+    )
+    return float(max(differences))
+
+
+def inference() -> bool:
+    seen, seconds = [], []
+    for processes in (1, 2):
+        seconds.append(stage(processes, "stages.infer"))
+        seen.append((paths.predictions("base").read_bytes(), paths.decoding("base").read_bytes()))
+    rows = seen[0][0].count(b"\n")
+    same = seen[0] == seen[1]
+    print(
+        f"inference, {rows} rows: the predictions of 2 processes are {'' if same else 'not '}byte for byte those of 1; "
+        f"{seconds[0]:.0f} s and {seconds[1]:.0f} s",
+        flush=True,
+    )
+    return same
+
+
+def heads() -> bool:
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    source = records.read_rows(paths.split("test"), records.Example)[0].source
+    ids: list[int] = models.tokenizer()(source).input_ids
+    whole = AutoModelForCausalLM.from_pretrained(paths.BASE, dtype=torch.float32).eval()
+    with torch.no_grad():
+        expected_1xLxV = whole(input_ids=torch.tensor([ids])).logits
+    split = distributed.split(paths.BASE, [ids], 3)
+    largest = float((split.logits_BxLxV - expected_1xLxV).abs().max())
+    config = whole.config
+    print(
+        f"heads: {config.num_attention_heads} and {config.num_key_value_heads} over 3 processes, {len(ids)} tokens: "
+        f"logits differ by {largest:.1e} at most; parameters {sum(p.numel() for p in whole.parameters()):,}, of which "
+        f"the processes hold {', '.join(f'{count:,}' for count in split.parameters)}",
+        flush=True,
+    )
+    return largest <= TOLERANCE
+
+
+def to_float32() -> None:
+    """The same base in float32, quantized anew."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    given = params.load()
+    AutoModelForCausalLM.from_pretrained(paths.BASE, dtype=torch.float32).save_pretrained(paths.BASE)
+    facts: dict[str, Any] = records.read_json(paths.BASE_FACTS)
+    records.write_json(paths.BASE_FACTS, facts | {"dtype": "float32", "sha256": records.sha256_tree(paths.BASE)})
+    shutil.rmtree(paths.QUANTIZED)
+    quantize.quantize(given.quantize.model_copy(update={"perplexity_tokens": 256}), given.runtime)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,375 @@
+"""Several processes: nothing is computed twice or by nobody, the results are those of one, none outlives another."""
+
+import contextlib
+import os
+import random
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from ruamel.yaml import YAML
+from safetensors.torch import load_file
+
+from pipeline import adapter, device, distributed, generate, page, params, paths, quantize, records, stage, train
+from pipeline.errors import UserError
+from tests.conftest import ROOT, environment
+from tests.test_kills import SPAWNING
+
+
+def test_a_division_holds_every_item_once_and_is_even() -> None:
+    draw = random.Random(1)
+    for count in range(1, 6):
+        items = [(number, draw.randint(1, 100)) for number in range(draw.randint(0, 30))]
+        shares = distributed.divide(items, lambda item: item[1], count)
+        assert len(shares) == count
+        assert sorted(item for one in shares for item in one) == items
+        loads = [sum(weight for _, weight in one) for one in shares]
+        assert max(loads) - min(loads) <= max([weight for _, weight in items], default=0)
+    assert distributed.divide([1, 3, 2], int, 1) == [[1, 3, 2]]
+
+
+# Members that compute
+
+
+@pytest.fixture
+def quantized(project: params.Params, tiny_model: Path) -> params.Params:
+    """A project with the quantized base in place, and a round of inference for each group of its test split."""
+    shutil.copytree(tiny_model, paths.BASE)
+    facts = {"context": 512, "dtype": "float32", "stop_ids": [1], "sha256": records.sha256_tree(paths.BASE)}
+    records.write_json(paths.BASE_FACTS, facts)
+    quantize.quantize(project.quantize, project.runtime)
+    return project.model_copy(
+        update={
+            "train": project.train.model_copy(update={"epochs": 2}),
+            "generation": project.generation.model_copy(update={"batch_size": 1}),
+        }
+    )
+
+
+def trained(project: params.Params) -> None:
+    train.train(17, project.prompt, project.lora, project.train, project.runtime)
+
+
+def trained_with_checkpoints(project: params.Params) -> None:
+    train.SECONDS_BETWEEN_CHECKPOINTS = 0.0
+    trained(project)
+
+
+def dying(project: params.Params) -> None:
+    """Process 1 is gone before the fourth step."""
+    step = train.Trainer.step
+
+    def stepping(self: train.Trainer, batch: Any, epoch: float) -> None:
+        if len(self.log) == 3 and distributed.rank() == 1:
+            os._exit(9)
+        step(self, batch, epoch)
+
+    train.Trainer.step = stepping  # type: ignore[method-assign]
+    trained_with_checkpoints(project)
+
+
+def differing(project: params.Params) -> None:
+    """The processes' adapters drift apart."""
+    step = train.Trainer.step
+
+    def stepping(self: train.Trainer, batch: Any, epoch: float) -> None:
+        step(self, batch, epoch)
+        next(iter(self.masters.values())).add_(distributed.rank() * 1e-6)
+
+    train.Trainer.step = stepping  # type: ignore[method-assign]
+    trained(project)
+
+
+def inferred(project: params.Params) -> None:
+    generate.infer("base", project.prompt, project.generation, project.runtime)
+
+
+def a_member(number: int, count: int, port: int, call: Callable[[params.Params], None], project: params.Params) -> None:
+    os.environ |= {"RANK": str(number), "LOCAL_RANK": str(number), "WORLD_SIZE": str(count)}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    with Path(f"printed-{number}").open("w") as printed, contextlib.redirect_stdout(printed):
+        try:
+            call(project)
+        except UserError as error:
+            print(f"error: {error}")
+            raise SystemExit(1) from None
+        finally:
+            printed.flush()
+
+
+def members(project: params.Params, call: Callable[[params.Params], None], count: int = 2) -> list[int | None]:
+    """Run `call` in `count` processes that are forked from one which has torch loaded; their exit codes."""
+    runtime = project.runtime.model_copy(update={"processes": count})
+    project = project.model_copy(update={"runtime": runtime})
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    started = [SPAWNING.Process(target=a_member, args=(n, count, port, call, project)) for n in range(count)]
+    for one in started:
+        one.start()
+    for one in started:
+        one.join()
+    return [one.exitcode for one in started]
+
+
+def curve() -> list[float]:
+    lines = paths.training_log(17).read_text().splitlines()
+    return [float(line.split(",")[2]) for line in lines[1:]]
+
+
+def outputs() -> dict[str, str]:
+    files = [*paths.adapter(17).iterdir(), paths.training_summary(17), paths.training_log(17)]
+    return {path.name: records.sha256_file(path) for path in files}
+
+
+def test_two_processes_train_the_adapter_of_one(quantized: params.Params) -> None:
+    trained(quantized)
+    losses, summary = curve(), records.read_json(paths.training_summary(17))
+    weights = load_file(paths.adapter(17) / adapter.WEIGHTS)
+    shutil.rmtree(paths.OUT / "adapters")
+    assert members(quantized, trained) == [0, 0]
+    assert curve() == pytest.approx(losses, rel=1e-4)
+    again = records.read_json(paths.training_summary(17))
+    for name in ("best_loss", "training_loss", "largest_grad_norm"):
+        assert again[name] == pytest.approx(summary[name], rel=1e-4)
+    for name in ("rows", "steps", "tokens", "supervised_tokens", "validation_rows"):
+        assert again[name] == summary[name]
+    for name, tensor in load_file(paths.adapter(17) / adapter.WEIGHTS).items():
+        assert torch.allclose(tensor, weights[name], atol=1e-3), name
+
+
+def test_processes_of_which_one_died_go_on_and_end_as_if_it_had_not(quantized: params.Params) -> None:
+    assert members(quantized, trained) == [0, 0]
+    expected = outputs()
+    codes = members(quantized, dying)
+    assert codes[1] == 9
+    assert codes[0] not in (0, None)
+    assert members(quantized, trained_with_checkpoints) == [0, 0]
+    assert "going on from step 3" in Path("printed-0").read_text()
+    assert outputs() == expected
+    assert not list(paths.SCRATCH.glob("train-17-*"))
+
+
+def test_processes_that_drift_apart_fail(quantized: params.Params) -> None:
+    assert members(quantized, differing) == [1, 1]
+    assert "process 1 of 2 (counted from 0) has another adapter than process 0" in Path("printed-0").read_text()
+
+
+def test_two_processes_write_what_one_writes(quantized: params.Params) -> None:
+    inferred(quantized)
+    expected = [path.read_bytes() for path in (paths.predictions("base"), paths.decoding("base"))]
+    shutil.rmtree(paths.PREDICTIONS)
+    assert members(quantized, inferred) == [0, 0]
+    assert [path.read_bytes() for path in (paths.predictions("base"), paths.decoding("base"))] == expected
+    assert "4/4 examples" in Path("printed-0").read_text()
+    assert not list(paths.SCRATCH.glob("infer-base-*"))
+
+
+def test_more_processes_than_a_batch_has_groups_are_refused(
+    quantized: params.Params, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(distributed, "processes", lambda: 3)
+    with pytest.raises(UserError, match=r"runtime.processes = 3, but a step's batch has 2 groups of rows at most"):
+        trained(quantized)
+
+
+# What a machine offers
+
+
+@pytest.mark.parametrize(
+    ("gpus", "mps", "told"),
+    [
+        (1, False, "asks for 2 processes on this machine, each with a GPU of its own, and it has 1: lower"),
+        (0, True, "runtime.processes = 4, but MPS computes in one process: set runtime.processes to 1"),
+    ],
+)
+def test_processes_that_the_devices_cannot_serve_are_refused(
+    monkeypatch: pytest.MonkeyPatch, gpus: int, mps: bool, told: str
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpus > 0)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: mps)
+    with pytest.raises(UserError, match=told):
+        distributed.join(cpu_only=False)
+
+
+def test_the_cores_are_divided_and_a_number_of_threads_is_each_processes_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = torch.get_num_threads()
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    monkeypatch.setattr(os, "cpu_count", lambda: 6)
+    monkeypatch.setattr(distributed, "join", lambda _: torch.device("cpu"))
+    try:
+        for given, threads in ((0, 3), (2, 2)):
+            device.choose(params.Runtime(device="cpu", threads=given, processes=4, keep_dequantized=True, vllm=None))
+            assert torch.get_num_threads() == threads
+    finally:
+        torch.set_num_threads(before)
+
+
+# A stage and its members
+
+HEAD = "import os, sys, time\nfrom pipeline import distributed as d\nfrom pipeline.errors import UserError\n"
+HEAD += "d._leave_with_the_starter()\n"
+
+
+def program(body: str) -> list[str]:
+    """A member whose call is `body`."""
+    lines = "\n".join(f"    {line}" for line in body.splitlines())
+    return [sys.executable, "-c", f"{HEAD}def call():\n{lines}\nd.member(call)\n"]
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    return tmp_path / "members"
+
+
+WAIT = "if d.rank() == 0: time.sleep(60)\n"
+"""Whoever is ended last must not be waited for."""
+
+
+def test_members_know_their_number_and_the_first_gives_the_result(folder: Path) -> None:
+    body = "print('second') if d.rank() else 0\nreturn {'rank': d.rank(), 'processes': d.processes()}"
+    assert distributed.launch(program(body), 2, folder) == {"rank": 0, "processes": 2}
+    assert not folder.exists()
+
+
+@pytest.mark.parametrize(
+    ("body", "told"),
+    [
+        ("raise UserError('the third row is bad')", "^the third row is bad$"),
+        (
+            "os.kill(os.getpid(), 9)",
+            r"^process 1 of 2 \(counted from 0\) was killed \(SIGKILL\), and the others were ended; if it was the "
+            "system for want of memory, lower runtime.processes: `dvc repro` goes on from the last checkpoint$",
+        ),
+        ("1 / 0", r"^process 1 of 2 \(counted from 0\) failed with exit code 1, and the others were ended: `dvc"),
+    ],
+)
+def test_one_that_fails_takes_the_others_along(
+    folder: Path, capfd: pytest.CaptureFixture[str], body: str, told: str
+) -> None:
+    started = time.monotonic()
+    with pytest.raises(UserError, match=told):
+        distributed.launch(program(WAIT + body), 2, folder)
+    assert time.monotonic() - started < 30
+    assert ("ZeroDivisionError" in capfd.readouterr().err) == (body == "1 / 0")
+    assert not folder.exists()
+
+
+STARTER = """
+import signal, sys
+from pathlib import Path
+from pipeline import distributed
+signal.signal(signal.SIGINT, signal.default_int_handler)  # what starts the tests may ignore it
+distributed.launch([sys.executable, "-c", sys.argv[1]], 2, Path("members"))
+"""
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
+def test_members_end_with_the_process_that_started_them(folder: Path, how: signal.Signals) -> None:
+    assert not folder.exists()
+    os.mkfifo("alive")
+    member = program("held = open('alive', 'w')\nheld.write('x')\nheld.flush()\ntime.sleep(60)")
+    with (
+        subprocess.Popen([sys.executable, "-c", STARTER, member[2]], stderr=subprocess.DEVNULL) as starter,
+        Path("alive").open("rb", buffering=0) as alive,
+    ):
+        assert len(alive.read(1) + alive.read(1)) == 2  # both members have opened this pipe
+        starter.send_signal(how)
+        assert alive.read() == b""  # it ends once nobody holds its other end
+    assert starter.returncode != 0
+
+
+def test_a_launcher_that_started_another_number_is_refused(
+    project: params.Params, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert project
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setattr(sys, "argv", ["train.py", "--seed", "17"])
+    called: list[params.Declared] = []
+    with pytest.raises(SystemExit, match="1"):
+        distributed.run("train", called.append, paths.training_summary(17))
+    assert "runtime.processes = 1, but WORLD_SIZE = 2 in the environment says how many" in capsys.readouterr().err
+    monkeypatch.setattr(sys, "argv", ["quantize.py"])
+    with pytest.raises(SystemExit, match="1"):
+        stage.run("quantize", called.append)
+    assert "quantize computes in one process, but WORLD_SIZE = 2" in capsys.readouterr().err
+    assert called == []
+
+
+def test_the_stage_starts_its_members_and_notes_what_they_cost(quantized: params.Params) -> None:
+    content = YAML(typ="safe", pure=True).load(paths.PARAMS.read_text())
+    content["runtime"]["processes"] = 2
+    content["train"]["epochs"] = 2
+    YAML().dump(content, paths.PARAMS)
+    assert members(quantized, trained) == [0, 0]
+    expected = outputs()
+    shutil.rmtree(paths.OUT / "adapters")
+    done = subprocess.run(
+        [sys.executable, "-m", "stages.train", "--seed", "17"],
+        env=environment() | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.count("trainable parameters") == 1
+    assert outputs() == expected
+    cost = records.read_json(paths.costs(paths.training_summary(17)))
+    assert (cost["processes"], cost["threads"]) == (2, 1)
+    assert cost["peak_memory_mb"] > 2 * 100
+    assert cost["result_sha256"] == records.sha256_file(paths.training_summary(17))
+    assert page._spent("train@17", cost).device == "2 × cpu"
+
+
+# Attention heads over processes
+
+
+@pytest.fixture(scope="module")
+def three_heads(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random Llama with the heads of the default model, which three processes divide."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    folder = tmp_path_factory.mktemp("heads") / "model"
+    sizes = {"hidden_size": 72, "intermediate_size": 96, "num_attention_heads": 9, "num_key_value_heads": 3}
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        LlamaForCausalLM(LlamaConfig(vocab_size=128, num_hidden_layers=2, **sizes)).save_pretrained(folder)
+    return folder
+
+
+def test_heads_over_three_processes_give_the_logits_of_one(three_heads: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    ids = [[5, 6, 7, 8, 9, 10], [11, 12, 13, 14, 15, 16]]
+    whole = AutoModelForCausalLM.from_pretrained(three_heads).eval()
+    with torch.no_grad():
+        expected_BxLxV = whole(input_ids=torch.tensor(ids)).logits
+    split = distributed.split(three_heads, ids, 3)
+    assert torch.allclose(split.logits_BxLxV, expected_BxLxV, atol=1e-4)
+    assert float(expected_BxLxV.std()) > 0.01
+    # All but the norms, which every process holds.
+    norms = sum(tensor.numel() for tensor in whole.parameters() if tensor.dim() == 1)
+    assert sum(split.parameters) == sum(tensor.numel() for tensor in whole.parameters()) + 2 * norms
+    assert max(split.parameters) - min(split.parameters) < 200
+    assert [path.name for path in three_heads.parent.iterdir()] == ["model"]
+
+
+def test_a_model_that_cannot_be_split_is_refused(three_heads: Path) -> None:
+    with pytest.raises(UserError, match="split over 2 processes: it has 9 attention heads and 3 key-value heads$"):
+        distributed.split(three_heads, [[1]], 2)
+    config = records.read_json(three_heads / "config.json")
+    with pytest.raises(UserError, match="is quantized, and only an unquantized checkpoint is split"):
+        distributed.require_divisible(config | {"quantization_config": {"load_in_4bit": True}}, three_heads, 3)
