@@ -8,7 +8,8 @@ from pipeline.errors import UserError
 
 
 def runtime(name: str, threads: int = 0) -> params.Runtime:
-    return params.Runtime.model_validate({"device": name, "threads": threads, "processes": 1, "keep_dequantized": True})
+    given = {"device": name, "threads": threads, "processes": 1, "keep_dequantized": True, "vllm": None}
+    return params.Runtime.model_validate(given)
 
 
 def test_what_is_asked_for_is_used_and_said(capsys: pytest.CaptureFixture[str]) -> None:
