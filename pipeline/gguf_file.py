@@ -388,7 +388,7 @@ def _vocabulary(folder: Path, config: dict[str, Any]) -> Callable[[Any], None]:
         writer.add_token_types(types)
         if kind == "sentencepiece":
             writer.add_token_scores(scores)
-            writer.add_add_space_prefix(tokenizer.backend_tokenizer.encode("a").tokens[-1].startswith("\u2581"))
+            writer.add_add_space_prefix("\u2581" in "".join(tokenizer.tokenize("a")))
         else:
             writer.add_token_merges(merges)
         if tokenizer.bos_token_id is not None:
