@@ -21,6 +21,7 @@ from typing import Any
 
 from ruamel.yaml import YAML
 
+from pipeline import device as devices
 from pipeline import distributed, params, paths, quantize, records
 from pipeline import model as models
 
@@ -121,6 +122,7 @@ def heads() -> bool:
     import torch
     from transformers import AutoModelForCausalLM
 
+    devices.quieten()
     source = records.read_rows(paths.split("test"), records.Example)[0].source
     ids: list[int] = models.tokenizer()(source).input_ids
     whole = AutoModelForCausalLM.from_pretrained(paths.BASE, dtype=torch.float32).eval()
