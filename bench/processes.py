@@ -91,7 +91,7 @@ def training() -> float:
         steps = paths.training_log(17).read_text(encoding="utf-8").splitlines()[1:]
         validation: list[dict[str, float]] = records.read_json(paths.training_summary(17))["validation"]
         seen.append([float(line.split(",")[2]) for line in steps] + [entry["loss"] for entry in validation])
-    differences = [abs(one - two) / one for one, two in zip(*seen, strict=True)]
+    differences: list[float] = [abs(one - two) / one for one, two in zip(*seen, strict=True)]
     largest, validated = max(differences[: len(steps)]), max(differences[len(steps) :])
     dtype = records.read_json(paths.QUANTIZED_FACTS)["dtype"]
     print(
