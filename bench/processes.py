@@ -21,6 +21,7 @@ from typing import Any
 
 from ruamel.yaml import YAML
 
+from pipeline import device as devices
 from pipeline import distributed, params, paths, quantize, records
 from pipeline import model as models
 
@@ -90,7 +91,7 @@ def training() -> float:
         steps = paths.training_log(17).read_text(encoding="utf-8").splitlines()[1:]
         validation: list[dict[str, float]] = records.read_json(paths.training_summary(17))["validation"]
         seen.append([float(line.split(",")[2]) for line in steps] + [entry["loss"] for entry in validation])
-    differences = [abs(one - two) / one for one, two in zip(*seen, strict=True)]
+    differences: list[float] = [abs(one - two) / one for one, two in zip(*seen, strict=True)]
     largest, validated = max(differences[: len(steps)]), max(differences[len(steps) :])
     dtype = records.read_json(paths.QUANTIZED_FACTS)["dtype"]
     print(
@@ -121,6 +122,7 @@ def heads() -> bool:
     import torch
     from transformers import AutoModelForCausalLM
 
+    devices.quieten()
     source = records.read_rows(paths.split("test"), records.Example)[0].source
     ids: list[int] = models.tokenizer()(source).input_ids
     whole = AutoModelForCausalLM.from_pretrained(paths.BASE, dtype=torch.float32).eval()

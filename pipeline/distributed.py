@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from pipeline import params, paths, records, stage
 from pipeline.errors import UserError
-from pipeline.progress import VALIDATIONS
+from pipeline.progress import VALIDATIONS, say
 
 if TYPE_CHECKING:
     import torch
@@ -60,6 +60,7 @@ def run(name: str, call: Callable[[params.Declared], None], result: Path) -> Non
             declared = params.read(name)
             wanted = declared[params.Runtime].processes
             if "WORLD_SIZE" not in os.environ and wanted > 1:
+                say(f"{address}: {wanted} processes")
                 return launch([sys.executable, *sys.orig_argv[1:]], wanted, paths.SCRATCH / f"{address}.members")
             return _take_part(declared, call)
 
