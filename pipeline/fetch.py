@@ -1,21 +1,41 @@
 """Fetching the base model: any source becomes one checkpoint, in safetensors, with its tokenizer and its facts."""
 
 import json
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path, PurePath
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pipeline import device as devices
-from pipeline import header, params, paths, records, source
+from pipeline import header, meta, params, paths, records, source
 from pipeline import model as models
 from pipeline.errors import UserError
 from pipeline.progress import say
 
-GGUF_FAMILIES = ("llama", "qwen2", "qwen3")
+if TYPE_CHECKING:
+    import torch
+
+GGUF_FAMILIES = ("llama", "qwen2", "qwen3", "gemma3")
 """Families that are read from GGUF: of the others transformers reads none, or leaves out what changes their results."""
+
+UNREAD = (
+    "expert_count",
+    "attention.scale",
+    "attention.clamp_kqv",
+    "attn_logit_softcapping",
+    "final_logit_softcapping",
+    "logit_scale",
+    "residual_scale",
+    "embedding_scale",
+)
+"""Header fields of a family that change what is computed, and that transformers does not read for those above."""
+
+HEAD = {"qwen3": 128, "gemma3": 256}
+"""Of these families transformers takes the width of a head, or (Gemma 3) what scores are scaled by, from nothing in the
+file: it is the one of most of their models, and others are refused. Gemma 3's 27B scales by another number besides."""
 
 FAMILIES = (
     "llama",
@@ -37,6 +57,9 @@ adapter; with tied embeddings and untied ones, from safetensors in one file or s
 A sliding window (Mistral, Qwen, Gemma 3, Phi 3) and the change of frequencies of longrope (Phi 3) end the context.
 """
 
+PART = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
+"""What transformers names one of several files; there may be other copies of the weights beside them."""
+
 OURS_ALONE = {"local_files_only": True, "trust_remote_code": False}
 """Nothing is looked for elsewhere, and Python code beside a checkpoint is not run, nor asked about."""
 
@@ -47,39 +70,16 @@ def fetch(model: params.Model) -> None:
     UserError when the source is not a causal language model of a known family, or has no usable tokenizer.
     """
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
 
     devices.quieten()
-    with (
-        source.resolved(model.source, model.sha256, kind="model", key="model") as resolved,
-        _alone(resolved) as found,
-        _gguf_read_once(),
-    ):
-        where, weights = _load_options(found, model.source)
-        say(f"fetch: reading {model.source}")
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(**where)
-            loaded, reading = AutoModelForCausalLM.from_pretrained(
-                dtype=getattr(torch, model.dtype), output_loading_info=True, **where, **weights
-            )
-        except RuntimeError:  # transformers has printed which of its tensors
-            raise UserError(
-                f"model.source = {model.source!r}: its weights do not fit its configuration; name a sound checkpoint"
-            ) from None
-        except Exception as error:  # whatever a configuration or a header that makes no sense brings about
-            told = f"{type(error).__name__}: {error}".strip().partition("\n")[0]
-            raise UserError(
-                f"model.source = {model.source!r}: transformers cannot load it ({told}); name a sound checkpoint. Code "
-                "that comes with a model is never run"
-            ) from error
-        if found.is_file():
-            _check_gguf_is_whole(found, loaded, model.source)
-    if absent := sorted(reading["missing_keys"]):
-        raise UserError(
-            f"model.source = {model.source!r} lacks {len(absent)} of the model's tensors, such as {absent[0]}: they "
-            f"would be random; name a complete checkpoint"
-        )
-    loaded.to(getattr(torch, model.dtype))
+    dtype = getattr(torch, model.dtype)
+    with source.resolved(model.source, model.sha256, kind="model", key="model") as resolved, _alone(resolved) as found:
+        if meta.is_layout(found):
+            say(f"fetch: converting {model.source}")
+            loaded, tokenizer = meta.load(found, model.source, dtype)
+        else:
+            loaded, tokenizer = _load(found, model.source, dtype)
+    loaded.to(dtype)
     _check_tokenizer(tokenizer, loaded)
     # Where it was read from is in the facts; in the checkpoint it would be a path of this machine.
     loaded.config._name_or_path = tokenizer.name_or_path = ""
@@ -89,6 +89,50 @@ def fetch(model: params.Model) -> None:
     records.write_json(paths.BASE_FACTS, facts)
     cache = f"{facts['kv_bytes_per_token']:,} bytes of keys and values a token"
     say(f"fetch: {facts['family']}, {facts['parameters']:,} parameters, {cache}")
+
+
+def _load(found: Path, name: str, dtype: "torch.dtype") -> tuple[Any, Any]:
+    """A GGUF file or a folder in the Hugging Face layout as transformers reads it; UserError as of `fetch`."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    where, weights = _load_options(found, name)
+    say(f"fetch: reading {name}")
+    try:
+        with _gguf_read_once():
+            tokenizer = AutoTokenizer.from_pretrained(**where)
+            loaded, reading = AutoModelForCausalLM.from_pretrained(
+                dtype=dtype, output_loading_info=True, **where, **weights
+            )
+    except RuntimeError:  # transformers has printed which of its tensors
+        raise UserError(
+            f"model.source = {name!r}: its weights do not fit its configuration; name a sound checkpoint"
+        ) from None
+    except Exception as error:  # whatever a configuration or a header that makes no sense brings about
+        told = f"{type(error).__name__}: {error}".strip().partition("\n")[0]
+        raise UserError(
+            f"model.source = {name!r}: transformers cannot load it ({told}); name a sound checkpoint. Code "
+            "that comes with a model is never run"
+        ) from error
+    if found.is_file():
+        _check_gguf_is_whole(found, loaded, name)
+    if absent := sorted(reading["missing_keys"]):
+        raise UserError(
+            f"model.source = {name!r} lacks {len(absent)} of the model's tensors, such as {absent[0]}: they "
+            f"would be random; name a complete checkpoint"
+        )
+    return loaded, tokenizer
+
+
+def gguf(file: Path) -> Any:
+    """The model that a GGUF file holds, in float32, with the attention that packed sequences rely on."""
+    import torch
+
+    from pipeline import attention
+
+    with _alone(file) as found:
+        model, _ = _load(found, file.name, torch.float32)
+    model.set_attn_implementation(attention.NAME)
+    return model.eval()
 
 
 def _load_options(found: Path, name: str) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -134,16 +178,25 @@ def _load_options(found: Path, name: str) -> tuple[dict[str, Any], dict[str, Any
 
 
 def _check_weights(found: Path, config: dict[str, Any], name: str) -> None:
-    """UserError unless all weights are in safetensors: other formats are pickles, which can run code when read."""
+    """UserError unless all weights are in safetensors, other formats being pickles, which can run code when read, and
+    are where the index of several files says."""
     single, index = found / "model.safetensors", found / "model.safetensors.index.json"
+    if single.is_file() and index.is_file():
+        raise UserError(
+            f"model.source = {name!r} holds {single.name} and {index.name}, two sets of weights: remove the one "
+            "that is not meant"
+        )
     # A configuration may name a weights file of its own.
     files = [str(config["transformers_weights"])] if config.get("transformers_weights") else []
     files += [single.name] if single.is_file() else [index.name] if index.is_file() else []
-    for listed in [found / file for file in files if file.endswith(".index.json") and _within(file)]:
+    listed: dict[str, set[str]] = {}
+    for each in [found / file for file in files if file.endswith(".index.json") and _within(file)]:
         try:
-            files += sorted(set(map(str, json.loads(listed.read_text(encoding="utf-8"))["weight_map"].values())))
+            for tensor, file in json.loads(each.read_text(encoding="utf-8"))["weight_map"].items():
+                listed.setdefault(str(file), set()).add(str(tensor))
         except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
-            raise UserError(f"model.source = {name!r}: its {listed.name} lists no weights ({error!r})") from None
+            raise UserError(f"model.source = {name!r}: its {each.name} lists no weights ({error!r})") from None
+    files += sorted(listed)
     other = [file for file in files if not file.endswith((".safetensors", ".safetensors.index.json"))]
     if not files or other:
         raise UserError(
@@ -156,7 +209,35 @@ def _check_weights(found: Path, config: dict[str, Any], name: str) -> None:
         raise UserError(f"model.source = {name!r} takes weights from {outside[0]!r}, which leads out of its folder")
     missing = [file for file in files if not (found / file).is_file()]
     if missing:
-        raise UserError(f"model.source = {name!r}: {missing[0]} is named as weights, and is not there")
+        of = f", one of the {len(listed)} files of its index" if missing[0] in listed else ""
+        raise UserError(f"model.source = {name!r}: {missing[0]} is named as weights, and is not there{of}")
+    if listed:
+        _check_index(found, listed, name)
+
+
+def _check_index(found: Path, listed: dict[str, set[str]], name: str) -> None:
+    """UserError unless each of several files holds what the index says, and there is no other part of a model."""
+    from safetensors import SafetensorError, safe_open
+
+    # transformers reads the files as a whole, whatever the index says of them.
+    for file, tensors in sorted(listed.items()):
+        try:
+            with safe_open(found / file, framework="pt") as opened:
+                held = set(opened.keys())
+        except (SafetensorError, OSError) as error:
+            raise UserError(f"model.source = {name!r}: {file} cannot be read ({error})") from None
+        if differing := sorted(held ^ tensors):
+            where = "in the file and not in the index" if differing[0] in held else "in the index and not in the file"
+            raise UserError(
+                f"model.source = {name!r}: {file} is not what the index says of it: {differing[0]} is {where}"
+                + (f", and {len(differing) - 1} more differ" if len(differing) > 1 else "")
+            )
+    parts = {path.name for path in found.iterdir() if PART.fullmatch(path.name)}
+    if superfluous := sorted(parts - listed.keys()):
+        raise UserError(
+            f"model.source = {name!r}: {superfluous[0]} is a part of a model that the index does not name: remove "
+            "what belongs to another model"
+        )
 
 
 def _within(file: str) -> bool:
@@ -181,6 +262,19 @@ def _check_gguf(found: Path, name: str) -> None:
         raise UserError(
             f"model.source = {name!r}: a GGUF file of architecture {family!r} cannot be read faithfully, only of "
             f"{', '.join(GGUF_FAMILIES)}; {instead}"
+        )
+    told = {
+        name: reader.fields[f"{family}.{name}"].contents() for name in UNREAD if f"{family}.{name}" in reader.fields
+    }
+    if changing := [name for name, value in told.items() if value]:
+        raise UserError(
+            f"model.source = {name!r} says {family}.{changing[0]} = {told[changing[0]]}, which transformers does not "
+            f"read from GGUF files; {instead}"
+        )
+    if family in HEAD and (width := _head(reader, family)) != HEAD[family]:
+        raise UserError(
+            f"model.source = {name!r} has attention heads of {width} numbers; of {family} transformers reads GGUF "
+            f"files with {HEAD[family]} alone; {instead}"
         )
     scaling = reader.fields.get(f"{family}.rope.scaling.type")
     factors = [tensor.name for tensor in reader.tensors if tensor.name.startswith("rope_")]
@@ -209,6 +303,12 @@ def _require_announced_sizes(reader: Any, family: str) -> None:
     ]
     if wrong:
         raise ValueError(", ".join(wrong))
+
+
+def _head(reader: Any, family: str) -> int:
+    """How many numbers an attention head of the query has."""
+    rows = next(int(tensor.shape[1]) for tensor in reader.tensors if tensor.name == "blk.0.attn_q.weight")
+    return rows // int(reader.fields[f"{family}.attention.head_count"].contents())
 
 
 def _check_gguf_is_whole(found: Path, loaded: Any, name: str) -> None:
