@@ -86,6 +86,7 @@ def logit_difference(one: Any, other: Any, ids_1xL: torch.Tensor) -> float:
     return float((one(ids_1xL, use_cache=False).logits - other(ids_1xL, use_cache=False).logits).abs().max())
 
 
+@torch.inference_mode()
 def step(model: Any) -> Callable[[], float]:
     """One step of decoding: a token behind each of `ROWS` sequences, all of them the same text."""
     slots = decode.Slots(ROWS, CONTEXT + decode.COLUMNS)

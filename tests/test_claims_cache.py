@@ -50,5 +50,6 @@ def test_a_step_decodes_behind_the_whole_context(claims_base: params.Params) -> 
     model = models.pretrained(lab.BASE, CPU)
     draw = torch.Generator().manual_seed(cache.SEED)
     ids_1xL = torch.randint(3, model.config.vocab_size, (1, 32), generator=draw)
-    once: Any = model(torch.cat([ids_1xL, ids_1xL[:, :1]], 1)).logits[0, -1, 0]
+    with torch.inference_mode():
+        once: Any = model(torch.cat([ids_1xL, ids_1xL[:, :1]], 1)).logits[0, -1, 0]
     assert cache.step(model)() == pytest.approx(float(once), abs=1e-5)
