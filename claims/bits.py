@@ -28,6 +28,7 @@ LLAMA_65B = {"layers": 80, "width": 8192, "feed_forward": 22_016, "words": 32_00
 FULL_BYTES = 2 + 2 + 8
 """Of a parameter in full fine-tuning: 16-bit weight and gradient, and two 32-bit moments (QLoRA, section 1)."""
 ADAPTER_RANK = 64
+SEED = 17
 
 
 def nf4() -> Evidence:
@@ -103,7 +104,7 @@ def stored(file: Path) -> dict[str, float]:
     }
 
 
-def memory_65b(bits: float) -> dict[str, evidence.Value]:
+def memory_65b(bits: float) -> dict[str, float]:
     """Gigabytes of fine-tuning LLaMA's largest, in full and by QLoRA."""
     layers, width, wide = LLAMA_65B["layers"], LLAMA_65B["width"], LLAMA_65B["feed_forward"]
     linear = layers * (4 * width * width + 3 * width * wide)
@@ -124,9 +125,11 @@ def gguf() -> Evidence:
     model = models.pretrained(lab.BASE, device)
     linear = models.linear_layers(model)
     exact = {
-        name: layer.weight.data.clone() for name, layer in model.named_modules() if name.rpartition(".")[2] in linear
+        name: layer.weight.data.float().cpu().numpy().copy()
+        for name, layer in model.named_modules()
+        if name.rpartition(".")[2] in linear
     }
-    parameters = sum(weight.numel() for weight in exact.values())
+    parameters = sum(weight.size for weight in exact.values())
     fused.apply(model)
     tokenizer = models.tokenizer(lab.BASE)
     rows = records.read_rows(lab.data("default") / "validation.jsonl", Example)
@@ -135,25 +138,58 @@ def gguf() -> Evidence:
     losses = {"base": text_losses(model, texts, "base")}
     values: dict[str, evidence.Value] = {"base_perplexity": perplexity(losses["base"], counts_n)}
     for name, better in zip(GGUF_TYPES, ("base", *GGUF_TYPES), strict=False):
-        kind, label, size = GGMLQuantizationType[name], name.lower(), 0
+        kind, label, size, sums_3 = GGMLQuantizationType[name], name.lower(), 0, np.zeros(3)
         for layer, weight in exact.items():
-            blocks = quants.quantize(weight.float().cpu().numpy(), kind)
+            blocks = quants.quantize(weight, kind)
+            restored = quants.dequantize(blocks, kind)
             size += blocks.nbytes
+            sums_3 += products(weight, restored)
             # In place: fused layers keep the weights of several layers as one.
-            model.get_submodule(layer).weight.data.copy_(torch.from_numpy(quants.dequantize(blocks, kind)))
+            model.get_submodule(layer).weight.data.copy_(torch.from_numpy(restored))
         losses[name] = text_losses(model, texts, name)
         values[f"{label}_bits"] = 8 * size / parameters
+        values |= errors(label, sums_3)
         values[f"{label}_perplexity"] = perplexity(losses[name], counts_n)
         values[f"{label}_over_{better.lower()}_percent"] = rise(
             losses[name] - losses[better], counts_n, experiment.compare
         )
+    draw = np.random.Generator(np.random.PCG64(SEED))
+    blurs = {layer: blurred(weight, draw) for layer, weight in exact.items()}
+    for name in ("Q5_1", "Q5_0"):
+        kind, sums_3 = GGMLQuantizationType[name], np.zeros(3)
+        for weight in blurs.values():
+            sums_3 += products(weight, quants.dequantize(quants.quantize(weight, kind), kind))
+        values |= errors(f"{name.lower()}_blurred", sums_3)
     return Evidence(
         values,
         [
             f"{len(texts)} abstracts, {int(counts_n.sum()):,} tokens. ..._over_..._percent: by how much perplexity is "
             "higher than under the type before, with its interval by a paired bootstrap over abstracts.",
+            "..._error_percent: what is lost of the weights, relative to them (Frobenius); ..._gain_percent: by how "
+            "much they grow on the whole. Q5_1 has 31 steps a block where the base, Q4_1, has 15: two and a fifteenth "
+            "for one, so that rounding pushes values outward, the more the smaller they are, and errors do not cancel. "
+            "With the base's steps blurred (..._blurred_...: each value moved by up to half a step) Q5_1 loses less "
+            "than Q5_0.",
         ],
     )
+
+
+def products(weight: Any, restored: Any) -> significance.Floats:
+    """Of a layer's weights and what quantization makes of them: w w, e e, and e w, where e is the error."""
+    exact, error = weight.ravel().astype(np.float64), (restored - weight).ravel().astype(np.float64)
+    return np.array([exact @ exact, error @ error, error @ exact])
+
+
+def errors(label: str, sums_3: significance.Floats) -> dict[str, float]:
+    squares, lost, gained = sums_3.tolist()
+    return {f"{label}_error_percent": 100 * (lost / squares) ** 0.5, f"{label}_gain_percent": 100 * gained / squares}
+
+
+def blurred(weight: Any, draw: np.random.Generator) -> Any:
+    """Values moved at random by up to half a step of Q4_1, which has 15 between the ends of a block of 32."""
+    blocks_nx32 = weight.reshape(-1, 32)
+    step_nx1 = np.ptp(blocks_nx32, axis=1, keepdims=True) / 15
+    return (blocks_nx32 + step_nx1 * (draw.random(blocks_nx32.shape, np.float32) - 0.5)).reshape(weight.shape)
 
 
 def text_losses(model: Any, texts: Sequence[list[int]], label: str) -> significance.Floats:

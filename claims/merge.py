@@ -22,7 +22,7 @@ from pipeline.records import Example
 SPREAD = 0.0044
 """Standard deviation of B's values: what training leaves in the default experiment, with rank 16 and alpha 32."""
 PAPERS = 4
-"""Papers whose prompts are computed, one for each aspect."""
+"""Papers of the test split, each with a prompt for every aspect."""
 NEW_TOKENS = 32
 TIMED_PROMPT, TIMED_TOKENS = 16, 4
 ROUNDS = 30
@@ -43,7 +43,9 @@ def merged() -> Evidence:
     beside = adapt(copy.deepcopy(base), experiment.lora)
     within = adapt(copy.deepcopy(base), experiment.lora).merge_and_unload()
     fused.apply(base)
-    texts = list(prompts.values())
+    # Aspects of a paper share its text, so that logits of one of them say enough, and answers to all cost little more.
+    families = [[(row.id, prompts[row.id]) for row in rows if row.group == paper] for paper in papers]
+    texts = [family[0][1] for family in families]
     values: dict[str, evidence.Value] = {
         "logit_difference": max(difference(logits(beside, ids), logits(within, ids)) for ids in texts),
         "logit_change_by_adapter": max(difference(logits(base, ids), logits(within, ids)) for ids in texts[:1]),
@@ -51,7 +53,6 @@ def merged() -> Evidence:
 
     given = experiment.generation.model_copy(update={"max_new_tokens": NEW_TOKENS, "num_beams": 1})
     config = generate.configuration(given, sorted({encoder.end, *facts["stop_ids"]}), tokenizer)
-    families = [[(name, ids)] for name, ids in prompts.items()]
     one, other = (dict(generate.complete(model, config, families, given)) for model in (beside, within))
     values |= {"answers": len(prompts), "equal_answers": sum(one[name] == other[name] for name in prompts)}
 
@@ -66,13 +67,13 @@ def merged() -> Evidence:
     for name in ("merged", "unmerged"):
         values[f"{name}_over_base_time"] = timing.ratio(taken[name], taken["base"], SEED)
     del base, beside, within, calls
-    values |= into_4bit(models.pretrained(lab.quantized("nf4"), device), experiment.lora, texts[:PAPERS])
+    values |= into_4bit(models.pretrained(lab.quantized("nf4"), device), experiment.lora, texts)
     return Evidence(
         values,
         [
             f"The adapter is random, of the default experiment's rank, alpha and layers, with B of the spread that "
-            f"training leaves ({SPREAD}). Logits of all tokens of {len(prompts)} prompts of the test split, and greedy "
-            f"answers of up to {NEW_TOKENS} tokens, in float32.",
+            f"training leaves ({SPREAD}). Logits of all tokens of {len(texts)} prompts of the test split, and greedy "
+            f"answers of up to {NEW_TOKENS} tokens to {len(prompts)}, in float32.",
             f"Time of {TIMED_TOKENS} tokens behind a prompt of {TIMED_PROMPT}, one sequence alone, {ROUNDS} rounds by "
             f"turns, on {devices.describe(device)}.",
             "nf4_...: the same adapter merged into the 4-bit weights, which are quantized again afterwards: what is "
@@ -92,6 +93,7 @@ def adapt(model: Any, lora: params.Lora) -> Any:
     return adapted
 
 
+@torch.no_grad()
 def into_4bit(model: Any, lora: params.Lora, texts: Sequence[Sequence[int]]) -> dict[str, evidence.Value]:
     """What merging into a 4-bit base loses, since the sum is quantized again."""
     quantize.keep_unpacked(model)

@@ -70,6 +70,24 @@ def test_llama_cpps_types_take_their_bits_and_cost_what_they_do(claims_base: par
     assert last != base
 
 
+def test_a_base_of_q4_1_is_rigged_against_q5_1() -> None:
+    """Values on 15 even steps: of 31 steps none but the ends fits, and all others are pushed outward."""
+    from gguf import GGMLQuantizationType, quants
+
+    draw = np.random.Generator(np.random.PCG64(1))
+    steps = np.concatenate([np.tile([0.0, 15.0], (256, 1)), draw.integers(0, 16, (256, 30))], axis=1)
+    even = (steps - 7.5).astype(np.float32)
+    found = {}
+    for label, weight in (("even", even), ("blurred", bits.blurred(even, draw))):
+        for name in ("Q5_0", "Q5_1"):
+            kind = GGMLQuantizationType[name]
+            sums_3 = bits.products(weight, quants.dequantize(quants.quantize(weight, kind), kind))
+            found[label, name] = bits.errors("x", sums_3)
+    assert found["even", "Q5_1"]["x_gain_percent"] > 1
+    assert found["blurred", "Q5_1"]["x_gain_percent"] < 0.1
+    assert found["blurred", "Q5_1"]["x_error_percent"] < found["blurred", "Q5_0"]["x_error_percent"]
+
+
 def test_a_rise_is_in_percent_of_perplexity(claims_base: params.Params) -> None:
     counts_n = np.array([10.0, 30.0])
     rise = bits.rise(np.array([0.1, 0.3]), counts_n, claims_base.compare)
