@@ -17,6 +17,7 @@ import pytest
 from filelock import FileLock
 from ruamel.yaml import YAML
 
+from claims import lab
 from pipeline import params, paths, records, store
 
 # Before torch is imported: the models here are so small that threads only wait for each other.
@@ -184,6 +185,16 @@ def project(tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -
     for split, groups in SPLIT_GROUPS.items():
         records.write_rows(paths.split(split), rows(split, groups))
     return params.load()
+
+
+@pytest.fixture
+def claims_base(project: params.Params, tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> params.Params:
+    """The project with its base and its splits where measurements of claims find them; gives its parameters."""
+    monkeypatch.setattr(lab, "experiment", lambda *_: project)
+    shutil.copytree(tiny_model, lab.BASE)
+    records.write_json(lab.BASE_FACTS, {"context": 512, "dtype": "float32", "stop_ids": [1]})
+    shutil.copytree(paths.DATA, lab.data("default"))
+    return project
 
 
 @pytest.fixture(scope="session")

@@ -1,0 +1,121 @@
+"""Claims about the key-value cache: grouped-query attention shrinks it (Llama 2, arXiv 2307.09288, section 2.1).
+
+Dimensions: R sequences, L tokens, C columns of the cache, D a head's size.
+"""
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from claims import evidence, lab, timing
+from claims.evidence import Evidence
+from pipeline import decode, fused, records
+from pipeline import device as devices
+from pipeline import model as models
+from pipeline.records import Example
+
+TEXTS = 3
+ROWS, CONTEXT = 8, 1024
+"""Sequences decoded at once, and tokens that each has behind it: a cache about as large as the model."""
+ROUNDS = 20
+SEED = 17
+
+
+def grouped_query() -> Evidence:
+    """The default base beside the same model with as many key-value heads as query heads."""
+    device = devices.choose(lab.experiment().runtime)
+    grouped = models.pretrained(lab.BASE, device)
+    expanded = expand(grouped)
+    values: dict[str, evidence.Value] = {}
+    for name, model in {"grouped": grouped, "expanded": expanded}.items():
+        values[f"bytes_per_token_{name}"] = models.architecture(model)["kv_bytes_per_token"]
+        values[f"held_bytes_per_token_{name}"] = held_bytes(model)
+        values[f"parameters_{name}"] = models.architecture(model)["parameters"]
+        model.float()
+    tokenizer = models.tokenizer(lab.BASE)
+    rows = records.read_rows(lab.data("default") / "test.jsonl", Example)
+    texts = list(dict.fromkeys(row.source for row in rows))[:TEXTS]
+    values["logit_difference"] = max(
+        logit_difference(grouped, expanded, tokenizer(text, return_tensors="pt").input_ids.to(device)) for text in texts
+    )
+    for model in (grouped, expanded):
+        fused.apply(model)
+    calls = {name: step(model) for name, model in (("grouped", grouped), ("expanded", expanded))}
+    taken = timing.seconds(calls, ROUNDS, SEED)
+    values["expanded_over_grouped_time"] = timing.ratio(taken["expanded"], taken["grouped"], SEED)
+    return Evidence(
+        values,
+        [
+            f"Logits of {TEXTS} abstracts in float32. Time of one decoding step in float32: {ROWS} sequences with "
+            f"{CONTEXT:,} tokens behind them, {ROUNDS} rounds by turns, on {devices.describe(device)}.",
+            "held_bytes_per_token is what the cache of the pipeline's own decoding holds, in the base's 16-bit type.",
+        ],
+    )
+
+
+def expand(model: Any) -> Any:
+    """A copy in which each query head has a key-value head of its own: those of a group, repeated."""
+    expanded = copy.deepcopy(model)
+    config = expanded.config
+    groups = config.num_attention_heads // config.num_key_value_heads
+    config.num_key_value_heads = config.num_attention_heads
+    for layer in expanded.get_decoder().layers:
+        attention = layer.self_attn
+        attention.num_key_value_groups = 1
+        for name in ("k_proj", "v_proj"):
+            narrow = getattr(attention, name).weight.data
+            by_head = narrow.unflatten(0, (-1, attention.head_dim)).repeat_interleave(groups, 0)
+            wide = torch.nn.Linear(by_head.shape[-1], by_head.shape[0] * by_head.shape[1], bias=False, device="meta")
+            wide.weight = torch.nn.Parameter(by_head.flatten(0, 1), requires_grad=False)
+            setattr(attention, name, wide)
+    return expanded
+
+
+def held_bytes(model: Any) -> float:
+    """What the cache holds of one token, measured."""
+    slots = decode.Slots(1, decode.COLUMNS)
+    _extend(model, slots, 0, torch.zeros(1, 1, dtype=torch.long), 0)
+    return sum(held.nbytes for held in slots.held.values()) / decode.COLUMNS
+
+
+@torch.inference_mode()
+def logit_difference(one: Any, other: Any, ids_1xL: torch.Tensor) -> float:
+    """The largest, over all tokens of a text and all of the vocabulary."""
+    return float((one(ids_1xL, use_cache=False).logits - other(ids_1xL, use_cache=False).logits).abs().max())
+
+
+@torch.inference_mode()
+def step(model: Any) -> Callable[[], float]:
+    """One step of decoding: a token behind each of `ROWS` sequences, all of them the same text."""
+    slots = decode.Slots(ROWS, CONTEXT + decode.COLUMNS)
+    draw = torch.Generator().manual_seed(SEED)
+    ids_1xL = torch.randint(3, model.config.vocab_size, (1, CONTEXT), generator=draw)
+    _extend(model, slots, 0, ids_1xL, 0)
+    for row in range(1, ROWS):
+        slots.copy(0, row, CONTEXT)
+    return lambda: float(_extend(model, slots, 0, ids_1xL[:, :1].expand(ROWS, 1), CONTEXT).logits[0, 0, 0])
+
+
+@torch.inference_mode()
+def _extend(model: Any, slots: decode.Slots, first: int, ids_RxL: torch.Tensor, start: int) -> Any:
+    """Tokens behind the first `start` of as many slots, from slot `first` on; logits of the last alone."""
+    position_L = torch.arange(start, start + ids_RxL.shape[1], device=model.device)
+    position_RxL = position_L.expand(ids_RxL.shape)
+    visible = -(-(start + ids_RxL.shape[1]) // decode.COLUMNS) * decode.COLUMNS
+    slots.write_at(first, position_RxL, visible)
+    hidden_LxC = torch.arange(visible, device=model.device) > position_L[:, None]
+    mask_LxC = torch.zeros(hidden_LxC.shape, dtype=model.dtype, device=model.device)
+    return model(
+        input_ids=ids_RxL.to(model.device),
+        position_ids=position_RxL,
+        attention_mask=mask_LxC.masked_fill_(hidden_LxC, float("-inf"))[None, None],
+        past_key_values=slots,
+        use_cache=True,
+        logits_to_keep=1,
+    )
+
+
+if __name__ == "__main__":
+    evidence.main({"gqa-cache": grouped_query})

@@ -1,0 +1,149 @@
+"""Claims about merging: LoRA's update, added to the weights, costs no time (arXiv 2106.09685, section 4.1).
+
+Dimensions: L tokens, V vocabulary.
+"""
+
+import copy
+import warnings
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import torch
+
+from claims import evidence, lab, timing
+from claims.evidence import Evidence
+from pipeline import adapter, fused, generate, params, quantize, records
+from pipeline import device as devices
+from pipeline import model as models
+from pipeline.prompt import Encoder
+from pipeline.records import Example
+
+SPREAD = 0.0044
+"""Standard deviation of B's values: what training leaves in the default experiment, with rank 16 and alpha 32."""
+PAPERS = 4
+"""Papers of the test split, each with a prompt for every aspect."""
+NEW_TOKENS = 32
+TIMED_PROMPT, TIMED_TOKENS = 16, 4
+ROUNDS = 30
+SEED = 17
+
+
+def merged() -> Evidence:
+    """The float32 base alone, with an adapter of the default experiment's form beside it, and with that merged in."""
+    experiment = lab.experiment()
+    device = devices.choose(experiment.runtime)
+    base = models.pretrained(lab.BASE, device, dtype=torch.float32)
+    tokenizer, facts = models.tokenizer(lab.BASE), records.read_json(lab.BASE_FACTS)
+    encoder = Encoder(tokenizer, experiment.prompt, facts["context"])
+    rows = records.read_rows(lab.data("default") / "test.jsonl", Example)
+    papers = list(dict.fromkeys(row.group for row in rows))[:PAPERS]
+    prompts = {row.id: encoder.prompt(row) for row in rows if row.group in papers}
+
+    beside = adapt(copy.deepcopy(base), experiment.lora)
+    within = adapt(copy.deepcopy(base), experiment.lora).merge_and_unload()
+    fused.apply(base)
+    # Aspects of a paper share its text, so that logits of one of them say enough, and answers to all cost little more.
+    families = [[(row.id, prompts[row.id]) for row in rows if row.group == paper] for paper in papers]
+    texts = [family[0][1] for family in families]
+    values: dict[str, evidence.Value] = {
+        "logit_difference": max(difference(logits(beside, ids), logits(within, ids)) for ids in texts),
+        "logit_change_by_adapter": max(difference(logits(base, ids), logits(within, ids)) for ids in texts[:1]),
+    }
+
+    given = experiment.generation.model_copy(update={"max_new_tokens": NEW_TOKENS, "num_beams": 1})
+    config = generate.configuration(given, sorted({encoder.end, *facts["stop_ids"]}), tokenizer)
+    one, other = (dict(generate.complete(model, config, families, given)) for model in (beside, within))
+    values |= {"answers": len(prompts), "equal_answers": sum(one[name] == other[name] for name in prompts)}
+
+    given = given.model_copy(update={"max_new_tokens": TIMED_TOKENS})
+    config = generate.configuration(given, [], tokenizer)  # nothing stops it
+    short = [[("timed", texts[0][:TIMED_PROMPT])]]
+    calls = {
+        name: partial(_answer, model, config, short, given)
+        for name, model in (("base", base), ("merged", within), ("unmerged", beside))
+    }
+    taken = timing.seconds(calls, ROUNDS, SEED)
+    for name in ("merged", "unmerged"):
+        values[f"{name}_over_base_time"] = timing.ratio(taken[name], taken["base"], SEED)
+    del base, beside, within, calls
+    values |= into_4bit(models.pretrained(lab.quantized("nf4"), device), experiment.lora, texts)
+    return Evidence(
+        values,
+        [
+            f"The adapter is random, of the default experiment's rank, alpha and layers, with B of the spread that "
+            f"training leaves ({SPREAD}). Logits of all tokens of {len(texts)} prompts of the test split, and greedy "
+            f"answers of up to {NEW_TOKENS} tokens to {len(prompts)}, in float32.",
+            f"Time of {TIMED_TOKENS} tokens behind a prompt of {TIMED_PROMPT}, one sequence alone, {ROUNDS} rounds by "
+            f"turns, on {devices.describe(device)}.",
+            "nf4_...: the same adapter merged into the 4-bit weights, which are quantized again afterwards: what is "
+            "lost of the update, relative to the update, and the largest change of a next-token logit by merging, "
+            "beside the largest by the adapter itself.",
+        ],
+    )
+
+
+def adapt(model: Any, lora: params.Lora) -> Any:
+    """The model with an adapter that acts: A as training starts, B as random as training leaves it."""
+    adapted = adapter.attach(model, lora, SEED).eval().requires_grad_(False)
+    draw = torch.Generator().manual_seed(SEED)
+    for name, tensor in adapted.named_parameters():
+        if "lora_B" in name:
+            tensor.data.copy_(SPREAD * torch.randn(tensor.shape, generator=draw))
+    return adapted
+
+
+@torch.no_grad()
+def into_4bit(model: Any, lora: params.Lora, texts: Sequence[Sequence[int]]) -> dict[str, evidence.Value]:
+    """What merging into a 4-bit base loses, since the sum is quantized again."""
+    quantize.keep_unpacked(model)
+    adapted = adapt(model, lora)
+    before = [logits(adapted, ids, 1) for ids in texts]
+    with adapted.disable_adapter():
+        without = [logits(adapted, ids, 1) for ids in texts]
+    lost = updates = 0.0
+    with warnings.catch_warnings():
+        # PEFT warns of what is measured here.
+        warnings.filterwarnings("ignore", message="Merge lora module to 4-bit linear", category=UserWarning)
+        for layer in adapted.modules():
+            if hasattr(layer, "get_delta_weight") and hasattr(layer, "merge"):
+                update = layer.get_delta_weight("default").float()
+                wanted = _unpacked(layer) + update
+                layer.merge()
+                lost += float((_unpacked(layer) - wanted).square().sum())
+                updates += float(update.square().sum())
+    quantize.keep_unpacked(model)
+    after = [logits(adapted, ids, 1) for ids in texts]
+    return {
+        "nf4_update_lost": (lost / updates) ** 0.5,
+        "nf4_logit_change_by_merging": max(map(difference, before, after)),
+        "nf4_logit_change_by_adapter": max(map(difference, before, without)),
+    }
+
+
+@torch.inference_mode()
+def logits(model: Any, ids: Sequence[int], last: int = 0) -> torch.Tensor:
+    """1xLxV; of the `last` tokens alone, where given."""
+    ids_1xL = torch.tensor([ids], device=model.device)
+    logits_1xLxV: torch.Tensor = model(input_ids=ids_1xL, use_cache=False, logits_to_keep=last).logits
+    return logits_1xLxV
+
+
+def difference(one: torch.Tensor, other: torch.Tensor) -> float:
+    return float((one - other).abs().max())
+
+
+def _unpacked(layer: Any) -> torch.Tensor:
+    """The weights of the 4-bit layer below an adapter."""
+    from bitsandbytes.functional import dequantize_4bit
+
+    weight = layer.base_layer.weight
+    return dequantize_4bit(weight.data, weight.quant_state).float()
+
+
+def _answer(model: Any, config: Any, families: Any, given: params.Generation) -> list[tuple[str, list[int]]]:
+    return list(generate.complete(model, config, families, given))
+
+
+if __name__ == "__main__":
+    evidence.main({"merge": merged})

@@ -1,0 +1,37 @@
+"""What takes how long, compared within one process: by turns, so that what else the machine does falls on all alike."""
+
+import time
+from collections.abc import Callable, Mapping
+
+import numpy as np
+
+from pipeline import significance
+from pipeline.significance import Interval
+
+RESAMPLES = 2000
+CONFIDENCE = 0.95
+
+
+def seconds(calls: Mapping[str, Callable[[], object]], rounds: int, seed: int) -> dict[str, list[float]]:
+    """What each call takes in each round, after one round that does not count. Their order is drawn anew every round.
+
+    A call ends with its result on the CPU.
+    """
+    draw = np.random.Generator(np.random.PCG64(seed))
+    names = list(calls)
+    taken: dict[str, list[float]] = {name: [] for name in names}
+    for number in range(rounds + 1):
+        for at in draw.permutation(len(names)):
+            started = time.perf_counter()
+            calls[names[at]]()
+            if number:
+                taken[names[at]].append(time.perf_counter() - started)
+    return taken
+
+
+def ratio(one: list[float], other: list[float], seed: int) -> Interval:
+    """The median over the rounds of `one` / `other`, with its bootstrap interval over rounds."""
+    ratios = np.array(one) / np.array(other)
+    draw = np.random.Generator(np.random.PCG64(seed))
+    resampled_bxn = draw.choice(ratios, (RESAMPLES, len(ratios)))
+    return significance.percentiles(float(np.median(ratios)), np.median(resampled_bxn, axis=1), CONFIDENCE)

@@ -1,0 +1,59 @@
+"""Merging on a tiny model: equal up to rounding in float32, not in 4 bits; and that a wrong merge is noticed."""
+
+from typing import Any
+
+import pytest
+import torch
+from conftest import ROOT
+
+from claims import lab, merge, register
+from pipeline import model as models
+from pipeline import params, quantize
+from pipeline.significance import Interval
+
+REGISTER = register.load(ROOT / register.FILE)
+
+
+@pytest.fixture(autouse=True)
+def small(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(merge, "ROUNDS", 3)
+    monkeypatch.setattr(merge, "NEW_TOKENS", 4)
+    monkeypatch.setattr(merge, "SPREAD", 0.1)
+
+
+@pytest.fixture
+def placed(claims_base: params.Params) -> params.Params:
+    """The claims' base, and the same in NF4."""
+    config = quantize._config(params.Quantize(**claims_base.quantize.model_dump() | {"method": "nf4"}), torch.float32)
+    model = models.pretrained(lab.BASE, torch.device("cpu"), quantization_config=config)
+    model.save_pretrained(lab.quantized("nf4"))
+    return claims_base
+
+
+def held(values: dict[str, Any]) -> list[bool | None]:
+    """Whether logits and answers are equal, as the register asks."""
+    conditions = [one for one in REGISTER["merge"].reproduced_when if "time" not in one.value]
+    return [register._finding(one, values).holds for one in conditions]
+
+
+def test_merged_is_unmerged_but_for_4_bits(placed: params.Params) -> None:
+    found = merge.merged().values
+    assert placed.lora.r == 4
+    assert held(dict(found)) == [True, True]
+    assert found["answers"] == 8
+    change, lost = found["logit_change_by_adapter"], found["nf4_update_lost"]
+    assert isinstance(change, float)
+    assert isinstance(lost, float)
+    assert change > 0.01
+    assert lost > 0.1
+    for name in ("merged", "unmerged"):
+        assert isinstance(found[f"{name}_over_base_time"], Interval)
+
+
+def test_a_merge_at_another_scale_is_noticed(placed: params.Params, monkeypatch: pytest.MonkeyPatch) -> None:
+    from peft.tuners.lora import Linear
+
+    delta = Linear.get_delta_weight
+    monkeypatch.setattr(Linear, "get_delta_weight", lambda self, name: 1.01 * delta(self, name))
+    assert placed.lora.alpha == 8
+    assert held(dict(merge.merged().values))[0] is False
