@@ -271,7 +271,7 @@ def causality() -> Evidence:
     """Of every token's logits, weighted at random, the gradients by the embeddings of all tokens."""
     import torch
 
-    model, ids_1xL = base(), ids()[:, :24]
+    model, ids_1xL = base(), ids()[:, :12]
     embedded_1xLxC = model.get_input_embeddings()(ids_1xL).requires_grad_()
     logits_LxV = model(inputs_embeds=embedded_1xLxC).logits[0]
     weight_V = torch.randn(logits_LxV.shape[1], generator=torch.Generator().manual_seed(0))

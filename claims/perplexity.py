@@ -53,11 +53,10 @@ class Reading:
         losses: list[float] = []
         with torch.no_grad(), bar(name, len(self.ids_nxW), "windows") as advance:
             for ids_BxW in self.ids_nxW.split(TOGETHER):
-                logits_BxWxV = model(ids_BxW, use_cache=False).logits[:, :-1]
-                nats_BxW = torch.nn.functional.cross_entropy(
-                    logits_BxWxV.float().transpose(1, 2), ids_BxW[:, 1:], reduction="none"
-                )
-                losses += nats_BxW.double().sum(-1).tolist()
+                logits_NxV = model(ids_BxW, use_cache=False).logits[:, :-1].flatten(0, 1)
+                targets_N = ids_BxW[:, 1:].flatten()
+                nats_N = torch.nn.functional.cross_entropy(logits_NxV.float(), targets_N, reduction="none")
+                losses += nats_N.double().unflatten(0, (len(ids_BxW), -1)).sum(-1).tolist()
                 advance(len(ids_BxW))
         self.losses[name] = np.array(losses)
 
