@@ -116,12 +116,16 @@ def test_weights_become_the_nearest_code_of_their_block(codes: list[float]) -> N
 
 
 def test_one_constant_a_row_and_a_column_is_what_bitsandbytes_multiplies_without_outliers() -> None:
-    import bitsandbytes
+    from bitsandbytes import functional
 
     weight, x = random(64, 96).half(), random(8, 96, 1).half()
-    theirs = bitsandbytes.matmul(x, weight, threshold=0.0)
+    (of_x, x_scale, _), (of_weight, weight_scale, _) = map(functional.int8_vectorwise_quant, (x, weight))
+    product = functional.int8_linear_matmul(of_x, of_weight)
+    theirs = functional.int8_mm_dequant(product, x_scale, weight_scale)
     mine = perplexity.int8_forward(weight, row=True, column=True)(x[None])[0]
-    torch.testing.assert_close(mine, theirs)
+    # They multiply where we divide, so that a value between two integers may be rounded to the other.
+    torch.testing.assert_close(mine, theirs, atol=0.05, rtol=0.0)
+    assert (mine == theirs).float().mean() > 0.95
 
 
 def test_a_constant_is_shared_by_what_it_should_be() -> None:
