@@ -101,7 +101,9 @@ class Reader:
     def heads(self, layer: str, kind: str) -> "torch.Tensor":
         """HxLxD or KxLxD, float64: what q_proj, k_proj or v_proj gave, before rotation."""
         size = models.architecture(self.model)["head_dim"]
-        return self.gave[f"{layer}.self_attn.{kind}_proj"].double().unflatten(-1, (-1, size)).transpose(0, 1)
+        states_LxHD = self.gave[f"{layer}.self_attn.{kind}_proj"].double()
+        states_HxLxD: torch.Tensor = states_LxHD.unflatten(-1, (-1, size)).transpose(0, 1)
+        return states_HxLxD
 
     def attention_inputs(self, layer: str) -> "tuple[torch.Tensor, torch.Tensor, torch.Tensor]":
         """Rotated queries HxLxD, rotated keys and values KxLxD."""

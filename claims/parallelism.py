@@ -79,19 +79,18 @@ def _run(task: Task) -> None:
     try:
         for one in members:
             one.start()
-        running = {one.sentinel: one for one in members}
+        running: dict[Any, Any] = {one.sentinel: one for one in members}
         while running:
-            ended = wait(list(running), SECONDS_FOR_ALL)
-            failed = [one.name for one in members if one.exitcode]
-            if failed or not ended:
-                raise RuntimeError(f"a divided model did not end well: {', '.join(failed) or 'no progress'}")
-            for sentinel in ended:
-                del running[sentinel]  # type: ignore[arg-type]
+            ended = [running.pop(sentinel) for sentinel in wait(list(running), SECONDS_FOR_ALL)]
+            for one in ended:
+                one.join()
+            if not ended or any(one.exitcode for one in ended):
+                raise RuntimeError(f"a divided model did not end well: {[one.exitcode for one in members]}")
     finally:
         for one in members:
             if one.is_alive():
                 one.kill()
-            one.join()
+                one.join()
 
 
 def member(rank: int, task: Task) -> None:

@@ -131,7 +131,8 @@ def int8_forward(weight_OxC: "torch.Tensor", row: bool, column: bool) -> "Callab
     def forward(x: "torch.Tensor") -> "torch.Tensor":
         rounded, scale = _int8(x.flatten(0, -2), row)
         product = int8_linear_matmul(rounded, weight).float() * scale * weight_scale.T
-        return product.to(x.dtype).unflatten(0, x.shape[:-1])
+        output: torch.Tensor = product.to(x.dtype).unflatten(0, x.shape[:-1])
+        return output
 
     return forward
 

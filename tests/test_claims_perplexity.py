@@ -1,6 +1,7 @@
 """Perplexity under quantization: the forms are what the papers and bitsandbytes have, and ratios are paired."""
 
 import math
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -44,7 +45,7 @@ def value(evidence: Evidence, name: str) -> float:
 )
 @pytest.mark.usefixtures("experiment")
 def test_a_measurement_has_what_its_conditions_name_and_ratios_are_those_of_perplexities(
-    claim: str, measure: perplexity.Callable[[], Evidence]
+    claim: str, measure: Callable[[], Evidence]
 ) -> None:
     evidence = measure()
     entry = register.load(ROOT / register.FILE)[claim]
