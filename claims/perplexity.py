@@ -1,0 +1,215 @@
+"""What quantization costs in perplexity, on general text that the model is not tuned for: that of the section `forget`.
+
+All forms of the model read the same windows, whole ones alone, so that none is padded. Two forms are compared by the
+ratio of their perplexities, which is exp of the mean difference of their losses; its interval is a bootstrap over
+texts, paired: a resample takes the windows of a text in all forms together. Nothing is trained, so there are no seeds.
+"""
+
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from claims import evidence, lab
+from claims.evidence import Evidence
+from pipeline import device as devices
+from pipeline import forget, params, significance
+from pipeline import model as models
+from pipeline.errors import UserError
+from pipeline.progress import bar
+from pipeline.significance import Floats, Interval
+
+if TYPE_CHECKING:
+    import torch
+
+WINDOW = 128
+WINDOWS = 128
+TOGETHER = 4
+"""Windows computed at once: LLM.int8() looks for outliers, and absmax for the largest value, in all their tokens."""
+BLOCK = 64
+"""Weights that share one constant (QLoRA, section 3)."""
+INT8 = 127
+INT4 = [code / 7 for code in range(-7, 8)]
+"""Symmetric integers, as fractions of the largest."""
+E2M1 = sorted({sign * code / 6 for code in (0, 0.5, 1, 1.5, 2, 3, 4, 6) for sign in (-1, 1)})
+"""Floating point with two bits of exponent and one of mantissa; bitsandbytes' fp4 has 0.0052 in place of 0.0833."""
+
+
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """Windows of text, and the losses of the forms of the model that have read them: nats a window, by form."""
+
+    ids_nxW: "torch.Tensor"
+    texts: list[str]
+    losses: dict[str, Floats]
+    compare: params.Compare
+
+    def read(self, name: str, model: Any) -> None:
+        """Take the losses of a form of the model."""
+        import torch
+
+        losses: list[float] = []
+        with torch.no_grad(), bar(name, len(self.ids_nxW), "windows") as advance:
+            for ids_BxW in self.ids_nxW.split(TOGETHER):
+                logits_NxV = model(ids_BxW, use_cache=False).logits[:, :-1].flatten(0, 1)
+                targets_N = ids_BxW[:, 1:].flatten()
+                nats_N = torch.nn.functional.cross_entropy(logits_NxV.float(), targets_N, reduction="none")
+                losses += nats_N.double().unflatten(0, (len(ids_BxW), -1)).sum(-1).tolist()
+                advance(len(ids_BxW))
+        self.losses[name] = np.array(losses)
+
+    def ratio(self, here: str, there: str | None = None) -> Interval:
+        """The perplexity of a form, or by how much it is that of another."""
+        nats_n = self.losses[here] - (self.losses[there] if there else 0.0)
+        tokens = self.ids_nxW.shape[1] - 1
+        sums_bx1, windows_b = significance.resampled_sums(
+            nats_n[:, None], np.array(self.texts), self.compare.bootstrap_samples, self.compare.seed
+        )
+        resampled_b = np.exp(sums_bx1[:, 0] / (windows_b * tokens))
+        return significance.percentiles(math.exp(nats_n.mean() / tokens), resampled_b, self.compare.confidence)
+
+    @property
+    def note(self) -> str:
+        return (
+            f"{self.ids_nxW.shape[0]} windows of {self.ids_nxW.shape[1]} tokens of {len(set(self.texts))} texts; "
+            f"intervals of {self.compare.confidence:.0%}: paired bootstrap over texts."
+        )
+
+
+def _reading(experiment: params.Params, device: "torch.device") -> Reading:
+    import torch
+
+    given = experiment.forget
+    if given.source is None:
+        raise UserError("forget.source is null: the text that perplexity is taken on is that section's")
+    tokenizer, texts = models.tokenizer(lab.BASE), forget.texts(given, given.source)
+    enough = 4 * WINDOWS * WINDOW  # shorter ones, the ends of texts, are among them
+    whole = [one for one in forget.windows(tokenizer, texts, enough, WINDOW) if len(one.ids) == WINDOW][:WINDOWS]
+    ids_nxW = torch.tensor([one.ids for one in whole], device=device)
+    return Reading(ids_nxW, [one.place for one in whole], {}, experiment.compare)
+
+
+def llm_int8() -> Evidence:
+    """Weights and activations in 8 bits: one constant a tensor, one a row of activations, one a row and a column, and
+    that with the columns of outliers left as they are (LLM.int8(), arXiv 2208.07339, sections 2.1 and 3)."""
+    from transformers import BitsAndBytesConfig
+
+    experiment = lab.experiment()
+    device, threshold = devices.choose(experiment.runtime), experiment.quantize.int8_threshold
+    reading = _reading(experiment, device)
+    model = models.pretrained(lab.BASE, device)
+    reading.read("float", model)
+    for name, row, column in (("absmax", False, False), ("row_wise", True, False), ("vector_wise", True, True)):
+        for layer in _layers(model):
+            layer.forward = int8_forward(layer.weight, row, column)
+        reading.read(name, model)
+    del model
+    config = BitsAndBytesConfig(load_in_8bit=True, llm_int8_threshold=threshold)
+    reading.read("llm_int8", models.pretrained(lab.BASE, device, quantization_config=config))
+    return Evidence(
+        {
+            **{f"{name}_ppl": reading.ratio(name) for name in reading.losses},
+            "absmax_over_row_wise": reading.ratio("absmax", "row_wise"),
+            "absmax_over_vector_wise": reading.ratio("absmax", "vector_wise"),
+            "row_wise_over_llm_int8": reading.ratio("row_wise", "llm_int8"),
+            "vector_wise_over_llm_int8": reading.ratio("vector_wise", "llm_int8"),
+            "llm_int8_over_float": reading.ratio("llm_int8", "float"),
+        },
+        [reading.note],
+    )
+
+
+def int8_forward(weight_OxC: "torch.Tensor", row: bool, column: bool) -> "Callable[[torch.Tensor], torch.Tensor]":
+    """A linear layer in 8 bits (absmax, LLM.int8(), section 2.1), rounded and multiplied as integers. With `row` each
+    token's activations have a constant of their own, with `column` each output's weights; else all share one."""
+    from bitsandbytes.functional import int8_linear_matmul
+
+    weight, weight_scale = _int8(weight_OxC, column)
+
+    def forward(x: "torch.Tensor") -> "torch.Tensor":
+        rounded, scale = _int8(x.flatten(0, -2), row)
+        product = int8_linear_matmul(rounded, weight).float() * scale * weight_scale.T
+        output: torch.Tensor = product.to(x.dtype).unflatten(0, x.shape[:-1])
+        return output
+
+    return forward
+
+
+def _int8(values: "torch.Tensor", by_row: bool) -> "tuple[torch.Tensor, torch.Tensor]":
+    """Integers, and what one of them is worth: a number a row (a column of numbers), or one number for all."""
+    import torch
+
+    values = values.float()
+    largest = values.abs().amax(-1, keepdim=True) if by_row else values.abs().max().reshape(1, 1)
+    scale = largest.clamp_min(torch.finfo(torch.float32).tiny) / INT8
+    return (values / scale).round().to(torch.int8), scale
+
+
+def nf4_beats_fp4() -> Evidence:
+    """Weights in 4 bits, in blocks of 64: NF4 with and without double quantization, FP4, and symmetric integers."""
+    import torch
+
+    experiment = lab.experiment()
+    device = devices.choose(experiment.runtime)
+    reading = _reading(experiment, device)
+    model = models.pretrained(lab.BASE, device)
+    reading.read("float", model)
+    exact = {layer: layer.weight.data for layer in _layers(model)}
+    forms: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+        "nf4": lambda weight: bitsandbytes_4bit(weight, "nf4", double=False),
+        "nf4_double": lambda weight: bitsandbytes_4bit(weight, "nf4", double=True),
+        "fp4": lambda weight: bitsandbytes_4bit(weight, "fp4", double=False),
+        "fp4_e2m1": lambda weight: nearest(weight, E2M1),
+        "int4": lambda weight: nearest(weight, INT4),
+    }
+    for name, rounded in forms.items():
+        for layer, weight in exact.items():
+            layer.weight.data = rounded(weight).to(weight.dtype)
+        reading.read(name, model)
+    return Evidence(
+        {
+            **{f"{name}_ppl": reading.ratio(name) for name in reading.losses},
+            "nf4_over_fp4": reading.ratio("nf4", "fp4"),
+            "nf4_over_fp4_e2m1": reading.ratio("nf4", "fp4_e2m1"),
+            "nf4_over_int4": reading.ratio("nf4", "int4"),
+            "double_over_nf4": reading.ratio("nf4_double", "nf4"),
+        },
+        [
+            reading.note,
+            "The base is a dequantized Q4_1 file: each block of 32 weights lies on 16 evenly spaced values, which "
+            "favours evenly spaced codes (int4) over those of NF4 and FP4.",
+            "fp4 is bitsandbytes' table; fp4_e2m1 is the paper's type, which differs from it in the smallest value.",
+        ],
+    )
+
+
+def bitsandbytes_4bit(weight: "torch.Tensor", kind: str, double: bool) -> "torch.Tensor":
+    """What a layer holds after quantization by bitsandbytes, as the stage `quantize` has it."""
+    from bitsandbytes.functional import dequantize_4bit, quantize_4bit
+
+    packed, state = quantize_4bit(weight, blocksize=BLOCK, compress_statistics=double, quant_type=kind)
+    found: torch.Tensor = dequantize_4bit(packed, state)
+    return found
+
+
+def nearest(weight: "torch.Tensor", codes: list[float]) -> "torch.Tensor":
+    """Each weight as the nearest of `codes` (in ascending order) times the largest magnitude of its block."""
+    import torch
+
+    blocks = weight.float().reshape(-1, BLOCK)
+    largest = blocks.abs().amax(-1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
+    table = torch.tensor(codes, device=weight.device)
+    index = torch.bucketize(blocks / largest, (table[1:] + table[:-1]) / 2)
+    return (table[index] * largest).reshape(weight.shape)
+
+
+def _layers(model: Any) -> Iterable[Any]:
+    """The linear layers that quantization changes: all but the head."""
+    names = models.linear_layers(model)
+    return [layer for name, layer in model.named_modules() if name.rpartition(".")[2] in names]
+
+
+if __name__ == "__main__":
+    evidence.main({"llm-int8": llm_int8, "nf4-beats-fp4": nf4_beats_fp4})
