@@ -13,7 +13,7 @@ import torch
 
 from claims import evidence, lab, timing
 from claims.evidence import Evidence
-from pipeline import adapter, fused, generate, params, quantize, records
+from pipeline import adapter, backend_transformers, fused, generate, params, quantize, records
 from pipeline import device as devices
 from pipeline import model as models
 from pipeline.prompt import Encoder
@@ -53,14 +53,14 @@ def merged() -> Evidence:
 
     given = experiment.generation.model_copy(update={"max_new_tokens": NEW_TOKENS, "num_beams": 1})
     config = generate.configuration(given, sorted({encoder.end, *facts["stop_ids"]}), tokenizer)
-    one, other = (dict(generate.complete(model, config, families, given)) for model in (beside, within))
+    one, other = (dict(_answers(model, config, families, given)) for model in (beside, within))
     values |= {"answers": len(prompts), "equal_answers": sum(one[name] == other[name] for name in prompts)}
 
     given = given.model_copy(update={"max_new_tokens": TIMED_TOKENS})
     config = generate.configuration(given, [], tokenizer)  # nothing stops it
     short = [[("timed", texts[0][:TIMED_PROMPT])]]
     calls = {
-        name: partial(_answer, model, config, short, given)
+        name: partial(_answers, model, config, short, given)
         for name, model in (("base", base), ("merged", within), ("unmerged", beside))
     }
     taken = timing.seconds(calls, ROUNDS, SEED)
@@ -138,11 +138,13 @@ def _unpacked(layer: Any) -> torch.Tensor:
     from bitsandbytes.functional import dequantize_4bit
 
     weight = layer.base_layer.weight
-    return dequantize_4bit(weight.data, weight.quant_state).float()
+    unpacked: torch.Tensor = dequantize_4bit(weight.data, weight.quant_state)
+    return unpacked.float()
 
 
-def _answer(model: Any, config: Any, families: Any, given: params.Generation) -> list[tuple[str, list[int]]]:
-    return list(generate.complete(model, config, families, given))
+def _answers(model: Any, config: Any, families: Any, given: params.Generation) -> list[tuple[str, list[int]]]:
+    engine = backend_transformers.Engine(model, config, given, model.device.type, devices.threads(model.device))
+    return list(backend_transformers.complete(engine, families))
 
 
 if __name__ == "__main__":

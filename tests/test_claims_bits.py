@@ -7,12 +7,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
 
 from claims import bits, lab, register
 from pipeline import model as models
 from pipeline import params, quantize
 from pipeline.significance import Interval
+from tests.conftest import ROOT
 
 REGISTER = register.load(ROOT / register.FILE)
 

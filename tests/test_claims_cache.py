@@ -4,12 +4,12 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import ROOT
 
 from claims import cache, lab, register
 from pipeline import model as models
 from pipeline import params
 from pipeline.significance import Interval
+from tests.conftest import ROOT
 
 CPU = torch.device("cpu")
 

@@ -1,9 +1,9 @@
 """Counts of parameters against the papers' figures, and against counting by hand."""
 
 import pytest
-from conftest import ROOT
 
 from claims import counts, register
+from tests.conftest import ROOT
 
 REGISTER = register.load(ROOT / register.FILE)
 

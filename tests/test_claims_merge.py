@@ -4,12 +4,12 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import ROOT
 
 from claims import lab, merge, register
 from pipeline import model as models
 from pipeline import params, quantize
 from pipeline.significance import Interval
+from tests.conftest import ROOT
 
 REGISTER = register.load(ROOT / register.FILE)
 

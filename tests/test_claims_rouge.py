@@ -3,11 +3,11 @@
 from typing import Any
 
 import pytest
-from conftest import ROOT
 
 from claims import register, rouge
 from pipeline import metrics, params
 from pipeline.significance import Interval
+from tests.conftest import ROOT
 
 REGISTER = register.load(ROOT / register.FILE)
 
