@@ -182,8 +182,8 @@ def losses(engine: Engine, prompt: Sequence[int], completion: Sequence[int]) -> 
 def _forced(engine: Engine, prompt: list[int], token: int, count: int, **options: Any) -> dict[str, Any] | None:
     """What llama.cpp tells of `token`, made to be written behind `prompt`, and of the `count` likeliest ones."""
     body = _greedy(1) | {"prompt": prompt, "n_probs": count, "logit_bias": [[token, 1e6]]} | options
-    told: list[dict[str, Any]] = post(engine.server, "completion", body).get("completion_probabilities") or [None]
-    return told[0]
+    told: list[dict[str, Any]] | None = post(engine.server, "completion", body).get("completion_probabilities")
+    return told[0] if told else None
 
 
 def _ask(engine: Engine, prompts: list[list[int]], new_tokens: int) -> list[tuple[list[int], bool]]:
