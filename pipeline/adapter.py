@@ -84,6 +84,11 @@ class Saved:
     def sha256(self) -> str:
         return records.sha256_tree(self.folder)
 
+    @property
+    def parameters(self) -> int:
+        """Values in it, which are saved in float32."""
+        return (self.folder / WEIGHTS).stat().st_size // 4
+
     def load(self, model: Any, model_sha256: str, name: str = "default") -> Any:
         """Put the adapter on the base it was trained on, and prove that it acts.
 

@@ -12,7 +12,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any, Protocol
 
-from pipeline import checkpoint, params, paths, records
+from pipeline import checkpoint, memory, params, paths, records
 from pipeline import device as devices
 from pipeline import model as models
 from pipeline.progress import bar, say
@@ -29,6 +29,9 @@ class Adapter(Protocol):
 
     @property
     def sha256(self) -> str: ...
+
+    @property
+    def parameters(self) -> int: ...
 
     def load(self, model: Any, model_sha256: str) -> Any: ...
 
@@ -52,6 +55,10 @@ def infer(
     encoder.require_fit(prompts, "test", generation.max_new_tokens)
 
     device = devices.choose(runtime)
+    devices.require(device, facts["dtype"])
+    base = memory.base(paths.QUANTIZED, facts, keep_dequantized=runtime.keep_dequantized)
+    longest, added = max(map(len, prompts.values())), 0 if adapter is None else adapter.parameters
+    memory.require_inference(device, base, generation, longest, added)
     config = configuration(generation, sorted({encoder.end, *facts["stop_ids"]}), tokenizer)
     decoding = Decoding(
         variant=variant,
