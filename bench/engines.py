@@ -335,6 +335,11 @@ def _sizes(model: Any) -> dict[str, int]:
     return {"linear": linear, "adapter": trainable, "head": head.in_features * head.out_features}
 
 
+def peak_mb() -> float:
+    """The most main memory that this process has held at once, in MiB."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
+
+
 def main() -> None:
     os.environ.setdefault("TQDM_DISABLE", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -342,8 +347,7 @@ def main() -> None:
     if not Path(paths.QUANTIZED_FACTS).is_file():
         sys.exit("error: bench measures on the experiment's data and 4-bit base: run `dvc repro` first")
     result = ENGINES[engine](setting)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
-    print("result " + json.dumps(result | {"peak_mb": peak}), flush=True)
+    print("result " + json.dumps(result | {"peak_mb": peak_mb()}), flush=True)
 
 
 if __name__ == "__main__":

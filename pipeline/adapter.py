@@ -84,6 +84,11 @@ class Saved:
     def sha256(self) -> str:
         return records.sha256_tree(self.folder)
 
+    @property
+    def parameters(self) -> int:
+        """Values in it, which are saved in float32."""
+        return (self.folder / WEIGHTS).stat().st_size // 4
+
     def require_of(self, model_sha256: str) -> None:
         """UserError when it belongs to another base."""
         origin = records.read_json(self.folder / ORIGIN)["model_sha256"]

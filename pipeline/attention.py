@@ -24,7 +24,7 @@ def grouped(
     value_BxHxCxD: torch.Tensor,
     mask_Bx1xQxC: torch.Tensor | None,
     scaling: float,
-    spans: Sequence[tuple[int, torch.Tensor]] | None = None,
+    spans: Sequence[tuple[int, torch.Tensor | None]] | None = None,
     softcap: float | None = None,
     **_: Any,
 ) -> tuple[torch.Tensor, None]:
@@ -32,8 +32,8 @@ def grouped(
 
     UserError for a model that caps its attention scores (`softcap`, Gemma 2).
 
-    With `spans`, lengths and masks (1x1xLxL) of the parts of a packed sequence that do not see each other, each part is
-    computed by itself, and `mask_Bx1xQxC` is not read.
+    With `spans`, lengths and masks (1x1xLxL, or None) of the parts of a packed sequence that do not see each other,
+    each part is computed by itself, and `mask_Bx1xQxC` is not read.
     """
     if softcap is not None:
         raise UserError("the model caps its attention scores (attn_logit_softcapping), which is not offered here")
@@ -70,6 +70,10 @@ def _attend(
     values for each of them."""
     batch, _, width, size = query_BxHGxQxD.shape
     heads, columns = key_BxHxCxD.shape[1:3]
+    if mask_Bx1xQxC is None and width == columns and _flash(query_BxHGxQxD, key_BxHxCxD, value_BxHxCxD):
+        return torch.nn.functional.scaled_dot_product_attention(
+            query_BxHGxQxD, key_BxHxCxD, value_BxHxCxD, is_causal=True, scale=scaling, enable_gqa=True
+        )
     if mask_Bx1xQxC is None:
         visible_QxC = torch.ones(width, columns, dtype=torch.bool, device=query_BxHGxQxD.device).tril(columns - width)
         mask_Bx1xQxC = visible_QxC[None, None]
@@ -83,6 +87,23 @@ def _attend(
             query_BxHxGQxD, key_BxHxCxD, value_BxHxCxD, attn_mask=mask_Bx1xGQxC, scale=scaling
         )
     return output_BxHxGQxD.reshape(batch, -1, width, size)
+
+
+def _flash(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> bool:
+    """Whether torch computes this by FlashAttention, which knows no mask but the causal one (arXiv 2307.08691)."""
+    if query.device.type != "cuda":
+        return False
+    asked = torch.backends.cuda.SDPAParams(query, key, value, None, 0.0, True, True)
+    return torch.backends.cuda.can_use_flash_attention(asked)
+
+
+def describe(device: str) -> str:
+    """Which attention training uses on a device: a rule, which `_attend` is."""
+    return {
+        "cpu": f"weights kept up to {Short.COLUMNS} columns, torch's tiled kernel above",
+        "cuda": "FlashAttention for rows by themselves, torch's choice under a mask for rows that share a beginning",
+        "mps": "torch's scaled_dot_product_attention under a mask",
+    }[device]
 
 
 class Short(torch.autograd.Function):

@@ -6,8 +6,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from pipeline import device as devices
+from pipeline import memory, params, paths
 from pipeline import model as models
-from pipeline import params
 from pipeline.backend import Families, Setup
 
 
@@ -26,6 +26,10 @@ class Engine:
 def load(setup: Setup) -> Engine:
     """The base as every stage loads it, and the adapter on it, proven to act."""
     device = devices.choose(setup.runtime)
+    devices.require(device, setup.facts["dtype"])
+    base = memory.base(paths.QUANTIZED, setup.facts, keep_dequantized=setup.runtime.keep_dequantized)
+    added = 0 if setup.adapter is None else setup.adapter.parameters
+    memory.require_inference(device, base, setup.generation, setup.tokens - setup.generation.max_new_tokens, added)
     model = models.load(device, setup.runtime.keep_dequantized)
     if setup.adapter is not None:
         model = setup.adapter.load(model, setup.facts["sha256"])

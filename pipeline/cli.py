@@ -191,6 +191,17 @@ def use(recipe: RECIPE = None, force: Force = False, dry_run: DryRun = False) ->
         recipes.use(recipe, force, dry_run)
 
 
+@app.command()
+def plan(recipe: RECIPE = None) -> None:
+    """The memory that each stage of params.yaml, or of RECIPE, is predicted to take, and the largest settings that fit.
+
+    For GPUs of 24, 48 and 80 GB and this machine's main memory. Nothing is loaded.
+    """
+    from pipeline import plan as planning
+
+    planning.show(recipe)
+
+
 FILE = Annotated[Path | None, typer.Argument(help="A search's file, such as sweeps/example.yaml.")]
 Set = Annotated[list[str], typer.Option("-S", "--set-param", help="<parameter>=<value>,<value>...")]
 Jobs = Annotated[int | None, typer.Option("-j", "--jobs", min=1, help="Experiments at once here; 1 if not given.")]

@@ -3,6 +3,8 @@
 import logging
 import os
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from pipeline import distributed, params
@@ -14,6 +16,9 @@ if TYPE_CHECKING:
 
 # With this setting cuBLAS repeats its results; it is read when CUDA starts, so it must be set before that.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+
+FALLBACK = "PYTORCH_ENABLE_MPS_FALLBACK"
+"""torch reads it when it is imported: operations without a kernel for Metal are then computed on the CPU, silently."""
 
 
 def choose(runtime: params.Runtime) -> "torch.device":
@@ -33,8 +38,43 @@ def choose(runtime: params.Runtime) -> "torch.device":
             f"(torch {torch.__version__}): "
             f"install a torch build for it, or set runtime.device to auto"
         )
+    if device.type == "mps":
+        _require_metal_alone()
     say(f"device: {describe(device)}")
     return device
+
+
+def require(device: "torch.device", dtype: str) -> None:
+    """UserError for a dtype that the device would only emulate, or not compute at all."""
+    import torch
+
+    if dtype != "bfloat16":
+        return
+    if device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
+        raise UserError(
+            f"model.dtype = 'bfloat16', which {torch.cuda.get_device_name(device)} only emulates: set it to float16, "
+            f"or to float32 for twice the memory"
+        )
+    if device.type == "mps" and not torch.backends.mps.is_macos_or_newer(14, 0):
+        raise UserError(
+            "model.dtype = 'bfloat16', which MPS computes from macOS 14 on: set it to float16, or update macOS"
+        )
+
+
+@contextmanager
+def repeatable(device: "torch.device") -> Iterator[None]:
+    """Backward passes that repeat their results on CUDA as well: its attention adds in any order unless torch is told
+    to fail rather than to warn."""
+    import torch
+
+    if device.type != "cuda":
+        yield
+        return
+    torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(True, warn_only=True)
 
 
 def threads(device: "torch.device") -> int:
@@ -59,8 +99,30 @@ def _found(cpu_only: bool) -> "torch.device":
     """The best device of this machine, in accelerate's order: an accelerator where there is one, then the CPU."""
     from accelerate import PartialState
 
+    before = os.environ.get(FALLBACK)
     device: torch.device = PartialState(cpu=cpu_only).device
+    if before is None:  # accelerate sets it, too late for this process, but not for those that it starts
+        os.environ.pop(FALLBACK, None)
     return device
+
+
+def _require_metal_alone() -> None:
+    """Nothing but this machine's Metal computes: UserError where torch would fall back to the CPU without a word.
+
+    On macOS 26 bitsandbytes loads kernels from a model hub if the package `kernels` is there, whatever version the hub
+    has: that is switched off, and its own ones for torch are used, as on earlier versions.
+    """
+    import torch
+
+    if os.environ.get(FALLBACK, "0") not in ("", "0"):
+        raise UserError(
+            f"{FALLBACK} = {os.environ[FALLBACK]}: what MPS lacks would be computed on the CPU unseen: unset it, or "
+            f"set runtime.device to cpu"
+        )
+    if torch.backends.mps.is_available():
+        from bitsandbytes.backends.mps import ops
+
+        ops._kernel_load_failed = True
 
 
 def quieten() -> None:

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from pipeline import adapter, loss, pack, params, paths, prompt, records, source, tables
+from pipeline import adapter, loss, memory, pack, params, paths, prompt, records, source, tables
 from pipeline import device as devices
 from pipeline import model as models
 from pipeline.errors import UserError
@@ -89,6 +89,9 @@ def forget(seed: int, forget: params.Forget, runtime: params.Runtime) -> None:
             "name more text, or lower forget.window"
         )
     device = devices.choose(runtime)
+    devices.require(device, facts["dtype"])
+    base = memory.base(paths.QUANTIZED, facts, keep_dequantized=runtime.keep_dequantized)
+    memory.require_reading(device, base, max(TOGETHER, forget.window), saved.parameters)
     model = saved.load(models.load(device, runtime.keep_dequantized), facts["sha256"])
     found = measure(model, chosen, f"forget {seed}")
     total = {name: sum(getattr(one, name) for one in found) for name in ("base", "tuned", "cross_entropy", "entropy")}

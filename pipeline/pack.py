@@ -19,6 +19,9 @@ if TYPE_CHECKING:
 WHOLE = 64
 """Packed sequences are filled up to a multiple of this: libraries choose and build their kernels once a length."""
 
+UNMASKED = ("cuda",)
+"""Devices with a faster kernel for a row by itself, each of whose tokens sees those before it: it is given no mask."""
+
 
 @dataclass(frozen=True, slots=True)
 class Tree:
@@ -41,12 +44,13 @@ class Tree:
 class Packed:
     """Model inputs for one sequence, on one device. `answer_at_N` are the places whose logits predict `target_N`.
 
-    `spans`: of each group its number of tokens, and 1x1xLxL, True where the row's token may attend to the column's.
+    `spans`: of each group its number of tokens, and 1x1xLxL, True where the row's token may attend to the column's,
+    or None (`UNMASKED`).
     """
 
     input_ids_1xL: "torch.Tensor"
     position_ids_1xL: "torch.Tensor"
-    spans: "list[tuple[int, torch.Tensor]]"
+    spans: "list[tuple[int, torch.Tensor | None]]"
     answer_at_N: "torch.Tensor"
     target_N: "torch.Tensor"
 
@@ -89,7 +93,7 @@ def pack(part: Sequence[Tree], device: "torch.device") -> Packed:
 
     ids: list[int] = []
     positions: list[int] = []
-    spans: list[tuple[int, torch.Tensor]] = []
+    spans: list[tuple[int, torch.Tensor | None]] = []
     answer_at: list[int] = []
     targets: list[int] = []
     for item in part:
@@ -105,6 +109,9 @@ def pack(part: Sequence[Tree], device: "torch.device") -> Packed:
             segments += [number] * len(branch)
             answer_at += range(first_answer, first_answer + len(completion))
             targets += completion
+        if device.type in UNMASKED and len(item.branches) == 1:
+            spans.append((len(ids) - start, None))
+            continue
         segment_L = torch.tensor(segments)
         causal_LxL = torch.ones(len(segments), len(segments), dtype=torch.bool).tril()
         visible_LxL = causal_LxL & ((segment_L[:, None] == segment_L) | (segment_L == 0))

@@ -207,6 +207,7 @@ class Train(Section):
     epochs: Annotated[int, Field(ge=1, le=1000)]
     batch_size: Annotated[int, Field(ge=1, le=4096)]
     micro_batch_tokens: Annotated[int, Field(ge=64, le=1_000_000)]
+    optimizer: Literal["adamw", "adamw8bit", "paged-adamw8bit"]
     learning_rate: Annotated[float, Field(gt=0, le=1)]
     schedule: Literal["linear", "cosine", "constant"]
     warmup: Annotated[float, Field(ge=0, lt=1)]

@@ -10,7 +10,7 @@ import shutil
 from typing import TYPE_CHECKING, Any
 
 from pipeline import device as devices
-from pipeline import loss, params, paths, records
+from pipeline import loss, memory, params, paths, records
 from pipeline import model as models
 from pipeline.errors import UserError
 from pipeline.progress import say
@@ -26,10 +26,16 @@ def quantize(quantize: params.Quantize, runtime: params.Runtime) -> None:
     device = devices.choose(runtime)
     base_facts = records.read_json(paths.BASE_FACTS)
     models.require_intact(paths.BASE, base_facts)
+    devices.require(device, base_facts["dtype"])
+    wanted = {"method": quantize.method, "double_quantization": quantize.double_quantization}
+    home = memory.require_quantizing(device, memory.base(paths.BASE, base_facts | wanted, keep_dequantized=False))
     windows = _windows(quantize.perplexity_tokens)
-    base = models.pretrained(paths.BASE, device)
+    base = models.pretrained(paths.BASE, home)
     before = loss.perplexity(base, windows, "perplexity before")
-    facts: dict[str, Any] = {"method": quantize.method, "double_quantization": quantize.double_quantization}
+    facts: dict[str, Any] = dict(wanted)
+    if home != device:
+        say(f"quantize: the base does not fit beside its quantized form on {device.type}: {home.type} computes it")
+        facts["base_on"] = home.type
     if quantize.method == "int8":
         facts["int8_threshold"] = quantize.int8_threshold
     if quantize.method == "none":
@@ -91,14 +97,16 @@ def dequantize(model: Any) -> None:
     import torch
     from bitsandbytes.functional import dequantize_4bit
 
-    layers = list(_linear4bit(model))
-    for name, layer in layers:
+    names = [name for name, _ in _linear4bit(model)]
+    for name in names:
+        layer = model.get_submodule(name)
         weight = dequantize_4bit(layer.weight.data, layer.weight.quant_state).to(model.dtype)
         plain = torch.nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta")
         plain.weight = torch.nn.Parameter(weight, requires_grad=False)
         plain.bias = layer.bias
         model.set_submodule(name, plain)
-    if layers:
+        del layer  # the packed weights go as the unpacked ones come
+    if names:
         # Without this mark transformers and PEFT would still take the layers for 4-bit ones.
         model.is_loaded_in_4bit = model.is_quantized = False
         model.quantization_method = None
@@ -162,7 +170,7 @@ def _reconstruction(base: Any, quantized: Any) -> dict[str, Any]:
     def measure(name: str, stored: list["torch.Tensor"], restored: "torch.Tensor") -> None:
         nonlocal bits, parameters
         exact = base.get_submodule(name).weight.data.float()
-        errors[name] = float((exact - restored.float()).norm() / exact.norm())
+        errors[name] = float((exact - restored.float().to(exact.device)).norm() / exact.norm())
         bits += sum(8 * tensor.numel() * tensor.itemsize for tensor in stored)
         parameters += exact.numel()
 

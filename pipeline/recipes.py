@@ -2,7 +2,7 @@
 
     about: One line for `lora-repro use`.
     source: arXiv 2305.14314, section 5.2
-    needs: {hub: true, gpu_gb: 24}
+    needs: {hub: true, gpu_gb: 18}
     params:
       lora: {r: 64, alpha: 16}
 
@@ -35,6 +35,7 @@ from ruamel.yaml.nodes import MappingNode, ScalarNode, SequenceNode
 
 from pipeline import params, paths, records
 from pipeline.errors import UserError, listing
+from pipeline.shape import Shape
 
 DEFAULT = Path("params.default.yaml")
 FOLDER = Path("recipes")
@@ -54,6 +55,9 @@ class Needs(params.Section):
     licence: list[str] = Field(default_factory=list)
     """Pages on which a licence must be accepted first."""
     gpu_gb: Annotated[float, Field(gt=0)] | None = None
+    """As `lora-repro plan` predicts it, of the stage that takes most, with runtime.keep_dequantized: false."""
+    model: Shape | None = None
+    """The architecture, for the prediction: a model on the hub is not here to ask."""
 
     def __str__(self) -> str:
         gpu = f"GPU {self.gpu_gb:g} GB" if self.gpu_gb else ""
@@ -150,6 +154,24 @@ def experiment(name: str, machine: params.Params) -> params.Params:
     choice = _choice(_path(name), _default())
     mine = {section: getattr(machine, section).model_dump() for section in MACHINE}
     return params.check(choice.content | mine, str(choice.document.path))
+
+
+def stated_shape(name: str) -> Shape | None:
+    """The architecture that a recipe states, by name or path."""
+    return _choice(_path(name), _default()).recipe.needs.model
+
+
+def shape_of(source: str) -> Shape | None:
+    """The architecture that a recipe of the project states for a model's source."""
+    default = _default()
+    for path in _files().values():
+        try:
+            choice = _choice(path, default)
+        except UserError:  # told when that recipe is used
+            continue
+        if choice.recipe.needs.model and choice.content["model"]["source"] == source:
+            return choice.recipe.needs.model
+    return None
 
 
 def result(choice: Choice, default: Document, now: Document | None) -> str:
@@ -499,6 +521,10 @@ def _needs_at_length(choice: Choice) -> Iterator[str]:
             yield f"needs  your {key} in {source} ({there}); with {key}.sha256: null the error tells its digest"
     if needs.gpu_gb:
         yield f"needs  a GPU with {needs.gpu_gb:g} GB: {_gpu_found(needs.gpu_gb)}"
+        if needs.model:
+            packed = choice.content["quantize"]["method"] in ("nf4", "fp4")
+            setting = " with runtime.keep_dequantized: false" if packed else ""
+            yield f"memory {needs.gpu_gb:g} GB at most{setting}, as predicted: lora-repro plan {choice.name}"
 
 
 def _gpu_found(gb: float) -> str:

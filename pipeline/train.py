@@ -1,4 +1,4 @@
-"""LoRA training: AdamW on the adapter alone, on a frozen and possibly 4-bit base (QLoRA, arXiv 2305.14314).
+"""LoRA training: the adapter alone is optimized, on a frozen and possibly 4-bit base (QLoRA, arXiv 2305.14314).
 
 The loss of a step is the mean over all supervised tokens of its batch, however the batch is split for memory. The
 adapter computes in the model's dtype; gradients are summed and the update is made in float32. Order, dropout and
@@ -21,7 +21,19 @@ from dataclasses import asdict, astuple, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipeline import adapter, checkpoint, distributed, loss, pack, params, paths, quantize, records
+from pipeline import (
+    adapter,
+    checkpoint,
+    distributed,
+    loss,
+    memory,
+    optimizer,
+    pack,
+    params,
+    paths,
+    quantize,
+    records,
+)
 from pipeline import device as devices
 from pipeline import model as models
 from pipeline.errors import UserError
@@ -52,6 +64,8 @@ def train(seed: int, prompt: params.Prompt, lora: params.Lora, train: params.Tra
 
     UserError for rows that do not fit, a target module that is not there, or a loss that is not finite.
     """
+    from pipeline import attention
+
     facts = records.read_json(paths.QUANTIZED_FACTS)
     encoder = Encoder(models.tokenizer(), prompt, facts["context"])
     everything = _rows(encoder, "train")
@@ -84,6 +98,11 @@ def train(seed: int, prompt: params.Prompt, lora: params.Lora, train: params.Tra
         )
     validation = pack.trees(validation_rows)
     device = devices.choose(runtime)
+    devices.require(device, facts["dtype"])
+    optimizer.require(train.optimizer, device)
+    base = memory.base(paths.QUANTIZED, facts, keep_dequantized=runtime.keep_dequantized)
+    steps = [*(batch for _, batch in plan), validation]
+    memory.require_training(device, base, lora, train, memory.load(steps, train.micro_batch_tokens))
     sample = evenly(pack.trees(rows), len(validation_rows))
     identity = {
         "seed": seed,
@@ -136,6 +155,7 @@ def train(seed: int, prompt: params.Prompt, lora: params.Lora, train: params.Tra
                 "seed": seed,
                 "device": device.type,
                 "threads": devices.threads(device),
+                "attention": attention.describe(device.type),
                 "rows": len(rows),
                 "dropped": dropped,
                 "validation_rows": len(validation_rows),
@@ -176,16 +196,12 @@ class Trainer:
     """The state of a training run, and the three things done to it: a step, a validation, a checkpoint."""
 
     def __init__(self, model: Any, train: params.Train, seed: int, steps: int) -> None:
-        import torch
-
         self.model, self.train, self.seed, self.steps = model, train, seed, steps
         self.tensors = adapter.tensors(model)
         self.masters = {name: tensor.detach().float().clone() for name, tensor in self.tensors.items()}
         for tensor in self.tensors.values():
             tensor.data = tensor.data.to(model.dtype)
-        self.optimizer = torch.optim.AdamW(
-            list(self.masters.values()), betas=(0.9, train.beta2), weight_decay=train.weight_decay
-        )
+        self.optimizer = optimizer.build(list(self.masters.values()), train)
         self.log: list[Step] = []
         self.validation: list[dict[str, float]] = []
         self.best: dict[str, torch.Tensor] = {}
@@ -205,13 +221,16 @@ class Trainer:
         gradients = {name: torch.zeros_like(master) for name, master in self.masters.items()}
         total = 0.0
         own = distributed.share(batch, lambda tree: tree.tokens)
+        # In float16 the gradient of a mean would be lost below 6e-8: there it is that of the sum, divided in float32.
+        unit = 1 / supervised if self.model.dtype is torch.float16 else 1.0
         for part in pack.micro_batches(own, self.train.micro_batch_tokens):
             part_loss = loss.summed(self.model, pack.pack(part, self.model.device)) / supervised
-            part_loss.backward()
+            with devices.repeatable(self.model.device):
+                (part_loss if unit == 1.0 else part_loss / unit).backward()
             total += part_loss.item()
             for name, tensor in self.tensors.items():
                 if tensor.grad is not None:
-                    gradients[name] += tensor.grad
+                    gradients[name] += tensor.grad if unit == 1.0 else tensor.grad.float() * unit
                     tensor.grad = None
         total = distributed.add_up(total, list(gradients.values()))
         norm = float(torch.nn.utils.get_total_norm(list(gradients.values())))

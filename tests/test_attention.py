@@ -1,5 +1,8 @@
 """Grouped-query attention: what torch computes with repeated heads, with and without a mask, packed or not."""
 
+from types import SimpleNamespace
+from typing import Any
+
 import pytest
 import torch
 from torch.nn.functional import scaled_dot_product_attention
@@ -60,3 +63,41 @@ def test_a_softcap_is_refused_and_not_ignored() -> None:
     model.set_attn_implementation(attention.NAME)
     with pytest.raises(UserError, match="attn_logit_softcapping"):
         model(input_ids=torch.tensor([[1, 2, 3]]))
+
+
+@pytest.mark.parametrize("capable", [True, False], ids=["flash", "no flash"])
+def test_on_cuda_a_row_by_itself_is_causal_without_a_mask(capable: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The device is faked: what CUDA would be asked for is computed here, and equals the masked computation."""
+    asked: list[bool] = []
+
+    def sdpa(*given: Any, **options: Any) -> torch.Tensor:
+        asked.append(options.get("is_causal", False))
+        return scaled_dot_product_attention(*given, **options)
+
+    monkeypatch.setattr(attention, "_flash", lambda *_: capable)
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", sdpa)
+    seen = []
+    for spans in ([(4, None), (5, None)], [(n, torch.ones(1, 1, n, n, dtype=torch.bool).tril()) for n in (4, 5)]):
+        query, key, value = states(1, 9, 9)
+        output, _ = attention.grouped(None, query, key, value, None, 0.3, spans=spans)
+        (output * torch.linspace(-1, 1, output.numel()).view_as(output)).sum().backward()
+        seen.append([output.detach(), query.grad, key.grad, value.grad])
+    for unmasked, masked in zip(*seen, strict=True):
+        torch.testing.assert_close(unmasked, masked)
+    assert asked == ([True, True] if capable else [])  # without a mask first; short sequences here keep their weights
+
+
+def test_flash_is_what_torch_says_it_is_and_on_cuda_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    query, key, value = states(1, 9, 9)
+    monkeypatch.setattr(torch.backends.cuda, "can_use_flash_attention", lambda _: True)
+    assert not attention._flash(query, key, value)
+    faked = SimpleNamespace(device=torch.device("cuda"))
+    monkeypatch.setattr(torch.backends.cuda, "SDPAParams", lambda *given: given)
+    for answer in (True, False):
+        monkeypatch.setattr(torch.backends.cuda, "can_use_flash_attention", lambda _, answer=answer: answer)
+        assert attention._flash(faked, key, value) is answer  # type: ignore[arg-type]
+
+
+def test_every_device_has_a_rule_that_is_recorded() -> None:
+    assert len({attention.describe(name) for name in ("cpu", "cuda", "mps")}) == 3
+    assert str(attention.Short.COLUMNS) in attention.describe("cpu")

@@ -1,6 +1,7 @@
 """Forgetting: the sums are those of two plain forward passes; texts and windows are what the parameters say."""
 
 import json
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -171,8 +172,9 @@ def test_another_encoding_is_told_by_the_key_that_sets_it(folder: Path) -> None:
 @pytest.fixture
 def ready(project: params.Params, tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> params.Params:
     """A project with an adapter of seed 17, and the tiny model in the place of the quantized base."""
-    facts = {"sha256": "a" * 64, "context": 512}
+    facts = {"sha256": "a" * 64, "context": 512, "dtype": "float32", "method": "none", "double_quantization": False}
     records.write_json(paths.QUANTIZED_FACTS, facts)
+    shutil.copytree(tiny_model, paths.QUANTIZED)
     adapter.save(adapted(tiny_model), paths.adapter(17), "a" * 64)
     monkeypatch.setattr(models, "tokenizer", lambda: AutoTokenizer.from_pretrained(tiny_model))
     monkeypatch.setattr(

@@ -62,8 +62,22 @@ def test_gradients_do_not_depend_on_packing_or_sharing(model: torch.nn.Module) -
 def test_a_mask_that_let_branches_see_each_other_would_be_noticed(model: torch.nn.Module) -> None:
     rows = some_rows()
     packed = pack.pack(pack.trees(rows), CPU)
-    planted = replace(packed, spans=[(length, torch.ones_like(mask).tril()) for length, mask in packed.spans])
+    planted = replace(
+        packed, spans=[(n, None if mask is None else torch.ones_like(mask).tril()) for n, mask in packed.spans]
+    )
     assert loss.summed(model, planted).item() != pytest.approx(sum(plain_loss(model, row) for row in rows), rel=1e-4)
+
+
+def test_a_row_by_itself_needs_no_mask_where_a_kernel_is_faster_without(
+    model: torch.nn.Module, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trees = pack.trees(some_rows())
+    masked = pack.pack(trees, CPU)
+    monkeypatch.setattr(pack, "UNMASKED", ("cpu",))
+    bare = pack.pack(trees, CPU)
+    assert [mask is None for _, mask in bare.spans] == [False, True, False]  # a group, a row, the padding
+    assert [length for length, _ in bare.spans] == [length for length, _ in masked.spans]
+    assert loss.summed(model, bare).item() == loss.summed(model, masked).item()
 
 
 def test_a_shared_prefix_is_laid_out_once() -> None:

@@ -1,6 +1,7 @@
 """4-bit weights: what they cost, that they are really there, and that gradients through them are right."""
 
 import copy
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +9,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-from pipeline import adapter, attention, loss, pack, params, paths, quantize, records
+from pipeline import adapter, attention, loss, memory, pack, params, paths, quantize, records
 from pipeline.errors import UserError
 from pipeline.prompt import Row
 
@@ -86,8 +87,6 @@ def test_both_ways_of_holding_the_weights_give_the_same_logits(tiny_model: Path,
 def test_the_stage_writes_a_checkpoint_that_loads_as_it_is_and_its_facts(
     project: params.Params, tiny_model: Path
 ) -> None:
-    import shutil
-
     shutil.copytree(tiny_model, paths.BASE)
     of_base = {"context": 512, "dtype": "float32", "stop_ids": [1], "sha256": records.sha256_tree(paths.BASE)}
     records.write_json(paths.BASE_FACTS, of_base)
@@ -105,8 +104,6 @@ def test_the_stage_writes_a_checkpoint_that_loads_as_it_is_and_its_facts(
 
 
 def test_a_base_that_has_changed_on_the_disk_is_refused(project: params.Params, tiny_model: Path) -> None:
-    import shutil
-
     shutil.copytree(tiny_model, paths.BASE)
     of_base = {"context": 512, "dtype": "float32", "stop_ids": [1], "sha256": records.sha256_tree(paths.BASE)}
     records.write_json(paths.BASE_FACTS, of_base)
@@ -180,8 +177,6 @@ def test_gradients_on_int8_are_those_of_plain_weights_also_after_an_evaluation(t
 
 @pytest.mark.filterwarnings("ignore:MatMul8bitLt:UserWarning")
 def test_int8_is_written_with_its_facts_and_stays_int8(project: params.Params, tiny_model: Path) -> None:
-    import shutil
-
     from pipeline import model as models
 
     shutil.copytree(tiny_model, paths.BASE)
@@ -202,3 +197,35 @@ def test_int8_is_written_with_its_facts_and_stays_int8(project: params.Params, t
         quantize.require_effective(loaded, facts | {"int8_threshold": 6.0})
     with pytest.raises(UserError, match="with 14 layers was asked for, but the loaded model has 14 layers of {'int8'}"):
         quantize.require_effective(loaded, facts | {"method": "nf4"})
+
+
+def test_a_base_in_main_memory_gives_the_same_facts_and_says_so(
+    project: params.Params, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The other device is faked: `cpu:0` is the CPU under another name."""
+    shutil.copytree(tiny_model, paths.BASE)
+    of_base = {"context": 512, "dtype": "float32", "stop_ids": [1], "sha256": records.sha256_tree(paths.BASE)}
+    records.write_json(paths.BASE_FACTS, of_base)
+    found = []
+    for home in ("cpu", "cpu:0"):
+        monkeypatch.setattr(memory, "require_quantizing", lambda *_, home=home: torch.device(home))
+        quantize.quantize(project.quantize, project.runtime)
+        found.append(records.read_json(paths.QUANTIZED_FACTS))
+    assert found[1] == found[0] | {"base_on": "cpu"}
+
+
+@pytest.mark.parametrize("kind", ["nf4", "fp4"])
+def test_what_bitsandbytes_computes_for_metal_is_what_it_computes_here(kind: str) -> None:
+    """Its steps in torch for MPS, run on a CPU: the codes and constants are those of the CPU's kernels, and the weights
+    that they stand for."""
+    from bitsandbytes.backends.mps import ops
+    from bitsandbytes.functional import dequantize_4bit, quantize_4bit
+
+    weight = torch.randn(96, 128, generator=torch.Generator().manual_seed(2))
+    packed, state = quantize_4bit(weight, blocksize=64, quant_type=kind)
+    with torch.compiler.set_stance("force_eager"):
+        metal, constants = ops._quantize_4bit_fallback(weight, 64, kind, torch.uint8)
+        restored = ops._dequantize_4bit_impl(metal, constants, 64, kind, weight.shape, weight.dtype)
+    assert torch.equal(metal, packed)
+    assert torch.equal(constants, state.absmax)
+    torch.testing.assert_close(restored, dequantize_4bit(packed, state), rtol=1e-6, atol=0)

@@ -21,6 +21,7 @@ def section(**changes: Any) -> params.Train:
         "epochs": 1,
         "batch_size": 4,
         "micro_batch_tokens": 64,
+        "optimizer": "adamw",
         "learning_rate": 1e-2,
         "schedule": "linear",
         "warmup": 0.0,
