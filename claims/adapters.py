@@ -37,7 +37,8 @@ def qlora_recovers() -> Evidence:
             "seed_sd": seed_sd,
             "excess": [gap - allowed for gap in gap_after],
         },
-        [f"tuned on {after.rows} rows, evaluated on {len(after.groups)} texts"],
+        setting(after),
+        uses("untuned", "untuned-nf4", "r16", "r16-nf4"),
     )
 
 
@@ -50,14 +51,17 @@ def all_linear() -> Evidence:
             "loss_qv": queries.losses(),
             "parameters_all_linear": float(parameters(everything)),
             "parameters_qv": float(parameters(queries)),
-        }
+        },
+        setting(everything),
+        uses("untuned", "r16", "qv"),
     )
 
 
 def small_rank() -> Evidence:
     """`spread`: between the best and the worst rank from 4 on; `quarter_of_gain`: of what r = 4 gains on the base."""
     untuned = arms.read("untuned").losses()[0]
-    losses = {rank: arms.read(f"r{rank}").losses() for rank in (1, 4, 16, 64)}
+    results = {rank: arms.read(f"r{rank}") for rank in (1, 4, 16, 64)}
+    losses = {rank: result.losses() for rank, result in results.items()}
     larger = list(zip(losses[4], losses[16], losses[64], strict=True))
     values: dict[str, Value] = {f"loss_r{rank}": some for rank, some in losses.items()}
     return Evidence(
@@ -66,7 +70,9 @@ def small_rank() -> Evidence:
             **values,
             "spread": [max(some) - min(some) for some in larger],
             "quarter_of_gain": [(untuned - loss) / 4 for loss in losses[4]],
-        }
+        },
+        setting(results[4]),
+        uses("untuned", *(f"r{rank}" for rank in results)),
     )
 
 
@@ -90,7 +96,19 @@ def forgets_less() -> Evidence:
                 at_loss(one, level) for one, level in zip(curves[name], levels, strict=True)
             ],
         }
-    return Evidence(values)
+    return Evidence(values, setting(results["full"]), uses("untuned", *names))
+
+
+def setting(result: Result) -> list[str]:
+    """What is said with the values of tuned arms."""
+    (steps,) = {run.steps for run in result.runs.values()}
+    rows, texts = result.rows, len(result.groups)
+    return [f"{steps} steps on {rows} rows, evaluated on {texts} texts; {len(result.runs)} seeds"]
+
+
+def uses(*names: str) -> list[str]:
+    """The arms that a measurement reads, whose cost is part of its own."""
+    return [arms.path(name).as_posix() for name in names]
 
 
 def difference(here: Result, there: Result, compare: params.Compare) -> Interval:

@@ -22,7 +22,8 @@ def measure(task: str) -> Evidence:
     experiment = lab.experiment(task)
     test = variants.rows(task, "test")
     seeds = [str(seed) for seed in training.load().training_seeds]
-    base, *tuned = answers(task, [variants.BASE, *seeds], test)
+    names = [variants.BASE, *seeds]
+    base, *tuned = answers(task, names, test)
     chosen = metrics.chosen(experiment.evaluate)
     groups = np.array([row.group for row in test])
     references = [row.references for row in test]
@@ -40,7 +41,8 @@ def measure(task: str) -> Evidence:
             for name, result in compare.contrast([table], there, groups[kept], experiment.compare).items():
                 values[f"{name}_over_{line.key}"] = result.deciding
     note = f"{len(test)} test rows in {len(set(groups))} groups, {len(seeds)} seeds"
-    return Evidence(values, [note, metrics.signature(experiment.evaluate)])
+    uses = [(variants.folder(task, name) / variants.PREDICTIONS).as_posix() for name in names]
+    return Evidence(values, [note, metrics.signature(experiment.evaluate)], uses)
 
 
 def answers(task: str, names: Sequence[str], test: Sequence[Example]) -> list[list[str]]:
@@ -52,9 +54,9 @@ def answers(task: str, names: Sequence[str], test: Sequence[Example]) -> list[li
     first: Decoding | None = None
     for name in names:
         folder = variants.folder(task, name)
-        rows = records.read_rows(folder / "predictions.jsonl", Prediction)
+        rows = records.read_rows(folder / variants.PREDICTIONS, Prediction)
         scores.same_rows(name, [row.id for row in rows], [row.id for row in test])
-        decoding = Decoding(**records.read_json(folder / "predictions.json"))
+        decoding = Decoding(**records.read_json(folder / variants.DECODING))
         first = first or decoding
         problems += [
             f"{field}: {name} has another than {names[0]}"

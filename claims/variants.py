@@ -13,6 +13,7 @@ from pipeline import adapter, generate, params, paths, records, stage, train
 
 BASE = "base"
 """Instead of a seed, for what is not tuned."""
+PREDICTIONS, DECODING = "predictions.jsonl", "predictions.json"
 
 
 def folder(task: str, which: str) -> Path:
@@ -38,8 +39,8 @@ def run(task: str, which: str) -> None:
     }
     variant, to = paths.variant(seed), folder(task, which)
     results = {
-        paths.predictions(variant): to / "predictions.jsonl",
-        paths.decoding(variant): to / "predictions.json",
+        paths.predictions(variant): to / PREDICTIONS,
+        paths.decoding(variant): to / DECODING,
     }
     if seed is not None:
         results |= {
@@ -71,5 +72,5 @@ if __name__ == "__main__":
     stage.process(
         f"claims-variant-{arguments.task}-{arguments.which}",
         lambda: run(arguments.task, arguments.which),
-        result=folder(arguments.task, arguments.which) / "predictions.jsonl",
+        result=folder(arguments.task, arguments.which) / PREDICTIONS,
     )

@@ -74,9 +74,9 @@ def test_the_pipeline_s_measurements_depend_on_the_arms_that_they_read() -> None
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(arms, "read", lambda name, asked=asked: asked.append(name) or planted()[name])
             patch.setattr(lab, "experiment", lambda: params.load(ROOT / "params.yaml"))
-            measure()
+            measured = measure()
         declared = {dep for dep in stages[claim]["deps"] if dep.startswith("out/")}
-        assert declared == {arms.path(name).as_posix() for name in asked}, claim
+        assert declared == {arms.path(name).as_posix() for name in asked} == set(measured.uses), claim
 
 
 @pytest.mark.parametrize(
@@ -186,7 +186,7 @@ def test_within_disable_adapter_both_is_the_base(inputs_made: params.Params) -> 
 def test_base_and_tuned_answer_and_are_compared() -> None:
     for which in (variants.BASE, "17", "18", "19"):
         variants.run("default", which)
-    assert len(records.read_rows(variants.folder("default", "17") / "predictions.jsonl", records.Prediction)) == 4
+    assert len(records.read_rows(variants.folder("default", "17") / variants.PREDICTIONS, records.Prediction)) == 4
     assert (variants.folder("default", "17") / "adapter" / adapter.WEIGHTS).exists()
     assert records.read_json(variants.folder("default", "17") / "training.json")["rows"] == 8
     found = gain.measure("default")
@@ -197,10 +197,12 @@ def test_base_and_tuned_answer_and_are_compared() -> None:
     assert isinstance(tuned, Interval)
     assert isinstance(difference, Interval)
     assert difference.value == pytest.approx(tuned.value - base.value)
+    assert [Path(one).parent.name for one in found.uses] == ["base", "17", "18", "19"]
+    assert all(Path(one).is_file() for one in found.uses)
     judged = register.judge(REGISTER["tuned-beats-base"], found)
     assert len(judged.findings) == 5
 
-    decoding = variants.folder("default", "18") / "predictions.json"
+    decoding = variants.folder("default", "18") / variants.DECODING
     records.write_json(decoding, records.read_json(decoding) | {"threads": 3})
     with pytest.raises(UserError, match="threads: 18 has another than base"):
         gain.measure("default")
