@@ -89,9 +89,12 @@ class Bench:
 
 
 def run(name: str) -> None:
-    """Tune and evaluate an arm for every seed; a killed run goes on behind the last whole seed."""
+    """Tune and evaluate an arm for every seed; a killed run goes on behind the last whole seed.
+
+    UserError for an arm that is not declared, and for rows that do not fit.
+    """
     declared = training.load()
-    arm, cut, experiment = declared.arms[name], declared.cut, lab.experiment()
+    arm, cut, experiment = training.one(declared.arms, name, "arms"), declared.cut, lab.experiment()
     seeds = [UNTUNED] if arm.learning_rate is None else [str(seed) for seed in declared.training_seeds]
     facts = lab.quantized(arm.base).with_suffix(".json")
     links = {paths.DATA: lab.data("default"), paths.QUANTIZED: lab.quantized(arm.base), paths.QUANTIZED_FACTS: facts}
@@ -213,6 +216,6 @@ def _look(model: Any, bench: Bench, step: int, found: Sequence[float]) -> Look:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("arm", choices=list(training.load().arms))
+    parser.add_argument("arm")
     arm = parser.parse_args().arm
     stage.process(f"claims-arm-{arm}", lambda: run(arm), result=path(arm))

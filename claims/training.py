@@ -1,13 +1,16 @@
 """`claims/training.yaml`: the training runs behind claims, and the rows that they are cut to."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Literal, Self
+from typing import Annotated, Literal, Self, TypeVar
 
 from pydantic import Field, model_validator
 
 from pipeline import params
+from pipeline.errors import UserError
 from pipeline.records import Example
+
+T = TypeVar("T")
 
 FILE = Path("claims/training.yaml")
 
@@ -62,6 +65,13 @@ class Training(params.Section):
 def load(path: Path = FILE) -> Training:
     """UserError lists every mistake."""
     return params.checked(Training, params.parse(path), str(path))
+
+
+def one(declared: Mapping[str, T], name: str, key: str) -> T:
+    """What stands under a name; UserError when nothing does."""
+    if name not in declared:
+        raise UserError(f"{FILE}: {key} has no {name}, but {', '.join(declared)}")
+    return declared[name]
 
 
 def spread(rows: Sequence[Example], count: int | None) -> list[Example]:

@@ -23,15 +23,16 @@ def folder(task: str, which: str) -> Path:
 
 def rows(task: str, split: str) -> list[records.Example]:
     """The rows of a task's split, as it is cut."""
-    kept = getattr(training.load().tasks[task], split)
+    kept = getattr(training.one(training.load().tasks, task, "tasks"), split)
     return training.spread(records.read_rows(lab.data(task) / f"{split}.jsonl", records.Example), kept)
 
 
 def run(task: str, which: str) -> None:
-    """Train the variant, unless it is the base, and let it answer."""
-    seed = None if which == BASE else int(which)
-    experiment = lab.experiment(task)
+    """Train the variant, unless it is the base, and let it answer; UserError for one that is not declared."""
     splits = {split: rows(task, split) for split in paths.SPLITS}
+    seeds = {str(seed): seed for seed in training.load().training_seeds}
+    seed = None if which == BASE else training.one(seeds, which, "training_seeds")
+    experiment = lab.experiment(task)
     method = experiment.quantize.method
     links = {
         paths.QUANTIZED: lab.quantized(method),
@@ -64,10 +65,9 @@ def _answer(experiment: params.Params, seed: int | None) -> None:
 
 
 if __name__ == "__main__":
-    declared = training.load()
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("task", choices=list(declared.tasks))
-    parser.add_argument("which", choices=[BASE, *map(str, declared.training_seeds)])
+    parser.add_argument("task")
+    parser.add_argument("which", help=f"{BASE} or a training seed")
     arguments = parser.parse_args()
     stage.process(
         f"claims-variant-{arguments.task}-{arguments.which}",

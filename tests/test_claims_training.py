@@ -1,13 +1,13 @@
 """The claims that train: arms and variants on a tiny model, and what is made of them by hand."""
 
 import shutil
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from conftest import ROOT
 from ruamel.yaml import YAML
 
 from claims import adapters, arms, full_tuning, gain, inputs, lab, register, training, variants
@@ -18,6 +18,7 @@ from pipeline import model as models
 from pipeline.errors import UserError
 from pipeline.prompt import Encoder
 from pipeline.significance import Interval
+from tests.conftest import ROOT
 
 REGISTER = register.load(ROOT / register.FILE)
 DECLARED = training.load(ROOT / training.FILE)
@@ -72,7 +73,7 @@ def test_the_pipeline_s_measurements_depend_on_the_arms_that_they_read() -> None
     for claim, measure in adapters.MEASUREMENTS.items():
         asked: list[str] = []
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(arms, "read", lambda name, asked=asked: asked.append(name) or planted()[name])
+            patch.setattr(arms, "read", reader(asked))
             patch.setattr(lab, "experiment", lambda: params.load(ROOT / "params.yaml"))
             measured = measure()
         declared = {dep for dep in stages[claim]["deps"] if dep.startswith("out/")}
@@ -91,6 +92,16 @@ def test_an_arm_that_makes_no_sense_is_refused(changes: dict[str, Any], message:
     YAML().dump(content, tmp_path / "training.yaml")
     with pytest.raises(UserError, match=message):
         training.load(tmp_path / "training.yaml")
+
+
+@pytest.mark.usefixtures("inputs_made")
+def test_what_is_not_declared_is_named_with_what_is() -> None:
+    with pytest.raises(UserError, match="arms has no r5, but untuned, r4, full"):
+        arms.run("r5")
+    with pytest.raises(UserError, match="training_seeds has no 5, but 17, 18, 19"):
+        variants.run("default", "5")
+    with pytest.raises(UserError, match="tasks has no samsum, but default"):
+        variants.run("samsum", "17")
 
 
 def test_rows_are_spread_over_whole_groups() -> None:
@@ -135,7 +146,12 @@ def test_an_adapter_s_arm_learns_and_a_killed_one_goes_on(monkeypatch: pytest.Mo
 def test_full_tuning_trains_every_weight_and_leaves_the_base(monkeypatch: pytest.MonkeyPatch) -> None:
     loaded: list[full_tuning.Both] = []
     load = full_tuning.load
-    monkeypatch.setattr(full_tuning, "load", lambda device: loaded.append(load(device)) or loaded[-1])
+
+    def kept(device: torch.device) -> full_tuning.Both:
+        loaded.append(load(device))
+        return loaded[-1]
+
+    monkeypatch.setattr(full_tuning, "load", kept)
     arms.run("untuned")
     arms.run("full")
     found = arms.read("full")
@@ -238,6 +254,16 @@ def planted() -> dict[str, Result]:
         "r8": result([2.7, 2.71, 2.69], [(3.1, 2.1), (2.7, 2.2)]),
         "full": result([2.5, 2.51, 2.49], [(2.9, 2.6), (2.5, 3.0)]),
     }
+
+
+def reader(asked: list[str]) -> Callable[[str], Result]:
+    """Reads planted arms, and notes which."""
+
+    def read(name: str) -> Result:
+        asked.append(name)
+        return planted()[name]
+
+    return read
 
 
 @pytest.fixture
