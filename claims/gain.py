@@ -35,7 +35,7 @@ def measure(task: str) -> Evidence:
         values |= {f"{name}_base": result.base, f"{name}_tuned": result.tuned, f"{name}_gain": result.deciding}
     for line in compare.reference_texts(test, base, experiment.evaluate):
         kept = [i for i, some in enumerate(line.texts) if some]
-        if kept:
+        if len(set(groups[kept])) > 1:  # else there is nothing to resample
             table = compare.mean_table([line.texts[i] for i in kept], [test[i] for i in kept], chosen)
             there = [one.rows(kept) for one in tuned_tables]
             for name, result in compare.contrast([table], there, groups[kept], experiment.compare).items():

@@ -13,7 +13,7 @@ from ruamel.yaml import YAML
 from claims import adapters, arms, full_tuning, gain, inputs, lab, register, training, variants
 from claims.arms import Look, Result, Run
 from claims.evidence import Evidence
-from pipeline import adapter, device, forget, pack, params, paths, records, train
+from pipeline import adapter, compare, device, forget, pack, params, paths, records, train
 from pipeline import model as models
 from pipeline.errors import UserError
 from pipeline.prompt import Encoder
@@ -217,6 +217,11 @@ def test_base_and_tuned_answer_and_are_compared() -> None:
     assert all(Path(one).is_file() for one in found.uses)
     judged = register.judge(REGISTER["tuned-beats-base"], found)
     assert len(judged.findings) == 5
+
+    with pytest.MonkeyPatch.context() as patch:
+        one_group = compare.Reference("alone", "", "", [["red"], ["red"], [], []])
+        patch.setattr(compare, "reference_texts", lambda *_: [one_group])
+        assert not any(name.endswith("_over_alone") for name in gain.measure("default").values)
 
     decoding = variants.folder("default", "18") / variants.DECODING
     records.write_json(decoding, records.read_json(decoding) | {"threads": 3})
