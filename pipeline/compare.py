@@ -5,7 +5,7 @@ holds the spread between seeds (`pipeline.significance`). "Better" needs the int
 above zero; demanding all of them can only make that verdict rarer, so no correction for several metrics is due. The
 aspects are as many questions more: their p-values are corrected for all of them together.
 
-Reference lines, scored on the same rows, say what a figure is worth: see `_lines`.
+Reference lines, scored on the same rows, say what a figure is worth: see `reference_texts`.
 """
 
 from collections.abc import Sequence
@@ -308,18 +308,22 @@ def _aspects(test: Sequence[Example], tables: Sequence[Table], compare: params.C
     ]
 
 
-def _lines(
-    test: Sequence[Example],
-    base: Sequence[str],
-    tuned: Sequence[Table],
-    evaluate: params.Evaluate,
-    compare: params.Compare,
-) -> list[Line]:
-    """The reference lines: what a text scores that was written without doing the task.
+@dataclass(frozen=True, slots=True)
+class Reference:
+    """The texts of a reference line: several a row, or none where it has nothing to say of one."""
+
+    key: str
+    label: str
+    about: str
+    texts: list[list[str]]
+
+
+def reference_texts(test: Sequence[Example], base: Sequence[str], evaluate: params.Evaluate) -> list[Reference]:
+    """The reference lines: texts that were written without doing the task, to show what a score is worth.
 
     lead: the first sentence of the source; in translation (where `evaluate.metrics` has chrF or BLEU) copy instead: the
     source as it is. wrong_aspect: the mean over the references of the group's other aspects, which are on topic and
-    well written and answer another question; left out when no group has two aspects. base_cut: base's output cut after
+    well written and answer another question. base_cut: base's output cut after
     as many words as its own reference has, which no real system can know; a gain over it is not that tuned merely
     stopped at a better length.
     """
@@ -329,13 +333,13 @@ def _lines(
     other = [[row.target for row in members[one.group] if row.aspect != one.aspect] for one in test]
     n_cut = sum(len(words(text)) > len(words(row.target)) for text, row in zip(base, test, strict=True))
     if {"chrf", "bleu"} & set(evaluate.metrics):
-        first = ("copy", "Copy", "the source as it is", [[row.source] for row in test])
+        first = Reference("copy", "Copy", "the source as it is", [[row.source] for row in test])
     else:
-        first = ("lead", "Lead", "the first sentence of the source", [[row.lead] for row in test])
-    candidates = [
+        first = Reference("lead", "Lead", "the first sentence of the source", [[row.lead] for row in test])
+    return [
         first,
-        ("wrong_aspect", "Wrong aspect", "the references of the same source's other aspects, averaged", other),
-        (
+        Reference("wrong_aspect", "Wrong aspect", "the references of the same source's other aspects, averaged", other),
+        Reference(
             "base_cut",
             "Base, cut",
             "base's outputs, each cut to the word count of its own reference "
@@ -343,21 +347,31 @@ def _lines(
             [[cut(text, row.target)] for text, row in zip(base, test, strict=True)],
         ),
     ]
+
+
+def _lines(
+    test: Sequence[Example],
+    base: Sequence[str],
+    tuned: Sequence[Table],
+    evaluate: params.Evaluate,
+    compare: params.Compare,
+) -> list[Line]:
+    """The reference lines with their scores; without those that fewer than two groups have."""
     lines = []
-    for key, label, about, texts in candidates:
-        rows = [i for i, some in enumerate(texts) if some]
+    for one in reference_texts(test, base, evaluate):
+        rows = [i for i, some in enumerate(one.texts) if some]
         groups = np.array([test[i].group for i in rows])
         if len(set(groups)) < 2:
             continue
-        line = _mean_table([texts[i] for i in rows], [test[i] for i in rows], tuned[0].metrics)
+        line = mean_table([one.texts[i] for i in rows], [test[i] for i in rows], tuned[0].metrics)
         score_vxm, resample_vxmxb = resampled([line, *(table.rows(rows) for table in tuned)], groups, compare)
         ahead_m = significance.difference(score_vxm[1:].mean(axis=0), score_vxm[0])
         ahead_mxb = significance.difference(resample_vxmxb[1:].mean(axis=0), resample_vxmxb[0])
         lines.append(
             Line(
-                key=key,
-                label=label,
-                about=about,
+                key=one.key,
+                label=one.label,
+                about=one.about,
                 n=len(rows),
                 scores=dict(zip(evaluate.metrics, score_vxm[0].tolist(), strict=True)),
                 ahead={
@@ -369,7 +383,7 @@ def _lines(
     return lines
 
 
-def _mean_table(texts: Sequence[Sequence[str]], rows: Sequence[Example], chosen: Sequence[Metric]) -> Table:
+def mean_table(texts: Sequence[Sequence[str]], rows: Sequence[Example], chosen: Sequence[Metric]) -> Table:
     """The statistics of each row, averaged over its texts, against that row's references."""
     flat = [text for some in texts for text in some]
     references = [row.references for some, row in zip(texts, rows, strict=True) for _ in some]

@@ -1,0 +1,150 @@
+"""Claims about adapters: what quantization, targets and rank change in what is learned, and what is forgotten.
+
+Measured on the arms of `claims/training.yaml`. Losses are means over the supervised tokens of the validation rows, in
+nats; lists hold one value a training seed.
+"""
+
+from collections.abc import Callable, Sequence
+from itertools import pairwise
+from statistics import fmean, variance
+
+import numpy as np
+
+from claims import arms, evidence, lab
+from claims.arms import Look, Result
+from claims.evidence import Evidence, Value
+from pipeline import params, significance
+from pipeline.significance import Interval
+
+
+def qlora_recovers() -> Evidence:
+    """The gap that NF4 opens in the validation loss, before tuning and after. `excess`: by how much the gap after
+    tuning is above what counts as recovered, the larger of the SD between seeds and a quarter of the gap before."""
+    before, before_nf4, after, after_nf4 = (arms.read(name) for name in ("untuned", "untuned-nf4", "r16", "r16-nf4"))
+    gap_before = difference(before_nf4, before, lab.experiment().compare)
+    gap_after = [there - here for there, here in zip(after_nf4.losses(), after.losses(), strict=True)]
+    seed_sd = (fmean([variance(after.losses()), variance(after_nf4.losses())])) ** 0.5
+    allowed = max(seed_sd, gap_before.value / 4)
+    return Evidence(
+        {
+            "loss_before": before.losses()[0],
+            "loss_before_nf4": before_nf4.losses()[0],
+            "loss_after": after.losses(),
+            "loss_after_nf4": after_nf4.losses(),
+            "gap_before": gap_before,
+            "gap_after": gap_after,
+            "gap_after_mean": fmean(gap_after),
+            "seed_sd": seed_sd,
+            "excess": [gap - allowed for gap in gap_after],
+        },
+        setting(after),
+        uses("untuned", "untuned-nf4", "r16", "r16-nf4"),
+    )
+
+
+def all_linear() -> Evidence:
+    everything, queries = arms.read("r16"), arms.read("qv")
+    return Evidence(
+        {
+            "loss_untuned": arms.read("untuned").losses()[0],
+            "loss_all_linear": everything.losses(),
+            "loss_qv": queries.losses(),
+            "parameters_all_linear": float(parameters(everything)),
+            "parameters_qv": float(parameters(queries)),
+        },
+        setting(everything),
+        uses("untuned", "r16", "qv"),
+    )
+
+
+def small_rank() -> Evidence:
+    """`spread`: between the best and the worst rank from 4 on; `quarter_of_gain`: of what r = 4 gains on the base."""
+    untuned = arms.read("untuned").losses()[0]
+    results = {rank: arms.read(f"r{rank}") for rank in (1, 4, 16, 64)}
+    losses = {rank: result.losses() for rank, result in results.items()}
+    larger = list(zip(losses[4], losses[16], losses[64], strict=True))
+    values: dict[str, Value] = {f"loss_r{rank}": some for rank, some in losses.items()}
+    return Evidence(
+        {
+            "loss_untuned": untuned,
+            **values,
+            "spread": [max(some) - min(some) for some in larger],
+            "quarter_of_gain": [(untuned - loss) / 4 for loss in losses[4]],
+        },
+        setting(results[4]),
+        uses("untuned", *(f"r{rank}" for rank in results)),
+    )
+
+
+def forgets_less() -> Evidence:
+    """Cross-entropy against the base's own distribution on general text: at the end of training, and `_matched`, where
+    each arm first reached the validation loss that all three reach."""
+    names = ("full", "r64", "r8")
+    results = {name: arms.read(name) for name in names}
+    untuned = arms.read("untuned").losses()[0]
+    curves = {name: [curve(untuned, run.looks) for run in result.runs.values()] for name, result in results.items()}
+    levels = [max(some[-1][0] for some in seed) for seed in zip(*curves.values(), strict=True)]
+    entropy = results["full"].runs[next(iter(results["full"].runs))].looks[0].entropy
+    values: dict[str, Value] = {"loss_untuned": untuned, "loss_matched": levels, "entropy_base": entropy}
+    for name in names:
+        last = [run.looks[-1] for run in results[name].runs.values()]
+        values |= {
+            f"loss_{name}": results[name].losses(),
+            f"general_loss_{name}": [look.general_loss for look in last],
+            f"cross_entropy_{name}": [look.cross_entropy for look in last],
+            f"cross_entropy_{name}_matched": [
+                at_loss(one, level) for one, level in zip(curves[name], levels, strict=True)
+            ],
+        }
+    return Evidence(values, setting(results["full"]), uses("untuned", *names))
+
+
+def setting(result: Result) -> list[str]:
+    """What is said with the values of tuned arms."""
+    (steps,) = {run.steps for run in result.runs.values()}
+    rows, texts = result.rows, len(result.groups)
+    return [f"{steps} steps on {rows} rows, evaluated on {texts} texts; {len(result.runs)} seeds"]
+
+
+def uses(*names: str) -> list[str]:
+    """The arms that a measurement reads, whose cost is part of its own."""
+    return [arms.path(name).as_posix() for name in names]
+
+
+def difference(here: Result, there: Result, compare: params.Compare) -> Interval:
+    """Loss of one untuned model minus that of another, with its interval over texts (paired bootstrap)."""
+    columns_nx3 = np.array([here.runs[arms.UNTUNED].sums, there.runs[arms.UNTUNED].sums, here.tokens]).T
+    groups = np.array(here.groups)
+    sums_bx3, _ = significance.resampled_sums(columns_nx3, groups, compare.bootstrap_samples, compare.seed)
+    value = here.losses()[0] - there.losses()[0]
+    return significance.percentiles(value, (sums_bx3[:, 0] - sums_bx3[:, 1]) / sums_bx3[:, 2], compare.confidence)
+
+
+def parameters(result: Result) -> int:
+    (found,) = {run.parameters for run in result.runs.values()}
+    return found
+
+
+def curve(untuned: float, looks: Sequence[Look]) -> list[tuple[float, float]]:
+    """Validation loss and cross-entropy from before the first step on, where the latter is the base's entropy."""
+    return [(untuned, looks[0].entropy), *((look.loss, look.cross_entropy) for look in looks)]
+
+
+def at_loss(curve: Sequence[tuple[float, float]], level: float) -> float:
+    """The cross-entropy where a curve first comes down to a validation loss, on straight lines between looks."""
+    for (before, here), (after, there) in pairwise(curve):
+        if after <= level:
+            share = (before - level) / (before - after) if before > after else 1.0
+            return here + min(max(share, 0.0), 1.0) * (there - here)
+    raise ValueError(f"the curve does not come down to {level}")
+
+
+MEASUREMENTS: dict[str, Callable[[], Evidence]] = {
+    "qlora-recovers": qlora_recovers,
+    "all-linear": all_linear,
+    "small-rank": small_rank,
+    "forgets-less": forgets_less,
+}
+
+if __name__ == "__main__":
+    evidence.main(MEASUREMENTS)

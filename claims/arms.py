@@ -1,0 +1,221 @@
+"""Stage arm: one way of tuning, once a seed, and what its models are worth: `out/claims/arms/<arm>.json`.
+
+The training step is the pipeline's own (`pipeline.train.Trainer`). All arms see the same rows in the same order for the
+same seed. What is reported are sums of losses for each group of validation rows, so that differences between arms can
+be resampled over texts, and, for the arms that are watched, the distance from the base's own distribution on general
+text (`pipeline.forget`) at several steps. The weights are not kept.
+"""
+
+import argparse
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from claims import full_tuning, lab, training
+from claims.evidence import OUT
+from claims.training import Arm, Cut
+from pipeline import adapter, checkpoint, forget, loss, pack, params, paths, records, stage, train
+from pipeline import device as devices
+from pipeline import model as models
+from pipeline.progress import bar, say
+from pipeline.prompt import Encoder, Row
+
+RESULT = Path("arm.json")
+"""What an arm writes, in its lab."""
+UNTUNED = "untuned"
+"""Instead of a seed, where nothing is trained."""
+
+
+@dataclass(frozen=True, slots=True)
+class Look:
+    """After `step` steps: validation loss, and on general text the loss, and the cross-entropy against the base's
+    distribution with the lowest that it can be, the base's entropy. All in nats a token."""
+
+    step: int
+    loss: float
+    general_loss: float
+    cross_entropy: float
+    entropy: float
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """One tuned model. `sums`: nats over the validation groups of `Result.groups`."""
+
+    parameters: int
+    steps: int
+    training_losses: list[float]
+    sums: list[float]
+    looks: list[Look]
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """What an arm came to. `tokens`: supervised ones of each validation group; `runs`: by seed, or `UNTUNED`."""
+
+    groups: list[str]
+    tokens: list[int]
+    rows: int
+    runs: dict[str, Run]
+
+    def losses(self) -> list[float]:
+        """The mean validation loss of every run, in nats a token."""
+        return [sum(run.sums) / sum(self.tokens) for run in self.runs.values()]
+
+
+def path(name: str) -> Path:
+    return OUT / "arms" / f"{name}.json"
+
+
+def read(name: str) -> Result:
+    content = records.read_json(path(name))
+    runs = {
+        seed: Run(**run | {"looks": [Look(**look) for look in run["looks"]]}) for seed, run in content["runs"].items()
+    }
+    return Result(**content | {"runs": runs})
+
+
+@dataclass(frozen=True)
+class Bench:
+    """What one arm works with: its own settings, those that all share, and the rows, packed by group."""
+
+    arm: Arm
+    cut: Cut
+    experiment: params.Params
+    training: list[pack.Tree]
+    validation: list[pack.Tree]
+    general: list[forget.Window]
+
+
+def run(name: str) -> None:
+    """Tune and evaluate an arm for every seed; a killed run goes on behind the last whole seed.
+
+    UserError for an arm that is not declared, and for rows that do not fit.
+    """
+    declared = training.load()
+    arm, cut, experiment = training.one(declared.arms, name, "arms"), declared.cut, lab.experiment()
+    seeds = [UNTUNED] if arm.learning_rate is None else [str(seed) for seed in declared.training_seeds]
+    facts = lab.quantized(arm.base).with_suffix(".json")
+    links = {paths.DATA: lab.data("default"), paths.QUANTIZED: lab.quantized(arm.base), paths.QUANTIZED_FACTS: facts}
+    code = [records.sha256_file(Path(__file__)), records.sha256_file(Path(full_tuning.__file__))]
+    with lab.lab(f"arm-{name}", links, {RESULT: path(name)}):
+        examples = {
+            split: training.spread(records.read_rows(paths.split(split), records.Example), count)
+            for split, count in (("train", cut.train), ("validation", cut.validation))
+        }
+        bench, groups = prepared(arm, cut, experiment, examples)
+        identity = {
+            "settings": [section.model_dump(mode="json") for section in (arm, cut, experiment)],
+            "seeds": seeds,
+            "model": records.read_json(paths.QUANTIZED_FACTS)["sha256"],
+            "rows": records.sha256_tree(paths.DATA),
+            "code": code,
+        }
+        with checkpoint.folder(f"arm-{name}", identity) as scratch:
+            for seed in seeds:
+                if not (scratch / f"{seed}.json").exists():
+                    records.write_json(scratch / f"{seed}.json", asdict(tuned(bench, seed)))
+            runs = {seed: records.read_json(scratch / f"{seed}.json") for seed in seeds}
+            records.write_json(
+                RESULT,
+                {
+                    "groups": groups,
+                    "tokens": [tree.supervised for tree in bench.validation],
+                    "rows": len(examples["train"]),
+                    "runs": runs,
+                },
+            )
+
+
+def prepared(
+    arm: Arm, cut: Cut, experiment: params.Params, examples: dict[str, list[records.Example]]
+) -> tuple[Bench, list[str]]:
+    """The arm's bench, and the names of the validation groups; UserError for rows that do not fit."""
+    tokenizer = models.tokenizer()
+    encoder = Encoder(tokenizer, experiment.prompt, records.read_json(paths.QUANTIZED_FACTS)["context"])
+    rows: dict[str, list[Row]] = {split: [encoder.row(one) for one in some] for split, some in examples.items()}
+    for split, some in rows.items():
+        encoder.require_fit({row.id: row.prompt for row in some}, split, max(len(row.completion) for row in some))
+    general = []
+    if arm.watch:
+        assert experiment.forget.source is not None, "the default experiment measures forgetting"
+        texts = forget.texts(experiment.forget, experiment.forget.source)
+        general = forget.windows(tokenizer, texts, cut.general_tokens, experiment.forget.window)
+    groups = list(dict.fromkeys(row.group for row in rows["validation"]))
+    trees = {split: pack.trees(some) for split, some in rows.items()}
+    return Bench(arm, cut, experiment, trees["train"], trees["validation"], general), groups
+
+
+def tuned(bench: Bench, seed: str) -> Run:
+    """Train one model of the arm, unless nothing is to be trained, and evaluate it."""
+    device = devices.choose(bench.experiment.runtime)
+    budget = bench.experiment.train.micro_batch_tokens
+    if bench.arm.learning_rate is None:
+        model = models.load(device, bench.experiment.runtime.keep_dequantized)
+        return Run(0, 0, [], sums(model, bench.validation, budget), [])
+    given = bench.experiment.train.model_copy(
+        update={"learning_rate": bench.arm.learning_rate, "batch_size": bench.cut.batch_size}
+    )
+    number = int(seed)
+    if bench.arm.lora is None:
+        both = full_tuning.load(device)
+        model, trained = both, both.tuned
+    else:
+        lora = bench.experiment.lora.model_copy(update=bench.arm.lora.model_dump())
+        model = trained = adapter.attach(models.load(device, bench.experiment.runtime.keep_dequantized), lora, number)
+    plan = [
+        (epoch + at / len(steps), batch)
+        for epoch in range(given.epochs)
+        for steps in [train.batches(bench.training, given.batch_size, number + epoch * 2**32)]
+        for at, batch in enumerate(steps)
+    ]
+    trainer = train.Trainer(trained, given, number, len(plan))
+    say(f"arm, seed {seed}: {len(plan)} steps, {trainer.parameters:,} trainable parameters")
+    looks: list[Look] = []
+    found: list[float] = []
+    with bar(f"arm {seed}", len(plan), "steps") as advance:
+        for at, (epoch, batch) in enumerate(plan, start=1):
+            trainer.step(batch, epoch)
+            advance(1)
+            is_due = bench.arm.watch and at % bench.cut.watch_every == 0
+            if is_due or at == len(plan):
+                trained.eval()
+                found = sums(model, bench.validation, budget)
+                if bench.arm.watch:
+                    looks.append(_look(model, bench, at, found))
+    return Run(trainer.parameters, len(plan), [step.loss for step in trainer.log], found, looks)
+
+
+def sums(model: Any, trees: Sequence[pack.Tree], budget: int) -> list[float]:
+    """Nats of the supervised tokens of every group, in their order; `model` is in evaluation mode."""
+    import torch
+
+    found: dict[int, float] = {}
+    with torch.no_grad():
+        for part in pack.micro_batches(trees, budget):
+            packed = pack.pack(part, model.device)
+            logits_NxV = loss.logits(model, packed)[0].float()
+            nats_N = torch.nn.functional.cross_entropy(logits_NxV, packed.target_N, reduction="none").double()
+            for tree, nats in zip(part, nats_N.split([tree.supervised for tree in part]), strict=True):
+                found[id(tree)] = float(nats.sum())
+    return [found[id(tree)] for tree in trees]
+
+
+def _look(model: Any, bench: Bench, step: int, found: Sequence[float]) -> Look:
+    windows = forget.measure(model, bench.general, f"general text, step {step}")
+    tokens = sum(one.tokens for one in windows)
+    return Look(
+        step=step,
+        loss=sum(found) / sum(tree.supervised for tree in bench.validation),
+        general_loss=sum(one.tuned for one in windows) / tokens,
+        cross_entropy=sum(one.cross_entropy for one in windows) / tokens,
+        entropy=sum(one.entropy for one in windows) / tokens,
+    )
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("arm")
+    arm = parser.parse_args().arm
+    stage.process(f"claims-arm-{arm}", lambda: run(arm), result=path(arm))

@@ -1,0 +1,78 @@
+"""Claims about the gain: what the base and the tuned models write, scored and compared as the pipeline does it.
+
+Intervals are for both kinds of chance, of test examples and of training seeds (`pipeline.significance.over_seeds`).
+"""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+
+import numpy as np
+
+from claims import evidence, lab, training, variants
+from claims.evidence import Evidence, Value
+from pipeline import compare, metrics, records, scores
+from pipeline.compare import Table
+from pipeline.errors import listing
+from pipeline.records import Decoding, Example, Prediction
+
+
+def measure(task: str) -> Evidence:
+    """`<metric>_base`, `<metric>_tuned` and `<metric>_gain`, in points, and how far tuned is above each reference line
+    (`<metric>_over_<line>`, as in the report: lead or copy, wrong_aspect, base_cut)."""
+    experiment = lab.experiment(task)
+    test = variants.rows(task, "test")
+    seeds = [str(seed) for seed in training.load().training_seeds]
+    names = [variants.BASE, *seeds]
+    base, *tuned = answers(task, names, test)
+    chosen = metrics.chosen(experiment.evaluate)
+    groups = np.array([row.group for row in test])
+    references = [row.references for row in test]
+    base_table, *tuned_tables = (
+        Table(chosen, [metric.statistics(texts, references) for metric in chosen]) for texts in (base, *tuned)
+    )
+    values: dict[str, Value] = {}
+    for name, result in compare.contrast([base_table], tuned_tables, groups, experiment.compare).items():
+        values |= {f"{name}_base": result.base, f"{name}_tuned": result.tuned, f"{name}_gain": result.deciding}
+    for line in compare.reference_texts(test, base, experiment.evaluate):
+        kept = [i for i, some in enumerate(line.texts) if some]
+        if len(set(groups[kept])) > 1:  # else there is nothing to resample
+            table = compare.mean_table([line.texts[i] for i in kept], [test[i] for i in kept], chosen)
+            there = [one.rows(kept) for one in tuned_tables]
+            for name, result in compare.contrast([table], there, groups[kept], experiment.compare).items():
+                values[f"{name}_over_{line.key}"] = result.deciding
+    note = f"{len(test)} test rows in {len(set(groups))} groups, {len(seeds)} seeds"
+    uses = [(variants.folder(task, name) / variants.PREDICTIONS).as_posix() for name in names]
+    return Evidence(values, [note, metrics.signature(experiment.evaluate)], uses)
+
+
+def answers(task: str, names: Sequence[str], test: Sequence[Example]) -> list[list[str]]:
+    """The texts of every variant, in the order of the test split.
+
+    UserError when rows are missing, or when they were not decoded under the same conditions, but for the adapter.
+    """
+    found, problems = [], []
+    first: Decoding | None = None
+    for name in names:
+        folder = variants.folder(task, name)
+        rows = records.read_rows(folder / variants.PREDICTIONS, Prediction)
+        scores.same_rows(name, [row.id for row in rows], [row.id for row in test])
+        decoding = Decoding(**records.read_json(folder / variants.DECODING))
+        first = first or decoding
+        problems += [
+            f"{field}: {name} has another than {names[0]}"
+            for field in compare.MUST_AGREE
+            if getattr(decoding, field) != getattr(first, field)
+        ]
+        found.append([row.text for row in rows])
+    if problems:
+        raise listing(problems, f"the variants of {task} were not tried under the same conditions; run `dvc repro`:")
+    return found
+
+
+MEASUREMENTS: dict[str, Callable[[], Evidence]] = {
+    "tuned-beats-base": partial(measure, "default"),
+    "tuned-beats-base-mt": partial(measure, "ui-fr-en"),
+}
+
+if __name__ == "__main__":
+    evidence.main(MEASUREMENTS)
