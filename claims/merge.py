@@ -65,18 +65,23 @@ def merged() -> Evidence:
     taken = timing.seconds(calls, ROUNDS, SEED)
     for name in ("merged", "unmerged"):
         values[f"{name}_over_base_time"] = timing.ratio(taken[name], taken["base"], SEED)
+    rounded = logits(base, texts[0])
     del base, beside, within, calls
-    exact = twins(models.pretrained(lab.BASE, device, dtype=torch.float64), experiment.lora)
-    values["logit_difference_float64"] = difference(*(logits(model, texts[0]) for model in exact))
-    del exact
+    exact = models.pretrained(lab.BASE, device, dtype=torch.float64)
+    pair = twins(exact, experiment.lora)
+    values["logit_difference_float64"] = difference(*(logits(model, texts[0]) for model in pair))
+    values["logit_rounding_of_base"] = difference(rounded, logits(exact, texts[0]))
+    del exact, pair
     values |= into_4bit(models.pretrained(lab.quantized("nf4"), device), experiment.lora, texts)
     return Evidence(
         values,
         [
             f"The adapter is random, of the default experiment's rank, alpha and layers, with B of the spread that "
             f"training leaves ({SPREAD}). Logits of all tokens of {len(texts)} prompts of the test split, and greedy "
-            f"answers of up to {NEW_TOKENS} tokens to {len(prompts)}, in float32. What is left of a difference in "
-            "float64 (the first prompt alone) is none of merging's; the rest is rounding.",
+            f"answers of up to {NEW_TOKENS} tokens to {len(prompts)}, in float32.",
+            "Of the first prompt alone: logit_difference_float64, the same difference in float64 (where norms, taken "
+            "in float32, may wipe out what is left of it), and logit_rounding_of_base, how far the base's own logits "
+            "in float32 are from those in float64. A difference of that size is rounding, not merging.",
             f"Time of {TIMED_TOKENS} tokens behind a prompt of {TIMED_PROMPT}, one sequence alone, {ROUNDS} rounds by "
             f"turns, on {devices.describe(device)}.",
             "nf4_...: the same adapter merged into the 4-bit weights, which are quantized again afterwards: what is "
