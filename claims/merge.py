@@ -40,8 +40,7 @@ def merged() -> Evidence:
     papers = list(dict.fromkeys(row.group for row in rows))[:PAPERS]
     prompts = {row.id: encoder.prompt(row) for row in rows if row.group in papers}
 
-    beside = adapt(copy.deepcopy(base), experiment.lora)
-    within = adapt(copy.deepcopy(base), experiment.lora).merge_and_unload()
+    beside, within = twins(base, experiment.lora)
     fused.apply(base)
     # Aspects of a paper share its text, so that logits of one of them say enough, and answers to all cost little more.
     families = [[(row.id, prompts[row.id]) for row in rows if row.group == paper] for paper in papers]
@@ -66,7 +65,13 @@ def merged() -> Evidence:
     taken = timing.seconds(calls, ROUNDS, SEED)
     for name in ("merged", "unmerged"):
         values[f"{name}_over_base_time"] = timing.ratio(taken[name], taken["base"], SEED)
+    rounded = logits(base, texts[0])
     del base, beside, within, calls
+    exact = models.pretrained(lab.BASE, device, dtype=torch.float64)
+    pair = twins(exact, experiment.lora)
+    values["logit_difference_float64"] = difference(*(logits(model, texts[0]) for model in pair))
+    values["logit_rounding_of_base"] = difference(rounded, logits(exact, texts[0]))
+    del exact, pair
     values |= into_4bit(models.pretrained(lab.quantized("nf4"), device), experiment.lora, texts)
     return Evidence(
         values,
@@ -74,6 +79,9 @@ def merged() -> Evidence:
             f"The adapter is random, of the default experiment's rank, alpha and layers, with B of the spread that "
             f"training leaves ({SPREAD}). Logits of all tokens of {len(texts)} prompts of the test split, and greedy "
             f"answers of up to {NEW_TOKENS} tokens to {len(prompts)}, in float32.",
+            "Of the first prompt alone: logit_difference_float64, the same difference in float64 (where norms, taken "
+            "in float32, may wipe out what is left of it), and logit_rounding_of_base, how far the base's own logits "
+            "in float32 are from those in float64. A difference of that size is rounding, not merging.",
             f"Time of {TIMED_TOKENS} tokens behind a prompt of {TIMED_PROMPT}, one sequence alone, {ROUNDS} rounds by "
             f"turns, on {devices.describe(device)}.",
             "nf4_...: the same adapter merged into the 4-bit weights, which are quantized again afterwards: what is "
@@ -81,6 +89,11 @@ def merged() -> Evidence:
             "beside the largest by the adapter itself.",
         ],
     )
+
+
+def twins(base: Any, lora: params.Lora) -> tuple[Any, Any]:
+    """Copies of the base, one with the adapter beside it, one with the same adapter merged in."""
+    return adapt(copy.deepcopy(base), lora), adapt(copy.deepcopy(base), lora).merge_and_unload()
 
 
 def adapt(model: Any, lora: params.Lora) -> Any:

@@ -41,6 +41,11 @@ def test_merged_is_unmerged_but_for_4_bits(placed: params.Params) -> None:
     assert placed.lora.r == 4
     assert held(dict(found)) == [True, True]
     assert found["answers"] == 8
+    exact, rounded = found["logit_difference_float64"], found["logit_difference"]
+    assert isinstance(exact, float)
+    assert isinstance(rounded, float)
+    assert exact <= rounded < 1e-4
+    assert 0 < found["logit_rounding_of_base"] < 1e-4  # type: ignore[operator]
     change, lost = found["logit_change_by_adapter"], found["nf4_update_lost"]
     assert isinstance(change, float)
     assert isinstance(lost, float)
