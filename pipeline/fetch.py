@@ -6,13 +6,16 @@ from contextlib import contextmanager
 from functools import cache
 from pathlib import Path, PurePath
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pipeline import device as devices
-from pipeline import header, params, paths, records, source
+from pipeline import header, meta, params, paths, records, source
 from pipeline import model as models
 from pipeline.errors import UserError
 from pipeline.progress import say
+
+if TYPE_CHECKING:
+    import torch
 
 GGUF_FAMILIES = ("llama", "qwen2", "qwen3")
 """Families that are read from GGUF: of the others transformers reads none, or leaves out what changes their results."""
@@ -47,39 +50,16 @@ def fetch(model: params.Model) -> None:
     UserError when the source is not a causal language model of a known family, or has no usable tokenizer.
     """
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
 
     devices.quieten()
-    with (
-        source.resolved(model.source, model.sha256, kind="model", key="model") as resolved,
-        _alone(resolved) as found,
-        _gguf_read_once(),
-    ):
-        where, weights = _load_options(found, model.source)
-        say(f"fetch: reading {model.source}")
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(**where)
-            loaded, reading = AutoModelForCausalLM.from_pretrained(
-                dtype=getattr(torch, model.dtype), output_loading_info=True, **where, **weights
-            )
-        except RuntimeError:  # transformers has printed which of its tensors
-            raise UserError(
-                f"model.source = {model.source!r}: its weights do not fit its configuration; name a sound checkpoint"
-            ) from None
-        except Exception as error:  # whatever a configuration or a header that makes no sense brings about
-            told = f"{type(error).__name__}: {error}".strip().partition("\n")[0]
-            raise UserError(
-                f"model.source = {model.source!r}: transformers cannot load it ({told}); name a sound checkpoint. Code "
-                "that comes with a model is never run"
-            ) from error
-        if found.is_file():
-            _check_gguf_is_whole(found, loaded, model.source)
-    if absent := sorted(reading["missing_keys"]):
-        raise UserError(
-            f"model.source = {model.source!r} lacks {len(absent)} of the model's tensors, such as {absent[0]}: they "
-            f"would be random; name a complete checkpoint"
-        )
-    loaded.to(getattr(torch, model.dtype))
+    dtype = getattr(torch, model.dtype)
+    with source.resolved(model.source, model.sha256, kind="model", key="model") as resolved, _alone(resolved) as found:
+        if meta.is_layout(found):
+            say(f"fetch: converting {model.source}")
+            loaded, tokenizer = meta.load(found, model.source, dtype)
+        else:
+            loaded, tokenizer = _load(found, model.source, dtype)
+    loaded.to(dtype)
     _check_tokenizer(tokenizer, loaded)
     # Where it was read from is in the facts; in the checkpoint it would be a path of this machine.
     loaded.config._name_or_path = tokenizer.name_or_path = ""
@@ -89,6 +69,38 @@ def fetch(model: params.Model) -> None:
     records.write_json(paths.BASE_FACTS, facts)
     cache = f"{facts['kv_bytes_per_token']:,} bytes of keys and values a token"
     say(f"fetch: {facts['family']}, {facts['parameters']:,} parameters, {cache}")
+
+
+def _load(found: Path, name: str, dtype: "torch.dtype") -> tuple[Any, Any]:
+    """A GGUF file or a folder in the Hugging Face layout as transformers reads it; UserError as of `fetch`."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    where, weights = _load_options(found, name)
+    say(f"fetch: reading {name}")
+    try:
+        with _gguf_read_once():
+            tokenizer = AutoTokenizer.from_pretrained(**where)
+            loaded, reading = AutoModelForCausalLM.from_pretrained(
+                dtype=dtype, output_loading_info=True, **where, **weights
+            )
+    except RuntimeError:  # transformers has printed which of its tensors
+        raise UserError(
+            f"model.source = {name!r}: its weights do not fit its configuration; name a sound checkpoint"
+        ) from None
+    except Exception as error:  # whatever a configuration or a header that makes no sense brings about
+        told = f"{type(error).__name__}: {error}".strip().partition("\n")[0]
+        raise UserError(
+            f"model.source = {name!r}: transformers cannot load it ({told}); name a sound checkpoint. Code "
+            "that comes with a model is never run"
+        ) from error
+    if found.is_file():
+        _check_gguf_is_whole(found, loaded, name)
+    if absent := sorted(reading["missing_keys"]):
+        raise UserError(
+            f"model.source = {name!r} lacks {len(absent)} of the model's tensors, such as {absent[0]}: they "
+            f"would be random; name a complete checkpoint"
+        )
+    return loaded, tokenizer
 
 
 def _load_options(found: Path, name: str) -> tuple[dict[str, Any], dict[str, Any]]:
