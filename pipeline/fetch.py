@@ -1,6 +1,7 @@
 """Fetching the base model: any source becomes one checkpoint, in safetensors, with its tokenizer and its facts."""
 
 import json
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
@@ -39,6 +40,9 @@ come: the loss and the adapter's gradients of a packed batch, the texts of greed
 adapter; with tied embeddings and untied ones, from safetensors in one file or several, after NF4 quantization as well.
 A sliding window (Mistral, Qwen, Gemma 3, Phi 3) and the change of frequencies of longrope (Phi 3) end the context.
 """
+
+PART = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
+"""What transformers names one of several files; there may be other copies of the weights beside them."""
 
 OURS_ALONE = {"local_files_only": True, "trust_remote_code": False}
 """Nothing is looked for elsewhere, and Python code beside a checkpoint is not run, nor asked about."""
@@ -146,16 +150,25 @@ def _load_options(found: Path, name: str) -> tuple[dict[str, Any], dict[str, Any
 
 
 def _check_weights(found: Path, config: dict[str, Any], name: str) -> None:
-    """UserError unless all weights are in safetensors: other formats are pickles, which can run code when read."""
+    """UserError unless all weights are in safetensors, other formats being pickles, which can run code when read, and
+    are where the index of several files says."""
     single, index = found / "model.safetensors", found / "model.safetensors.index.json"
+    if single.is_file() and index.is_file():
+        raise UserError(
+            f"model.source = {name!r} holds {single.name} and {index.name}, two sets of weights: remove the one "
+            "that is not meant"
+        )
     # A configuration may name a weights file of its own.
     files = [str(config["transformers_weights"])] if config.get("transformers_weights") else []
     files += [single.name] if single.is_file() else [index.name] if index.is_file() else []
-    for listed in [found / file for file in files if file.endswith(".index.json") and _within(file)]:
+    listed: dict[str, set[str]] = {}
+    for each in [found / file for file in files if file.endswith(".index.json") and _within(file)]:
         try:
-            files += sorted(set(map(str, json.loads(listed.read_text(encoding="utf-8"))["weight_map"].values())))
+            for tensor, file in json.loads(each.read_text(encoding="utf-8"))["weight_map"].items():
+                listed.setdefault(str(file), set()).add(str(tensor))
         except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
-            raise UserError(f"model.source = {name!r}: its {listed.name} lists no weights ({error!r})") from None
+            raise UserError(f"model.source = {name!r}: its {each.name} lists no weights ({error!r})") from None
+    files += sorted(listed)
     other = [file for file in files if not file.endswith((".safetensors", ".safetensors.index.json"))]
     if not files or other:
         raise UserError(
@@ -168,7 +181,35 @@ def _check_weights(found: Path, config: dict[str, Any], name: str) -> None:
         raise UserError(f"model.source = {name!r} takes weights from {outside[0]!r}, which leads out of its folder")
     missing = [file for file in files if not (found / file).is_file()]
     if missing:
-        raise UserError(f"model.source = {name!r}: {missing[0]} is named as weights, and is not there")
+        of = f", one of the {len(listed)} files of its index" if missing[0] in listed else ""
+        raise UserError(f"model.source = {name!r}: {missing[0]} is named as weights, and is not there{of}")
+    if listed:
+        _check_index(found, listed, name)
+
+
+def _check_index(found: Path, listed: dict[str, set[str]], name: str) -> None:
+    """UserError unless each of several files holds what the index says, and there is no other part of a model."""
+    from safetensors import SafetensorError, safe_open
+
+    # transformers reads the files as a whole, whatever the index says of them.
+    for file, tensors in sorted(listed.items()):
+        try:
+            with safe_open(found / file, framework="pt") as opened:
+                held = set(opened.keys())
+        except (SafetensorError, OSError) as error:
+            raise UserError(f"model.source = {name!r}: {file} cannot be read ({error})") from None
+        if differing := sorted(held ^ tensors):
+            where = "in the file and not in the index" if differing[0] in held else "in the index and not in the file"
+            raise UserError(
+                f"model.source = {name!r}: {file} is not what the index says of it: {differing[0]} is {where}"
+                + (f", and {len(differing) - 1} more differ" if len(differing) > 1 else "")
+            )
+    parts = {path.name for path in found.iterdir() if PART.fullmatch(path.name)}
+    if superfluous := sorted(parts - listed.keys()):
+        raise UserError(
+            f"model.source = {name!r}: {superfluous[0]} is a part of a model that the index does not name: remove "
+            "what belongs to another model"
+        )
 
 
 def _within(file: str) -> bool:

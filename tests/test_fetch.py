@@ -261,3 +261,73 @@ def test_what_lies_beside_a_gguf_file_does_not_enter(project: params.Params, tin
         digests.append((records.sha256_tree(paths.BASE), records.read_json(paths.BASE_FACTS)["stop_ids"]))
         shutil.rmtree(paths.BASE)
     assert digests[0] == digests[1]
+
+
+def sharded(folder: Path, tiny_model: Path) -> list[Path]:
+    shutil.copytree(tiny_model, folder, ignore=shutil.ignore_patterns("*.safetensors"))
+    AutoModelForCausalLM.from_pretrained(tiny_model).save_pretrained(folder, max_shard_size="100KB")
+    return sorted(folder.glob("*.safetensors"))
+
+
+def part(folder: Path, number: int) -> Path:
+    [found] = folder.glob(f"model-0000{number}-of-*")
+    return found
+
+
+def reindexed(folder: Path, change: Any) -> None:
+    file = folder / "model.safetensors.index.json"
+    content = json.loads(file.read_text())
+    change(content["weight_map"])
+    file.write_text(json.dumps(content))
+
+
+NORM = "model.norm.weight"
+SHARD_FAULTS: dict[str, tuple[Any, str]] = {
+    "missing": (
+        lambda f: part(f, 2).unlink(),
+        "model-00002-of-0000.*s is named as weights, and is not there, one of the",
+    ),
+    "superfluous": (
+        lambda f: shutil.copy(part(f, 1), f / "model-00009-of-00009.safetensors"),
+        "model-00009-of-00009.safetensors is a part of a model that the index does not name",
+    ),
+    "both": (lambda f: shutil.copy(part(f, 1), f / "model.safetensors"), "two sets of weights"),
+    "elsewhere": (
+        lambda f: reindexed(f, lambda m: m.update({NORM: next(v for v in m.values() if v != m[NORM])})),
+        f"is not what the index says of it: {NORM} is in the",
+    ),
+    "unlisted": (lambda f: reindexed(f, lambda m: m.pop(NORM)), f"{NORM} is in the file and not in the index"),
+    "more": (
+        lambda f: reindexed(f, lambda m: m.update({"model.more.weight": m[NORM]})),
+        "model.more.weight is in the index and not in the file",
+    ),
+    "cut": (
+        lambda f: part(f, 2).write_bytes(part(f, 2).read_bytes()[:-50]),
+        "00002-of-0000..safetensors cannot be read",
+    ),
+    "no index": (lambda f: (f / "model.safetensors.index.json").write_text("[]"), "lists no weights"),
+}
+
+
+@pytest.mark.usefixtures("project")
+@pytest.mark.parametrize("fault", SHARD_FAULTS)
+def test_several_files_that_do_not_fit_their_index_are_refused(fault: str, tiny_model: Path, tmp_path: Path) -> None:
+    plant, message = SHARD_FAULTS[fault]
+    shards = sharded(tmp_path / "m", tiny_model)
+    assert len(shards) > 2
+    plant(tmp_path / "m")
+    model = params.Model(source=str(tmp_path / "m"), sha256=records.sha256_tree(tmp_path / "m"), dtype="float32")
+    with pytest.raises(UserError, match=message):
+        fetch.fetch(model)
+    assert not paths.BASE.exists()
+
+
+@pytest.mark.usefixtures("project")
+def test_several_files_beside_a_copy_in_another_format_are_the_model(tiny_model: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "m"
+    shards = sharded(folder, tiny_model)
+    shutil.copy(shards[0], folder / "consolidated.safetensors")
+    fetch.fetch(params.Model(source=str(folder), sha256=records.sha256_tree(folder), dtype="float32"))
+    ids = torch.tensor([[5, 6, 7]])
+    one, other = (AutoModelForCausalLM.from_pretrained(where)(ids).logits for where in (tiny_model, paths.BASE))
+    assert torch.equal(one, other)
