@@ -18,8 +18,24 @@ from pipeline.progress import say
 if TYPE_CHECKING:
     import torch
 
-GGUF_FAMILIES = ("llama", "qwen2", "qwen3")
+GGUF_FAMILIES = ("llama", "qwen2", "qwen3", "gemma3")
 """Families that are read from GGUF: of the others transformers reads none, or leaves out what changes their results."""
+
+UNREAD = (
+    "expert_count",
+    "attention.scale",
+    "attention.clamp_kqv",
+    "attn_logit_softcapping",
+    "final_logit_softcapping",
+    "logit_scale",
+    "residual_scale",
+    "embedding_scale",
+)
+"""Header fields of a family that change what is computed, and that transformers does not read for those above."""
+
+HEAD = {"qwen3": 128, "gemma3": 256}
+"""Of these families transformers takes the width of a head, or (Gemma 3) what scores are scaled by, from nothing in the
+file: it is the one of most of their models, and others are refused. Gemma 3's 27B scales by another number besides."""
 
 FAMILIES = (
     "llama",
@@ -105,6 +121,18 @@ def _load(found: Path, name: str, dtype: "torch.dtype") -> tuple[Any, Any]:
             f"would be random; name a complete checkpoint"
         )
     return loaded, tokenizer
+
+
+def gguf(file: Path) -> Any:
+    """The model that a GGUF file holds, in float32, with the attention that packed sequences rely on."""
+    import torch
+
+    from pipeline import attention
+
+    with _alone(file) as found:
+        model, _ = _load(found, file.name, torch.float32)
+    model.set_attn_implementation(attention.NAME)
+    return model.eval()
 
 
 def _load_options(found: Path, name: str) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -235,6 +263,19 @@ def _check_gguf(found: Path, name: str) -> None:
             f"model.source = {name!r}: a GGUF file of architecture {family!r} cannot be read faithfully, only of "
             f"{', '.join(GGUF_FAMILIES)}; {instead}"
         )
+    told = {
+        name: reader.fields[f"{family}.{name}"].contents() for name in UNREAD if f"{family}.{name}" in reader.fields
+    }
+    if changing := [name for name, value in told.items() if value]:
+        raise UserError(
+            f"model.source = {name!r} says {family}.{changing[0]} = {told[changing[0]]}, which transformers does not "
+            f"read from GGUF files; {instead}"
+        )
+    if family in HEAD and (width := _head(reader, family)) != HEAD[family]:
+        raise UserError(
+            f"model.source = {name!r} has attention heads of {width} numbers; of {family} transformers reads GGUF "
+            f"files with {HEAD[family]} alone; {instead}"
+        )
     scaling = reader.fields.get(f"{family}.rope.scaling.type")
     factors = [tensor.name for tensor in reader.tensors if tensor.name.startswith("rope_")]
     if factors or (scaling and scaling.contents() != "none"):
@@ -262,6 +303,12 @@ def _require_announced_sizes(reader: Any, family: str) -> None:
     ]
     if wrong:
         raise ValueError(", ".join(wrong))
+
+
+def _head(reader: Any, family: str) -> int:
+    """How many numbers an attention head of the query has."""
+    rows = next(int(tensor.shape[1]) for tensor in reader.tensors if tensor.name == "blk.0.attn_q.weight")
+    return rows // int(reader.fields[f"{family}.attention.head_count"].contents())
 
 
 def _check_gguf_is_whole(found: Path, loaded: Any, name: str) -> None:

@@ -1,5 +1,6 @@
 """What the tests share: a tiny random Llama with a tokenizer of its own, and a project folder around it."""
 
+import io
 import json
 import os
 import random
@@ -99,6 +100,27 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
                 torch.nn.init.normal_(parameter, std=0.08)
     model.save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def words(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tokenizer.model as Llama 1 and 2 have one: pairs, with bytes for what is not in the vocabulary."""
+    return trained_words(tmp_path_factory.mktemp("words") / "tokenizer.model", "bpe")
+
+
+def trained_words(file: Path, kind: str, prefix: bool = True) -> Path:
+    from sentencepiece import SentencePieceTrainer
+
+    model = io.BytesIO()
+    lines = [" ".join(WORDS[i:] + WORDS[:i]) for i in range(len(WORDS))] * 3
+    SentencePieceTrainer.train(
+        sentence_iterator=iter(lines), model_writer=model, model_type=kind, vocab_size=300, byte_fallback=True,
+        hard_vocab_limit=False, character_coverage=1.0, split_digits=True, allow_whitespace_only_pieces=True,
+        normalization_rule_name="identity", remove_extra_whitespaces=False, add_dummy_prefix=prefix, minloglevel=2,
+        num_threads=1,
+    )  # fmt: skip
+    file.write_bytes(model.getvalue())
+    return file
 
 
 def rows(split: str, groups: int) -> list[records.Example]:

@@ -9,10 +9,11 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from pipeline import fetch, params, paths, records
 from pipeline.errors import UserError
+from tests.conftest import trained_words
 from tests.test_families import made
 
 
@@ -94,37 +95,93 @@ def test_a_tokenizer_of_another_model_is_refused(project: params.Params, tiny_mo
         fetch.fetch(given)
 
 
-def test_a_gguf_file_becomes_the_checkpoint_it_holds(project: params.Params, tiny_model: Path, tmp_path: Path) -> None:
-    """Written with the gguf library from the tiny model: F32 tensors, so that nothing may differ."""
-    file = tmp_path / "tiny.gguf"
-    write_gguf(tiny_model, file)
-    given = params.Model(source=str(file), sha256=records.sha256_file(file), dtype="float32")
-    fetch.fetch(given)
-    assert project
-    ids = torch.tensor([[5, 6, 7, 8, 9]])
-    one, other = (AutoModelForCausalLM.from_pretrained(folder)(ids).logits for folder in (tiny_model, paths.BASE))
-    assert torch.allclose(one, other, atol=1e-5)
+TYPES = [
+    "F32", "F16", "BF16", "Q8_0", "Q5_1", "Q5_0", "Q4_1", "Q4_0", "Q6_K", "Q5_K", "Q4_K", "Q3_K", "Q2_K"
+]  # fmt: skip
 
 
-def test_a_gguf_file_of_another_family_is_read_or_refused(
-    project: params.Params, tiny_model: Path, tmp_path: Path
+def fetched(folder: Path, file: Path, family: str, kind: str = "F32", **more: Any) -> None:
+    """Write a checkpoint as GGUF, fetch that, and compare the logits with those of what the file holds."""
+    held = write_gguf(folder, file, family, kind, **more)
+    fetch.fetch(params.Model(source=str(file), sha256=records.sha256_file(file), dtype="float32"))
+    ids = torch.tensor([[5, 6, 7, 8, 9, *range(20, 50)]])
+    wanted, found = (AutoModelForCausalLM.from_pretrained(where) for where in (folder, paths.BASE))
+    wanted.load_state_dict(held, strict=False)
+    wanted.tie_weights()
+    torch.testing.assert_close(found(ids).logits, wanted(ids).logits, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.usefixtures("project")
+@pytest.mark.parametrize("kind", TYPES)
+def test_a_gguf_file_becomes_the_checkpoint_it_holds(kind: str, tiny_model: Path, tmp_path: Path) -> None:
+    """Of every type: the model is what the gguf library makes of the file's numbers."""
+    sizes = {"hidden_size": 256, "intermediate_size": 256, "head_dim": 64} if kind in SCALES else {}
+    folder = made("llama", kind in SCALES, tiny_model, tmp_path / "m", **sizes)
+    fetched(folder, tmp_path / "tiny.gguf", "llama", kind)
+
+
+GGUF_SIZES: dict[str, dict[str, Any]] = {
+    # Room for the token that transformers adds to every tokenizer of Qwen 2; heads as large as Qwen 3's always are.
+    "qwen2": {"vocab_size": 320},
+    "qwen3": {"vocab_size": 320, "head_dim": 128},
+    # As Gemma 3's: five layers with a window, the sixth without, scores scaled by heads of 256.
+    "gemma3": {
+        "vocab_size": 320, "head_dim": 256, "query_pre_attn_scalar": 256, "num_hidden_layers": 6, "layer_types": None,
+        "sliding_window": 16, "num_attention_heads": 2, "num_key_value_heads": 1,
+    },
+}  # fmt: skip
+WINDOW = {"attention.sliding_window": 16, "attention.key_length": 256, "attention.value_length": 256}
+
+
+@pytest.mark.usefixtures("project")
+@pytest.mark.parametrize("kind", ["F32", "Q8_0"])
+@pytest.mark.parametrize("family", GGUF_SIZES)
+def test_a_gguf_file_of_another_family_is_read(family: str, kind: str, tiny_model: Path, tmp_path: Path) -> None:
+    name = "gemma3_text" if family == "gemma3" else family
+    folder = made(name, True, tiny_model, tmp_path / "m", **GGUF_SIZES[family])
+    fetched(folder, tmp_path / "m.gguf", family, kind, **(WINDOW if family == "gemma3" else {}))
+    assert records.read_json(paths.BASE_FACTS)["context"] == (16 if family == "gemma3" else 512)
+
+
+@pytest.mark.usefixtures("project")
+@pytest.mark.parametrize("family", ["llama", "gemma3"])
+def test_the_words_of_a_gguf_file_are_sentencepiece_s(family: str, tiny_model: Path, tmp_path: Path) -> None:
+    from sentencepiece import SentencePieceProcessor
+
+    # Gemma's has no space before the first word.
+    words = trained_words(tmp_path / "tokenizer.model", "bpe", prefix=family == "llama")
+    own = SentencePieceProcessor(model_file=str(words))
+    name = "gemma3_text" if family == "gemma3" else family
+    sizes = GGUF_SIZES.get(family, {}) | {"vocab_size": own.vocab_size()}
+    folder = made(name, True, tiny_model, tmp_path / "m", **sizes)
+    fetched(folder, tmp_path / "m.gguf", family, words=words, **(WINDOW if family == "gemma3" else {}))
+    tokenizer = AutoTokenizer.from_pretrained(paths.BASE)
+    for text in ("red cat runs", "two  spaces", "Grüße, 世界 🙂", "didn't", "12 345\n\tx"):
+        assert tokenizer(text).input_ids == [own.bos_id(), *own.encode(text)], text
+        assert tokenizer.decode(own.encode(text)) == text
+
+
+@pytest.mark.usefixtures("project")
+@pytest.mark.parametrize(
+    ("family", "sizes", "more", "message"),
+    [
+        ("granite", {}, {}, "architecture 'granite' cannot be read faithfully"),
+        ("llama", {}, {"expert_count": 8}, "says llama.expert_count = 8, which transformers does not read"),
+        ("llama", {}, {"logit_scale": 0.5}, "says llama.logit_scale = 0.5, which transformers does not read"),
+        ("qwen3", {"head_dim": 16}, {}, "heads of 16 numbers; of qwen3 transformers reads GGUF files with 128 alone"),
+        ("gemma3", {"head_dim": 16}, WINDOW, "has attention heads of 16 numbers; of gemma3"),
+    ],
+)
+def test_a_gguf_file_that_would_not_be_read_faithfully_is_refused(
+    family: str, sizes: dict[str, Any], more: dict[str, Any], message: str, tiny_model: Path, tmp_path: Path
 ) -> None:
-    assert project
-    for family in ("qwen2", "qwen3", "granite"):
-        # Room for the token that transformers adds to every tokenizer of Qwen 2; heads as large as Qwen 3's always are.
-        sizes = {"vocab_size": 320} | ({"head_dim": 128} if family == "qwen3" else {})
-        folder = made(family, True, tiny_model, tmp_path / family, **sizes)
-        file = tmp_path / f"{family}.gguf"
-        write_gguf(folder, file, family)
-        given = params.Model(source=str(file), sha256=records.sha256_file(file), dtype="float32")
-        if family == "granite":
-            with pytest.raises(UserError, match="architecture 'granite' cannot be read faithfully"):
-                fetch.fetch(given)
-            continue
-        fetch.fetch(given)
-        ids = torch.tensor([[5, 6, 7, 8, 9]])
-        one, other = (AutoModelForCausalLM.from_pretrained(where)(ids).logits for where in (folder, paths.BASE))
-        assert torch.allclose(one, other, atol=1e-5), family
+    name = "gemma3_text" if family == "gemma3" else family
+    folder = made(name, True, tiny_model, tmp_path / "m", **(GGUF_SIZES.get(family, {}) | sizes))
+    file = tmp_path / "m.gguf"
+    write_gguf(folder, file, family, **(more | ({"attention.key_length": 16} if sizes and more else {})))
+    with pytest.raises(UserError, match=message):
+        fetch.fetch(params.Model(source=str(file), sha256=records.sha256_file(file), dtype="float32"))
+    assert not paths.BASE.exists()
 
 
 @pytest.mark.parametrize("fault", ["cut", "noise", "empty", "scaled"])
@@ -133,7 +190,7 @@ def test_a_spoilt_gguf_file_is_one_clear_error(
 ) -> None:
     assert project
     file = tmp_path / "tiny.gguf"
-    write_gguf(tiny_model, file, **({"scaling": "yarn"} if fault == "scaled" else {}))
+    write_gguf(tiny_model, file, **({"rope.scaling.type": "yarn"} if fault == "scaled" else {}))
     content = file.read_bytes()
     if fault == "cut":
         file.write_bytes(content[: len(content) // 2])
@@ -146,29 +203,99 @@ def test_a_spoilt_gguf_file_is_one_clear_error(
         fetch.fetch(given)
 
 
-def write_gguf(folder: Path, file: Path, family: str = "llama", scaling: str | None = None) -> None:
+def write_gguf(
+    folder: Path,
+    file: Path,
+    family: str = "llama",
+    kind: str = "F32",
+    words: Path | None = None,
+    **more: Any,
+) -> dict[str, torch.Tensor]:
+    """A checkpoint as a GGUF file whose matrices are of a type; gives what they hold, by transformers' names.
+
+    `words`: a sentencepiece model, else the tokenizer of the checkpoint. `more`: header fields of the family.
+    """
     import gguf
-    from transformers import AutoTokenizer
 
     model = AutoModelForCausalLM.from_pretrained(folder)
     config = model.config
-    tokenizer = AutoTokenizer.from_pretrained(folder)
     writer = gguf.GGUFWriter(file, family)
-    if scaling:
-        writer.add_rope_scaling_type(gguf.RopeScalingType(scaling))
     writer.add_context_length(config.max_position_embeddings)
     writer.add_embedding_length(config.hidden_size)
     writer.add_block_count(config.num_hidden_layers)
     writer.add_feed_forward_length(config.intermediate_size)
     writer.add_head_count(config.num_attention_heads)
     writer.add_head_count_kv(config.num_key_value_heads)
-    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
+    rotation = config.rope_parameters
+    writer.add_rope_freq_base(rotation.get("full_attention", rotation)["rope_theta"])
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     writer.add_vocab_size(config.vocab_size)
+    for name, value in more.items():
+        add = writer.add_string if isinstance(value, str) else writer.add_float32
+        (writer.add_uint32 if isinstance(value, int) else add)(f"{family}.{name}", value)
+    if words:
+        _sentencepiece(writer, words)
+    else:
+        _pairs(writer, AutoTokenizer.from_pretrained(folder), folder, config.vocab_size)
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH[family.upper()], config.num_hidden_layers)
+    held = {}
+    for name, tensor in model.state_dict().items():
+        if name == "lm_head.weight" and config.tie_word_embeddings:
+            continue
+        array = tensor.float().numpy()
+        if family == "llama" and name.endswith(("q_proj.weight", "k_proj.weight")):
+            # GGUF stores the two halves of a rotary head interleaved.
+            heads = config.num_attention_heads if "q_proj" in name else config.num_key_value_heads
+            array = array.reshape(heads, 2, -1, array.shape[1]).swapaxes(1, 2).reshape(array.shape)
+        if family == "gemma3" and name.endswith("norm.weight"):
+            array = array + 1
+        mapped = names.get_name(name, try_suffixes=(".weight", ".bias"))
+        assert mapped is not None
+        if name.endswith(".bias") and not mapped.endswith(".bias"):
+            mapped += ".bias"
+        of = gguf.GGMLQuantizationType[kind if array.ndim == 2 else "F32"]
+        stored = blocks(array, of)
+        writer.add_tensor(mapped, stored, raw_dtype=of)
+        array = gguf.dequantize(stored, of)
+        if family == "llama" and name.endswith(("q_proj.weight", "k_proj.weight")):
+            array = array.reshape(heads, -1, 2, array.shape[1]).swapaxes(1, 2).reshape(array.shape)
+        if family == "gemma3" and name.endswith("norm.weight"):
+            array = array - 1
+        held[name] = torch.from_numpy(array.copy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return held
+
+
+SCALES = {"Q2_K": (80, 84), "Q3_K": (108, 110), "Q4_K": (0, 4), "Q5_K": (0, 4), "Q6_K": (208, 210)}
+"""Where the half-precision scales of a block of 256 stand; the gguf library reads these types and writes none."""
+
+
+def blocks(array: Any, of: Any) -> Any:
+    import gguf
+    import numpy as np
+
+    if of.name not in SCALES:
+        return gguf.quantize(array, of)
+    elements, size = gguf.GGML_QUANT_SIZES[of]
+    draw = np.random.default_rng(len(array))
+    raw = draw.integers(0, 256, (*array.shape[:-1], array.shape[-1] // elements, size), dtype=np.uint8)
+    start, end = SCALES[of.name]
+    scales = draw.uniform(1e-4, 3e-4, (*raw.shape[:-1], (end - start) // 2)).astype(np.float16)
+    raw[..., start:end] = scales.view(np.uint8)
+    return raw.reshape(*array.shape[:-1], -1)
+
+
+def _pairs(writer: Any, tokenizer: Any, folder: Path, size: int) -> None:
     writer.add_tokenizer_model("gpt2")
     vocabulary = sorted(tokenizer.get_vocab().items(), key=lambda item: item[1])
-    writer.add_token_list([token for token, _ in vocabulary])
-    writer.add_token_types([3 if index in tokenizer.all_special_ids else 1 for _, index in vocabulary])
+    # A vocabulary may be embedded in more rows than it has words.
+    extra = [f"[PAD{number}]" for number in range(len(vocabulary), size)]
+    writer.add_token_list([token for token, _ in vocabulary] + extra)
+    types = [3 if index in tokenizer.all_special_ids else 1 for _, index in vocabulary]
+    writer.add_token_types(types + [5] * len(extra))
     merges = json.loads((folder / "tokenizer.json").read_text())["model"]["merges"]
     writer.add_token_merges([merge if isinstance(merge, str) else " ".join(merge) for merge in merges])
     writer.add_bos_token_id(tokenizer.bos_token_id)
@@ -176,24 +303,21 @@ def write_gguf(folder: Path, file: Path, family: str = "llama", scaling: str | N
     writer.add_unk_token_id(tokenizer.bos_token_id)  # without one, transformers would add a token of its own
     writer.add_pad_token_id(tokenizer.pad_token_id)
     writer.add_chat_template(tokenizer.chat_template)
-    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH[family.upper()], config.num_hidden_layers)
-    for name, tensor in model.state_dict().items():
-        if name == "lm_head.weight":
-            continue
-        array = tensor.float().numpy()
-        if family == "llama" and name.endswith(("q_proj.weight", "k_proj.weight")):
-            # GGUF stores the two halves of a rotary head interleaved.
-            heads = config.num_attention_heads if "q_proj" in name else config.num_key_value_heads
-            array = array.reshape(heads, 2, -1, array.shape[1]).swapaxes(1, 2).reshape(array.shape)
-        mapped = names.get_name(name, try_suffixes=(".weight", ".bias"))
-        assert mapped is not None
-        if name.endswith(".bias") and not mapped.endswith(".bias"):
-            mapped += ".bias"
-        writer.add_tensor(mapped, array)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+
+
+def _sentencepiece(writer: Any, words: Path) -> None:
+    from sentencepiece import SentencePieceProcessor
+
+    own = SentencePieceProcessor(model_file=str(words))
+    numbers = range(own.vocab_size())
+    writer.add_tokenizer_model("llama")
+    writer.add_token_list([own.id_to_piece(n) for n in numbers])
+    writer.add_token_scores([own.get_score(n) for n in numbers])
+    kinds = (("is_unknown", 2), ("is_control", 3), ("is_byte", 6))
+    writer.add_token_types([next((kind for of, kind in kinds if getattr(own, of)(n)), 1) for n in numbers])
+    writer.add_bos_token_id(own.bos_id())
+    writer.add_eos_token_id(own.eos_id())
+    writer.add_unk_token_id(own.unk_id())
 
 
 @pytest.mark.parametrize("file", ["../outside.safetensors", "/tmp/outside.safetensors", ".hidden.safetensors"])

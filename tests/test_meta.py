@@ -1,6 +1,5 @@
 """Meta's layout: what is fetched from it computes what Meta's own convention does, and whatever is odd is refused."""
 
-import io
 import json
 import math
 import os
@@ -9,37 +8,18 @@ from typing import Any
 
 import pytest
 import torch
-from sentencepiece import SentencePieceProcessor, SentencePieceTrainer
+from sentencepiece import SentencePieceProcessor
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from pipeline import fetch, meta, params, paths, records
 from pipeline.errors import UserError
-from tests.conftest import WORDS
+from tests.conftest import trained_words
 
 SETTINGS = {
     "dim": 32, "n_layers": 2, "n_heads": 4, "n_kv_heads": 2, "multiple_of": 16, "norm_eps": 1e-5, "vocab_size": -1
 }  # fmt: skip
 WIDTH = 96  # 2/3 of 4 * 32, rounded up to a multiple of 16
 TEXTS = ["red cat runs", "  two  spaces", "Grüße, 世界 🙂", "didn't", "12 345\n\tx"]
-
-
-@pytest.fixture(scope="session")
-def words(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tokenizer.model as Llama 1 and 2 have one: pairs, with bytes for what is not in the vocabulary."""
-    return trained(tmp_path_factory.mktemp("words") / "tokenizer.model", "bpe")
-
-
-def trained(file: Path, kind: str) -> Path:
-    model = io.BytesIO()
-    lines = [" ".join(WORDS[i:] + WORDS[:i]) for i in range(len(WORDS))] * 3
-    SentencePieceTrainer.train(
-        sentence_iterator=iter(lines), model_writer=model, model_type=kind, vocab_size=300, byte_fallback=True,
-        hard_vocab_limit=False, character_coverage=1.0, split_digits=True, allow_whitespace_only_pieces=True,
-        normalization_rule_name="identity", remove_extra_whitespaces=False, add_dummy_prefix=True, minloglevel=2,
-        num_threads=1,
-    )  # fmt: skip
-    file.write_bytes(model.getvalue())
-    return file
 
 
 def tensors(vocabulary: int) -> dict[str, torch.Tensor]:
@@ -225,7 +205,7 @@ FAULTS: dict[str, tuple[Any, str]] = {
     "no tokenizer": (lambda f: (f / "tokenizer.model").unlink(), "tokenizer.model is missing"),
     "tiktoken": (lambda f: (f / "tokenizer.model").write_text("IQ== 0\nIg== 1\n"), "in tiktoken's format .Llama 3."),
     "no tokenizer's": (lambda f: (f / "tokenizer.model").write_text("words"), "is no model of sentencepiece"),
-    "unigram": (lambda f: trained(f / "tokenizer.model", "unigram"), "would split text in another way"),
+    "unigram": (lambda f: trained_words(f / "tokenizer.model", "unigram"), "would split text in another way"),
 }
 
 
