@@ -1,6 +1,7 @@
 """The command `lora-repro`: what DVC has no word for. It never stands in for `dvc`."""
 
 import sys
+from enum import StrEnum
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Annotated, Any
@@ -216,3 +217,39 @@ def sweep(file: FILE = None, overrides: Set = [], jobs: Jobs = None, ray: Ray = 
     from pipeline import search
 
     raise typer.Exit(search.search(file, jobs, ray))
+
+
+class Export(StrEnum):
+    """What `export` writes."""
+
+    adapter = "adapter"
+    merged = "merged"
+    gguf = "gguf"
+
+
+WHAT = Annotated[Export, typer.Argument(help="The adapter, weights with it merged in, or GGUF files for llama.cpp.")]
+DEST = Annotated[Path, typer.Argument(help="The folder to write; it must not be there yet.")]
+Seed = Annotated[int | None, typer.Option("--seed", help="Of several, which; else that of the lowest validation loss.")]
+Kind = Annotated[str | None, typer.Option("--type", help="gguf: how weights are stored, such as F16 or Q4_0. [Q8_0]")]
+Joined = Annotated[bool, typer.Option("--merged", help="gguf: one file with the adapter merged in, instead of two.")]
+Base = Annotated[bool | None, typer.Option("--base/--no-base", help="adapter: its base as well. [unless on the hub]")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an earlier export in DEST.")]
+
+
+@app.command()
+def export(
+    what: WHAT,
+    dest: DEST,
+    seed: Seed = None,
+    kind: Kind = None,
+    merged: Joined = False,
+    base: Base = None,
+    overwrite: Overwrite = False,
+) -> None:
+    """Write this folder's result as files that transformers, PEFT or llama.cpp load, with a model card.
+
+    The card's numbers come from the run; what separates the files from the model that was measured is measured, too.
+    """
+    from pipeline import export as exporting
+
+    exporting.export(exporting.Asked(what.value, seed, kind, merged, base), dest, overwrite)

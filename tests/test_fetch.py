@@ -130,7 +130,7 @@ GGUF_SIZES: dict[str, dict[str, Any]] = {
         "sliding_window": 16, "num_attention_heads": 2, "num_key_value_heads": 1,
     },
 }  # fmt: skip
-WINDOW = {"attention.sliding_window": 16, "attention.key_length": 256, "attention.value_length": 256}
+WINDOW: dict[str, Any] = {"attention.sliding_window": 16, "attention.key_length": 256, "attention.value_length": 256}
 
 
 @pytest.mark.usefixtures("project")
@@ -184,13 +184,16 @@ def test_a_gguf_file_that_would_not_be_read_faithfully_is_refused(
     assert not paths.BASE.exists()
 
 
+SCALED: dict[str, Any] = {"rope.scaling.type": "yarn"}
+
+
 @pytest.mark.parametrize("fault", ["cut", "noise", "empty", "scaled"])
 def test_a_spoilt_gguf_file_is_one_clear_error(
     fault: str, project: params.Params, tiny_model: Path, tmp_path: Path
 ) -> None:
     assert project
     file = tmp_path / "tiny.gguf"
-    write_gguf(tiny_model, file, **({"rope.scaling.type": "yarn"} if fault == "scaled" else {}))
+    write_gguf(tiny_model, file, **(SCALED if fault == "scaled" else {}))
     content = file.read_bytes()
     if fault == "cut":
         file.write_bytes(content[: len(content) // 2])

@@ -172,6 +172,11 @@ def saved(folder: Path, rank: int, **changes: torch.Tensor | None) -> None:
     torch.save({name: value for name, value in held.items() if value is not None}, file)
 
 
+def in_both(folder: Path, **changes: torch.Tensor | None) -> None:
+    for rank in (0, 1):
+        saved(folder, rank, **changes)
+
+
 def set_params(folder: Path, **changes: Any) -> None:
     (folder / "params.json").write_text(json.dumps(SETTINGS | changes))
 
@@ -187,10 +192,10 @@ FAULTS: dict[str, tuple[Any, str]] = {
     "noise": (lambda f: (f / "consolidated.01.pth").write_bytes(b"PK" + bytes(500)), "consolidated.01.pth "),
     "no table": (lambda f: torch.save(torch.ones(2), f / "consolidated.01.pth"), "is no table of tensors"),
     "other norm": (lambda f: saved(f, 1, norm__weight=torch.zeros(32)), "differ in norm.weight"),
-    "lacks": (lambda f: [saved(f, rank, output__weight=None) for rank in (0, 1)], "lacks 1 of .* lm_head.weight"),
+    "lacks": (lambda f: in_both(f, output__weight=None), "lacks 1 of .* lm_head.weight"),
     "lacks in one": (lambda f: saved(f, 1, output__weight=None), "2 files hold tensors of different names"),
     "more": (
-        lambda f: [saved(f, rank, layers__0__attention__q_norm__weight=torch.ones(8)) for rank in (0, 1)],
+        lambda f: in_both(f, layers__0__attention__q_norm__weight=torch.ones(8)),
         "holds a tensor layers.0.attention.q_norm.weight, which a Llama in Meta's layout does not have",
     ),
     "parts": (lambda f: saved(f, 1, output__weight=torch.zeros(5, 7)), "the parts of output.weight do not fit"),

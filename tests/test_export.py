@@ -1,0 +1,256 @@
+"""An export holds what the run measured: the commands of its own card, run as they stand, write the run's predictions.
+
+The tests share one finished project and put back what they break.
+"""
+
+import contextlib
+import io
+import json
+import re
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from huggingface_hub import ModelCard
+from typer.testing import CliRunner
+
+from pipeline import card, cli, export, licence, params, paths, records
+from pipeline.errors import UserError
+from tests.conftest import Finished, environment
+
+SEED = 17
+ROW = "test-0/what"
+
+
+@pytest.fixture(autouse=True)
+def mlflow_calls_what_its_dependencies_deprecate() -> Iterator[None]:
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", module=r"mlflow(\.|$)")
+        yield
+
+
+@pytest.fixture(scope="module")
+def copied(finished: Finished, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return finished.copy(tmp_path_factory.mktemp("export") / "project")
+
+
+@pytest.fixture(autouse=True)
+def here(copied: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The finished project as the working directory."""
+    monkeypatch.chdir(copied)
+    for name, value in environment().items():
+        monkeypatch.setenv(name, value)
+    return copied
+
+
+@pytest.fixture(scope="module")
+def adapter(copied: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An export of the adapter, which no test changes."""
+    folder = tmp_path_factory.mktemp("adapter") / "out"
+    with contextlib.chdir(copied), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", module=r"mlflow(\.|$)")
+        assert f"export: adapter of seed {SEED}, " in run("adapter", str(folder))
+    return folder
+
+
+def run(*arguments: str) -> str:
+    """The command with these arguments, and what it printed; UserError as the command reports it."""
+    result = CliRunner().invoke(cli.app, ["export", *arguments])
+    if result.exit_code:
+        assert isinstance(result.exception, SystemExit), result.exception
+        raise UserError(result.stderr)
+    return result.stdout
+
+
+def blocks(folder: Path) -> list[str]:
+    """The Python of a card."""
+    found = re.findall(r"```python\n(.*?)```", (folder / "README.md").read_text(), flags=re.DOTALL)
+    assert found
+    return found
+
+
+def written(folder: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """What the card's own commands print, in the folder, once a text of the test set stands in its place."""
+    example = next(one for one in records.read_rows(paths.split("test"), records.Example) if one.id == ROW)
+    [code] = blocks(folder)
+    code, changed = re.subn(r"^source = .*$", lambda _: f"source = {example.source!r}", code, flags=re.MULTILINE)
+    assert changed == 1
+    printed = io.StringIO()
+    with monkeypatch.context() as patched, contextlib.redirect_stdout(printed):
+        patched.chdir(folder)
+        exec(compile(code, "README.md", "exec"), {})
+    return printed.getvalue().removesuffix("\n")
+
+
+def predicted() -> str:
+    rows = records.read_rows(paths.predictions(f"tuned-{SEED}"), records.Prediction)
+    return next(row.text for row in rows if row.id == ROW)
+
+
+def complete(folder: Path) -> dict[str, Any]:
+    """The record of an export, once what holds of every one does: digests, no other file, no path of this machine."""
+    record: dict[str, Any] = records.read_json(folder / export.RECORD)
+    for name, one in record["files"].items():
+        assert records.sha256_file(folder / name) == one["sha256"]
+    listed = {file.relative_to(folder).as_posix(): file for file in folder.rglob("*") if file.is_file()}
+    assert listed.keys() == {*record["files"], "README.md", export.RECORD}
+    for name, file in listed.items():
+        assert str(folder.parent.parent).encode() not in file.read_bytes(), name
+    assert record["difference"]["rows"] == 8
+    return record
+
+
+def test_an_adapter_writes_what_the_run_predicted(adapter: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    difference = complete(adapter)["difference"]
+    assert difference["loss"] == pytest.approx(difference["loss_measured"], rel=1e-5)
+    assert written(adapter, monkeypatch) == predicted()
+
+
+def test_merged_weights_write_what_the_run_predicted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert f"export: merged of seed {SEED}, " in run("merged", str(tmp_path / "out"))
+    difference = complete(tmp_path / "out")["difference"]
+    assert difference["loss"] == pytest.approx(difference["loss_measured"], rel=1e-5)
+    assert written(tmp_path / "out", monkeypatch) == predicted()
+
+
+def test_gguf_files_write_what_the_run_predicted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Base and adapter apart, in float32: what llama.cpp computes of them is what was measured."""
+    run("gguf", str(tmp_path / "out"), "--type", "F32")
+    difference = complete(tmp_path / "out")["difference"]
+    assert difference["loss"] == pytest.approx(difference["loss_measured"], rel=1e-5)
+    assert (tmp_path / "out" / "Modelfile").read_text().startswith("FROM ./base-F32.gguf\nADAPTER ./adapter-F32.gguf\n")
+    assert written(tmp_path / "out", monkeypatch) == predicted()
+
+
+def test_a_merged_gguf_file_says_what_its_type_costs(tmp_path: Path) -> None:
+    run("gguf", str(tmp_path / "out"), "--merged", "--type", "Q4_0")
+    record = complete(tmp_path / "out")
+    assert (record["what"], set(record["files"])) == ("gguf-merged", {"model-Q4_0.gguf", "Modelfile"})
+    assert record["difference"]["logit_max"] > 0.01
+    text = (tmp_path / "out" / "README.md").read_text()
+    assert f"| {record['difference']['loss']:.3f} |" in text
+    assert "lora-repro export gguf DEST --seed 17 --type Q4_0 --merged" in text
+    compile(blocks(tmp_path / "out")[0], "README.md", "exec")
+
+
+def test_the_card_s_numbers_are_the_run_s(adapter: Path) -> None:
+    loaded = ModelCard.load(adapter / "README.md")
+    numbers, given = records.read_json(paths.METRICS), params.load()
+    assert (loaded.data.license, loaded.data.library_name, loaded.data.base_model) == ("unknown", "peft", None)
+    assert loaded.data.lora_repro["digest"] == records.read_json(paths.RECEIPT)["digest"]
+    labels = {"rouge1": "ROUGE-1", "rouge2": "ROUGE-2", "rougeL": "ROUGE-L", "rougeLsum": "ROUGE-Lsum"}
+    assert {one.metric_name.split(" ")[0]: one.metric_value for one in loaded.data.eval_results} == {
+        label: round(numbers[name]["tuned"], 2) for name, label in labels.items()
+    }
+    for part in (
+        f"{numbers['rouge1']['base']:.1f}", f"{numbers['cost']['general_loss']['base']:.3f}",
+        f"{numbers['cost']['trainable_parameters']:,} trainable parameters", "| `lora.r` | 4 |", "## Read with care",
+        given.model.sha256, "| `data.source` | local:source |", "MLflow run",
+        "Licence: not known (the source states none)",
+    ):  # fmt: skip
+        assert str(part) in loaded.content, part
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("merged", "DEST", "--type", "Q8_0"), "--type is for gguf: merged has no such choice"),
+        (("adapter", "DEST", "--merged"), "--merged is for gguf: adapter has no such choice"),
+        (("merged", "DEST", "--base"), "--base and --no-base are for adapter: merged holds its base in any case"),
+        (("gguf", "DEST", "--type", "Q9_9"), "--type Q9_9: a GGUF file is written as "),
+        (("adapter", "DEST", "--seed", "18"), "--seed 18: trained were 17"),
+        (("adapter", "out/export"), "lies in out, which is DVC's"),
+        (("adapter", "stages"), "stages is there and no export of this command"),
+        (("adapter", "params.yaml", "--overwrite"), "params.yaml is there and no export of this command"),
+    ],
+)
+def test_what_would_be_of_no_effect_or_do_harm_is_refused(
+    arguments: tuple[str, ...], message: str, tmp_path: Path
+) -> None:
+    with pytest.raises(UserError, match=message):
+        run(*(str(tmp_path / "out") if one == "DEST" else one for one in arguments))
+    assert not (tmp_path / "out").exists()
+    assert Path("stages/fetch.py").is_file()
+
+
+def test_an_earlier_export_is_replaced_whole_and_only_when_asked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "out"
+    run("adapter", str(folder), "--no-base")
+    assert not (folder / "base").exists()
+    assert '"<folder of the base>"' in blocks(folder)[0]
+    (folder / "mine").write_text("x")
+    with pytest.raises(UserError, match="holds an export already: name another folder, or add --overwrite"):
+        run("adapter", str(folder))
+    with monkeypatch.context() as patched, pytest.raises(ZeroDivisionError):
+        patched.setattr(card, "render", lambda _: 1 / 0)
+        export.export(export.Asked("adapter", None, None, False, False), folder, True)
+    assert (folder / "mine").exists()
+    run("adapter", str(folder), "--no-base", "--overwrite")
+    assert not (folder / "mine").exists()
+    assert [file.name for file in tmp_path.iterdir()] == ["out"]
+
+
+def test_what_is_not_the_run_s_is_not_exported(tmp_path: Path) -> None:
+    lock = paths.DVC_LOCK.read_text()
+    text = paths.PARAMS.read_text()
+    weights = paths.adapter(SEED) / "adapter_model.safetensors"
+    content, mode = weights.read_bytes(), weights.stat().st_mode
+    for path, change, message in (
+        (paths.PARAMS, text.replace("r: 4", "r: 8"), "stage train@17: changed since it ran: lora"),
+        (paths.METRICS, "{}", "reports/metrics.json: not what stage compare wrote"),
+        (paths.DVC_LOCK, None, "dvc.lock is missing"),
+    ):
+        kept = path.read_text()
+        path.unlink() if change is None else path.write_text(change)
+        try:
+            with pytest.raises(UserError, match=re.escape(message)):
+                run("merged", str(tmp_path / "out"))
+        finally:
+            path.write_text(kept)
+    weights.chmod(0o644)
+    weights.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    with pytest.raises(
+        UserError, match=r"out/adapters/17 \(adapter_model.safetensors\): not what stage train@17 wrote"
+    ):
+        run("merged", str(tmp_path / "out"))
+    weights.write_bytes(content)
+    weights.chmod(mode)
+    assert paths.DVC_LOCK.read_text() == lock
+    assert not list(tmp_path.iterdir())
+
+
+REVISION = "0123456789" * 4
+
+
+@pytest.mark.parametrize("method", ["nf4", "int8", "none"])
+def test_a_base_on_the_hub_is_named_by_its_revision(method: str) -> None:
+    """The commands are right Python for it; they are not run, since they would ask the hub."""
+    given = params.load()
+    model = given.model.model_copy(update={"source": f"hf:owner/base@{REVISION}", "dtype": "bfloat16"})
+    quantize = given.quantize.model_copy(update={"method": method})
+    content = content_of(given.model_copy(update={"model": model, "quantize": quantize}))
+    packages, code = card.loading(content)
+    compile(code, "README.md", "exec")
+    assert packages == "torch transformers peft" + ("" if method == "none" else " accelerate bitsandbytes")
+    assert f'from_pretrained("owner/base", revision="{REVISION}", dtype="bfloat16"' in code
+    assert ("BitsAndBytesConfig(load_in_4bit=True" in code) == (method == "nf4")
+    assert ("BitsAndBytesConfig(load_in_8bit=True" in code) == (method == "int8")
+
+
+def content_of(given: params.Params) -> card.Content:
+    missing: Any = None
+    return card.Content(
+        "adapter", SEED, given, None, "", {}, None, "", missing, missing, None,
+        {given.model.source: licence.Stated(None, "x")}, "",
+    )  # fmt: skip
+
+
+def test_local_sources_are_named_without_their_path() -> None:
+    assert card.shown("/home/someone/data/tickets") == "local:tickets"
+    assert card.shown("pip:toy==1.0/toy") == "pip:toy==1.0/toy"
+    assert json.dumps(card.hub(f"hf:a/b@{REVISION}")) == f'["a/b", "{REVISION}"]'
+    assert card.hub(f"hf:a/b@{REVISION}/part") is None
