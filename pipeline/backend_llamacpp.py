@@ -200,13 +200,17 @@ def _ask(engine: Engine, prompts: list[list[int]], new_tokens: int) -> list[tupl
 def require_read(tokenizer: Any, prompt: Sequence[int], answer: dict[str, Any]) -> None:
     """UserError unless llama.cpp read what was sent: as many tokens, which by its own vocabulary are the same text."""
     sent = tokenizer.decode(prompt, skip_special_tokens=False, clean_up_tokenization_spaces=False)
-    # The halves of characters look different, and SentencePiece's decoder takes the first space away.
-    same = sent.replace("\ufffd", "").strip() == answer["prompt"].replace("\ufffd", "").strip()
+    # The halves of characters look different, and both take spaces away: llama.cpp those before punctuation.
+    same = _bare(sent) == _bare(answer["prompt"])
     if answer["tokens_evaluated"] != len(prompt) or not same or answer["truncated"]:
         raise UserError(
             f"llama.cpp read {answer['tokens_evaluated']} tokens, {answer['prompt'][:80]!r}..., where {len(prompt)} "
             f"were sent, {sent[:80]!r}...: its vocabulary is another; set generation.backend to transformers"
         )
+
+
+def _bare(text: str) -> str:
+    return "".join(text.replace("\ufffd", "").split())
 
 
 def _greedy(new_tokens: int) -> dict[str, Any]:

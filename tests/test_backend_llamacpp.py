@@ -126,6 +126,7 @@ def test_families_go_in_waves_and_answers_end_at_our_stops_alone(monkeypatch: py
 def test_an_answer_to_other_tokens_or_of_none_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     answer = {"tokens_evaluated": 2, "prompt": " 1 2", "truncated": False}
     backend_llamacpp.require_read(Numbers(), [1, 2], answer)
+    backend_llamacpp.require_read(Numbers(), [1, 2], answer | {"prompt": "12"})
     for change in ({"tokens_evaluated": 3}, {"prompt": "1 3"}, {"truncated": True}):
         with pytest.raises(UserError, match="its vocabulary is another"):
             backend_llamacpp.require_read(Numbers(), [1, 2], answer | change)
