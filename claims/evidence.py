@@ -8,6 +8,7 @@ import argparse
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -64,11 +65,15 @@ def write(claim: str, evidence: Evidence) -> None:
 
 
 def main(measurements: Mapping[str, Callable[[], Evidence]]) -> None:
-    """The command line of a subject: take the measurement of the claim that is named, and write its evidence."""
+    """The command line of a subject: take the measurements of the claims that are named, and write their evidence."""
     parser = argparse.ArgumentParser()
-    parser.add_argument("claim", choices=list(measurements))
-    claim = parser.parse_args().claim
-    stage.process(f"claim-{claim}", lambda: write(claim, measurements[claim]()), result=path(claim))
+    parser.add_argument("claims", nargs="+", choices=list(measurements), metavar="claim")
+    for claim in parser.parse_args().claims:
+        stage.process(f"claim-{claim}", partial(_take, claim, measurements[claim]), result=path(claim))
+
+
+def _take(claim: str, measurement: Callable[[], Evidence]) -> None:
+    write(claim, measurement())
 
 
 def _value(content: Any) -> Value:

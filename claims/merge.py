@@ -23,9 +23,9 @@ SPREAD = 0.0044
 """Standard deviation of B's values: what training leaves in the default experiment, with rank 16 and alpha 32."""
 PAPERS = 4
 """Papers of the test split, each with a prompt for every aspect."""
-NEW_TOKENS = 32
+NEW_TOKENS = 16
 TIMED_PROMPT, TIMED_TOKENS = 16, 4
-ROUNDS = 30
+ROUNDS = 15
 SEED = 17
 
 
