@@ -106,7 +106,7 @@ def restoring(run: store.Stored, seeds: list[int]) -> list[str]:
     return [
         *([f"git checkout {base}"] if base else []),
         *(f"{fetch} {path}" for path in (paths.PARAMS, paths.DVC_LOCK)),
-        "dvc checkout",
+        "dvc checkout dvc.yaml",  # alone, it would ask for what the claims' graph has, too
         "dvc repro",
     ]
 
@@ -121,12 +121,13 @@ def _holds(commit: str, digest: str, seeds: list[int]) -> bool:
 
 
 def _outputs(lock: str) -> str:
-    """`dvc checkout` where the cache has everything that is locked there, else `dvc pull`."""
+    """`dvc checkout` where the cache has everything that is locked there, else `dvc pull`; of the experiment alone."""
     with tempfile.TemporaryDirectory(prefix="lora-repro-") as folder:
         path = Path(folder) / paths.DVC_LOCK
         path.write_text(_git("show", lock), encoding="utf-8")
         missing = verify.missing(path)
-    return "dvc checkout" if not missing else f"dvc pull   # {missing} objects are not in the cache; or: dvc repro"
+    some = f"dvc pull dvc.yaml   # {missing} objects are not in the cache; or: dvc repro"
+    return some if missing else "dvc checkout dvc.yaml"
 
 
 def _git(*arguments: str) -> str:

@@ -2,6 +2,8 @@
 it declares."""
 
 import ast
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -122,3 +124,12 @@ def test_claims_are_checked_in_the_project_folder() -> None:
 
 def test_the_default_experiment_depends_on_no_claim() -> None:
     assert not any("claims" in str(definition) for definition in STAGES.values())
+
+
+def test_dvc_reads_the_claims_graph() -> None:
+    """What it declares by templates is there, and a claim's stage is named as its claim."""
+    command = [sys.executable, "-m", "dvc", "stage", "list", "--name-only", "claims/dvc.yaml"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    named = {name.partition(":claim@")[2] for name in done.stdout.split() if ":claim@" in name}
+    assert named == set(YAML(typ="safe", pure=True).load((ROOT / "claims/claims.yaml").read_text())["claims"])

@@ -128,7 +128,7 @@ def test_again_nothing_runs_and_the_status_is_clean(dvc: Run) -> None:
     result = dvc("repro")
     assert result.returncode == 0
     assert ran(result.stdout) == []
-    assert "Data and pipelines are up to date." in dvc("status").stdout
+    assert "Data and pipelines are up to date." in dvc("status", "dvc.yaml").stdout
 
 
 def test_the_logged_adapter_loads_with_peft_alone_on_the_fetched_base(clone: Path, tmp_path: Path) -> None:
@@ -216,7 +216,7 @@ def test_a_pulled_experiment_is_compared_on_another_clone(clone: Path, dvc: Run,
     assert dvc("remote", "add", "--local", "-d", "store", str(tmp_path / "store")).returncode == 0
     for experiment in ("rank-2", "rank-4"):
         if experiment == "rank-4":
-            assert dvc("exp", "save", "-n", experiment).returncode == 0
+            assert dvc("exp", "save", "-n", experiment, "dvc.yaml").returncode == 0
         pushed = dvc("exp", "push", "shared", experiment)
         assert pushed.returncode == 0, pushed.stdout
     run("git", "clone", "-q", str(remote), str(other), cwd=tmp_path)
