@@ -26,7 +26,7 @@ LOCAL = "local"
 class Cluster:
     """Where trials run: `plan.at_once` tasks at once, as far as the cluster has room for what each takes."""
 
-    then = "dvc pull dvc.yaml && "
+    then = "dvc pull && "
 
     def __init__(self, plan: search.Search, source: trial.Source) -> None:
         import ray

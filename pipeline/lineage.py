@@ -106,7 +106,7 @@ def restoring(run: store.Stored, seeds: list[int]) -> list[str]:
     return [
         *([f"git checkout {base}"] if base else []),
         *(f"{fetch} {path}" for path in (paths.PARAMS, paths.DVC_LOCK)),
-        "dvc checkout dvc.yaml",  # alone, it would ask for what the claims' graph has, too
+        "dvc checkout",
         "dvc repro",
     ]
 
@@ -121,13 +121,12 @@ def _holds(commit: str, digest: str, seeds: list[int]) -> bool:
 
 
 def _outputs(lock: str) -> str:
-    """`dvc checkout` where the cache has everything that is locked there, else `dvc pull`; of the experiment alone."""
+    """`dvc checkout` where the cache has everything that is locked there, else `dvc pull`."""
     with tempfile.TemporaryDirectory(prefix="lora-repro-") as folder:
         path = Path(folder) / paths.DVC_LOCK
         path.write_text(_git("show", lock), encoding="utf-8")
         missing = verify.missing(path)
-    some = f"dvc pull dvc.yaml   # {missing} objects are not in the cache; or: dvc repro"
-    return some if missing else "dvc checkout dvc.yaml"
+    return "dvc checkout" if not missing else f"dvc pull   # {missing} objects are not in the cache; or: dvc repro"
 
 
 def _git(*arguments: str) -> str:

@@ -105,13 +105,23 @@ def test_every_script_is_short() -> None:
         assert len(path.read_text().splitlines()) <= 40, path
 
 
+def outs(definition: dict[str, Any]) -> list[str]:
+    return [next(iter(out)) if isinstance(out, dict) else str(out) for out in definition["outs"]]
+
+
+def test_no_output_of_the_claims_is_cached() -> None:
+    """`dvc exp apply`, `checkout` and `pull` look at every graph, and would fail where claims have not been checked."""
+    options = [out for definition in CLAIMS.values() for out in definition["outs"]]
+    assert all(isinstance(out, dict) and list(out.values()) == [{"cache": False}] for out in options)
+
+
 def test_every_claim_of_the_register_has_one_measurement() -> None:
     wanted = set(YAML(typ="safe", pure=True).load((ROOT / "claims/claims.yaml").read_text())["claims"])
     place = "out/claims/evidence/"
     measured = [
         out.removeprefix(place).removesuffix(".json").replace("${item.claim}", claim)
         for definition in CLAIMS.values()
-        for out in map(str, definition["outs"])
+        for out in outs(definition)
         for claim in definition.get("matrix", {}).get("claim", [""])
         if out.startswith(place)
     ]

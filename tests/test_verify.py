@@ -480,10 +480,10 @@ class TestShow:
 
         git("add", "dvc.lock")
         git("commit", "-qm", "result")
-        assert lineage.restoring(found, [17]) == [f"git checkout {git('rev-parse', 'HEAD')}", "dvc checkout dvc.yaml"]
+        assert lineage.restoring(found, [17]) == [f"git checkout {git('rev-parse', 'HEAD')}", "dvc checkout"]
         gone = cached(out("out/scores/base.json").md5)
         gone.rename("kept")
-        assert lineage.restoring(found, [17])[1].startswith("dvc pull dvc.yaml   # 1 objects are not in the cache")
+        assert lineage.restoring(found, [17])[1].startswith("dvc pull   # 1 objects are not in the cache")
         Path("kept").rename(gone)
 
 
