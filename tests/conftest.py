@@ -8,6 +8,8 @@ import shutil
 import sqlite3
 import subprocess
 import sys
+import warnings
+from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -284,3 +286,22 @@ def finished(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Fini
             assert result.returncode == 0, result.stdout
             printed.write_text(result.stdout)
     return Finished(folder, printed.read_text())
+
+
+@pytest.fixture
+def quantized(project: params.Params, tiny_model: Path) -> params.Params:
+    """A project with the quantized base in place."""
+    from pipeline import quantize
+
+    shutil.copytree(tiny_model, paths.BASE)
+    facts = {"context": 512, "dtype": "float32", "stop_ids": [1], "sha256": records.sha256_tree(paths.BASE)}
+    records.write_json(paths.BASE_FACTS, facts)
+    quantize.quantize(project.quantize, project.runtime)
+    return project
+
+
+@pytest.fixture
+def mlflow_calls_what_its_dependencies_deprecate() -> Iterator[None]:
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", module=r"mlflow(\.|$)")
+        yield

@@ -18,7 +18,7 @@ import torch
 from ruamel.yaml import YAML
 from safetensors.torch import load_file
 
-from pipeline import adapter, device, distributed, generate, page, params, paths, quantize, records, stage, train
+from pipeline import adapter, device, distributed, generate, page, params, paths, records, stage, train
 from pipeline.errors import UserError
 from tests.conftest import ROOT, environment
 from tests.test_kills import SPAWNING
@@ -40,16 +40,12 @@ def test_a_division_holds_every_item_once_and_is_even() -> None:
 
 
 @pytest.fixture
-def quantized(project: params.Params, tiny_model: Path) -> params.Params:
-    """A project with the quantized base in place, and a round of inference for each group of its test split."""
-    shutil.copytree(tiny_model, paths.BASE)
-    facts = {"context": 512, "dtype": "float32", "stop_ids": [1], "sha256": records.sha256_tree(paths.BASE)}
-    records.write_json(paths.BASE_FACTS, facts)
-    quantize.quantize(project.quantize, project.runtime)
-    return project.model_copy(
+def quantized(quantized: params.Params) -> params.Params:
+    """The same, with a round of inference for each group of its test split."""
+    return quantized.model_copy(
         update={
-            "train": project.train.model_copy(update={"epochs": 2}),
-            "generation": project.generation.model_copy(update={"batch_size": 1}),
+            "train": quantized.train.model_copy(update={"epochs": 2}),
+            "generation": quantized.generation.model_copy(update={"batch_size": 1}),
         }
     )
 

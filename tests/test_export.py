@@ -8,7 +8,6 @@ import io
 import json
 import re
 import warnings
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,15 +19,10 @@ from pipeline import card, cli, export, licence, params, paths, records
 from pipeline.errors import UserError
 from tests.conftest import Finished, environment
 
+pytestmark = pytest.mark.usefixtures("mlflow_calls_what_its_dependencies_deprecate")
+
 SEED = 17
 ROW = "test-0/what"
-
-
-@pytest.fixture(autouse=True)
-def mlflow_calls_what_its_dependencies_deprecate() -> Iterator[None]:
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", module=r"mlflow(\.|$)")
-        yield
 
 
 @pytest.fixture(scope="module")

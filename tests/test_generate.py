@@ -7,20 +7,9 @@ from typing import Any
 import pytest
 from transformers import AutoModelForCausalLM
 
-from pipeline import backend_transformers, checkpoint, generate, model, params, paths, quantize, records
+from pipeline import backend_transformers, checkpoint, generate, model, params, paths, records
 from pipeline.errors import UserError
 from pipeline.records import Prediction
-
-
-@pytest.fixture
-def quantized(project: params.Params, tiny_model: Path) -> params.Params:
-    import shutil
-
-    shutil.copytree(tiny_model, paths.BASE)
-    facts = {"context": 512, "dtype": "float32", "stop_ids": [1], "sha256": records.sha256_tree(paths.BASE)}
-    records.write_json(paths.BASE_FACTS, facts)
-    quantize.quantize(project.quantize, project.runtime)
-    return project
 
 
 def infer(project: params.Params, **changes: Any) -> list[Prediction]:

@@ -7,8 +7,7 @@ import json
 import re
 import subprocess
 import sys
-import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +16,9 @@ import pytest
 from pipeline import page, paths, records, track
 from tests.conftest import ASPECTS, SECRET, SPLIT_GROUPS, Finished, environment, make_clone
 
+pytestmark = pytest.mark.usefixtures("mlflow_calls_what_its_dependencies_deprecate")
+
 Run = Callable[..., subprocess.CompletedProcess[str]]
-
-
-@pytest.fixture(autouse=True)
-def mlflow_calls_what_its_dependencies_deprecate() -> Iterator[None]:
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", module=r"mlflow(\.|$)")
-        yield
 
 
 @pytest.fixture(scope="module")

@@ -5,8 +5,6 @@ Runs are written by `track` as they always are, with planted scores; no model co
 
 import json
 import shutil
-import warnings
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,6 +19,8 @@ from pipeline.records import Example, Prediction
 from tests.conftest import ROOT
 from tests.test_compare import COMPARE, examples, plant
 
+pytestmark = pytest.mark.usefixtures("mlflow_calls_what_its_dependencies_deprecate")
+
 GIVEN = {
     "evaluate.metrics": '["rouge1", "rouge2", "rougeL"]',
     "evaluate.use_stemmer": "false",
@@ -31,13 +31,6 @@ GIVEN = {
     "model.source": "pip:some-model==1/model",
     "quantize.method": "nf4",
 }
-
-
-@pytest.fixture(autouse=True)
-def mlflow_calls_what_its_dependencies_deprecate() -> Iterator[None]:
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", module=r"mlflow(\.|$)")
-        yield
 
 
 class Project:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from pipeline import adapter, attention, device, pack, params, paths, quantize, records, train
+from pipeline import adapter, attention, device, pack, params, paths, records, train
 from pipeline.errors import UserError
 from pipeline.prompt import Row
 
@@ -121,18 +121,6 @@ def test_an_epoch_holds_every_group_once_and_whole() -> None:
 def test_the_learning_rate_climbs_then_follows_its_schedule(schedule: str, expected: list[float]) -> None:
     given = section(schedule=schedule, warmup=1 / 3, learning_rate=1.0)
     assert [train.learning_rate(step, 6, given) for step in range(6)] == pytest.approx(expected, abs=1e-4)
-
-
-@pytest.fixture
-def quantized(project: params.Params, tiny_model: Path) -> params.Params:
-    """A project with the quantized base in place."""
-    import shutil
-
-    shutil.copytree(tiny_model, paths.BASE)
-    facts = {"context": 512, "dtype": "float32", "stop_ids": [1], "sha256": records.sha256_tree(paths.BASE)}
-    records.write_json(paths.BASE_FACTS, facts)
-    quantize.quantize(project.quantize, project.runtime)
-    return project
 
 
 def run(project: params.Params, **changes: Any) -> None:

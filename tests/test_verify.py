@@ -9,7 +9,6 @@ import shutil
 import sqlite3
 import subprocess
 import time
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
@@ -23,12 +22,7 @@ from pipeline import page as pages
 from pipeline.errors import UserError
 from tests.conftest import Finished, environment
 
-
-@pytest.fixture(autouse=True)
-def mlflow_calls_what_its_dependencies_deprecate() -> Iterator[None]:
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", module=r"mlflow(\.|$)")
-        yield
+pytestmark = pytest.mark.usefixtures("mlflow_calls_what_its_dependencies_deprecate")
 
 
 @pytest.fixture(scope="module")
