@@ -2,7 +2,8 @@
 
 import json
 import re
-from collections.abc import Iterator
+import shutil
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path, PurePath
@@ -20,6 +21,12 @@ if TYPE_CHECKING:
 
 GGUF_FAMILIES = ("llama", "qwen2", "qwen3", "gemma3")
 """Families that are read from GGUF: of the others transformers reads none, or leaves out what changes their results."""
+
+GGUF_TYPES = (
+    "F32", "F16", "BF16", "Q8_0", "Q5_1", "Q5_0", "Q4_1", "Q4_0", "Q6_K", "Q5_K", "Q4_K", "Q3_K", "Q2_K",
+    "IQ4_NL", "IQ4_XS", "IQ3_S", "IQ3_XXS", "IQ2_S", "IQ2_XS", "IQ2_XXS",
+)  # fmt: skip
+"""Types of weights that are read from GGUF: of each, tests/test_fetch.py compares with what the gguf library reads."""
 
 UNREAD = (
     "expert_count",
@@ -64,21 +71,26 @@ OURS_ALONE = {"local_files_only": True, "trust_remote_code": False}
 """Nothing is looked for elsewhere, and Python code beside a checkpoint is not run, nor asked about."""
 
 
-def fetch(model: params.Model) -> None:
+def fetch(model: params.Model, experiment: params.Params | None = None) -> None:
     """Bring the model to `out/models/base` as safetensors in `model.dtype`, and its facts beside it.
 
-    UserError when the source is not a causal language model of a known family, or has no usable tokenizer.
+    UserError when the source is not a causal language model of a known family, or has no usable tokenizer; and when a
+    later stage of `experiment` would refuse it. Nothing of the experiment enters what is written.
     """
     import torch
+
+    def check(empty: Any, tokenizer: Any) -> None:
+        if experiment is not None:
+            _require_usable(empty, tokenizer, experiment)
 
     devices.quieten()
     dtype = getattr(torch, model.dtype)
     with source.resolved(model.source, model.sha256, kind="model", key="model") as resolved, _alone(resolved) as found:
         if meta.is_layout(found):
             say(f"fetch: converting {model.source}")
-            loaded, tokenizer = meta.load(found, model.source, dtype)
+            loaded, tokenizer = meta.load(found, model.source, dtype, check)
         else:
-            loaded, tokenizer = _load(found, model.source, dtype)
+            loaded, tokenizer = _load(found, model.source, dtype, check)
     loaded.to(dtype)
     _check_tokenizer(tokenizer, loaded)
     # Where it was read from is in the facts; in the checkpoint it would be a path of this machine.
@@ -91,18 +103,48 @@ def fetch(model: params.Model) -> None:
     say(f"fetch: {facts['family']}, {facts['parameters']:,} parameters, {cache}")
 
 
-def _load(found: Path, name: str, dtype: "torch.dtype") -> tuple[Any, Any]:
-    """A GGUF file or a folder in the Hugging Face layout as transformers reads it; UserError as of `fetch`."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+def _require_usable(empty: Any, tokenizer: Any, experiment: params.Params) -> None:
+    """UserError for what a later stage would refuse of a model (here without weights) or its tokenizer, some of them
+    after hours of training: said before the weights are read."""
+    from pipeline import gguf_file, prompt
+
+    context = models.architecture(empty)["context"]
+    if context < empty.config.max_position_embeddings:
+        say(f"fetch: the context ends at {context} tokens, with the model's sliding window or longrope's first length")
+    prompt.Encoder(tokenizer, experiment.prompt, context)
+    forget = experiment.forget
+    if forget.source is not None and forget.window > context:
+        raise UserError(f"forget.window = {forget.window}, but the model's context is {context} tokens")
+    if experiment.generation.backend == "llama.cpp":
+        try:
+            empty.config.save_pretrained(paths.BASE)
+            tokenizer.save_pretrained(paths.BASE)
+            gguf_file.refuse(paths.BASE)
+        finally:
+            shutil.rmtree(paths.BASE)
+
+
+def _load(found: Path, name: str, dtype: "torch.dtype", check: Callable[[Any, Any], None]) -> tuple[Any, Any]:
+    """A GGUF file or a folder in the Hugging Face layout as transformers reads it; UserError as of `fetch`.
+
+    `check` is given the model without weights and the tokenizer before the weights are read.
+    """
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
     where, weights = _load_options(found, name)
     say(f"fetch: reading {name}")
     try:
         with _gguf_read_once():
             tokenizer = AutoTokenizer.from_pretrained(**where)
+            with torch.device("meta"):
+                empty = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(**where))
+            check(empty, tokenizer)
             loaded, reading = AutoModelForCausalLM.from_pretrained(
                 dtype=dtype, output_loading_info=True, **where, **weights
             )
+    except UserError:
+        raise
     except RuntimeError:  # transformers has printed which of its tensors
         raise UserError(
             f"model.source = {name!r}: its weights do not fit its configuration; name a sound checkpoint"
@@ -130,7 +172,7 @@ def gguf(file: Path) -> Any:
     from pipeline import attention
 
     with _alone(file) as found:
-        model, _ = _load(found, file.name, torch.float32)
+        model, _ = _load(found, file.name, torch.float32, lambda *_: None)
     model.set_attn_implementation(attention.NAME)
     return model.eval()
 
@@ -256,12 +298,18 @@ def _check_gguf(found: Path, name: str) -> None:
         if family in GGUF_FAMILIES:
             _require_announced_sizes(reader, family)
     except Exception as error:  # whatever numbers that lead nowhere bring about
-        raise UserError(f"model.source = {name!r} is not a sound GGUF file ({type(error).__name__}: {error})") from None
+        why = f"{type(error).__name__}: {error}"
+        raise UserError(f"model.source = {name!r} is not a sound GGUF file, or not the whole of one ({why})") from None
     instead = "name the checkpoint in the Hugging Face layout instead"
     if family not in GGUF_FAMILIES:
         raise UserError(
             f"model.source = {name!r}: a GGUF file of architecture {family!r} cannot be read faithfully, only of "
             f"{', '.join(GGUF_FAMILIES)}; {instead}"
+        )
+    if unread := sorted({tensor.tensor_type.name for tensor in reader.tensors} - set(GGUF_TYPES)):
+        raise UserError(
+            f"model.source = {name!r} holds weights of type {unread[0]}; of GGUF files these are read: "
+            f"{', '.join(GGUF_TYPES)}; {instead}"
         )
     told = {
         name: reader.fields[f"{family}.{name}"].contents() for name in UNREAD if f"{family}.{name}" in reader.fields

@@ -13,6 +13,7 @@ import json
 import pickle
 import re
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -39,6 +40,8 @@ NAMES = {
     "ffn_norm": "post_attention_layernorm",
 }
 """Of a layer; `tok_embeddings`, `norm` and `output` stand outside of them."""
+FREQUENCIES = "rope.freqs"
+"""What the settings' `rope_theta` says, as numbers, for one head: only how many there are is looked at."""
 OUTSIDE = {"tok_embeddings": "model.embed_tokens", "norm": "model.norm", "output": "lm_head"}
 PROBES = ("The cat sat, didn't it?", "  two  spaces\n\tand a tab", "1234.5 % of x=y", "Grüße, 世界 🙂", "")
 """What the converted tokenizer has to split as sentencepiece does."""
@@ -81,8 +84,10 @@ def is_layout(folder: Path) -> bool:
     return (folder / SETTINGS).is_file() and not (folder / "config.json").exists()
 
 
-def load(folder: Path, name: str, dtype: "torch.dtype") -> tuple[Any, Any]:
+def load(folder: Path, name: str, dtype: "torch.dtype", check: Callable[[Any, Any], None]) -> tuple[Any, Any]:
     """The model in transformers' own class, in `dtype`, and its tokenizer. `name` is the source, for errors.
+
+    `check` is given the model without weights and the tokenizer before the weights are read.
 
     UserError for what is missing, damaged, not of this layout, or not computed here.
     """
@@ -90,7 +95,8 @@ def load(folder: Path, name: str, dtype: "torch.dtype") -> tuple[Any, Any]:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     settings = _settings(folder, name)
-    shards = _shards(folder, name)
+    opened = _opened(_shards(folder, name), name)
+    _require_described(opened[0], settings, name)
     tokenizer, words = _tokenizer(folder, name)
     config = LlamaConfig(
         architectures=["LlamaForCausalLM"],
@@ -111,7 +117,8 @@ def load(folder: Path, name: str, dtype: "torch.dtype") -> tuple[Any, Any]:
     )
     with torch.device("meta"):
         model = LlamaForCausalLM(config)
-    tensors = _whole(_opened(shards, name), config, dtype, name)
+    check(model, tokenizer)
+    tensors = _whole(opened, config, dtype, name)
     shapes = {tensor: tuple(value.shape) for tensor, value in model.state_dict().items()}
     if lacking := sorted(shapes.keys() - tensors.keys()):
         raise UserError(
@@ -121,7 +128,7 @@ def load(folder: Path, name: str, dtype: "torch.dtype") -> tuple[Any, Any]:
     for tensor, shape in shapes.items():
         if tuple(tensors[tensor].shape) != shape:
             raise UserError(
-                f"model.source = {name!r}: {tensor} of its {len(shards)} files is {tuple(tensors[tensor].shape)}, but "
+                f"model.source = {name!r}: {tensor} of its {len(opened)} files is {tuple(tensors[tensor].shape)}, but "
                 f"{shape} by {SETTINGS} and {TOKENIZER}: they are of two models, or a file is missing"
             )
     model.load_state_dict(tensors, assign=True)
@@ -183,15 +190,34 @@ def _opened(shards: list[Path], name: str) -> list[dict[str, "torch.Tensor"]]:
             ) from None
         except Exception as error:  # whatever a damaged file brings about
             raise UserError(
-                f"model.source = {name!r}: {path.name} cannot be read ({type(error).__name__}: {error})"
+                f"model.source = {name!r}: {path.name} cannot be read, it is damaged or not the whole file "
+                f"({type(error).__name__}: {str(error).partition('. ')[0]})"
             ) from None
-        if not isinstance(held, dict) or not all(isinstance(value, torch.Tensor) for value in held.values()):
+        if not isinstance(held, dict) or not all(
+            isinstance(key, str) and isinstance(value, torch.Tensor) for key, value in held.items()
+        ):
             raise UserError(f"model.source = {name!r}: {path.name} is no table of tensors by name")
-        held.pop("rope.freqs", None)  # what rope_theta says
         opened.append(held)
     if any(held.keys() != opened[0].keys() for held in opened):
         raise UserError(f"model.source = {name!r}: its {len(shards)} files hold tensors of different names")
     return opened
+
+
+def _require_described(held: dict[str, "torch.Tensor"], settings: Settings, name: str) -> None:
+    """UserError unless there are as many layers, and heads as wide, as the settings say: a wrong number of layers would
+    be built, a wrong number of heads would fit all the same."""
+    numbers = {int(match[1]) for key in held if (match := re.match(r"layers\.(\d+)\.", key))}
+    if len(numbers) != settings.n_layers:
+        raise UserError(
+            f"model.source = {name!r}: its {SETTINGS} says n_layers = {settings.n_layers}, and its files hold "
+            f"{len(numbers)} layers: they are of two models, or not complete"
+        )
+    frequencies, wanted = held.get(FREQUENCIES), settings.dim // settings.n_heads // 2
+    if frequencies is not None and frequencies.numel() != wanted:
+        raise UserError(
+            f"model.source = {name!r}: its {SETTINGS} says n_heads = {settings.n_heads}, so a head turns by {wanted} "
+            f"frequencies, and its files hold {frequencies.numel()} ({FREQUENCIES}): they are of two models"
+        )
 
 
 def _whole(
@@ -202,7 +228,7 @@ def _whole(
 
     heads = {"attention.wq": config.num_attention_heads, "attention.wk": config.num_key_value_heads}
     tensors = {}
-    for key in ranks[0]:
+    for key in [key for key in ranks[0] if key != FREQUENCIES]:
         layer, target = _target(key, name)
         parts = [held[key] for held in ranks]
         try:

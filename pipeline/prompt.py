@@ -150,7 +150,9 @@ class Encoder:
             mark = "\u2042"
             rendered = self._render([{"role": "user", "content": "a"}, {"role": "assistant", "content": mark}])
             behind = self.tokenizer(rendered.rpartition(mark)[2], add_special_tokens=False).input_ids
-            if behind and behind[0] in self.tokenizer.all_special_ids:
+            # Not `all_special_ids`: those have a role by name, and Gemma's <end_of_turn> or Phi 3's <|end|> have none.
+            added = self.tokenizer.added_tokens_decoder
+            if behind and behind[0] in added and added[behind[0]].special:
                 return int(behind[0])
         if self.tokenizer.eos_token_id is None:
             raise UserError("the model's tokenizer has no EOS token: without one, decoding cannot learn to stop")

@@ -3,4 +3,5 @@
 from pipeline import fetch, params, paths, stage
 
 if __name__ == "__main__":
-    stage.run("fetch", lambda declared: fetch.fetch(declared[params.Model]), result=paths.BASE_FACTS)
+    # The whole experiment decides nothing of what is written: only whether a later stage would refuse the model.
+    stage.run("fetch", lambda declared: fetch.fetch(declared[params.Model], params.load()), result=paths.BASE_FACTS)

@@ -9,7 +9,7 @@ import sqlite3
 import subprocess
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -111,7 +111,7 @@ def words(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return trained_words(tmp_path_factory.mktemp("words") / "tokenizer.model", "bpe")
 
 
-def trained_words(file: Path, kind: str, prefix: bool = True) -> Path:
+def trained_words(file: Path, kind: str, prefix: bool = True, control: Sequence[str] = ()) -> Path:
     from sentencepiece import SentencePieceTrainer
 
     model = io.BytesIO()
@@ -120,7 +120,7 @@ def trained_words(file: Path, kind: str, prefix: bool = True) -> Path:
         sentence_iterator=iter(lines), model_writer=model, model_type=kind, vocab_size=300, byte_fallback=True,
         hard_vocab_limit=False, character_coverage=1.0, split_digits=True, allow_whitespace_only_pieces=True,
         normalization_rule_name="identity", remove_extra_whitespaces=False, add_dummy_prefix=prefix, minloglevel=2,
-        num_threads=1,
+        num_threads=1, control_symbols=list(control),
     )  # fmt: skip
     file.write_bytes(model.getvalue())
     return file

@@ -95,11 +95,6 @@ def test_a_tokenizer_of_another_model_is_refused(project: params.Params, tiny_mo
         fetch.fetch(given)
 
 
-TYPES = [
-    "F32", "F16", "BF16", "Q8_0", "Q5_1", "Q5_0", "Q4_1", "Q4_0", "Q6_K", "Q5_K", "Q4_K", "Q3_K", "Q2_K"
-]  # fmt: skip
-
-
 def fetched(folder: Path, file: Path, family: str, kind: str = "F32", **more: Any) -> None:
     """Write a checkpoint as GGUF, fetch that, and compare the logits with those of what the file holds."""
     held = write_gguf(folder, file, family, kind, **more)
@@ -112,7 +107,7 @@ def fetched(folder: Path, file: Path, family: str, kind: str = "F32", **more: An
 
 
 @pytest.mark.usefixtures("project")
-@pytest.mark.parametrize("kind", TYPES)
+@pytest.mark.parametrize("kind", fetch.GGUF_TYPES)
 def test_a_gguf_file_becomes_the_checkpoint_it_holds(kind: str, tiny_model: Path, tmp_path: Path) -> None:
     """Of every type: the model is what the gguf library makes of the file's numbers."""
     sizes = {"hidden_size": 256, "intermediate_size": 256, "head_dim": 64} if kind in SCALES else {}
@@ -184,6 +179,27 @@ def test_a_gguf_file_that_would_not_be_read_faithfully_is_refused(
     assert not paths.BASE.exists()
 
 
+@pytest.mark.usefixtures("project")
+def test_a_type_that_is_not_read_is_named(tmp_path: Path) -> None:
+    import gguf
+    import numpy as np
+
+    file = tmp_path / "m.gguf"
+    writer = gguf.GGUFWriter(file, "llama")
+    for name, value in (("head_count", 4), ("key_length", 16)):
+        writer.add_uint32(f"llama.attention.{name}", value)
+    kind = gguf.GGMLQuantizationType.Q8_1
+    for name, rows in (("token_embd", 400), ("blk.0.ffn_up", 128), ("blk.0.attn_q", 64)):
+        raw = np.zeros((rows, 2 * gguf.GGML_QUANT_SIZES[kind][1]), np.uint8)
+        writer.add_tensor(f"{name}.weight", raw, raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    with pytest.raises(UserError, match="holds weights of type Q8_1; of GGUF files these are read: F32, F16, "):
+        fetch.fetch(params.Model(source=str(file), sha256=records.sha256_file(file), dtype="float32"))
+
+
 SCALED: dict[str, Any] = {"rope.scaling.type": "yarn"}
 
 
@@ -212,11 +228,13 @@ def write_gguf(
     family: str = "llama",
     kind: str = "F32",
     words: Path | None = None,
+    template: str | None = None,
     **more: Any,
 ) -> dict[str, torch.Tensor]:
     """A checkpoint as a GGUF file whose matrices are of a type; gives what they hold, by transformers' names.
 
-    `words`: a sentencepiece model, else the tokenizer of the checkpoint. `more`: header fields of the family.
+    `words`: a sentencepiece model with a chat `template`, else the tokenizer of the checkpoint. `more`: header fields
+    of the family.
     """
     import gguf
 
@@ -238,6 +256,8 @@ def write_gguf(
         (writer.add_uint32 if isinstance(value, int) else add)(f"{family}.{name}", value)
     if words:
         _sentencepiece(writer, words)
+        if template:
+            writer.add_chat_template(template)
     else:
         _pairs(writer, AutoTokenizer.from_pretrained(folder), folder, config.vocab_size)
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH[family.upper()], config.num_hidden_layers)
@@ -272,8 +292,10 @@ def write_gguf(
     return held
 
 
-SCALES = {"Q2_K": (80, 84), "Q3_K": (108, 110), "Q4_K": (0, 4), "Q5_K": (0, 4), "Q6_K": (208, 210)}
-"""Where the half-precision scales of a block of 256 stand; the gguf library reads these types and writes none."""
+SCALES = {"Q2_K": (80, 84), "Q3_K": (108, 110), "Q4_K": (0, 4), "Q5_K": (0, 4), "Q6_K": (208, 210)} | {
+    kind: (0, 2) for kind in fetch.GGUF_TYPES if kind.startswith("IQ")
+}
+"""Where the half-precision scales of a block stand; the gguf library reads these types and writes none."""
 
 
 def blocks(array: Any, of: Any) -> Any:
@@ -297,7 +319,7 @@ def _pairs(writer: Any, tokenizer: Any, folder: Path, size: int) -> None:
     # A vocabulary may be embedded in more rows than it has words.
     extra = [f"[PAD{number}]" for number in range(len(vocabulary), size)]
     writer.add_token_list([token for token, _ in vocabulary] + extra)
-    types = [3 if index in tokenizer.all_special_ids else 1 for _, index in vocabulary]
+    types = [3 if index in tokenizer.added_tokens_decoder else 1 for _, index in vocabulary]
     writer.add_token_types(types + [5] * len(extra))
     merges = json.loads((folder / "tokenizer.json").read_text())["model"]["merges"]
     writer.add_token_merges([merge if isinstance(merge, str) else " ".join(merge) for merge in merges])

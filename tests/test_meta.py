@@ -165,6 +165,10 @@ def pickled(folder: Path) -> None:
     torch.save({"norm.weight": Runs()}, folder / "consolidated.00.pth")
 
 
+def cut(file: Path) -> None:
+    file.write_bytes(file.read_bytes()[:-60])
+
+
 def saved(folder: Path, rank: int, **changes: torch.Tensor | None) -> None:
     """One of the files with some of its tensors replaced, or left out."""
     file = folder / f"consolidated.{rank:02}.pth"
@@ -190,6 +194,8 @@ FAULTS: dict[str, tuple[Any, str]] = {
     ),
     "last part": (lambda f: (f / "consolidated.01.pth").unlink(), "of its 1 files is .* or a file is missing"),
     "noise": (lambda f: (f / "consolidated.01.pth").write_bytes(b"PK" + bytes(500)), "consolidated.01.pth "),
+    "cut": (lambda f: cut(f / "consolidated.01.pth"), "01.pth cannot be read, it is damaged or not the whole"),
+    "named by number": (lambda f: torch.save({1: torch.ones(2)}, f / "consolidated.01.pth"), "is no table of tensors"),
     "no table": (lambda f: torch.save(torch.ones(2), f / "consolidated.01.pth"), "is no table of tensors"),
     "other norm": (lambda f: saved(f, 1, norm__weight=torch.zeros(32)), "differ in norm.weight"),
     "lacks": (lambda f: in_both(f, output__weight=None), "lacks 1 of .* lm_head.weight"),
@@ -204,6 +210,9 @@ FAULTS: dict[str, tuple[Any, str]] = {
         r"gate_proj.weight of its 2 files is \(96, 32\), but \(128, 32",
     ),
     "scaled": (lambda f: set_params(f, use_scaled_rope=True), "says use_scaled_rope = True, which is not computed"),
+    "layers": (lambda f: set_params(f, n_layers=10**9), "says n_layers = 1000000000, and its files hold 2 layers"),
+    "layer": (lambda f: set_params(f, n_layers=1), "says n_layers = 1, and its files hold 2 layers"),
+    "wide heads": (lambda f: set_params(f, n_heads=2, n_kv_heads=1), "turns by 8 frequencies, and its files hold 4"),
     "heads": (lambda f: set_params(f, n_heads=5), "do not divide each other"),
     "kind": (lambda f: set_params(f, dim="32"), "no description of a Llama .dim: "),
     "json": (lambda f: (f / "params.json").write_text("{"), "its params.json is no JSON"),

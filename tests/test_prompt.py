@@ -59,6 +59,19 @@ def test_the_end_is_what_the_chat_template_puts_behind_an_answer(tokenizer: Any)
     assert tokenizer.decode([Encoder(tokenizer, section(), 512).end]) == "<|end|>"
 
 
+def test_the_end_needs_no_other_role(tokenizer: Any) -> None:
+    """Gemma's <end_of_turn> and Phi 3's <|end|> are special, but none of the tokenizer's named tokens."""
+    tokenizer.chat_template = tokenizer.chat_template.replace("<|end|>", "<|system|>")
+    end = Encoder(tokenizer, section(), 512).end
+    assert tokenizer.convert_ids_to_tokens(end) == "<|system|>"
+    assert end not in tokenizer.all_special_ids
+
+
+def test_an_end_that_is_no_special_token_leaves_it_to_the_eos(tokenizer: Any) -> None:
+    tokenizer.chat_template = tokenizer.chat_template.replace("<|end|>", "\n")
+    assert Encoder(tokenizer, section(), 512).end == tokenizer.eos_token_id
+
+
 def test_plain_prompts_start_with_bos_where_the_model_has_one(tokenizer: Any) -> None:
     plain = section(style="plain")
     assert Encoder(tokenizer, plain, 512).prompt(EXAMPLE)[0] != tokenizer.bos_token_id
