@@ -135,7 +135,7 @@ class _Checkpoint:
         if family not in FAMILIES:
             raise UserError(
                 f"{folder} is a model of family {family!r}, of which no GGUF file is written; only of "
-                f"{', '.join(FAMILIES)}: for it, set generation.backend to transformers"
+                f"{', '.join(FAMILIES)}: for it, set generation.backend to transformers, and export adapter or merged"
             )
         if (config.get("quantization_config") or {}).get("load_in_8bit"):
             raise UserError(

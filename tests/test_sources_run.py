@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM
 from pipeline import adapter, paths, records
 from pipeline import model as models
 from tests import test_meta
-from tests.conftest import SPLIT_GROUPS, trained_words
+from tests.conftest import ROOT, SPLIT_GROUPS, trained_words
 from tests.test_families import made
 from tests.test_fetch import GGUF_SIZES, WINDOW, sharded, write_gguf
 
@@ -112,7 +112,7 @@ def edit(**sections: dict[str, Any]) -> None:
 def run(monkeypatch: pytest.MonkeyPatch, script: str, *arguments: str) -> None:
     """A stage's own script, in this process."""
     monkeypatch.setattr(sys, "argv", [script, *arguments])
-    runpy.run_module(f"stages.{script}", run_name="__main__")
+    runpy.run_path(str(ROOT / "stages" / f"{script}.py"), run_name="__main__")
 
 
 @pytest.mark.usefixtures("project")
