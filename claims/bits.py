@@ -9,15 +9,15 @@ from typing import Any
 import numpy as np
 import torch
 
-from claims import evidence, lab
+from claims import evidence, lab, resampling
 from claims.evidence import Evidence
 from pipeline import device as devices
-from pipeline import fused, loss, pack, params, records, significance
+from pipeline import fused, loss, pack, params, records
 from pipeline import model as models
 from pipeline.progress import bar
 from pipeline.prompt import Row
 from pipeline.records import Example
-from pipeline.significance import Interval
+from pipeline.significance import Floats, Interval
 
 BLOCK = 64
 """Values that share a constant in QLoRA (section 3)."""
@@ -174,13 +174,13 @@ def gguf() -> Evidence:
     )
 
 
-def products(weight: Any, restored: Any) -> significance.Floats:
+def products(weight: Any, restored: Any) -> Floats:
     """Of a layer's weights and what quantization makes of them: w w, e e, and e w, where e is the error."""
     exact, error = weight.ravel().astype(np.float64), (restored - weight).ravel().astype(np.float64)
     return np.array([exact @ exact, error @ error, error @ exact])
 
 
-def errors(label: str, sums_3: significance.Floats) -> dict[str, float]:
+def errors(label: str, sums_3: Floats) -> dict[str, float]:
     squares, lost, gained = sums_3.tolist()
     return {f"{label}_error_percent": 100 * (lost / squares) ** 0.5, f"{label}_gain_percent": 100 * gained / squares}
 
@@ -192,7 +192,7 @@ def blurred(weight: Any, draw: np.random.Generator) -> Any:
     return (blocks_nx32 + step_nx1 * (draw.random(blocks_nx32.shape, np.float32) - 0.5)).reshape(weight.shape)
 
 
-def text_losses(model: Any, texts: Sequence[list[int]], label: str) -> significance.Floats:
+def text_losses(model: Any, texts: Sequence[list[int]], label: str) -> Floats:
     """The negative log-likelihood of each text, summed over its tokens but the first."""
     found = []
     with torch.no_grad(), bar(f"perplexity, {label}", sum(map(len, texts)), "tokens") as advance:
@@ -203,18 +203,17 @@ def text_losses(model: Any, texts: Sequence[list[int]], label: str) -> significa
     return np.array(found)
 
 
-def perplexity(losses_n: significance.Floats, counts_n: significance.Floats) -> float:
+def perplexity(losses_n: Floats, counts_n: Floats) -> float:
     return math.exp(losses_n.sum() / counts_n.sum())
 
 
-def rise(differences_n: significance.Floats, counts_n: significance.Floats, given: params.Compare) -> Interval:
+def rise(differences_n: Floats, counts_n: Floats, given: params.Compare) -> Interval:
     """By how many percent perplexity is higher, if losses of the texts differ by so much."""
-    sums_bx2, _ = significance.resampled_sums(
-        np.column_stack([differences_n, counts_n]), np.arange(len(counts_n)), given.bootstrap_samples, given.seed
-    )
-    resampled_b = 100 * np.expm1(sums_bx2[:, 0] / sums_bx2[:, 1])
-    return significance.percentiles(
-        100 * math.expm1(differences_n.sum() / counts_n.sum()), resampled_b, given.confidence
+    value = 100 * math.expm1(differences_n.sum() / counts_n.sum())
+    columns_nx2 = np.column_stack([differences_n, counts_n])
+    texts = range(len(counts_n))
+    return resampling.over_texts(
+        value, columns_nx2, texts, lambda sums_bx2, _: 100 * np.expm1(sums_bx2[:, 0] / sums_bx2[:, 1]), given
     )
 
 

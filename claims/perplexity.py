@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from claims import evidence, lab
+from claims import evidence, lab, resampling
 from claims.evidence import Evidence
 from pipeline import device as devices
-from pipeline import forget, params, significance
+from pipeline import forget, params
 from pipeline import model as models
 from pipeline.errors import UserError
 from pipeline.progress import bar
@@ -64,11 +64,13 @@ class Reading:
         """The perplexity of a form, or by how much it is that of another."""
         nats_n = self.losses[here] - (self.losses[there] if there else 0.0)
         tokens = self.ids_nxW.shape[1] - 1
-        sums_bx1, windows_b = significance.resampled_sums(
-            nats_n[:, None], np.array(self.texts), self.compare.bootstrap_samples, self.compare.seed
+        return resampling.over_texts(
+            math.exp(nats_n.mean() / tokens),
+            nats_n[:, None],
+            self.texts,
+            lambda sums_bx1, windows_b: np.exp(sums_bx1[:, 0] / (windows_b * tokens)),
+            self.compare,
         )
-        resampled_b = np.exp(sums_bx1[:, 0] / (windows_b * tokens))
-        return significance.percentiles(math.exp(nats_n.mean() / tokens), resampled_b, self.compare.confidence)
 
     @property
     def note(self) -> str:

@@ -225,7 +225,7 @@ def test_base_and_tuned_answer_and_are_compared() -> None:
 
     decoding = variants.folder("default", "18") / variants.DECODING
     records.write_json(decoding, records.read_json(decoding) | {"threads": 3})
-    with pytest.raises(UserError, match="threads: 18 has another than base"):
+    with pytest.raises(UserError, match=r"claims/dvc\.yaml`:\n.*threads: seed 18 has 3, base has 1"):
         gain.measure("default")
 
 
