@@ -36,10 +36,12 @@ def nf4() -> Evidence:
     double = lab.quantized("nf4") / "model.safetensors"
     with tempfile.TemporaryDirectory() as folder:
         single = Path(folder) / "single.safetensors"
-        write_single(lab.BASE / "model.safetensors", quantized_layers(double), single)
+        base, layers = lab.BASE / "model.safetensors", quantized_layers(double)
+        write_single(base, layers, single)
+        parameters = count(base, layers)
         values: dict[str, evidence.Value] = {}
         for name, file in (("nf4", single), ("nf4_double", double)):
-            values |= {f"{name}_{part}": bits for part, bits in stored(file).items()}
+            values |= {f"{name}_{part}": bits for part, bits in stored(file, parameters).items()}
     values["saved_bits"] = values["nf4_bits"] - values["nf4_double_bits"]  # type: ignore[operator]
     values |= memory_65b(values["nf4_double_bits"])  # type: ignore[arg-type]
     return Evidence(
@@ -81,7 +83,15 @@ def write_single(base: Path, layers: Sequence[str], file: Path) -> None:
     save_file(tensors, file)
 
 
-def stored(file: Path) -> dict[str, float]:
+def count(base: Path, layers: Sequence[str]) -> int:
+    """Parameters of some of a base's weights, before they are packed."""
+    from safetensors import safe_open
+
+    with safe_open(base, framework="pt") as content:
+        return sum(math.prod(content.get_slice(name).get_shape()) for name in layers)
+
+
+def stored(file: Path, parameters: int) -> dict[str, float]:
     """Bits a parameter of a file's 4-bit layers: in all but the tables, in the blocks' constants, in the tables."""
     from safetensors import safe_open
 
@@ -95,7 +105,6 @@ def stored(file: Path) -> dict[str, float]:
                 part = name.removeprefix(f"{layer}.")
                 kind = "values" if name == layer else "tables" if part in TABLES else "constants"
                 sizes[kind] += tensor.nbytes
-    parameters = 2 * sizes["values"]
     bits = {kind: 8 * size / parameters for kind, size in sizes.items()}
     return {
         "bits": bits["values"] + bits["constants"],

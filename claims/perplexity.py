@@ -15,7 +15,7 @@ import numpy as np
 from claims import evidence, lab, resampling
 from claims.evidence import Evidence
 from pipeline import device as devices
-from pipeline import forget, params
+from pipeline import forget, params, recipes
 from pipeline import model as models
 from pipeline.errors import UserError
 from pipeline.progress import bar
@@ -89,6 +89,11 @@ def _reading(experiment: params.Params, device: "torch.device") -> Reading:
     tokenizer, texts = models.tokenizer(lab.BASE), forget.texts(given, given.source)
     enough = 4 * WINDOWS * WINDOW  # shorter ones, the ends of texts, are among them
     whole = [one for one in forget.windows(tokenizer, texts, enough, WINDOW) if len(one.ids) == WINDOW][:WINDOWS]
+    if len(whole) < WINDOWS:
+        raise UserError(
+            f"forget.source = {given.source!r} holds {len(whole):,} whole windows of {WINDOW} tokens, not {WINDOWS:,}: "
+            f"name more text in {recipes.DEFAULT}"
+        )
     ids_nxW = torch.tensor([one.ids for one in whole], device=device)
     return Reading(ids_nxW, [one.place for one in whole], {}, experiment.compare)
 
