@@ -241,7 +241,7 @@ def result(losses: float | list[float], looks: list[tuple[float, float]] | None 
         unit = 40 * loss / 50
         shift = loss - given[0]
         seen = [Look(5 * (i + 1), at + shift, 3.0, there, 2.0) for i, (at, there) in enumerate(looks or [])]
-        runs[seed] = Run(parameters, 25, [loss], [20 * unit, 30 * unit], seen)
+        runs[seed] = Run(parameters, 25, [20 * unit, 30 * unit], seen)
     return Result(["a", "b"], [10, 30], 150, runs)
 
 
