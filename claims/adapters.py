@@ -10,10 +10,10 @@ from statistics import fmean, variance
 
 import numpy as np
 
-from claims import arms, evidence, lab
+from claims import arms, evidence, lab, resampling
 from claims.arms import Look, Result
 from claims.evidence import Evidence, Value
-from pipeline import params, significance
+from pipeline import params
 from pipeline.significance import Interval
 
 
@@ -114,10 +114,10 @@ def uses(*names: str) -> list[str]:
 def difference(here: Result, there: Result, compare: params.Compare) -> Interval:
     """Loss of one untuned model minus that of another, with its interval over texts (paired bootstrap)."""
     columns_nx3 = np.array([here.runs[arms.UNTUNED].sums, there.runs[arms.UNTUNED].sums, here.tokens]).T
-    groups = np.array(here.groups)
-    sums_bx3, _ = significance.resampled_sums(columns_nx3, groups, compare.bootstrap_samples, compare.seed)
     value = here.losses()[0] - there.losses()[0]
-    return significance.percentiles(value, (sums_bx3[:, 0] - sums_bx3[:, 1]) / sums_bx3[:, 2], compare.confidence)
+    return resampling.over_texts(
+        value, columns_nx3, here.groups, lambda sums_bx3, _: (sums_bx3[:, 0] - sums_bx3[:, 1]) / sums_bx3[:, 2], compare
+    )
 
 
 def parameters(result: Result) -> int:

@@ -173,9 +173,9 @@ def rmsnorm() -> Evidence:
         {
             "norms": len(names),
             "norms_by_layers": 2 * len(reader.layers) + 1,
-            "formula_error": max(formula),
-            "scale_error": max(scale),
-            "shift_change": min(shift),
+            "formula_error": evidence.largest(formula),
+            "scale_error": evidence.largest(scale),
+            "shift_change": evidence.least(shift),
             "order_error": _order_error(reader),
         },
         [f"The model adds {epsilon:g} under the root, which the paper does not; scale_error is taken without it."],
@@ -197,7 +197,7 @@ def _order_error(reader: Reader) -> float:
         stream_LxC = stream_LxC + reader.gave[mlp]
     pairs.append((reader.given["model.norm"], stream_LxC))
     pairs.append((reader.given["lm_head"], reader.gave["model.norm"]))
-    return max(float((one - other).abs().max()) for one, other in pairs)
+    return evidence.largest(float((one - other).abs().max()) for one, other in pairs)
 
 
 def _change(found: "torch.Tensor", before: "torch.Tensor") -> float:
@@ -236,9 +236,9 @@ def rotary() -> Evidence:
         logits, moved = (reader.model(ids(), position_ids=here_L[None] + shift).logits for shift in (0, max(SHIFTS)))
     return Evidence(
         {
-            "formula_error": max(formula),
-            "shift_error": max(shifted),
-            "distance_change": min(nearer),
+            "formula_error": evidence.largest(formula),
+            "shift_error": evidence.largest(shifted),
+            "distance_change": evidence.least(nearer),
             "logits_shift": float((moved - logits).abs().max()),
             "theta": reader.theta,
         },
@@ -261,8 +261,8 @@ def swiglu_mlp() -> Evidence:
     config = reader.model.config
     return Evidence(
         {
-            "formula_error": max(formula),
-            "reglu_change": min(relu),
+            "formula_error": evidence.largest(formula),
+            "reglu_change": evidence.least(relu),
             "width": config.intermediate_size,
             "width_over_model_width": config.intermediate_size / config.hidden_size,
         }
@@ -284,7 +284,9 @@ def causality() -> Evidence:
         largest_L = gradient_1xLxC[0].abs().amax(-1)
         future += largest_L[at + 1 :].tolist()
         past += largest_L[: at + 1].tolist()
-    return Evidence({"tokens": last + 1, "future_gradient": max(future), "past_gradient": min(past)})
+    return Evidence(
+        {"tokens": last + 1, "future_gradient": evidence.largest(future), "past_gradient": evidence.least(past)}
+    )
 
 
 def gqa_groups() -> Evidence:
@@ -309,8 +311,8 @@ def gqa_groups() -> Evidence:
         {
             "query_heads": heads,
             "key_value_heads": kv_heads,
-            "group_error": max(formula),
-            "other_heads_change": min(other),
+            "group_error": evidence.largest(formula),
+            "other_heads_change": evidence.least(other),
         },
         [
             f"Query head h reads key-value head h // {group}; other_heads_change is what h % {kv_heads} would give.",
@@ -344,10 +346,10 @@ def scaled_dot_product() -> Evidence:
         output.append(error(reader.given[f"{layer}.self_attn.o_proj"], torch.cat(heads, -1)))
     return Evidence(
         {
-            "weights_error": max(formula),
-            "output_error": max(output),
-            "unscaled_distance": min(unscaled),
-            "cosine_distance": min(cosine),
+            "weights_error": evidence.largest(formula),
+            "output_error": evidence.largest(output),
+            "unscaled_distance": evidence.least(unscaled),
+            "cosine_distance": evidence.least(cosine),
         },
         [
             "A description from which this project started takes attention for cosine similarity. The paper's is the "
@@ -382,16 +384,17 @@ def parallel_attention() -> Evidence:
             )
             one_by_one.append(attended(q, k, x_LxC @ value[head // group].T))
         found_LxC = reader.gave[f"{layer}.self_attn.o_proj"]
-        concatenated.append(error(found_LxC, torch.cat(one_by_one, -1) @ out_CxHD.T))
+        heads_LxHD = torch.cat(one_by_one, -1)
+        concatenated.append(error(found_LxC, heads_LxHD @ out_CxHD.T))
         parts = zip(one_by_one, out_CxHD.split(size, 1), strict=True)
         summed.append(error(found_LxC, torch.stack([part @ out.T for part, out in parts]).sum(0)))
     return Evidence(
         {
             "heads": heads,
-            "heads_times_size": heads * size,
-            "model_width": facts["hidden_size"],
-            "one_by_one_error": max(concatenated),
-            "summed_error": max(summed),
+            "heads_times_size": heads_LxHD.shape[-1],
+            "model_width": found_LxC.shape[-1],
+            "one_by_one_error": evidence.largest(concatenated),
+            "summed_error": evidence.largest(summed),
         },
         ["summed_error: each head through its own columns of the output projection, and the products added up."],
     )

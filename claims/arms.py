@@ -45,7 +45,6 @@ class Run:
 
     parameters: int
     steps: int
-    training_losses: list[float]
     sums: list[float]
     looks: list[Look]
 
@@ -153,7 +152,7 @@ def tuned(bench: Bench, seed: str) -> Run:
     budget = bench.experiment.train.micro_batch_tokens
     if bench.arm.learning_rate is None:
         model = models.load(device, bench.experiment.runtime.keep_dequantized)
-        return Run(0, 0, [], sums(model, bench.validation, budget), [])
+        return Run(0, 0, sums(model, bench.validation, budget), [])
     given = bench.experiment.train.model_copy(
         update={"learning_rate": bench.arm.learning_rate, "batch_size": bench.cut.batch_size}
     )
@@ -184,7 +183,7 @@ def tuned(bench: Bench, seed: str) -> Run:
                 found = sums(model, bench.validation, budget)
                 if bench.arm.watch:
                     looks.append(_look(model, bench, at, found))
-    return Run(trainer.parameters, len(plan), [step.loss for step in trainer.log], found, looks)
+    return Run(trainer.parameters, len(plan), found, looks)
 
 
 def sums(model: Any, trees: Sequence[pack.Tree], budget: int) -> list[float]:

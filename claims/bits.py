@@ -9,15 +9,15 @@ from typing import Any
 import numpy as np
 import torch
 
-from claims import evidence, lab
+from claims import evidence, lab, resampling
 from claims.evidence import Evidence
 from pipeline import device as devices
-from pipeline import fused, loss, pack, params, records, significance
+from pipeline import fused, loss, pack, params, records
 from pipeline import model as models
 from pipeline.progress import bar
 from pipeline.prompt import Row
 from pipeline.records import Example
-from pipeline.significance import Interval
+from pipeline.significance import Floats, Interval
 
 BLOCK = 64
 """Values that share a constant in QLoRA (section 3)."""
@@ -36,10 +36,12 @@ def nf4() -> Evidence:
     double = lab.quantized("nf4") / "model.safetensors"
     with tempfile.TemporaryDirectory() as folder:
         single = Path(folder) / "single.safetensors"
-        write_single(lab.BASE / "model.safetensors", quantized_layers(double), single)
+        base, layers = lab.BASE / "model.safetensors", quantized_layers(double)
+        write_single(base, layers, single)
+        parameters = count(base, layers)
         values: dict[str, evidence.Value] = {}
         for name, file in (("nf4", single), ("nf4_double", double)):
-            values |= {f"{name}_{part}": bits for part, bits in stored(file).items()}
+            values |= {f"{name}_{part}": bits for part, bits in stored(file, parameters).items()}
     values["saved_bits"] = values["nf4_bits"] - values["nf4_double_bits"]  # type: ignore[operator]
     values |= memory_65b(values["nf4_double_bits"])  # type: ignore[arg-type]
     return Evidence(
@@ -81,7 +83,15 @@ def write_single(base: Path, layers: Sequence[str], file: Path) -> None:
     save_file(tensors, file)
 
 
-def stored(file: Path) -> dict[str, float]:
+def count(base: Path, layers: Sequence[str]) -> int:
+    """Parameters of some of a base's weights, before they are packed."""
+    from safetensors import safe_open
+
+    with safe_open(base, framework="pt") as content:
+        return sum(math.prod(content.get_slice(name).get_shape()) for name in layers)
+
+
+def stored(file: Path, parameters: int) -> dict[str, float]:
     """Bits a parameter of a file's 4-bit layers: in all but the tables, in the blocks' constants, in the tables."""
     from safetensors import safe_open
 
@@ -95,7 +105,6 @@ def stored(file: Path) -> dict[str, float]:
                 part = name.removeprefix(f"{layer}.")
                 kind = "values" if name == layer else "tables" if part in TABLES else "constants"
                 sizes[kind] += tensor.nbytes
-    parameters = 2 * sizes["values"]
     bits = {kind: 8 * size / parameters for kind, size in sizes.items()}
     return {
         "bits": bits["values"] + bits["constants"],
@@ -174,13 +183,13 @@ def gguf() -> Evidence:
     )
 
 
-def products(weight: Any, restored: Any) -> significance.Floats:
+def products(weight: Any, restored: Any) -> Floats:
     """Of a layer's weights and what quantization makes of them: w w, e e, and e w, where e is the error."""
     exact, error = weight.ravel().astype(np.float64), (restored - weight).ravel().astype(np.float64)
     return np.array([exact @ exact, error @ error, error @ exact])
 
 
-def errors(label: str, sums_3: significance.Floats) -> dict[str, float]:
+def errors(label: str, sums_3: Floats) -> dict[str, float]:
     squares, lost, gained = sums_3.tolist()
     return {f"{label}_error_percent": 100 * (lost / squares) ** 0.5, f"{label}_gain_percent": 100 * gained / squares}
 
@@ -192,7 +201,7 @@ def blurred(weight: Any, draw: np.random.Generator) -> Any:
     return (blocks_nx32 + step_nx1 * (draw.random(blocks_nx32.shape, np.float32) - 0.5)).reshape(weight.shape)
 
 
-def text_losses(model: Any, texts: Sequence[list[int]], label: str) -> significance.Floats:
+def text_losses(model: Any, texts: Sequence[list[int]], label: str) -> Floats:
     """The negative log-likelihood of each text, summed over its tokens but the first."""
     found = []
     with torch.no_grad(), bar(f"perplexity, {label}", sum(map(len, texts)), "tokens") as advance:
@@ -203,18 +212,17 @@ def text_losses(model: Any, texts: Sequence[list[int]], label: str) -> significa
     return np.array(found)
 
 
-def perplexity(losses_n: significance.Floats, counts_n: significance.Floats) -> float:
+def perplexity(losses_n: Floats, counts_n: Floats) -> float:
     return math.exp(losses_n.sum() / counts_n.sum())
 
 
-def rise(differences_n: significance.Floats, counts_n: significance.Floats, given: params.Compare) -> Interval:
+def rise(differences_n: Floats, counts_n: Floats, given: params.Compare) -> Interval:
     """By how many percent perplexity is higher, if losses of the texts differ by so much."""
-    sums_bx2, _ = significance.resampled_sums(
-        np.column_stack([differences_n, counts_n]), np.arange(len(counts_n)), given.bootstrap_samples, given.seed
-    )
-    resampled_b = 100 * np.expm1(sums_bx2[:, 0] / sums_bx2[:, 1])
-    return significance.percentiles(
-        100 * math.expm1(differences_n.sum() / counts_n.sum()), resampled_b, given.confidence
+    value = 100 * math.expm1(differences_n.sum() / counts_n.sum())
+    columns_nx2 = np.column_stack([differences_n, counts_n])
+    texts = range(len(counts_n))
+    return resampling.over_texts(
+        value, columns_nx2, texts, lambda sums_bx2, _: 100 * np.expm1(sums_bx2[:, 0] / sums_bx2[:, 1]), given
     )
 
 

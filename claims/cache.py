@@ -37,7 +37,7 @@ def grouped_query() -> Evidence:
     tokenizer = models.tokenizer(lab.BASE)
     rows = records.read_rows(lab.data("default") / "test.jsonl", Example)
     texts = list(dict.fromkeys(row.source for row in rows))[:TEXTS]
-    values["logit_difference"] = max(
+    values["logit_difference"] = evidence.largest(
         logit_difference(grouped, expanded, tokenizer(text, return_tensors="pt").input_ids.to(device)) for text in texts
     )
     for model in (grouped, expanded):

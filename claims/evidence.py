@@ -6,11 +6,13 @@ carries the claim's name.
 
 import argparse
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from pipeline import paths, records, stage
 from pipeline.significance import Interval
@@ -48,6 +50,16 @@ def numbers(value: Value) -> list[float]:
     if isinstance(value, Interval):
         return [value.value, value.low, value.high]
     return value if isinstance(value, list) else [value]
+
+
+def largest(values: Iterable[float]) -> float:
+    """NaN where one of them is, which `max` may pass over: no layer may hide another's fault."""
+    return float(np.max(list(values)))
+
+
+def least(values: Iterable[float]) -> float:
+    """NaN where one of them is, as `largest`."""
+    return float(np.min(list(values)))
 
 
 def path(claim: str) -> Path:

@@ -18,7 +18,7 @@ SECONDS_FOR_THE_HUB = 10.0
 def measure(name: str) -> Evidence:
     """Run the recipe of a claim in a clone, or say what is missing. The values are those of `reports/metrics.json`:
     `rouge1`, `rouge2`, ... of the tuned model in points, `rouge1_base` and so on of the base."""
-    claim = register.load()[name]
+    claim = register.one(name)
     missing = _missing(claim.needs)
     if claim.recipe is None:
         missing.append("benchmarks that this project does not score")

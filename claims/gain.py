@@ -4,7 +4,9 @@ Intervals are for both kinds of chance, of test examples and of training seeds (
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from functools import partial
+from typing import Any
 
 import numpy as np
 
@@ -22,8 +24,7 @@ def measure(task: str) -> Evidence:
     experiment = lab.experiment(task)
     test = variants.rows(task, "test")
     seeds = [str(seed) for seed in training.load().training_seeds]
-    names = [variants.BASE, *seeds]
-    base, *tuned = answers(task, names, test)
+    base, *tuned = answers(task, seeds, test)
     chosen = metrics.chosen(experiment.evaluate)
     groups = np.array([row.group for row in test])
     references = [row.references for row in test]
@@ -41,32 +42,29 @@ def measure(task: str) -> Evidence:
             for name, result in compare.contrast([table], there, groups[kept], experiment.compare).items():
                 values[f"{name}_over_{line.key}"] = result.deciding
     note = f"{len(test)} test rows in {len(set(groups))} groups, {len(seeds)} seeds"
-    uses = [(variants.folder(task, name) / variants.PREDICTIONS).as_posix() for name in names]
+    uses = [(variants.folder(task, name) / variants.PREDICTIONS).as_posix() for name in (variants.BASE, *seeds)]
     return Evidence(values, [note, metrics.signature(experiment.evaluate)], uses)
 
 
-def answers(task: str, names: Sequence[str], test: Sequence[Example]) -> list[list[str]]:
-    """The texts of every variant, in the order of the test split.
+def answers(task: str, seeds: Sequence[str], test: Sequence[Example]) -> list[list[str]]:
+    """The texts of the base and of every seed, in the order of the test split.
 
     UserError when rows are missing, or when they were not decoded under the same conditions, but for the adapter.
     """
-    found, problems = [], []
-    first: Decoding | None = None
-    for name in names:
+    texts: list[list[str]] = []
+    decodings: list[dict[str, Any]] = []
+    problems: list[str] = []
+    for name, called in ((variants.BASE, "base"), *((seed, f"seed {seed}") for seed in seeds)):
         folder = variants.folder(task, name)
         rows = records.read_rows(folder / variants.PREDICTIONS, Prediction)
-        scores.same_rows(name, [row.id for row in rows], [row.id for row in test])
-        decoding = Decoding(**records.read_json(folder / variants.DECODING))
-        first = first or decoding
-        problems += [
-            f"{field}: {name} has another than {names[0]}"
-            for field in compare.MUST_AGREE
-            if getattr(decoding, field) != getattr(first, field)
-        ]
-        found.append([row.text for row in rows])
+        scores.same_rows(called, [row.id for row in rows], [row.id for row in test])
+        texts.append([row.text for row in rows])
+        decodings.append(asdict(Decoding(**records.read_json(folder / variants.DECODING))))
+        problems += compare.unequal(called, decodings[-1], decodings[0])
     if problems:
-        raise listing(problems, f"the variants of {task} were not tried under the same conditions; run `dvc repro`:")
-    return found
+        told = f"base and tuned of {task} were not tried under the same conditions; run `dvc repro claims/dvc.yaml`:"
+        raise listing(problems, told)
+    return texts
 
 
 MEASUREMENTS: dict[str, Callable[[], Evidence]] = {

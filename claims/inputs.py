@@ -1,7 +1,6 @@
 """What measurements share: the base, its quantized forms, and the data of two recipes, as the pipeline makes them."""
 
 import argparse
-from collections.abc import Callable
 
 from claims import lab
 from pipeline import data, fetch, params, paths, quantize, stage
@@ -22,8 +21,7 @@ def prepare(task: str) -> None:
 def quantize_base(method: str) -> None:
     """The default experiment's quantization, but for its method; the constants of 4-bit blocks are quantized too."""
     experiment = lab.experiment()
-    double = method in ("nf4", "fp4")
-    given = experiment.quantize.model_dump() | {"method": method, "double_quantization": double}
+    given = experiment.quantize.model_dump() | {"method": method, "double_quantization": method == "nf4"}
     links = {paths.BASE: lab.BASE, paths.BASE_FACTS: lab.BASE_FACTS, paths.DATA: lab.data("default")}
     facts = lab.quantized(method).with_suffix(".json")
     with lab.lab(f"quantize-{method}", links, {paths.QUANTIZED: lab.quantized(method), paths.QUANTIZED_FACTS: facts}):
@@ -32,12 +30,14 @@ def quantize_base(method: str) -> None:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("what", choices=["fetch", "prepare", "quantize"])
-    parser.add_argument("which", nargs="?", default="")
+    what = parser.add_subparsers(dest="what", required=True)
+    what.add_parser("fetch").set_defaults(call=fetch_base, which=[])
+    one = what.add_parser("prepare")
+    one.add_argument("which", nargs=1, metavar="task")
+    one.set_defaults(call=prepare)
+    one = what.add_parser("quantize")
+    one.add_argument("which", nargs=1, metavar="method", choices=["none", "nf4"])
+    one.set_defaults(call=quantize_base)
     arguments = parser.parse_args()
-    calls: dict[str, Callable[[], None]] = {
-        "fetch": fetch_base,
-        "prepare": lambda: prepare(arguments.which),
-        "quantize": lambda: quantize_base(arguments.which),
-    }
-    stage.process(f"claims-{arguments.what}-{arguments.which}", calls[arguments.what])
+    name = "-".join(["claims", arguments.what, *arguments.which])
+    stage.process(name, lambda: arguments.call(*arguments.which))

@@ -15,7 +15,7 @@ def path(claim: str) -> Path:
 
 
 def judge(name: str) -> None:
-    judgment = register.judge(register.load()[name], evidence.read(name))
+    judgment = register.judge(register.one(name), evidence.read(name))
     records.write_json(path(name), asdict(judgment))
     say(f"{name}: {judgment.verdict}")
 

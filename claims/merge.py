@@ -46,8 +46,8 @@ def merged() -> Evidence:
     families = [[(row.id, prompts[row.id]) for row in rows if row.group == paper] for paper in papers]
     texts = [family[0][1] for family in families]
     values: dict[str, evidence.Value] = {
-        "logit_difference": max(difference(logits(beside, ids), logits(within, ids)) for ids in texts),
-        "logit_change_by_adapter": max(difference(logits(base, ids), logits(within, ids)) for ids in texts[:1]),
+        "logit_difference": evidence.largest(difference(logits(beside, ids), logits(within, ids)) for ids in texts),
+        "logit_change_by_adapter": difference(logits(base, texts[0]), logits(within, texts[0])),
     }
 
     given = experiment.generation.model_copy(update={"max_new_tokens": NEW_TOKENS, "num_beams": 1})
@@ -129,8 +129,8 @@ def into_4bit(model: Any, lora: params.Lora, texts: Sequence[Sequence[int]]) -> 
     after = [logits(adapted, ids, 1) for ids in texts]
     return {
         "nf4_update_lost": (lost / updates) ** 0.5,
-        "nf4_logit_change_by_merging": max(map(difference, before, after)),
-        "nf4_logit_change_by_adapter": max(map(difference, before, without)),
+        "nf4_logit_change_by_merging": evidence.largest(map(difference, before, after)),
+        "nf4_logit_change_by_adapter": evidence.largest(map(difference, before, without)),
     }
 
 

@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from claims import evidence, lab
+from claims import evidence, lab, resampling
 from claims.evidence import Evidence
 from pipeline import device as devices
-from pipeline import forget, params, significance
+from pipeline import forget, params, recipes
 from pipeline import model as models
 from pipeline.errors import UserError
 from pipeline.progress import bar
@@ -64,11 +64,13 @@ class Reading:
         """The perplexity of a form, or by how much it is that of another."""
         nats_n = self.losses[here] - (self.losses[there] if there else 0.0)
         tokens = self.ids_nxW.shape[1] - 1
-        sums_bx1, windows_b = significance.resampled_sums(
-            nats_n[:, None], np.array(self.texts), self.compare.bootstrap_samples, self.compare.seed
+        return resampling.over_texts(
+            math.exp(nats_n.mean() / tokens),
+            nats_n[:, None],
+            self.texts,
+            lambda sums_bx1, windows_b: np.exp(sums_bx1[:, 0] / (windows_b * tokens)),
+            self.compare,
         )
-        resampled_b = np.exp(sums_bx1[:, 0] / (windows_b * tokens))
-        return significance.percentiles(math.exp(nats_n.mean() / tokens), resampled_b, self.compare.confidence)
 
     @property
     def note(self) -> str:
@@ -87,6 +89,11 @@ def _reading(experiment: params.Params, device: "torch.device") -> Reading:
     tokenizer, texts = models.tokenizer(lab.BASE), forget.texts(given, given.source)
     enough = 4 * WINDOWS * WINDOW  # shorter ones, the ends of texts, are among them
     whole = [one for one in forget.windows(tokenizer, texts, enough, WINDOW) if len(one.ids) == WINDOW][:WINDOWS]
+    if len(whole) < WINDOWS:
+        raise UserError(
+            f"forget.source = {given.source!r} holds {len(whole):,} whole windows of {WINDOW} tokens, not {WINDOWS:,}: "
+            f"name more text in {recipes.DEFAULT}"
+        )
     ids_nxW = torch.tensor([one.ids for one in whole], device=device)
     return Reading(ids_nxW, [one.place for one in whole], {}, experiment.compare)
 

@@ -57,6 +57,10 @@ class Condition(params.Section):
             raise ValueError(f"must have exactly one of equals, {', '.join(COMPARISONS)}, and has {len(said)}")
         if self.within and self.equals is None:
             raise ValueError("within goes with equals")
+        if self.value.startswith("published."):
+            raise ValueError(f"{self.value} is not measured: a condition's value must be")
+        if self.other == self.value:
+            raise ValueError(f"{self.value} is compared with itself")
         return self
 
     @property
@@ -125,6 +129,14 @@ def load(path: Path = FILE) -> dict[str, Claim]:
     return params.checked(Register, params.parse(path), str(path)).claims
 
 
+def one(name: str, path: Path = FILE) -> Claim:
+    """The claim of that id; UserError when there is none."""
+    claims = load(path)
+    if name not in claims:
+        raise UserError(f"{path}: there is no claim {name}, but {', '.join(claims)}")
+    return claims[name]
+
+
 def judge(claim: Claim, evidence: Evidence) -> Judgment:
     """The verdict. UserError when a condition names a value that was not measured."""
     if evidence.not_run is not None:
@@ -146,6 +158,15 @@ def _finding(condition: Condition, values: Mapping[str, Value]) -> Finding:
     here = values[condition.value]
     there: Value = values[condition.other] if isinstance(condition.other, str) else condition.other
     name = f"{condition.other} ({shown(there)})" if isinstance(condition.other, str) else shown(there)
+    counts = [len(_ends(value)) for value in (here, there)]
+    if min(counts) > 1:
+        if isinstance(here, Interval) or isinstance(there, Interval):
+            raise UserError(
+                f"{FILE}: {condition.value} is compared with {condition.other}, but an interval can be compared with "
+                "one number alone: measure their difference instead"
+            )
+        if counts[0] != counts[1]:
+            raise UserError(f"{FILE}: {condition.value} has {counts[0]} values and {condition.other} {counts[1]}")
     if condition.relation == "equals":
         sign = "=" if not condition.within else f"within {condition.within:g} of"
         # Both sides apart: an interval that reaches beyond both holds the other value as well.
@@ -162,11 +183,7 @@ def _finding(condition: Condition, values: Mapping[str, Value]) -> Finding:
 
 def _agreed(here: Value, there: Value, compare: Callable[[float, float], bool]) -> bool | None:
     """Whether a comparison holds at all ends of the interval, or for all seeds; None where they differ."""
-    if isinstance(here, Interval) and isinstance(there, Interval):
-        raise UserError(f"{FILE}: two values with intervals are compared: measure their difference instead")
     one, other = (_ends(value) for value in (here, there))
-    if len(one) > 1 and len(other) > 1 and len(one) != len(other):
-        raise UserError(f"{FILE}: a condition compares {len(one)} values with {len(other)}")
     count = max(len(one), len(other))
     held = {compare(*pair) for pair in zip(one * (count // len(one)), other * (count // len(other)), strict=True)}
     return held.pop() if len(held) == 1 else None

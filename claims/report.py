@@ -89,7 +89,7 @@ def sign(finding: Finding) -> str:
 def record(row: Row) -> Record:
     """One immutable run for a claim as it stands in the register, with this evidence."""
     held = {"claim": row.claim.model_dump(mode="json"), "evidence": asdict(row.evidence), "verdict": row.verdict}
-    values = {"claim": row.id, **row.claim.model_dump(mode="json", exclude={"published"})}
+    values = {"id": row.id, **row.claim.model_dump(mode="json", exclude={"published"})}
     values |= {f"published.{name}": figure for name, figure in row.claim.published.items()}
     texts = {name: value if isinstance(value, str) else json.dumps(value) for name, value in values.items()}
     commit, dirty = provenance.commit(Path())

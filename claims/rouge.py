@@ -7,9 +7,9 @@ from functools import cache, partial
 
 import numpy as np
 
-from claims import evidence, lab
+from claims import evidence, lab, resampling
 from claims.evidence import Evidence
-from pipeline import metrics, records, significance
+from pipeline import metrics, records
 from pipeline.params import Evaluate
 from pipeline.records import Example
 from pipeline.sentences import sentences
@@ -61,20 +61,17 @@ def stemming() -> Evidence:
     experiment = lab.experiment()
     given = experiment.compare
     rows = records.read_rows(lab.data("default") / "test.jsonl", Example)
-    groups = np.array([row.group for row in rows])
+    groups = [row.group for row in rows]
     values: dict[str, evidence.Value] = {}
     for lead in (1, 3):
         texts = [" ".join(sentences(row.source)[:lead]) for row in rows]
         for name in ("rouge1", "rouge2", "rougeL"):
             plain, stemmed = (_scores(name, texts, rows, stem) for stem in (False, True))
             rises = stemmed - plain
-            sums_bx1, counts_b = significance.resampled_sums(
-                rises[:, None], groups, given.bootstrap_samples, given.seed
-            )
             label = f"lead{lead}_{name.lower()}"
             values[f"{label}_without"], values[f"{label}_with"] = float(plain.mean()), float(stemmed.mean())
-            values[f"{label}_rise"] = significance.percentiles(
-                float(rises.mean()), sums_bx1[:, 0] / counts_b, given.confidence
+            values[f"{label}_rise"] = resampling.over_texts(
+                float(rises.mean()), rises[:, None], groups, lambda sums_bx1, rows_b: sums_bx1[:, 0] / rows_b, given
             )
     return Evidence(
         values,

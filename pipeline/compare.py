@@ -8,7 +8,7 @@ aspects are as many questions more: their p-values are corrected for all of them
 Reference lines, scored on the same rows, say what a figure is worth: see `reference_texts`.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import NormalDist
 from typing import Any, Literal
@@ -429,11 +429,7 @@ def _refuse_unequal(
     for one, predictions in zip(scored, texts, strict=True):
         if one.signature != expected:
             problems.append(f"{one.variant} is scored as {one.signature}, params ask for {expected}")
-        problems.extend(
-            f"{name}: {one.variant} has {_difference(one.decoding[name], base.decoding[name])}"
-            for name in MUST_AGREE
-            if one.decoding[name] != base.decoding[name]
-        )
+        problems.extend(unequal(one.variant, one.decoding, base.decoding))
         for what, ids in (
             ("scores", [row["id"] for row in one.examples]),
             ("predictions", [row.id for row in predictions]),
@@ -446,6 +442,15 @@ def _refuse_unequal(
             problems.append(f"{one.variant} was decoded with{'out' if one is not base else ''} an adapter")
     if problems:
         raise listing(problems, "base and tuned were not tried under the same conditions; run `dvc repro`:")
+
+
+def unequal(variant: str, decoding: Mapping[str, Any], base: Mapping[str, Any]) -> list[str]:
+    """Each of `MUST_AGREE` in which a variant differs from base: `threads: tuned-17 has 4, base has 2`."""
+    return [
+        f"{name}: {variant} has {_difference(decoding[name], base[name])}"
+        for name in MUST_AGREE
+        if decoding[name] != base[name]
+    ]
 
 
 def _difference(here: Any, base: Any) -> str:

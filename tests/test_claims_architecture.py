@@ -75,6 +75,20 @@ def test_another_norm_and_another_place_are_found(
     assert failed("rmsnorm", architecture.rmsnorm()) == found
 
 
+def test_what_is_no_number_in_a_later_layer_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    real = architecture.base
+
+    def base() -> Any:
+        model = real()
+        model.model.layers[-1].post_attention_layernorm.weight.data.fill_(float("nan"))
+        return model
+
+    monkeypatch.setattr(architecture, "base", base)
+    for measure in (architecture.rmsnorm, architecture.causality):
+        with pytest.raises(ValueError, match="not finite"):
+            measure()
+
+
 def test_positions_that_are_not_rotated_evenly_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
     real = modeling_llama.LlamaRotaryEmbedding.forward
     monkeypatch.setattr(

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from claims import bits, lab, register
 from pipeline import model as models
@@ -40,6 +41,15 @@ def test_bits_are_those_of_values_and_constants(quantized: Path) -> None:
     assert isinstance(qlora, float)
     assert full > 780
     assert qlora < 48
+
+
+def test_values_of_more_than_4_bits_are_noticed(quantized: Path) -> None:
+    held = load_file(quantized)
+    padded = {name: torch.cat([one, one]) if name.endswith("weight") else one for name, one in held.items()}
+    save_file(padded, quantized)
+    found = bits.nf4().values["nf4_double_bits"]
+    assert isinstance(found, float)
+    assert found > 8
 
 
 def test_without_double_quantization_the_claim_fails(quantized: Path, monkeypatch: pytest.MonkeyPatch) -> None:

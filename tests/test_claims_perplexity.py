@@ -78,6 +78,14 @@ def test_text_is_needed(experiment: params.Params) -> None:
         perplexity._reading(experiment.model_copy(update={"forget": without}), CPU)
 
 
+def test_less_text_than_the_register_says_is_refused(
+    experiment: params.Params, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(perplexity, "WINDOWS", 10_000)
+    with pytest.raises(UserError, match=r"forget\.source = .* holds [0-9,]+ whole windows of 16 tokens, not 10,000"):
+        perplexity._reading(experiment, CPU)
+
+
 def test_a_ratio_is_paired(experiment: params.Params) -> None:
     loud_n = np.random.default_rng(0).uniform(10, 90, 12)
     ids_nxW = torch.zeros(12, 16, dtype=torch.long)

@@ -59,6 +59,14 @@ def test_every_full_claim_has_a_recipe_that_exists_or_says_that_there_is_none() 
             assert recipe["needs"].get("hub") is one.needs.hub is True
 
 
+def test_a_claim_that_is_not_there_is_named_with_those_that_are(tmp_path: Path) -> None:
+    file = tmp_path / "claims.yaml"
+    YAML().dump({"claims": {"sum": EXACT, "product": EXACT}}, file)
+    assert register.one("sum", file).claim == "twice two"
+    with pytest.raises(UserError, match="there is no claim quotient, but sum, product"):
+        register.one("quotient", file)
+
+
 def test_a_planted_wrong_value_turns_the_verdict() -> None:
     measured = Evidence({"product": 4})
     assert register.judge(claim(), measured).verdict == "reproduced"
@@ -97,8 +105,16 @@ def test_seeds_are_compared_one_by_one() -> None:
     one = claim({"value": "full", "above": "lora"})
     assert register.judge(one, Evidence({"full": [3.0, 2.0], "lora": [2.5, 1.0]})).verdict == "reproduced"
     assert register.judge(one, Evidence({"full": [3.0, 1.0], "lora": [2.5, 2.0]})).verdict == "inconclusive"
-    with pytest.raises(UserError, match="compares 2 values with 3"):
+    with pytest.raises(UserError, match="full has 2 values and lora 3"):
         register.judge(one, Evidence({"full": [3.0, 1.0], "lora": [2.5, 2.0, 1.0]}))
+
+
+@pytest.mark.parametrize("lora", [Interval(2.0, 1.0, 3.0), [1.0, 2.0], [1.0, 2.0, 3.0]])
+def test_an_interval_is_compared_with_one_number_alone(lora: evidence.Value) -> None:
+    """Its ends are no seeds."""
+    for values in ({"full": Interval(5.0, 4.0, 6.0), "lora": lora}, {"full": lora, "lora": Interval(5.0, 4.0, 6.0)}):
+        with pytest.raises(UserError, match="full is compared with lora, but an interval"):
+            register.judge(claim({"value": "full", "above": "lora"}), Evidence(dict(values)))
 
 
 def test_one_failed_condition_outweighs_an_undecided_one() -> None:
@@ -132,6 +148,8 @@ def test_a_condition_on_what_was_not_measured_is_refused() -> None:
         ({"reproduced_when": [{"value": "x", "above": 1.0, "below": 2.0}]}, "has 2"),
         ({"reproduced_when": [{"value": "x", "above": 1.0, "within": 2.0}]}, "within goes with equals"),
         ({"reproduced_when": [{"value": "x", "above": "published.five"}]}, "published.five"),
+        ({"reproduced_when": [{"value": "published.four", "above": 3.0}]}, "published.four is not measured"),
+        ({"reproduced_when": [{"value": "x", "at_least": "x"}]}, "x is compared with itself"),
         ({"reproduced_when": []}, "reproduced_when"),
         ({"treshold": 3}, "treshold"),
     ],
@@ -155,6 +173,13 @@ def test_evidence_is_read_as_it_was_written(tmp_path: Path, monkeypatch: pytest.
 def test_evidence_that_is_not_finite_is_refused() -> None:
     with pytest.raises(ValueError, match="not finite: b"):
         Evidence({"a": 1.0, "b": [1.0, float("nan")]})
+
+
+def test_the_largest_of_what_is_no_number_is_none() -> None:
+    assert (evidence.largest([1.0, 3.0, 2.0]), evidence.least([1.0, 3.0, 2.0])) == (3.0, 1.0)
+    for extreme in (evidence.largest, evidence.least):
+        with pytest.raises(ValueError, match="not finite: x"):
+            Evidence({"x": extreme([1.0, float("nan"), 2.0])})
 
 
 def test_numbers_are_shown_for_people() -> None:

@@ -60,6 +60,7 @@ def test_every_claim_has_a_row_and_a_run(capsys: pytest.CaptureFixture[str]) -> 
     assert runs["wrong"].tags["claim.verdict"] == "not reproduced"
     assert runs["seeds"].metrics == {"gain": 2.0, "ratio": 1.5, "ratio_ci_low": 1.0, "ratio_ci_high": 2.0}
     assert runs["product"].params["published.four"] == "4.0"
+    assert (runs["product"].params["id"], runs["product"].params["claim"]) == ("product", "twice two")
     held = store.read_back(tracking, runs["product"].run_id, Path("back"))
     assert store.spoilt(runs["product"], held, Path("back")) == []
     assert json.loads(Path("back/product.json").read_text())

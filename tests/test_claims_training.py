@@ -225,7 +225,7 @@ def test_base_and_tuned_answer_and_are_compared() -> None:
 
     decoding = variants.folder("default", "18") / variants.DECODING
     records.write_json(decoding, records.read_json(decoding) | {"threads": 3})
-    with pytest.raises(UserError, match="threads: 18 has another than base"):
+    with pytest.raises(UserError, match=r"claims/dvc\.yaml`:\n.*threads: seed 18 has 3, base has 1"):
         gain.measure("default")
 
 
@@ -241,7 +241,7 @@ def result(losses: float | list[float], looks: list[tuple[float, float]] | None 
         unit = 40 * loss / 50
         shift = loss - given[0]
         seen = [Look(5 * (i + 1), at + shift, 3.0, there, 2.0) for i, (at, there) in enumerate(looks or [])]
-        runs[seed] = Run(parameters, 25, [loss], [20 * unit, 30 * unit], seen)
+        runs[seed] = Run(parameters, 25, [20 * unit, 30 * unit], seen)
     return Result(["a", "b"], [10, 30], 150, runs)
 
 

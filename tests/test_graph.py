@@ -128,6 +128,12 @@ def test_every_claim_of_the_register_has_one_measurement() -> None:
     assert sorted(measured) == sorted(wanted)
 
 
+def test_a_measurement_depends_on_the_recipe_that_it_reads() -> None:
+    """`claims.lab.experiment` lays a recipe over params.default.yaml."""
+    reads = {name for name, definition in CLAIMS.items() if "params.default.yaml" in str(definition.get("params"))}
+    assert reads == {name for name, definition in CLAIMS.items() if "recipes/" in str(definition["deps"])} != set()
+
+
 def test_claims_are_checked_in_the_project_folder() -> None:
     assert {definition["wdir"] for definition in CLAIMS.values()} == {".."}
 
