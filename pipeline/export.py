@@ -175,12 +175,12 @@ def _write_gguf(kind: str, joined: bool, trained: Path, given: params.Params, fo
     if joined:
         model, lora = f"model-{kind}.gguf", None
         gguf_file.write_merged(paths.QUANTIZED, trained, folder / model, kind)
-        words += f", with the adapter added in float32, written as {kind}"
+        words += f", with the adapter added in float32, written as {gguf_file.stored(kind)}"
     else:
         model, lora = f"base-{kind}.gguf", "adapter-F32.gguf"
         gguf_file.write_base(paths.QUANTIZED, folder / model, kind)
         gguf_file.write_adapter(trained, paths.QUANTIZED, folder / lora, "F32")
-        words += f", written as {kind}, and of the adapter in F32, which llama.cpp applies"
+        words += f", written as {gguf_file.stored(kind)}, and of the adapter in F32, which llama.cpp applies"
     text = gguf_file.modelfile(model, lora, paths.QUANTIZED, given.generation)
     records.write_text(folder / "Modelfile", text)
     return model, words

@@ -28,6 +28,13 @@ if TYPE_CHECKING:
 
 Array = NDArray[Any]
 
+HEAD_TYPES = dict.fromkeys(("Q5_1", "Q5_0", "Q4_1", "Q4_0"), "Q8_0")
+"""What the head is written as in files of 4 and 5 bits, and with it the embedding where that is the head.
+
+llama.cpp's quantizer (src/llama-quant.cpp, `llama_tensor_get_type_impl`) takes Q6_K, or Q8_0 where rows do not fill
+blocks of 256, and leaves an embedding apart from the head in the file's type. `gguf` cannot quantize to Q6_K.
+"""
+
 ADAPTER_TYPES = ("F32", "BF16", "F16")
 """An adapter is small: rounding it to blocks of 4 or 8 bits would cost more than it saves."""
 
@@ -80,6 +87,11 @@ def write_adapter(adapter: Path, base: Path, path: Path, kind: str) -> None:
             target = checkpoint.name(name)
             tensors += [(f"{target}.lora_a", a_RxI), (f"{target}.lora_b", checkpoint.ordered(name, b_OxR))]
         _write(writer, [(name, array.shape, kind) for name, array in tensors], (array for _, array in tensors))
+
+
+def stored(kind: str) -> str:
+    """A file's type in words, with what the head is written as where that is another."""
+    return f"{kind} with the output head in {HEAD_TYPES[kind]}" if kind in HEAD_TYPES else kind
 
 
 def refuse(folder: Path) -> None:
@@ -279,7 +291,9 @@ def _write_model(folder: Path, path: Path, kind: str, lora: _Lora | None) -> Non
         writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
         writer.add_vocab_size(config["vocab_size"])
         vocabulary(writer)
-        listed = [(checkpoint.name(name), tuple(tensor.shape), kind) for name, tensor in tensors.items()]
+        head = "lm_head.weight" if "lm_head.weight" in tensors else "model.embed_tokens.weight"
+        kinds = dict.fromkeys(tensors, kind) | {head: HEAD_TYPES.get(kind, kind)}
+        listed = [(checkpoint.name(name), tuple(tensor.shape), kinds[name]) for name, tensor in tensors.items()]
         if factors is not None:
             listed.insert(0, ("rope_freqs.weight", factors.shape, "F32"))
 
@@ -323,7 +337,10 @@ def _write(writer: Any, listed: Sequence[tuple[str, tuple[int, ...], str]], arra
         type_ = gguf.GGMLQuantizationType[kind if len(shape) > 1 else "F32"]
         block, size = gguf.GGML_QUANT_SIZES[type_]
         if shape[-1] % block:
-            raise UserError(f"{kind} has blocks of {block} weights, and {name} has rows of {shape[-1]}: take F16")
+            raise UserError(
+                f"{name} has rows of {shape[-1]} weights, which do not fill the blocks of {block} that types of 8 bits "
+                "and fewer have: take F16"
+            )
         kinds.append(type_)
         count = math.prod(shape) // block * size
         writer.add_tensor_info(name, shape, np.dtype(np.float32), count, raw_dtype=type_)

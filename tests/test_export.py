@@ -125,6 +125,7 @@ def test_a_merged_gguf_file_says_what_its_type_costs(tmp_path: Path) -> None:
     assert record["difference"]["logit_max"] > 0.01
     text = (tmp_path / "out" / "README.md").read_text()
     assert f"| {record['difference']['loss']:.3f} |" in text
+    assert "written as Q4_0 with the output head in Q8_0" in text
     assert "lora-repro export gguf DEST --seed 17 --type Q4_0 --merged" in text
     compile(blocks(tmp_path / "out")[0], "README.md", "exec")
 

@@ -42,6 +42,25 @@ def test_each_type_holds_the_weights_as_well_as_it_can(tiny_model: Path, tmp_pat
     assert reader.fields["general.file_type"].contents() == gguf_file._file_type(kind)
 
 
+@pytest.mark.parametrize(
+    ("kind", "head"), [("F16", "F16"), ("Q8_0", "Q8_0"), *((kind, "Q8_0") for kind in ("Q5_1", "Q5_0", "Q4_1", "Q4_0"))]
+)
+@pytest.mark.parametrize("tied", [True, False])
+def test_files_of_4_and_5_bits_keep_the_head_in_8(
+    tiny_model: Path, tmp_path: Path, kind: str, head: str, tied: bool
+) -> None:
+    """As llama.cpp's quantizer does: of a Q4_1 file of SmolLM2, which ties them, it leaves the embedding in Q8_0."""
+    folder = made("llama", tied, tiny_model, tmp_path / "model")
+    gguf_file.write_base(folder, tmp_path / "base.gguf", kind)
+    held = {one.name: one.tensor_type.name for one in gguf.GGUFReader(tmp_path / "base.gguf").tensors}
+    embedding = {"token_embd.weight": head} if tied else {"token_embd.weight": kind, "output.weight": head}
+    matrices = {name: told for name, told in held.items() if told != "F32"}
+    blocks = {name: kind for name in matrices if name.startswith("blk.")}
+    assert matrices == embedding | blocks
+    assert len(blocks) == 2 * 7
+    assert gguf_file.stored(kind) == (kind if kind == head else f"{kind} with the output head in Q8_0")
+
+
 def steps(name: str) -> Any:
     """A way of splitting text before BPE, as `tokenizers` writes it."""
     from tokenizers import Regex, pre_tokenizers
@@ -164,7 +183,7 @@ def test_types_are_those_that_a_file_can_have(tiny_model: Path, tmp_path: Path) 
     with pytest.raises(UserError, match="an adapter is written as F32, BF16, F16, not as 'Q8_0'"):
         gguf_file.write_adapter(tiny_model, tiny_model, tmp_path / "adapter.gguf", "Q8_0")
     narrow = made("llama", True, tiny_model, tmp_path / "model", hidden_size=48, head_dim=12)
-    with pytest.raises(UserError, match="Q4_0 has blocks of 32 weights, and .* has rows of 48: take F16"):
+    with pytest.raises(UserError, match="has rows of 48 weights, which do not fill the blocks of 32 that .*: take F16"):
         gguf_file.write_base(narrow, tmp_path / "base.gguf", "Q4_0")
     assert list(tmp_path.glob("*.gguf")) == list(tmp_path.glob(".*.part")) == []
 
