@@ -43,6 +43,10 @@ SETTINGS: list[tuple[str, Setting]] = [
     ("train", {"tokens": 512, "rows": 1, "r": 64}),
     ("train", {"tokens": 512, "rows": 1, "r": 256}),
     ("train", {"tokens": 512, "rows": 1, "r": 256, "optimizer": "adamw8bit"}),
+    ("train", {"tokens": 2048, "rows": 1, "gradient_checkpointing": True}),
+    ("train", {"tokens": 256, "rows": 8, "gradient_checkpointing": True}),
+    ("train", {"tokens": 512, "rows": 1, "keep_dequantized": False}),
+    ("train", {"tokens": 512, "rows": 1, "keep_dequantized": False, "gradient_checkpointing": True}),
 ]
 
 EXPERIMENT: list[tuple[str, Setting, str]] = [
@@ -68,7 +72,7 @@ def predicted(stage: str, setting: Setting) -> memory.Parts:
         lora, train = _of(given.lora, setting), _of(given.train, setting)
         tokens = setting["tokens"]
         load = memory.Load(tokens * setting["rows"], _answer(setting) * setting["rows"], tokens)
-        return memory.training(base, lora, train, load, "cpu")
+        return memory.training(base, lora, train, load, "cpu", setting.get("gradient_checkpointing", False))
     generation = _of(given.generation, setting)
     return memory.inference(base, generation, setting["prompt"], setting.get("adapter", 0), "cpu")
 
@@ -112,6 +116,8 @@ def train(setting: Setting) -> None:
     tokens, rows, answer = setting["tokens"], setting["rows"], _answer(setting)
     model = models.load(task.device, setting.get("keep_dequantized", True))
     adapted = adapter.attach(model, _of(task.params.lora, setting), 17)
+    if setting.get("gradient_checkpointing", False):
+        adapted.get_base_model().activation_checkpointing_enable()
     settings = _of(task.params.train, {**setting, "micro_batch_tokens": tokens * rows})
     trainer = training.Trainer(adapted, settings, 17, STEPS)
     for number in range(STEPS):
@@ -146,7 +152,7 @@ def page(found: list[dict[str, Any]]) -> str:
         "The default model (SmolLM2-135M-Instruct, NF4 with double quantization, bfloat16) on two CPU cores; the peak",
         "is the highest of the process's resident set, Python and libraries included. What a setting does not name is",
         "the default experiment's. `python -m bench.memory` measures and writes this page.",
-        "Not measured: 4 bits unpacked on the fly, dropout, beam search, other families and larger models. **Neither",
+        "Not measured: dropout, beam search, a base that processes share, other families and larger models. **Neither",
         "CUDA nor MPS has been measured**: there the same counts hold for weights, adapter, optimizer, activations,",
         "logits, keys and values; what allocators lose is assumed.",
         "",

@@ -4,8 +4,9 @@
 
 Takes the base and the data of a project that has run, in a copy. Training: the loss of each step by 2 processes over
 gloo beside that of 1, in the base's dtype and in float32. Inference: the predictions of 2 beside those of 1, for some
-test rows. Attention heads: the logits of 3 processes beside those of transformers' undivided model, in float32. All
-with one thread a process. Exits with 1 where losses or logits differ by more than 1e-4 in float32, or a text differs.
+test rows. FSDP: adapter and predictions of 2 processes that share the base, beside those of 2 with one each. Attention
+heads, unquantized and in float32: logits and training losses of 3 processes beside those of 1. All with one thread a
+process. Exits with 1 where losses or logits differ by more than 1e-4 in float32, or files that should be the same.
 """
 
 import argparse
@@ -41,10 +42,13 @@ def main() -> int:
         prepare(place, given.project.resolve(), given.steps, given.batch, given.rows)
         with chdir(place):
             fine = inference()
-            fine &= heads()
-            training()
-            to_float32()
-            fine &= training() <= TOLERANCE
+            fine &= sharing()
+            training(2)
+            to_float32("nf4")
+            fine &= training(2) <= TOLERANCE
+            to_float32("none")
+            fine &= logits() <= TOLERANCE
+            fine &= training(3, sharding="tensor") <= TOLERANCE
     return 0 if fine else 1
 
 
@@ -69,10 +73,10 @@ def prepare(place: Path, project: Path, steps: int, batch: int, rows: int) -> No
         (place / paths.split(split)).write_text("\n".join(lines).rstrip("\n") + "\n", encoding="utf-8")
 
 
-def stage(processes: int, *command: str) -> float:
-    """Run a stage over so many processes; its seconds."""
+def stage(processes: int, *command: str, **settings: object) -> float:
+    """Run a stage over so many processes, with these settings of `runtime`; its seconds."""
     content = YAML(typ="safe", pure=True).load(paths.PARAMS)
-    content["runtime"]["processes"] = processes
+    content["runtime"] |= {"processes": processes, "sharding": "none", "keep_dequantized": True, **settings}
     YAML().dump(content, paths.PARAMS)
     started = time.monotonic()
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
@@ -82,22 +86,23 @@ def stage(processes: int, *command: str) -> float:
     return time.monotonic() - started
 
 
-def training() -> float:
-    """The largest relative difference of a step's loss, or of a validation's."""
+def training(processes: int, **settings: object) -> float:
+    """The largest relative difference of a step's loss, or of a validation's, between so many processes and one."""
     seen: list[list[float]] = []
     seconds = []
-    for processes in (1, 2):
-        seconds.append(stage(processes, "stages.train", "--seed", "17"))
+    for count, chosen in ((1, {}), (processes, settings)):
+        seconds.append(stage(count, "stages.train", "--seed", "17", **chosen))
         steps = paths.training_log(17).read_text(encoding="utf-8").splitlines()[1:]
         validation: list[dict[str, float]] = records.read_json(paths.training_summary(17))["validation"]
         seen.append([float(line.split(",")[2]) for line in steps] + [entry["loss"] for entry in validation])
     differences: list[float] = [abs(one - two) / one for one, two in zip(*seen, strict=True)]
     largest, validated = max(differences[: len(steps)]), max(differences[len(steps) :])
-    dtype = records.read_json(paths.QUANTIZED_FACTS)["dtype"]
+    facts = records.read_json(paths.QUANTIZED_FACTS)
+    how = ", ".join([facts["method"], facts["dtype"], *map(str, settings.values())])
     print(
-        f"training, {dtype}, {len(steps)} steps: the losses of 2 processes differ from those of 1 by {largest:.1e} at "
-        f"most (relative; at the first step {differences[0]:.1e}), validation losses by {validated:.1e}; "
-        f"{seconds[0]:.0f} s and {seconds[1]:.0f} s",
+        f"training, {how}, {len(steps)} steps: the losses of {processes} processes differ from those of 1 by "
+        f"{largest:.1e} at most (relative; at the first step {differences[0]:.1e}), validation losses by "
+        f"{validated:.1e}; {seconds[0]:.0f} s and {seconds[1]:.0f} s",
         flush=True,
     )
     return float(max(differences))
@@ -118,29 +123,74 @@ def inference() -> bool:
     return same
 
 
-def heads() -> bool:
+def sharing() -> bool:
+    """Whether processes that share a base write what they write with one each."""
+    seen, seconds = [], []
+    for sharding in ("none", "fsdp"):
+        settings = {"sharding": sharding, "keep_dequantized": False}
+        seconds.append(stage(2, "stages.train", "--seed", "17", **settings) + stage(2, "stages.infer", **settings))
+        files = [*sorted(paths.adapter(17).iterdir()), paths.training_log(17), paths.predictions("base")]
+        seen.append([records.sha256_file(path) for path in files])
+    same = seen[0] == seen[1]
+    print(
+        f"FSDP: adapter, curve and predictions of 2 processes that share a base are {'' if same else 'not '}byte for "
+        f"byte those of 2 with one each; {seconds[0]:.0f} s and {seconds[1]:.0f} s",
+        flush=True,
+    )
+    return same
+
+
+def logits() -> float:
+    """The largest difference between the logits by 3 processes that divide the heads, and by transformers' model."""
     import torch
     from transformers import AutoModelForCausalLM
 
     devices.quieten()
-    source = records.read_rows(paths.split("test"), records.Example)[0].source
-    ids: list[int] = models.tokenizer()(source).input_ids
-    whole = AutoModelForCausalLM.from_pretrained(paths.BASE, dtype=torch.float32).eval()
+    whole = AutoModelForCausalLM.from_pretrained(paths.BASE).eval()
     with torch.no_grad():
-        expected_1xLxV = whole(input_ids=torch.tensor([ids])).logits
-    split = distributed.split(paths.BASE, [ids], 3)
-    largest = float((split.logits_BxLxV - expected_1xLxV).abs().max())
+        expected_1xLxV = whole(input_ids=_text()).logits
+    code = "from bench import processes; processes.member()"
+    os.environ["PYTHONPATH"] = str(ROOT)
+    held = distributed.launch([sys.executable, "-c", code], 3, Path("members"))["parameters"]
+    largest = float((torch.load("logits.pt") - expected_1xLxV).abs().max())
     config = whole.config
     print(
-        f"heads: {config.num_attention_heads} and {config.num_key_value_heads} over 3 processes, {len(ids)} tokens: "
-        f"logits differ by {largest:.1e} at most; parameters {sum(p.numel() for p in whole.parameters()):,}, of which "
-        f"the processes hold {', '.join(f'{count:,}' for count in split.parameters)}",
+        f"heads: {config.num_attention_heads} and {config.num_key_value_heads} over 3 processes, "
+        f"{expected_1xLxV.shape[1]} tokens: logits differ by {largest:.1e} at most; parameters "
+        f"{sum(p.numel() for p in whole.parameters()):,}, of which the processes hold {held}",
         flush=True,
     )
-    return largest <= TOLERANCE
+    return largest
 
 
-def to_float32() -> None:
+def member() -> None:
+    """One of the three."""
+    distributed.member(_part)
+
+
+def _part() -> dict[str, Any]:
+    import torch
+
+    runtime = params.load().runtime.model_copy(update={"processes": 3, "sharding": "tensor"})
+    model = models.load(devices.choose(runtime), runtime.keep_dequantized, runtime.sharding)
+    with torch.no_grad():
+        logits_1xLxV = model(input_ids=_text(), use_cache=False).logits
+    parameters = distributed.gather(sum(getattr(one, "_local_tensor", one).numel() for one in model.parameters()))
+    if distributed.rank() == 0:
+        torch.save(logits_1xLxV, "logits.pt")
+    torch.distributed.destroy_process_group()
+    return {"parameters": parameters}
+
+
+def _text() -> Any:
+    """A text's token ids, 1xL."""
+    import torch
+
+    source = records.read_rows(paths.split("test"), records.Example)[0].source
+    return torch.tensor([models.tokenizer()(source).input_ids])
+
+
+def to_float32(method: str) -> None:
     """The same base in float32, quantized anew."""
     import torch
     from transformers import AutoModelForCausalLM
@@ -150,7 +200,12 @@ def to_float32() -> None:
     facts: dict[str, Any] = records.read_json(paths.BASE_FACTS)
     records.write_json(paths.BASE_FACTS, facts | {"dtype": "float32", "sha256": records.sha256_tree(paths.BASE)})
     shutil.rmtree(paths.QUANTIZED)
-    quantize.quantize(given.quantize.model_copy(update={"perplexity_tokens": 256}), given.runtime)
+    changes = {"method": method, "double_quantization": method == "nf4", "perplexity_tokens": 256}
+    quantize.quantize(given.quantize.model_copy(update=changes), given.runtime.model_copy(update={"processes": 1}))
+    content = YAML(typ="safe", pure=True).load(paths.PARAMS)
+    content["quantize"] |= changes
+    content["runtime"] |= {"processes": 1, "sharding": "none", "keep_dequantized": True}
+    YAML().dump(content, paths.PARAMS)
 
 
 if __name__ == "__main__":

@@ -28,6 +28,9 @@ class Both:
         device: torch.device = self.tuned.device
         return device
 
+    def get_decoder(self) -> Any:
+        return self.active.get_decoder()
+
     def __call__(self, **inputs: Any) -> Any:
         return self.active(**inputs)
 

@@ -156,7 +156,7 @@ def _unpacked(layer: Any) -> torch.Tensor:
 
 
 def _answers(model: Any, config: Any, families: Any, given: params.Generation) -> list[tuple[str, list[int]]]:
-    engine = backend_transformers.Engine(model, config, given, model.device.type, devices.threads(model.device))
+    engine = backend_transformers.Engine(model, config, given, model.device.type, devices.threads(model.device), {})
     return list(backend_transformers.complete(engine, families))
 
 

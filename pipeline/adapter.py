@@ -1,11 +1,12 @@
 """LoRA adapters (arXiv 2106.09685) through PEFT: made, saved, and loaded with proof that they took effect."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline import model as models
-from pipeline import params, records
+from pipeline import params, records, shard
 from pipeline.errors import UserError
 
 if TYPE_CHECKING:
@@ -36,6 +37,9 @@ def attach(model: Any, lora: params.Lora, seed: int) -> Any:
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         adapted = get_peft_model(model, config)
+    if shard.kind(adapted) == "tensor":
+        shard.fit(adapted)
+        shard.draw(adapted, seed)
     fused.apply(adapted)
     return adapted
 
@@ -59,14 +63,14 @@ def tensors(adapted: Any) -> dict[str, "torch.nn.Parameter"]:
     return {name: tensor for name, tensor in adapted.named_parameters() if tensor.requires_grad}
 
 
-def save(adapted: Any, folder: Path, model_sha256: str) -> None:
-    """Write the adapter in PEFT's format; UserError when a value is not finite."""
+def save(adapted: Any, values: Mapping[str, "torch.Tensor"], folder: Path, model_sha256: str) -> None:
+    """Write an adapter of these values (`tensors`) in PEFT's format; UserError when one is not finite."""
     import torch
 
-    bad = [name for name, tensor in tensors(adapted).items() if not torch.isfinite(tensor).all()]
+    bad = [name for name, tensor in values.items() if not torch.isfinite(tensor).all()]
     if bad:
         raise UserError(f"the trained adapter holds NaN or infinity (in {bad[0]}): lower train.learning_rate")
-    adapted.save_pretrained(folder)
+    adapted.save_pretrained(folder, state_dict=dict(values))
     (folder / "README.md").unlink(missing_ok=True)  # PEFT's empty model card
     # PEFT keeps the layers' names in a set, whose order differs from process to process.
     config = records.read_json(folder / CONFIG)
@@ -122,7 +126,10 @@ class Saved:
             adapted = model
         else:
             adapted = PeftModel.from_pretrained(model, self.folder, name, autocast_adapter_dtype=False)
-        loaded = get_peft_model_state_dict(adapted, adapter_name=name)
+        if shard.kind(adapted) == "tensor":
+            shard.fit(adapted)
+        state = get_peft_model_state_dict(adapted, adapter_name=name)
+        loaded = {name: shard.whole(tensor) for name, tensor in state.items()}
         differing = sorted(set(saved) ^ set(loaded))
         if differing:
             raise UserError(f"{self.folder}: {len(differing)} tensors missing or unexpected, such as {differing[0]}")

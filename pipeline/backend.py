@@ -11,6 +11,7 @@ its `load` refuses.
 """
 
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -64,6 +65,9 @@ class Engine(Protocol):
 
     @property
     def conditions(self) -> dict[str, Any]: ...
+
+    def together(self) -> AbstractContextManager[None]:
+        """Around all that several processes complete, each its share of it."""
 
 
 class Backend(Protocol):

@@ -14,6 +14,7 @@ import json
 import os
 import secrets
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -54,6 +55,9 @@ class Engine:
     device: str
     threads: int
     conditions: dict[str, Any]
+
+    def together(self) -> AbstractContextManager[None]:
+        return nullcontext()
 
 
 def load(setup: Setup, merged: bool = False) -> Engine:

@@ -2,38 +2,45 @@
 `transformers.generate`."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from typing import Any
 
 from pipeline import device as devices
-from pipeline import memory, params, paths
+from pipeline import distributed, memory, params, paths, shard
 from pipeline import model as models
 from pipeline.backend import Families, Setup
 
 
 @dataclass(frozen=True)
 class Engine:
-    """A model that is loaded, with or without an adapter. `conditions`: its versions are in the GenerationConfig."""
+    """A model that is loaded, with or without an adapter. `conditions`: over how many processes its heads are, which
+    changes rounding; its versions are in the GenerationConfig."""
 
     model: Any
     config: Any
     generation: params.Generation
     device: str
     threads: int
-    conditions: dict[str, Any] = field(default_factory=dict)
+    conditions: dict[str, Any]
+
+    def together(self) -> AbstractContextManager[None]:
+        return shard.together(self.model)
 
 
 def load(setup: Setup) -> Engine:
     """The base as every stage loads it, and the adapter on it, proven to act."""
     device = devices.choose(setup.runtime)
     devices.require(device, setup.facts["dtype"])
-    base = memory.base(paths.QUANTIZED, setup.facts, keep_dequantized=setup.runtime.keep_dequantized)
+    base = memory.loaded(memory.base(paths.QUANTIZED, setup.facts), setup.runtime, memory.kind(device))
+    memory.require_main_memory(device, base)
     added = 0 if setup.adapter is None else setup.adapter.parameters
     memory.require_inference(device, base, setup.generation, setup.tokens - setup.generation.max_new_tokens, added)
-    model = models.load(device, setup.runtime.keep_dequantized)
+    model = models.load(device, setup.runtime.keep_dequantized, setup.runtime.sharding)
     if setup.adapter is not None:
         model = setup.adapter.load(model, setup.facts["sha256"])
-    return Engine(model, setup.config, setup.generation, device.type, devices.threads(device))
+    rounding = {"tensor_parallel": distributed.processes()} if setup.runtime.sharding == "tensor" else {}
+    return Engine(model, setup.config, setup.generation, device.type, devices.threads(device), rounding)
 
 
 def complete(engine: Engine, families: Families) -> Iterator[tuple[str, list[int]]]:

@@ -37,6 +37,9 @@ class Engine:
     threads: int
     conditions: dict[str, Any]
 
+    def together(self) -> contextlib.AbstractContextManager[None]:
+        return contextlib.nullcontext()
+
 
 def load(setup: Setup) -> Engine:
     """Start the worker; UserError for another device than CUDA, a rank that is too large, and whatever it reports."""

@@ -441,7 +441,10 @@ def _refuse_unequal(
         if (one.decoding["adapter_sha256"] is None) != (one is base):
             problems.append(f"{one.variant} was decoded with{'out' if one is not base else ''} an adapter")
     if problems:
-        raise listing(problems, "base and tuned were not tried under the same conditions; run `dvc repro`:")
+        remedy = "run `dvc repro`"
+        if len({one.decoding["generation"].get("tensor_parallel") for one in scored}) > 1:
+            remedy = f"run `dvc repro --force --single-item infer@{paths.variant(None)}`, then `dvc repro`"
+        raise listing(problems, f"base and tuned were not tried under the same conditions; {remedy}:")
 
 
 def unequal(variant: str, decoding: Mapping[str, Any], base: Mapping[str, Any]) -> list[str]:

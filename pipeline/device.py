@@ -31,7 +31,10 @@ def choose(runtime: params.Runtime) -> "torch.device":
     # Of no use here, since nothing reads memory before writing it, and not for free.
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     cpu_only = runtime.device == "cpu"
-    device = distributed.join(cpu_only) if distributed.processes() > 1 else _found(cpu_only=cpu_only)
+    if distributed.processes() > 1:
+        device = distributed.join(cpu_only, one_model=runtime.sharding == "tensor")
+    else:
+        device = _found(cpu_only=cpu_only)
     if runtime.device not in ("auto", device.type):
         raise UserError(
             f"runtime.device = {runtime.device!r}, but this machine offers {device.type!r} "

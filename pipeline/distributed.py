@@ -3,10 +3,7 @@
 A stage that can be shared (`run`) is started once, by DVC, and starts `runtime.processes` members: its own command
 again with torch.distributed's environment variables, which accelerate reads. Where those are set already, by torchrun
 or `accelerate launch` on one machine or several, the process is a member itself. Member 0 alone writes outputs; whoever
-dies takes all others along. Models whose attention heads are split over processes (Megatron-LM, arXiv 1909.08053,
-section 3) are transformers' own tensor parallelism (`split`).
-
-Dimensions: B sequences of L tokens, V vocabulary.
+dies takes all others along. What each member holds of the base is another matter (`pipeline.shard`).
 """
 
 import hashlib
@@ -21,7 +18,6 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -201,7 +197,7 @@ def _take_part(declared: params.Declared, call: Callable[[params.Declared], None
             "a launcher started: make the two equal, or unset WORLD_SIZE"
         )
     call(declared)
-    if processes() == 1:
+    if not _has_met():
         return None
     costs = gather(stage.cost())
     _end()
@@ -213,6 +209,22 @@ def _take_part(declared: params.Declared, call: Callable[[params.Declared], None
     if "peak_device_memory_mb" in costs[0]:
         given["peak_device_memory_mb"] = max(cost["peak_device_memory_mb"] for cost in costs)
     return given
+
+
+_is_one_model = False
+"""Whether the members hold one model together, and so compute the same rows (`pipeline.shard`, tensor)."""
+
+
+def shares() -> int:
+    """Into how many shares rows are divided."""
+    return 1 if _is_one_model else processes()
+
+
+def _has_met() -> bool:
+    """Whether this member and the others have joined: not where a stage had nothing to compute."""
+    import torch
+
+    return processes() > 1 and torch.distributed.is_initialized()
 
 
 def divide(items: Sequence[T], weight: Callable[[T], int], shares: int) -> list[list[T]]:
@@ -231,12 +243,12 @@ def divide(items: Sequence[T], weight: Callable[[T], int], shares: int) -> list[
 
 def share(items: Sequence[T], weight: Callable[[T], int]) -> list[T]:
     """This member's share of `items`."""
-    return divide(items, weight, processes())[rank()]
+    return divide(items, weight, shares())[rank() % shares()]
 
 
 def add_up(number: float, tensors: "Sequence[torch.Tensor]" = ()) -> float:
-    """Sum `tensors` over all members, in place and alike in each of them, and `number`, which is returned."""
-    if processes() == 1:
+    """Sum `tensors` over all shares, in place and alike in each member, and `number`, which is returned."""
+    if shares() == 1:
         return number
     import torch
 
@@ -261,6 +273,11 @@ def gather(value: T) -> list[T]:
     return held
 
 
+def done_by_all(done: set[str]) -> set[str]:
+    """What this member need not compute again: of what it has done, where all compute the same rows, what all have."""
+    return done if shares() == processes() else set.intersection(*gather(done))
+
+
 def require_same(value: Any, what: str) -> None:
     """UserError unless all members hold an equal `value` (JSON, or tensors by name)."""
     if processes() == 1:
@@ -283,8 +300,9 @@ def _digest(value: Any) -> str:
     return digest.hexdigest()
 
 
-def join(cpu_only: bool) -> "torch.device":
+def join(cpu_only: bool, one_model: bool = False) -> "torch.device":
     """Become one of the members that a launcher has started, and give the device of this one: a GPU, else the CPU.
+    With `one_model` they compute the same rows.
 
     UserError for more members on a machine than it has GPUs, and for several on MPS, which cannot add up over them.
     """
@@ -305,6 +323,8 @@ def join(cpu_only: bool) -> "torch.device":
             f"runtime.processes asks for {here} processes on this machine, each with a GPU of its own, and it has "
             f"{torch.cuda.device_count()}: lower runtime.processes, or set runtime.device to cpu"
         )
+    global _is_one_model
+    _is_one_model = one_model
     # accelerate would choose a number of threads itself, and warn of it.
     os.environ["OMP_NUM_THREADS"] = str(torch.get_num_threads())
     device: torch.device = PartialState(cpu=found == "cpu", timeout=timedelta(days=DAYS)).device
@@ -333,84 +353,3 @@ def _end() -> None:
     from accelerate import PartialState
 
     PartialState().destroy_process_group()
-
-
-@dataclass(frozen=True, slots=True)
-class Split:
-    """Next-token logits of a model that several processes hold together (float32, on the CPU), and how many parameters
-    each of them held."""
-
-    logits_BxLxV: "torch.Tensor"
-    parameters: list[int]
-
-
-def split(folder: Path, ids_BxL: Sequence[Sequence[int]], count: int) -> Split:
-    """Compute a checkpoint's logits in float32 with its attention heads and the columns of its MLPs split over `count`
-    processes on the CPU (gloo), each of which holds a part of these weights.
-
-    UserError for a quantized checkpoint, and for heads, key-value heads or columns that `count` does not divide.
-    """
-    import torch
-
-    require_divisible(records.read_json(folder / "config.json"), folder, count)
-    scratch = folder.parent / f".{folder.name}.{os.getpid()}.members"
-    code = "import sys; from pipeline import distributed; distributed._as_a_part(*sys.argv[1:])"
-    output = scratch.with_suffix(".logits")
-    command = [sys.executable, "-c", code, str(folder), json.dumps([list(ids) for ids in ids_BxL]), str(output)]
-    try:
-        held = launch(command, count, scratch)
-        parameters = held["parameters"]
-        assert isinstance(parameters, list)
-        return Split(torch.load(output, weights_only=True), parameters)
-    finally:
-        output.unlink(missing_ok=True)
-
-
-def require_divisible(config: dict[str, Any], folder: Path, count: int) -> None:
-    """UserError unless a model of this configuration (the hub's `config.json`) can be split over `count` processes."""
-    if config.get("quantization_config"):
-        raise UserError(
-            f"{folder} is quantized, and only an unquantized checkpoint is split over processes: take out/models/base, "
-            "or quantize.method none"
-        )
-    heads = config["num_attention_heads"]
-    sizes = {
-        "attention heads": heads,
-        "key-value heads": config.get("num_key_value_heads") or heads,
-        "columns in its MLPs": config["intermediate_size"],
-    }
-    odd = [f"{size} {name}" for name, size in sizes.items() if size % count]
-    if odd:
-        raise UserError(f"{folder} cannot be split over {count} processes: it has {' and '.join(odd)}")
-
-
-def _as_a_part(folder: str, ids: str, output: str) -> None:
-    _leave_with_the_starter()
-    member(lambda: _part(Path(folder), json.loads(ids), Path(output)))
-
-
-def _part(folder: Path, ids: list[list[int]], output: Path) -> dict[str, object]:
-    """One member of `split`."""
-    import torch
-    from transformers import AutoModelForCausalLM
-    from transformers.distributed import DistributedConfig
-    from transformers.utils import logging
-
-    from pipeline import attention
-
-    logging.set_verbosity_error()  # it warns of every layer that is not split: embeddings, norms and head
-    logging.disable_progress_bar()
-    torch.set_num_threads(max(1, (os.cpu_count() or 1) // processes()))
-    torch.distributed.init_process_group("gloo")
-    model = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=torch.float32, attn_implementation=attention.NAME, trust_remote_code=False,
-        distributed_config=DistributedConfig(tp_size=processes(), tp_plan="auto"),
-    ).eval()  # fmt: skip
-    with torch.no_grad():
-        logits_BxLxV = model(input_ids=torch.tensor(ids), use_cache=False).logits
-    held = sum(getattr(tensor, "_local_tensor", tensor).numel() for tensor in model.parameters())
-    parameters = gather(held)
-    if rank() == 0:
-        torch.save(logits_BxLxV.clone(), output)
-    torch.distributed.destroy_process_group()
-    return {"parameters": parameters}

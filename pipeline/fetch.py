@@ -2,7 +2,7 @@
 
 import json
 import re
-import shutil
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
@@ -116,12 +116,10 @@ def _require_usable(empty: Any, tokenizer: Any, experiment: params.Params) -> No
     if forget.source is not None and forget.window > context:
         raise UserError(f"forget.window = {forget.window}, but the model's context is {context} tokens")
     if experiment.generation.backend == "llama.cpp":
-        try:
-            empty.config.save_pretrained(paths.BASE)
-            tokenizer.save_pretrained(paths.BASE)
-            gguf_file.refuse(paths.BASE)
-        finally:
-            shutil.rmtree(paths.BASE)
+        with tempfile.TemporaryDirectory(prefix="lora-repro-") as name:
+            empty.config.save_pretrained(name)
+            tokenizer.save_pretrained(name)
+            gguf_file.refuse(Path(name))
 
 
 def _load(found: Path, name: str, dtype: "torch.dtype", check: Callable[[Any, Any], None]) -> tuple[Any, Any]:

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from pipeline import adapter, loss, memory, pack, params, paths, prompt, records, source, tables
+from pipeline import adapter, distributed, loss, memory, pack, params, paths, prompt, records, shard, source, tables
 from pipeline import device as devices
 from pipeline import model as models
 from pipeline.errors import UserError
@@ -77,7 +77,8 @@ def forget(seed: int, forget: params.Forget, runtime: params.Runtime) -> None:
         "adapter_sha256": saved.sha256,
     }
     if forget.source is None:
-        records.write_json(paths.forgetting(seed), of_what)
+        if distributed.rank() == 0:
+            records.write_json(paths.forgetting(seed), of_what)
         say("forget: not measured, forget.source is null")
         return
     if forget.window > facts["context"]:
@@ -90,10 +91,14 @@ def forget(seed: int, forget: params.Forget, runtime: params.Runtime) -> None:
         )
     device = devices.choose(runtime)
     devices.require(device, facts["dtype"])
-    base = memory.base(paths.QUANTIZED, facts, keep_dequantized=runtime.keep_dequantized)
+    base = memory.loaded(memory.base(paths.QUANTIZED, facts), runtime, memory.kind(device))
+    memory.require_main_memory(device, base)
     memory.require_reading(device, base, max(TOGETHER, forget.window), saved.parameters)
-    model = saved.load(models.load(device, runtime.keep_dequantized), facts["sha256"])
+    distributed.require_same([of_what, forget.model_dump(mode="json"), devices.threads(device)], "experiment")
+    model = saved.load(models.load(device, runtime.keep_dequantized, runtime.sharding), facts["sha256"])
     found = measure(model, chosen, f"forget {seed}")
+    if distributed.rank() > 0:
+        return
     total = {name: sum(getattr(one, name) for one in found) for name in ("base", "tuned", "cross_entropy", "entropy")}
     tokens = sum(one.tokens for one in found)
     mean = {name: value / tokens for name, value in total.items()}
@@ -199,14 +204,21 @@ def windows(tokenizer: Any, texts: Sequence[Text], tokens: int, length: int) -> 
 
 
 def measure(model: Any, windows: Sequence[Window], label: str) -> list[Sums]:
-    """The sums of every window, in their order; `model` is the base with the adapter on it."""
+    """The sums of every window, in their order; `model` is the base with the adapter on it.
+
+    Several processes compute whole parts each, the same ones as one process does.
+    """
     import torch
 
     found = [Sums(window.place, len(window.ids) - 1) for window in windows]
     trees = [pack.tree([Row("", "", window.ids[:1], window.ids[1:])]) for window in windows]
-    sums_of = {id(tree): one for tree, one in zip(trees, found, strict=True)}
-    with torch.no_grad(), bar(label, sum(one.tokens for one in found), "tokens") as advance:
-        for part in pack.micro_batches(trees, TOGETHER):
+    number_of = {id(tree): number for number, tree in enumerate(trees)}
+    parts = pack.micro_batches(trees, TOGETHER)
+    own = distributed.share(parts, lambda part: sum(tree.tokens for tree in part))
+    progress = bar(label, sum(tree.supervised for part in own for tree in part), "tokens")
+    measured: dict[int, list[float]] = {}
+    with torch.no_grad(), shard.together(model), progress as advance:
+        for part in own:
             packed = pack.pack(part, model.device)
             tuned_NxV = loss.logits(model, packed)[0]
             with model.disable_adapter():
@@ -216,11 +228,13 @@ def measure(model: Any, windows: Sequence[Window], label: str) -> list[Sums]:
             )
             start = 0
             for tree in part:
-                one = sums_of[id(tree)]
-                here = nats_4xN[:, start : start + one.tokens].sum(dim=1).tolist()
-                one.base, one.tuned, one.cross_entropy, one.entropy = here
-                start += one.tokens
-                advance(one.tokens)
+                end = start + tree.supervised
+                measured[number_of[id(tree)]] = nats_4xN[:, start:end].sum(dim=1).tolist()
+                start = end
+                advance(tree.supervised)
+    for number, nats in (item for one in distributed.gather(measured) for item in one.items()):
+        one = found[number]
+        one.base, one.tuned, one.cross_entropy, one.entropy = nats
     return found
 
 

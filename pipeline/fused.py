@@ -13,6 +13,8 @@ import torch
 from torch.autograd.function import once_differentiable
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from pipeline import shard
+
 RMS_NORMS = frozenset({"LlamaRMSNorm", "MistralRMSNorm", "Qwen2RMSNorm", "Qwen3RMSNorm"})
 SWIGLUS = frozenset({"LlamaMLP", "MistralMLP", "Qwen2MLP", "Qwen3MLP"})
 ATTENTIONS = frozenset({"LlamaAttention"})
@@ -20,6 +22,10 @@ ATTENTIONS = frozenset({"LlamaAttention"})
 
 def apply(model: Any) -> None:
     """Let the layers of a loaded model, adapted or not, compute their fused equivalents from now on."""
+    sharding = shard.kind(model)
+    if sharding == "tensor":  # transformers and PEFT add up over the processes in the steps that would be replaced
+        return
+    siblings = partial(Siblings, join=sharding == "none")
     for layer in model.modules():
         name = type(layer).__name__
         if "forward" in vars(layer):
@@ -27,9 +33,9 @@ def apply(model: Any) -> None:
         if name in RMS_NORMS:
             layer.forward = partial(_rms_norm, layer)
         elif name in SWIGLUS and type(layer.act_fn).__name__ in ("SiLU", "SiLUActivation"):
-            layer.forward = partial(_swiglu, layer, Siblings(layer, ("gate_proj", "up_proj")))
+            layer.forward = partial(_swiglu, layer, siblings(layer, ("gate_proj", "up_proj")))
         elif name in ATTENTIONS:
-            layer.forward = partial(_attention, layer, Siblings(layer, ("q_proj", "k_proj", "v_proj")))
+            layer.forward = partial(_attention, layer, siblings(layer, ("q_proj", "k_proj", "v_proj")))
         elif name in ("Linear", "Linear4bit") and hasattr(layer, "lora_A"):
             layer.forward = partial(_lora, layer, layer.forward)
 
@@ -69,10 +75,13 @@ class LoraLinear(torch.autograd.Function):
 
 
 class Siblings:
-    """Linear layers that read the same input, computed as one: their weights lie one below the other."""
+    """Linear layers that read the same input, computed as one: their weights lie one below the other.
 
-    def __init__(self, parent: Any, names: tuple[str, ...]) -> None:
-        self.parent, self.names = parent, names
+    With `join` plain ones stay so; without, as where others hold parts of them, they are laid so for each product.
+    """
+
+    def __init__(self, parent: Any, names: tuple[str, ...], join: bool) -> None:
+        self.parent, self.names, self.join = parent, names, join
         self.joined: torch.Tensor | None = None
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
@@ -95,7 +104,7 @@ class Siblings:
         return LoraLinear.apply(x, partial(self._weight, bases), None, a_RxI, b_OxR)
 
     def _weight(self, bases: list[Any]) -> torch.Tensor:
-        if any(type(base) is not torch.nn.Linear for base in bases):
+        if not self.join or any(type(base) is not torch.nn.Linear for base in bases):
             return torch.cat([_dense(base) for base in bases])
         if self.joined is None:
             self.joined = torch.cat([base.weight for base in bases])
@@ -201,7 +210,7 @@ def _dense(layer: Any) -> torch.Tensor:
         return layer.weight
     from bitsandbytes.functional import dequantize_4bit
 
-    return dequantize_4bit(layer.weight.data, layer.weight.quant_state)
+    return dequantize_4bit(layer.weight.data, layer.quant_state)
 
 
 def _rms_norm(layer: Any, x: torch.Tensor) -> Any:

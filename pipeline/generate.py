@@ -15,7 +15,6 @@ from typing import Any
 from pipeline import backend as backends
 from pipeline import checkpoint, distributed, params, paths, records
 from pipeline import model as models
-from pipeline.errors import UserError
 from pipeline.progress import bar, say
 from pipeline.prompt import Encoder
 from pipeline.records import Decoding, Example, Prediction
@@ -34,14 +33,8 @@ def infer(
 ) -> None:
     """Write what the base, or the base with `adapter`, answers to every test prompt, and under which conditions.
 
-    UserError for prompts that do not fit, for an adapter that is of another base or does not act, and for a backend
-    that several processes cannot share.
+    UserError for prompts that do not fit, and for an adapter that is of another base or does not act.
     """
-    if generation.backend != "transformers" and distributed.processes() > 1:
-        raise UserError(
-            f"generation.backend = {generation.backend!r} computes in one process, and there are "
-            f"{distributed.processes()}: set runtime.processes to 1, or generation.backend to transformers"
-        )
     facts = records.read_json(paths.QUANTIZED_FACTS)
     tokenizer = models.tokenizer()
     encoder = Encoder(tokenizer, prompt, facts["context"])
@@ -73,18 +66,20 @@ def infer(
     identity = [asdict(decoding), runtime.model_dump(mode="json")]
     distributed.require_same(checkpoint.key("infer", identity), "experiment")
     planned = rounds(examples, prompts, generation.batch_size)
-    if len(planned) < distributed.processes():
+    if len(planned) < distributed.shares():
         say(
-            f"infer {variant}: {len(planned)} rounds for {distributed.processes()} processes, some of which have "
+            f"infer {variant}: {len(planned)} rounds for {distributed.shares()} processes, some of which have "
             f"nothing to do; a smaller generation.batch_size gives more rounds"
         )
     own = distributed.share(planned, lambda families: sum(len(prompts[name]) for names in families for name in names))
     with checkpoint.folder(f"infer-{variant}", identity) as scratch:
         written = Written(scratch / f"predictions-{distributed.rank()}.jsonl")
-        with bar(f"infer {variant}", sum(len(names) for families in own for names in families), "examples") as advance:
+        done = distributed.done_by_all(set(written.rows))
+        progress = bar(f"infer {variant}", sum(len(names) for families in own for names in families), "examples")
+        with engine.together(), progress as advance:
             for families in own:
                 names = [name for family in families for name in family]
-                if all(name in written.rows for name in names):
+                if done.issuperset(names):
                     advance(len(names))
                     continue
                 for name, ids in backend.complete(engine, [[(n, prompts[n]) for n in f] for f in families]):
@@ -101,7 +96,7 @@ def infer(
                     advance(1)
         alone = recheck(backend, engine, prompts, generation.recheck)
         again = {name: text(tokenizer, ids) for name, ids in alone.items()}
-        everything = distributed.gather((written.rows, again))
+        everything = distributed.gather((written.rows, again))[: distributed.shares()]
         if distributed.rank() > 0:
             return
         predicted = {name: row for rows, _ in everything for name, row in rows.items()}
@@ -152,7 +147,8 @@ def recheck(
     names = list(prompts)[:: max(1, len(prompts) // count)][:count] if count else []
     own = distributed.share(names, lambda name: len(prompts[name]))
     alone = ([[(name, prompts[name])]] for name in own)
-    return dict(answer for families in alone for answer in backend.complete(engine, families))
+    with engine.together():
+        return dict(answer for families in alone for answer in backend.complete(engine, families))
 
 
 def text(tokenizer: Any, ids: list[int]) -> str:

@@ -10,8 +10,9 @@ Letters: s bytes a value of the model's dtype, h hidden, i intermediate, a all q
 P parameters of the adapter, N supervised tokens, V vocabulary.
 """
 
+import itertools
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -27,6 +28,8 @@ MARGIN = 0.05
 """Of the sum: what is too small to be counted."""
 LOST = {"cpu": 0.4, "mps": 0.4, "cuda": 0.1}
 """Of what comes and goes (activations, logits): what allocators lose between blocks. Measured on a CPU alone."""
+LOST_AGAIN = {"cpu": 1.4, "mps": 1.4, "cuda": 0.2}
+"""The same where blocks are computed again: less is kept, but as much comes and goes. Measured on a CPU alone."""
 LOST_SLOTS = {"cpu": 0.6, "mps": 0.6, "cuda": 0.1}
 """Of keys and values, whose slots are cut anew as prompts grow shorter; CUDA's allocator gives back what it holds."""
 LIBRARIES = {"cpu": 0.65 * GB, "mps": 0.65 * GB, "cuda": 0.6 * GB}
@@ -46,6 +49,8 @@ WINDOW = 256
 MAPPED = "mapped file"
 PLACES = 32
 """Places whose distributions `pipeline.forget` holds in float32 at once."""
+GATHERED = 4
+"""Blocks of a divided base: the one that computes and the next, each as it comes and as it is used."""
 BLOCK, BLOCKS = 64, 256
 """Weights that share a constant in 4 bits, and constants that share one where they are quantized as well."""
 FUSED = frozenset({"llama"})
@@ -56,13 +61,16 @@ Device = Literal["cpu", "cuda", "mps"]
 
 @dataclass(frozen=True, slots=True)
 class Base:
-    """The base as it lies in memory: its architecture, dtype and quantization, and whether 4 bits are kept unpacked."""
+    """The base as it lies in memory: its architecture, dtype and quantization, whether 4 bits are kept unpacked, and
+    how it is divided among how many devices (`pipeline.shard`)."""
 
     shape: Shape
     dtype: str
     method: str
     double_quantization: bool
     keep_dequantized: bool
+    sharding: str = "none"
+    devices: int = 1
 
     @property
     def itemsize(self) -> int:
@@ -75,15 +83,20 @@ class Base:
     @property
     def packed_bytes(self) -> float:
         """All weights, the linear layers as the checkpoint has them."""
-        shape, s = self.shape, self.itemsize
+        return self._packed_linears + self._constants + self.shape.other_parameters * self.itemsize
+
+    @property
+    def _packed_linears(self) -> float:
+        bytes_each = 0.5 if self.packed else 1 if self.method == "int8" else self.itemsize
+        return float(self.shape.linear_parameters * bytes_each)
+
+    @property
+    def _constants(self) -> float:
+        """Of 4 bits one a block, themselves quantized or not; of 8 bits one a row."""
         if self.packed:
-            constants = (8 + 32 / BLOCKS if self.double_quantization else 32) / BLOCK
-            linear = shape.linear_parameters * (4 + constants) / 8
-        elif self.method == "int8":
-            linear = shape.linear_parameters + 4.0 * shape.layers * sum(out for _, out in shape.linears.values())
-        else:
-            linear = float(shape.linear_parameters * s)
-        return linear + shape.other_parameters * s
+            return self.shape.linear_parameters * (8 + 32 / BLOCKS if self.double_quantization else 32) / BLOCK / 8
+        rows = sum(outputs for _, outputs in self.shape.linears.values())
+        return 4.0 * self.shape.layers * rows if self.method == "int8" else 0.0
 
     @property
     def dense_bytes(self) -> float:
@@ -91,6 +104,11 @@ class Base:
 
     @property
     def weights(self) -> float:
+        if self.sharding == "tensor":
+            return self.dense_bytes / self.devices
+        if self.sharding == "fsdp":
+            gathered = GATHERED * self._packed_linears / self.shape.layers
+            return self.packed_bytes - self._packed_linears * (1 - 1 / self.devices) + gathered
         return self.dense_bytes if self.packed and self.keep_dequantized else self.packed_bytes
 
     @property
@@ -101,9 +119,16 @@ class Base:
         return 4.0 * self.shape.hidden_size * self.shape.intermediate_size * self.itemsize
 
 
-def base(folder: Path, facts: Mapping[str, Any], *, keep_dequantized: bool) -> Base:
-    """Of a checkpoint and its facts (`out/models/quantized.json`)."""
-    return Base(Shape.read(folder), facts["dtype"], facts["method"], facts["double_quantization"], keep_dequantized)
+def base(folder: Path, facts: Mapping[str, Any]) -> Base:
+    """Of a checkpoint and its facts (`out/models/quantized.json`), packed and on one device."""
+    return Base(Shape.read(folder), facts["dtype"], facts["method"], facts["double_quantization"], False)
+
+
+def loaded(base: Base, runtime: params.Runtime, device: Device) -> Base:
+    """The base as `runtime` has a process hold it. On a CPU a divided one counts as whole: it is, for a moment, and the
+    parts of all processes together are as large."""
+    base = replace(base, keep_dequantized=runtime.keep_dequantized)
+    return base if device == "cpu" else replace(base, sharding=runtime.sharding, devices=runtime.processes)
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,8 +159,10 @@ def adapter_parameters(shape: Shape, lora: params.Lora) -> int:
     return shape.layers * lora.r * sum(inputs + outputs for inputs, outputs in adapted)
 
 
-def training(base: Base, lora: params.Lora, train: params.Train, load: Load, device: Device) -> Parts:
-    """The parts of a training step's peak."""
+def training(
+    base: Base, lora: params.Lora, train: params.Train, load: Load, device: Device, recomputed: bool = False
+) -> Parts:
+    """The parts of a training step's peak; `recomputed`: blocks keep their inputs alone (gradient checkpointing)."""
     shape, s = base.shape, base.itemsize
     parameters = adapter_parameters(shape, lora)
     tokens = _whole(load.tokens)
@@ -147,16 +174,18 @@ def training(base: Base, lora: params.Lora, train: params.Train, load: Load, dev
     }
     if train.early_stopping:
         parts["best adapter"] = 4.0 * parameters
+    full = 1 if recomputed else shape.layers
     parts["activations"] = (
-        tokens * (shape.layers * _kept_a_token(base, lora, load.longest, device) + 2 * shape.hidden_size * s)
-        + shape.layers * _joined(shape, lora) * s
+        tokens * (full * _kept_a_token(base, lora, load.longest, device) + 2 * shape.hidden_size * s)
+        + full * _joined(shape, lora) * s
+        + (tokens * shape.layers * shape.hidden_size * s if recomputed else 0)
     )
     logits = float(load.answers * shape.vocabulary * 12)  # log-probabilities, their gradient and that of the logits
     backward = float(tokens * ((4 * shape.intermediate_size + 2 * shape.hidden_size) * s + 16 * shape.hidden_size))
     update = 8.0 * parameters if device == "cuda" and train.optimizer == "adamw" else 0.0
     parts["logits"] = logits
     parts["at the peak"] = max(backward + base.unpacking, update) - min(logits, backward)
-    return _with_margin(parts, device)
+    return _with_margin(parts, device, recomputed)
 
 
 def inference(
@@ -288,9 +317,10 @@ def _whole(tokens: int) -> int:
     return -(-tokens // TILE) * TILE
 
 
-def _with_margin(parts: Parts, device: Device) -> Parts:
+def _with_margin(parts: Parts, device: Device, recomputed: bool = False) -> Parts:
     passing = sum(parts.get(name, 0.0) for name in ("activations", "logits", "at the peak"))
-    lost = LOST[device] * passing + LOST_SLOTS[device] * parts.get("keys and values", 0.0)
+    share = LOST_AGAIN[device] if recomputed else LOST[device]
+    lost = share * passing + LOST_SLOTS[device] * parts.get("keys and values", 0.0)
     return {**parts, "margin": MARGIN * total(parts) + lost, "libraries": LIBRARIES[device]}
 
 
@@ -334,6 +364,15 @@ def main_memory() -> float:
     return (1 - SPARE) * free
 
 
+def require_main_memory(device: "torch.device", base: Base) -> None:
+    """UserError where a base that FSDP divides among GPUs has no room in main memory, which it is read into whole."""
+    if base.sharding == "fsdp" and device.type != "cpu" and base.packed_bytes * (1 + MARGIN) > main_memory():
+        raise UserError(
+            f"runtime.sharding = 'fsdp' reads the base into main memory before it divides it: "
+            f"{_gb(base.packed_bytes)}, and {_gb(main_memory())} are left; take a machine with more"
+        )
+
+
 def kind(device: "torch.device") -> Device:
     known: dict[str, Device] = {"cpu": "cpu", "cuda": "cuda", "mps": "mps"}
     return known[device.type]
@@ -352,15 +391,17 @@ def largest(needed: Callable[[int], Mapping[str, float]], room: float, at_least:
 
 
 def require_training(
-    device: "torch.device", base: Base, lora: params.Lora, train: params.Train, load: Load
+    device: "torch.device", base: Base, lora: params.Lora, train: params.Train, load: Load, recomputed: bool
 ) -> dict[str, float]:
     """What training is predicted to take beside the libraries; UserError, with the largest micro-batch that fits, when
     the device has less."""
+    here = Settings(base, train, recomputed)
 
-    def needed(tokens: int, base: Base = base, train: params.Train = train) -> Parts:
+    def needed(tokens: int, settings: Settings = here) -> Parts:
         share = min(1.0, tokens / load.tokens)
+        limited = Load(tokens, round(share * load.answers), load.longest)
         return _loaded(
-            training(base, lora, train, Load(tokens, round(share * load.answers), load.longest), kind(device))
+            training(settings.base, lora, settings.train, limited, kind(device), settings.recomputed),
         )
 
     parts, room = needed(load.tokens), available(device)
@@ -370,10 +411,9 @@ def require_training(
     if fits is not None:
         remedy = f"set train.micro_batch_tokens to {fits} or less (it is {train.micro_batch_tokens})"
     else:
-        instead = _other_settings(base, train, device, lambda *other: total(needed(load.longest, *other)))
-        fitting = [f"set {setting}" for setting, bytes_ in instead if bytes_ <= room]
+        fitting = _other_settings(here, device, lambda other: total(needed(load.longest, other)) <= room)
         remedy = f"the longest group alone has {load.longest} tokens and takes {_gb(total(needed(load.longest)))}: " + (
-            " or ".join(fitting) if fitting else "lower prompt.max_tokens or lora.r, or take a larger device"
+            " or ".join(fitting) if fitting else f"lower prompt.max_tokens or lora.r, or {_more(base)}"
         )
     raise UserError(f"train takes about {_explain(parts)}, and {device.type} has {_gb(room)} left: {remedy}")
 
@@ -400,7 +440,7 @@ def require_inference(
             f"set runtime.keep_dequantized to false (then it is {_gb(total(needed(TILE, packed)))} for one example)"
         )
     else:
-        remedy = "one example alone does not fit: lower prompt.max_tokens, or take a larger device"
+        remedy = f"one example alone does not fit: lower prompt.max_tokens, or {_more(base)}"
     raise UserError(f"infer takes about {_explain(parts)}, and {device.type} has {_gb(room)} left: {remedy}")
 
 
@@ -412,7 +452,7 @@ def require_reading(device: "torch.device", base: Base, tokens: int, adapter_par
     remedies = ["lower forget.window (its logits are held)"] if tokens > 2 * WINDOW else []
     if base.packed and base.keep_dequantized:
         remedies.append("set runtime.keep_dequantized to false")
-    remedy = " or ".join(remedies) or "take a larger device, or set forget.source to null"
+    remedy = " or ".join(remedies) or f"{_more(base)}, or set forget.source to null"
     raise UserError(f"forget takes about {_explain(parts)}, and {device.type} has {_gb(room)} left: {remedy}")
 
 
@@ -442,23 +482,46 @@ def require_quantizing(device: "torch.device", base: Base) -> "torch.device":
     )
 
 
-def _other_settings(
-    base: Base, train: params.Train, device: "torch.device", needed: Callable[[Base, params.Train], float]
-) -> list[tuple[str, float]]:
-    found = []
-    if base.packed and base.keep_dequantized:
-        found.append(("runtime.keep_dequantized to false", needed(_packed(base), train)))
-    smaller = train.model_copy(update={"optimizer": "paged-adamw8bit" if device.type == "cuda" else "adamw8bit"})
-    if train.optimizer == "adamw" and device.type != "mps":
-        found.append((f"train.optimizer to {smaller.optimizer}", needed(base, smaller)))
-        if base.packed and base.keep_dequantized:
-            both = f"runtime.keep_dequantized to false and train.optimizer to {smaller.optimizer}"
-            found.append((both, needed(_packed(base), smaller)))
-    return found
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """What decides the memory of training beside its rows."""
+
+    base: Base
+    train: params.Train
+    recomputed: bool
+
+
+def _other_settings(here: Settings, device: "torch.device", fits: Callable[[Settings], bool]) -> list[str]:
+    """The changes with which training fits, as few as possible: each of them alone, else pairs, else all."""
+    changes: list[tuple[str, Callable[[Settings], Settings]]] = []
+    if here.base.packed and here.base.keep_dequantized:
+        changes.append(("runtime.keep_dequantized to false", lambda one: replace(one, base=_packed(one.base))))
+    if not here.recomputed:
+        changes.append(("runtime.gradient_checkpointing to true", lambda one: replace(one, recomputed=True)))
+    if here.train.optimizer == "adamw" and device.type != "mps":
+        smaller = here.train.model_copy(
+            update={"optimizer": "paged-adamw8bit" if device.type == "cuda" else "adamw8bit"}
+        )
+        changes.append((f"train.optimizer to {smaller.optimizer}", lambda one: replace(one, train=smaller)))
+    for count in range(1, len(changes) + 1):
+        found = []
+        for chosen in itertools.combinations(changes, count):
+            settings = here
+            for _, change in chosen:
+                settings = change(settings)
+            if fits(settings):
+                found.append("set " + " and ".join(name for name, _ in chosen))
+        if found:
+            return found
+    return []
+
+
+def _more(base: Base) -> str:
+    return "take larger devices" if base.devices > 1 else "take a larger device or several (runtime.sharding)"
 
 
 def _packed(base: Base) -> Base:
-    return Base(base.shape, base.dtype, base.method, base.double_quantization, keep_dequantized=False)
+    return replace(base, keep_dequantized=False)
 
 
 def _loaded(parts: Parts) -> Parts:

@@ -67,7 +67,7 @@ def rows(prompt: params.Prompt) -> list[pack.Tree]:
 
 
 def as_measured(seed: int, runtime: params.Runtime) -> Any:
-    """The model whose scores the report has: the quantized base with the adapter beside it."""
+    """The model whose scores the report has: the quantized base, whole in this process, with the adapter beside it."""
     facts = records.read_json(paths.QUANTIZED_FACTS)
     model = models.load(devices.choose(runtime), runtime.keep_dequantized)
     return adapter.Saved(paths.adapter(seed)).load(model, facts["sha256"])

@@ -79,14 +79,19 @@ def tokenizer(folder: Path = paths.QUANTIZED) -> Any:
     return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
 
 
-def pretrained(folder: Path, device: "torch.device", **options: Any) -> Any:
-    """A checkpoint in evaluation mode on `device`, with the attention that packed sequences and decoding rely on."""
+def pretrained(folder: Path, device: "torch.device | None", **options: Any) -> Any:
+    """A checkpoint in evaluation mode on `device`, or where `options` have it, with the attention that packed sequences
+    and decoding rely on."""
     from transformers import AutoModelForCausalLM
 
     from pipeline import attention
 
     return AutoModelForCausalLM.from_pretrained(
-        folder, device_map={"": device}, attn_implementation=attention.NAME, trust_remote_code=False, **options
+        folder,
+        device_map=device and {"": device},
+        attn_implementation=attention.NAME,
+        trust_remote_code=False,
+        **options,
     )
 
 
@@ -99,8 +104,8 @@ def require_intact(folder: Path, facts: dict[str, Any]) -> None:
         )
 
 
-def load(device: "torch.device", keep_dequantized: bool) -> Any:
-    """Load the base as `quantize` left it: frozen, in evaluation mode, on `device`.
+def load(device: "torch.device", keep_dequantized: bool, sharding: str = "none") -> Any:
+    """Load the base as `quantize` left it: frozen, in evaluation mode, on `device`; with `sharding` a part of it.
 
     With `keep_dequantized`, 4-bit layers become plain ones that hold the same values unpacked; else they unpack them
     in every forward pass. Both give the same numbers. 8-bit layers stay what they are. Dropout that the base has of its
@@ -108,18 +113,31 @@ def load(device: "torch.device", keep_dequantized: bool) -> Any:
     """
     import torch
 
-    from pipeline import fused, quantize
+    from pipeline import fused, quantize, shard
 
     facts = records.read_json(paths.QUANTIZED_FACTS)
     require_intact(paths.QUANTIZED, facts)
-    model = pretrained(paths.QUANTIZED, device)
-    quantize.require_effective(model, facts)
-    if keep_dequantized:
-        quantize.dequantize(model)
+
+    def prepared(model: Any) -> Any:
+        quantize.require_effective(model, facts)
+        if keep_dequantized:
+            quantize.dequantize(model)
+        else:
+            quantize.keep_unpacked(model)
+        for layer in model.modules():
+            if isinstance(layer, torch.nn.Dropout):
+                layer.p = 0.0
+        return model.requires_grad_(False).eval()
+
+    if sharding == "fsdp":
+        mesh = shard.mesh(device)
+        with shard.in_turn():
+            model = prepared(pretrained(paths.QUANTIZED, torch.device("cpu")))
+            shard.apply(model, device, mesh)
+        shard.rehearse(model)
+    elif sharding == "tensor":
+        model = prepared(shard.split(paths.QUANTIZED, device))
     else:
-        quantize.keep_unpacked(model)
+        model = prepared(pretrained(paths.QUANTIZED, device))
     fused.apply(model)
-    for layer in model.modules():
-        if isinstance(layer, torch.nn.Dropout):
-            layer.p = 0.0
-    return model.requires_grad_(False).eval()
+    return model

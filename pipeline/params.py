@@ -306,6 +306,8 @@ class Runtime(Section):
     device: Literal["auto", "cpu", "cuda", "mps"]
     threads: Annotated[int, Field(ge=0, le=1024)]
     processes: Annotated[int, Field(ge=1, le=1024)]
+    sharding: Literal["none", "fsdp", "tensor"]
+    gradient_checkpointing: bool
     keep_dequantized: bool
     vllm: str | None
 
@@ -326,7 +328,7 @@ class Tracking(Section):
 
 
 class Params(Section):
-    """The whole file. Stages do not use this: they are given a `Declared`."""
+    """The whole file. Stages compute with none of it but what they declare (`Declared`)."""
 
     data: Data
     model: Model
@@ -367,6 +369,49 @@ class Params(Section):
             raise ValueError(
                 f"generation.backend = {self.generation.backend!r} with quantize.method = 'int8', which quantizes "
                 "activations as well: only transformers computes that"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def other_backends_compute_in_one_process(self) -> Self:
+        if self.generation.backend != "transformers" and self.runtime.processes > 1:
+            raise ValueError(
+                f"generation.backend = {self.generation.backend!r} computes in one process: set runtime.processes to 1 "
+                f"(it is {self.runtime.processes}), or generation.backend to transformers"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def a_base_is_shared_where_that_can_be_honoured(self) -> Self:
+        runtime, method = self.runtime, self.quantize.method
+        if runtime.sharding == "none":
+            return self
+        if runtime.processes == 1:
+            raise ValueError(
+                f"runtime.sharding = {runtime.sharding!r} divides the base among processes, and runtime.processes = 1: "
+                "set that to the number of devices, or sharding to none"
+            )
+        if runtime.sharding == "tensor":
+            if method != "none":
+                raise ValueError(
+                    f"runtime.sharding = 'tensor' with quantize.method = {method!r}: matrices that are packed "
+                    "in blocks cannot be cut into heads and columns; set sharding to fsdp, or quantize.method to none"
+                )
+            if self.lora.dropout:
+                raise ValueError(
+                    "runtime.sharding = 'tensor' with lora.dropout above 0: processes would drop different inputs of "
+                    "one layer; set lora.dropout to 0, or sharding to fsdp"
+                )
+            return self
+        if method == "int8":
+            raise ValueError(
+                f"runtime.sharding = {runtime.sharding!r} with quantize.method = 'int8': bitsandbytes keeps the "
+                "constants of 8-bit layers where FSDP does not see them; set quantize.method to nf4, fp4 or none"
+            )
+        if method != "none" and runtime.keep_dequantized:
+            raise ValueError(
+                f"runtime.sharding = {runtime.sharding!r} hands on weights as they are packed: set "
+                "runtime.keep_dequantized to false"
             )
         return self
 

@@ -83,6 +83,7 @@ def parity(given: params.Params, types: Sequence[str], rows: int | None, merged:
     config = generate.configuration(given.generation, sorted({encoder.end, *facts["stop_ids"]}), tokenizer)
     saved = adapter.Saved(paths.adapter(given.seeds[0]))
     saved.require_of(facts["sha256"])
+    runtime = given.runtime.model_copy(update={"processes": 1, "sharding": "none"})
     variants = {paths.variant(None): None, paths.variant(given.seeds[0]): saved}
     groups = np.array([example.group for example in test])
     conditions: dict[str, Any] = {}
@@ -91,7 +92,7 @@ def parity(given: params.Params, types: Sequence[str], rows: int | None, merged:
         generation = _generation(given, kind)
         sides = {}
         for variant, on_it in variants.items():
-            setup = backend.Setup(facts, config, generation, given.runtime, on_it, longest)
+            setup = backend.Setup(facts, config, generation, runtime, on_it, longest)
             say(f"parity: {variant} through {generation.backend}{f', {kind}' if kind else ''}")
             if kind is None:
                 engine = backend.chosen(generation.backend).load(setup)

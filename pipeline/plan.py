@@ -18,6 +18,8 @@ from pipeline.shape import Shape
 
 CARDS = (24, 48, 80)
 """GPUs, in GB of 10^9 bytes: what a card of that name has at least, or nearly."""
+MEMORY = ("keep_dequantized", "gradient_checkpointing", "sharding")
+"""Of `runtime`, what decides the memory of a process."""
 MOST = 131_072
 """Settings above are not looked at."""
 
@@ -33,14 +35,10 @@ class Plan:
 
     @property
     def base(self) -> memory.Base:
-        quantize = self.given.quantize
-        return memory.Base(
-            self.shape,
-            self.given.model.dtype,
-            quantize.method,
-            quantize.double_quantization,
-            self.keep_dequantized,
-        )
+        quantize, dtype = self.given.quantize, self.given.model.dtype
+        base = memory.Base(self.shape, dtype, quantize.method, quantize.double_quantization, False)
+        runtime = self.given.runtime.model_copy(update={"keep_dequantized": self.keep_dequantized})
+        return memory.loaded(base, runtime, self.device)
 
     @property
     def prompt(self) -> int:
@@ -68,7 +66,8 @@ class Plan:
     def train(self, micro_batch_tokens: int | None = None) -> Parts:
         tokens = max(micro_batch_tokens or self.given.train.micro_batch_tokens, self.longest)
         load = memory.Load(tokens, round(memory.ANSWERS * tokens), self.longest)
-        return memory.training(self.base, self.given.lora, self.given.train, load, self.device)
+        recomputed = self.given.runtime.gradient_checkpointing
+        return memory.training(self.base, self.given.lora, self.given.train, load, self.device, recomputed)
 
     def infer(self, batch_tokens: int | None = None) -> Parts:
         limits = self.given.generation
@@ -134,7 +133,7 @@ def lines(name: str, given: params.Params, shape: Shape) -> Iterator[str]:
         f"{name}: {shape.family}, {shape.parameters / 1e6:,.0f} M parameters, {given.model.dtype}; "
         f"{given.quantize.method}; adapter of rank {given.lora.r}, {adapter / 1e6:,.1f} M; {given.train.optimizer}"
     )
-    yield f"runtime.keep_dequantized: {str(keep).lower()}; GB of 10^9 bytes"
+    yield f"{_runtime(given.runtime)}; GB of 10^9 bytes"
     yield ""
     stages = plan.stages()
     names = list(dict.fromkeys(part for parts in stages.values() for part in parts))
@@ -155,10 +154,18 @@ def lines(name: str, given: params.Params, shape: Shape) -> Iterator[str]:
     yield "Predictions were compared with peaks on a CPU (docs/memory.md); on CUDA and MPS nothing has been measured."
 
 
+def _runtime(runtime: params.Runtime) -> str:
+    """What of it decides memory."""
+    settings = [f"runtime.{name}: {str(getattr(runtime, name)).lower()}" for name in MEMORY]
+    divided = f", over {runtime.processes} devices" if runtime.sharding != "none" else ""
+    return ", ".join(settings) + divided
+
+
 def _fitting(given: params.Params, shape: Shape, devices: list[tuple[str, float, Device]]) -> Iterator[str]:
     """What fits on each device: whether the stages do, and the largest settings."""
     yield f"{'largest that fits':36}" + "".join(f"{name:>18}" for name, _, _ in devices)
-    modes = [True, False] if Plan(given, shape, "cpu", True).base.packed else [given.runtime.keep_dequantized]
+    either = given.runtime.sharding == "none" and Plan(given, shape, "cpu", True).base.packed
+    modes = [True, False] if either else [given.runtime.keep_dequantized]
 
     def row(label: str, cell: Callable[[Plan, float], str], keep: bool = False) -> str:
         cells = (cell(Plan(given, shape, device, keep), room) for _, room, device in devices)

@@ -28,7 +28,7 @@ def quantize(quantize: params.Quantize, runtime: params.Runtime) -> None:
     models.require_intact(paths.BASE, base_facts)
     devices.require(device, base_facts["dtype"])
     wanted = {"method": quantize.method, "double_quantization": quantize.double_quantization}
-    home = memory.require_quantizing(device, memory.base(paths.BASE, base_facts | wanted, keep_dequantized=False))
+    home = memory.require_quantizing(device, memory.base(paths.BASE, base_facts | wanted))
     windows = _windows(quantize.perplexity_tokens)
     base = models.pretrained(paths.BASE, home)
     before = loss.perplexity(base, windows, "perplexity before")
@@ -124,9 +124,7 @@ def keep_unpacked(model: Any) -> None:
 
 def repacked(model: Any) -> int:
     """How many layers bitsandbytes has repacked: none, or UserError, since gradients through them were wrong."""
-    count = sum(
-        bool(getattr(layer.weight.quant_state, "packing_format_for_cpu", False)) for _, layer in _linear4bit(model)
-    )
+    count = sum(bool(getattr(layer.quant_state, "packing_format_for_cpu", False)) for _, layer in _linear4bit(model))
     if count:
         raise UserError(
             f"{count} 4-bit layers were repacked for the CPU during training, so gradients were wrong: "

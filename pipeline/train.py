@@ -33,6 +33,7 @@ from pipeline import (
     paths,
     quantize,
     records,
+    shard,
 )
 from pipeline import device as devices
 from pipeline import model as models
@@ -91,7 +92,7 @@ def train(seed: int, prompt: params.Prompt, lora: params.Lora, train: params.Tra
             f"train.validate_every (training has {len(plan)} steps)"
         )
     groups = max(len(batch) for _, batch in plan)
-    if groups < distributed.processes():
+    if groups < distributed.processes() and runtime.sharding != "tensor":
         raise UserError(
             f"runtime.processes = {distributed.processes()}, but a step's batch has {groups} groups of rows at most to "
             f"divide among them: lower it, or raise train.batch_size"
@@ -100,9 +101,11 @@ def train(seed: int, prompt: params.Prompt, lora: params.Lora, train: params.Tra
     device = devices.choose(runtime)
     devices.require(device, facts["dtype"])
     optimizer.require(train.optimizer, device)
-    base = memory.base(paths.QUANTIZED, facts, keep_dequantized=runtime.keep_dequantized)
+    base = memory.loaded(memory.base(paths.QUANTIZED, facts), runtime, memory.kind(device))
+    memory.require_main_memory(device, base)
     steps = [*(batch for _, batch in plan), validation]
-    memory.require_training(device, base, lora, train, memory.load(steps, train.micro_batch_tokens))
+    largest = memory.load(steps, train.micro_batch_tokens)
+    memory.require_training(device, base, lora, train, largest, runtime.gradient_checkpointing)
     sample = evenly(pack.trees(rows), len(validation_rows))
     identity = {
         "seed": seed,
@@ -114,7 +117,9 @@ def train(seed: int, prompt: params.Prompt, lora: params.Lora, train: params.Tra
     }
     distributed.require_same(checkpoint.key("train", identity), "experiment")
     with checkpoint.folder(f"train-{seed}", identity) as scratch:
-        model = adapter.attach(models.load(device, runtime.keep_dequantized), lora, seed)
+        model = adapter.attach(models.load(device, runtime.keep_dequantized, runtime.sharding), lora, seed)
+        if runtime.gradient_checkpointing:
+            model.get_base_model().activation_checkpointing_enable()
         trainer = Trainer(model, train, seed, len(plan))
         trainer.resume(scratch)
         distributed.require_same(len(trainer.log), "checkpoint")
@@ -142,9 +147,10 @@ def train(seed: int, prompt: params.Prompt, lora: params.Lora, train: params.Tra
         trainer.keep_best()
         training_loss = trainer.loss(sample, "training rows")
         trainer.write_masters()
+        logit_change = adapter.logit_change(model.eval())
         if distributed.rank() > 0:
             return
-        adapter.save(model, paths.adapter(seed), facts["sha256"])
+        adapter.save(model, trainer.masters, paths.adapter(seed), facts["sha256"])
         curve = records.csv_text(list(Step.__dataclass_fields__), map(astuple, trainer.log))
         records.write_text(paths.training_log(seed), curve)
         best = lowest(trainer.validation)
@@ -182,7 +188,7 @@ def train(seed: int, prompt: params.Prompt, lora: params.Lora, train: params.Tra
                 "training_loss": training_loss,
                 "training_loss_rows": sum(len(tree.branches) for tree in sample),
                 "gap": kept["loss"] - training_loss,
-                "logit_change": adapter.logit_change(model.eval()),
+                "logit_change": logit_change,
             },
         )
     stopped = f", stopped at step {len(trainer.log)} of {len(plan)}" if len(trainer.log) < len(plan) else ""
@@ -198,7 +204,7 @@ class Trainer:
     def __init__(self, model: Any, train: params.Train, seed: int, steps: int) -> None:
         self.model, self.train, self.seed, self.steps = model, train, seed, steps
         self.tensors = adapter.tensors(model)
-        self.masters = {name: tensor.detach().float().clone() for name, tensor in self.tensors.items()}
+        self.masters = {name: shard.whole(tensor.detach()).float().clone() for name, tensor in self.tensors.items()}
         for tensor in self.tensors.values():
             tensor.data = tensor.data.to(model.dtype)
         self.optimizer = optimizer.build(list(self.masters.values()), train)
@@ -223,15 +229,18 @@ class Trainer:
         own = distributed.share(batch, lambda tree: tree.tokens)
         # In float16 the gradient of a mean would be lost below 6e-8: there it is that of the sum, divided in float32.
         unit = 1 / supervised if self.model.dtype is torch.float16 else 1.0
-        for part in pack.micro_batches(own, self.train.micro_batch_tokens):
-            part_loss = loss.summed(self.model, pack.pack(part, self.model.device)) / supervised
-            with devices.repeatable(self.model.device):
-                (part_loss if unit == 1.0 else part_loss / unit).backward()
-            total += part_loss.item()
-            for name, tensor in self.tensors.items():
-                if tensor.grad is not None:
-                    gradients[name] += tensor.grad if unit == 1.0 else tensor.grad.float() * unit
-                    tensor.grad = None
+        with shard.together(self.model, backward=True):
+            for part in pack.micro_batches(own, self.train.micro_batch_tokens):
+                part_loss = loss.summed(self.model, pack.pack(part, self.model.device)) / supervised
+                with devices.repeatable(self.model.device):
+                    (part_loss if unit == 1.0 else part_loss / unit).backward()
+                total += part_loss.item()
+                for name, tensor in self.tensors.items():
+                    if tensor.grad is not None:
+                        gradient = shard.whole(tensor.grad)
+                        gradients[name] += gradient if unit == 1.0 else gradient.float() * unit
+                        tensor.grad = None
+        self.model.zero_grad()  # what came of waiting
         total = distributed.add_up(total, list(gradients.values()))
         norm = float(torch.nn.utils.get_total_norm(list(gradients.values())))
         if not math.isfinite(total) or not math.isfinite(norm):
@@ -269,7 +278,8 @@ class Trainer:
         own = distributed.share(trees, lambda tree: tree.tokens)
         parts = pack.micro_batches(own, self.train.micro_batch_tokens)
         total = 0.0
-        with torch.no_grad(), bar(f"{label} {self.seed}", len(parts), "parts") as advance:
+        progress = bar(f"{label} {self.seed}", len(parts), "parts")
+        with torch.no_grad(), shard.together(self.model), progress as advance:
             for part in parts:
                 total += loss.summed(self.model, pack.pack(part, self.model.device)).item()
                 advance(1)
@@ -284,7 +294,7 @@ class Trainer:
     def write_masters(self) -> None:
         """Give the model the float32 masters, which are what is saved."""
         for name, tensor in self.tensors.items():
-            tensor.data = self.masters[name].clone()
+            tensor.data = shard.part(self.masters[name].clone(), tensor)
 
     def save(self, scratch: Path) -> None:
         """Write the state whole, or leave the earlier one."""
@@ -320,7 +330,7 @@ class Trainer:
 
     def _write(self, masters: "dict[str, torch.Tensor]") -> None:
         for name, tensor in self.tensors.items():
-            tensor.data.copy_(masters[name])
+            tensor.data.copy_(shard.part(masters[name], tensor))
 
 
 def batches(trees: Sequence[pack.Tree], rows: int, seed: int) -> list[list[pack.Tree]]:

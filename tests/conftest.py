@@ -288,6 +288,15 @@ def finished(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Fini
     return Finished(folder, printed.read_text())
 
 
+def runtime(**settings: Any) -> params.Runtime:
+    """One process on one CPU thread, unless `settings` have it otherwise."""
+    given: dict[str, Any] = {
+        "device": "cpu", "threads": 1, "processes": 1, "sharding": "none", "gradient_checkpointing": False,
+        "keep_dequantized": True, "vllm": None,
+    }  # fmt: skip
+    return params.Runtime(**given | settings)
+
+
 @pytest.fixture
 def quantized(project: params.Params, tiny_model: Path) -> params.Params:
     """A project with the quantized base in place."""

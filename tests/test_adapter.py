@@ -29,7 +29,7 @@ def made(tiny_model: Path, folder: Path, seed: int, **changes: Any) -> Path:
     for name, tensor in adapter.tensors(adapted).items():
         if "lora_B" in name:
             tensor.data.fill_(0.01)
-    adapter.save(adapted, folder, "abc")
+    adapter.save(adapted, adapter.tensors(adapted), folder, "abc")
     return folder
 
 
@@ -146,5 +146,5 @@ def test_a_broken_adapter_is_not_saved(base: Any, tmp_path: Path) -> None:
     adapted = adapter.attach(base, lora(), 1)
     next(iter(adapter.tensors(adapted).values())).data[0] = float("inf")
     with pytest.raises(UserError, match="NaN or infinity"):
-        adapter.save(adapted, tmp_path / "bad", "abc")
+        adapter.save(adapted, adapter.tensors(adapted), tmp_path / "bad", "abc")
     assert not (tmp_path / "bad").exists()

@@ -11,6 +11,7 @@ from pipeline import adapter, backend_llamacpp, generate, params, paths, quantiz
 from pipeline import model as models
 from pipeline.errors import UserError
 from pipeline.records import Prediction
+from tests import conftest
 from tests.test_families import made
 
 CPU = torch.device("cpu")
@@ -34,7 +35,9 @@ def trained(rslora: bool, seed: int = 17) -> adapter.Saved:
         torch.manual_seed(seed)
         for tensor in adapter.tensors(adapted).values():
             tensor.normal_(std=0.2)
-    adapter.save(adapted, paths.adapter(seed), records.read_json(paths.QUANTIZED_FACTS)["sha256"])
+    adapter.save(
+        adapted, adapter.tensors(adapted), paths.adapter(seed), records.read_json(paths.QUANTIZED_FACTS)["sha256"]
+    )
     return adapter.Saved(paths.adapter(seed))
 
 
@@ -154,7 +157,7 @@ def test_the_device_is_one_of_this_build_of_llama_cpp(
     import xllamacpp
 
     monkeypatch.setattr(xllamacpp, "get_device_info", lambda: [{"name": name} for name in names])
-    runtime = params.Runtime(device=asked, threads=1, processes=1, keep_dequantized=True, vllm=None)
+    runtime = conftest.runtime(device=asked)
     if found is None:
         with pytest.raises(UserError, match=f"runtime.device = '{asked}', but this build of llama.cpp offers"):
             backend_llamacpp._device(runtime)

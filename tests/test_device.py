@@ -9,11 +9,11 @@ import torch
 
 from pipeline import device, params
 from pipeline.errors import UserError
+from tests import conftest
 
 
 def runtime(name: str, threads: int = 0) -> params.Runtime:
-    given = {"device": name, "threads": threads, "processes": 1, "keep_dequantized": True, "vllm": None}
-    return params.Runtime.model_validate(given)
+    return conftest.runtime(device=name, threads=threads)
 
 
 def test_what_is_asked_for_is_used_and_said(capsys: pytest.CaptureFixture[str]) -> None:

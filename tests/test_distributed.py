@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 
 from pipeline import adapter, device, distributed, generate, page, params, paths, records, stage, train
 from pipeline.errors import UserError
-from tests.conftest import ROOT, environment
+from tests.conftest import ROOT, environment, runtime
 from tests.test_kills import SPAWNING
 
 
@@ -90,6 +90,7 @@ def inferred(project: params.Params) -> None:
 
 def a_member(number: int, count: int, port: int, call: Callable[[params.Params], None], project: params.Params) -> None:
     os.environ |= {"RANK": str(number), "LOCAL_RANK": str(number), "WORLD_SIZE": str(count)}
+    os.environ["LOCAL_WORLD_SIZE"] = str(count)
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     with Path(f"printed-{number}").open("w") as printed, contextlib.redirect_stdout(printed):
         try:
@@ -205,10 +206,10 @@ def test_the_cores_are_divided_and_a_number_of_threads_is_each_processes_own(mon
     monkeypatch.setenv("WORLD_SIZE", "4")
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     monkeypatch.setattr(os, "cpu_count", lambda: 6)
-    monkeypatch.setattr(distributed, "join", lambda _: torch.device("cpu"))
+    monkeypatch.setattr(distributed, "join", lambda *_, **__: torch.device("cpu"))
     try:
         for given, threads in ((0, 3), (2, 2)):
-            device.choose(params.Runtime(device="cpu", threads=given, processes=4, keep_dequantized=True, vllm=None))
+            device.choose(runtime(threads=given, processes=4))
             assert torch.get_num_threads() == threads
     finally:
         torch.set_num_threads(before)
@@ -328,44 +329,3 @@ def test_the_stage_starts_its_members_and_notes_what_they_cost(quantized: params
     assert cost["peak_memory_mb"] > 2 * 100
     assert cost["result_sha256"] == records.sha256_file(paths.training_summary(17))
     assert page._spent("train@17", cost).device == "2 × cpu"
-
-
-# Attention heads over processes
-
-
-@pytest.fixture(scope="module")
-def three_heads(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A random Llama with the heads of the default model, which three processes divide."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    folder = tmp_path_factory.mktemp("heads") / "model"
-    sizes = {"hidden_size": 72, "intermediate_size": 96, "num_attention_heads": 9, "num_key_value_heads": 3}
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        LlamaForCausalLM(LlamaConfig(vocab_size=128, num_hidden_layers=2, **sizes)).save_pretrained(folder)
-    return folder
-
-
-def test_heads_over_three_processes_give_the_logits_of_one(three_heads: Path) -> None:
-    from transformers import AutoModelForCausalLM
-
-    ids = [[5, 6, 7, 8, 9, 10], [11, 12, 13, 14, 15, 16]]
-    whole = AutoModelForCausalLM.from_pretrained(three_heads).eval()
-    with torch.no_grad():
-        expected_BxLxV = whole(input_ids=torch.tensor(ids)).logits
-    split = distributed.split(three_heads, ids, 3)
-    assert torch.allclose(split.logits_BxLxV, expected_BxLxV, atol=1e-4)
-    assert float(expected_BxLxV.std()) > 0.01
-    # All but the norms, which every process holds.
-    norms = sum(tensor.numel() for tensor in whole.parameters() if tensor.dim() == 1)
-    assert sum(split.parameters) == sum(tensor.numel() for tensor in whole.parameters()) + 2 * norms
-    assert max(split.parameters) - min(split.parameters) < 200
-    assert [path.name for path in three_heads.parent.iterdir()] == ["model"]
-
-
-def test_a_model_that_cannot_be_split_is_refused(three_heads: Path) -> None:
-    with pytest.raises(UserError, match="split over 2 processes: it has 9 attention heads and 3 key-value heads$"):
-        distributed.split(three_heads, [[1]], 2)
-    config = records.read_json(three_heads / "config.json")
-    with pytest.raises(UserError, match="is quantized, and only an unquantized checkpoint is split"):
-        distributed.require_divisible(config | {"quantization_config": {"load_in_4bit": True}}, three_heads, 3)

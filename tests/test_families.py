@@ -13,6 +13,7 @@ from pipeline import adapter, decode, fetch, loss, pack, params, paths, quantize
 from pipeline import model as models
 from pipeline.errors import UserError
 from pipeline.prompt import Row
+from tests.conftest import runtime
 
 CPU = torch.device("cpu")
 OF_ITS_OWN: dict[str, dict[str, Any]] = {
@@ -55,7 +56,7 @@ def taken(folder: Path, method: str) -> Any:
         params.Quantize(
             method=method, double_quantization=four_bits, int8_threshold=6.0, perplexity_tokens=256  # type: ignore[arg-type]
         ),
-        params.Runtime(device="cpu", threads=1, processes=1, keep_dequantized=True, vllm=None),
+        runtime(),
     )  # fmt: skip
     return models.load(CPU, keep_dequantized=True)
 
@@ -116,7 +117,7 @@ def test_a_family_trains_writes_and_saves_as_its_libraries_do(
 ) -> None:
     ours = act(adapter.attach(taken(made(family, tied, tiny_model, tmp_path / "m"), method), LORA, 1))
     plain = as_it_comes(method)
-    adapter.save(ours, tmp_path / "adapter", "x")
+    adapter.save(ours, adapter.tensors(ours), tmp_path / "adapter", "x")
     theirs = PeftModel.from_pretrained(plain, tmp_path / "adapter", is_trainable=True).eval()
 
     # Training: packed, with the shared beginning computed once, against row by row.

@@ -175,7 +175,8 @@ def ready(project: params.Params, tiny_model: Path, monkeypatch: pytest.MonkeyPa
     facts = {"sha256": "a" * 64, "context": 512, "dtype": "float32", "method": "none", "double_quantization": False}
     records.write_json(paths.QUANTIZED_FACTS, facts)
     shutil.copytree(tiny_model, paths.QUANTIZED)
-    adapter.save(adapted(tiny_model), paths.adapter(17), "a" * 64)
+    model = adapted(tiny_model)
+    adapter.save(model, adapter.tensors(model), paths.adapter(17), "a" * 64)
     monkeypatch.setattr(models, "tokenizer", lambda: AutoTokenizer.from_pretrained(tiny_model))
     monkeypatch.setattr(
         models, "load", lambda *_: AutoModelForCausalLM.from_pretrained(tiny_model, attn_implementation=attention.NAME)

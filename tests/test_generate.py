@@ -51,7 +51,7 @@ def test_greedy_decoding_is_the_argmax_chain(quantized: params.Params, tiny_mode
         while len(ids) < 12 and ids[-1] != 1:
             ids.append(int(loaded(torch.tensor([ids])).logits[0, -1].argmax()))
     families = [[("chain", prompt)], [("other", [9, 10])]]
-    engine = backend_transformers.Engine(loaded, config, quantized.generation, "cpu", 1)
+    engine = backend_transformers.Engine(loaded, config, quantized.generation, "cpu", 1, {})
     assert dict(backend_transformers.complete(engine, families))["chain"] == ids[4:]
 
 

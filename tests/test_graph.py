@@ -76,7 +76,8 @@ def test_the_base_depends_on_nothing_of_lora_or_training() -> None:
 def test_of_runtime_and_tracking_only_what_changes_rounding_is_declared() -> None:
     declared = {section for stage in STAGES.values() for section in stage.get("params", [])}
     sections = {section.key for section in params.Section.__subclasses__() if hasattr(section, "key")}
-    assert declared == sections - {"runtime", "tracking"} | {"seeds", "runtime.threads", "runtime.processes"}
+    rounding = {"runtime.threads", "runtime.processes", "runtime.sharding"}
+    assert declared == sections - {"runtime", "tracking"} | {"seeds"} | rounding
     assert {name for name in STAGES if "runtime.threads" in STAGES[name].get("params", [])} == COMPUTES
     # Inference gives whole rounds to a process: their number changes none.
     assert [name for name in STAGES if "runtime.processes" in STAGES[name].get("params", [])] == ["train"]

@@ -3,6 +3,7 @@
 import json
 import math
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,7 @@ from pipeline import model as models
 from pipeline.errors import UserError
 from pipeline.prompt import Row
 from pipeline.shape import Shape
-from tests import test_families
+from tests import conftest, test_families
 from tests.conftest import ROOT
 
 GB = memory.GB
@@ -232,27 +233,69 @@ def test_training_that_fits_is_let_through_and_one_that_does_not_is_told_what_do
 ) -> None:
     device = cuda(monkeypatch, 23)
     lora, settings = sections(micro_batch_tokens=4096)
-    fitting = memory.require_training(device, llama(False), lora, settings, memory.Load(1024, 100, 500))
+    fitting = memory.require_training(device, llama(False), lora, settings, memory.Load(1024, 100, 500), False)
     assert memory.total(fitting) < 23 * GB
     with pytest.raises(UserError, match=r"train takes about \d+\.\d GB of memory \(activations \d+\.\d GB") as told:
-        memory.require_training(device, llama(False), lora, settings, memory.Load(4096, 400, 500))
+        memory.require_training(device, llama(False), lora, settings, memory.Load(4096, 400, 500), False)
     message = str(told.value)
     assert "and cuda has 23.0 GB left: set train.micro_batch_tokens to " in message
     fits = int(message.partition("micro_batch_tokens to ")[2].split()[0])
-    memory.require_training(device, llama(False), lora, settings, memory.Load(fits, math.ceil(fits / 10.24), 500))
+    memory.require_training(
+        device, llama(False), lora, settings, memory.Load(fits, math.ceil(fits / 10.24), 500), False
+    )
     with pytest.raises(UserError):
-        memory.require_training(device, llama(False), lora, settings, memory.Load(fits + 64, 410, 500))
+        memory.require_training(device, llama(False), lora, settings, memory.Load(fits + 64, 410, 500), False)
 
 
 def test_a_group_that_is_too_long_is_told_what_else_helps(monkeypatch: pytest.MonkeyPatch) -> None:
     device = cuda(monkeypatch, 23)
     lora, settings = sections()
-    with pytest.raises(
-        UserError, match="the longest group alone has 1900 tokens .*: set runtime.keep_dequantized to f"
-    ):
-        memory.require_training(device, llama(), lora, settings, memory.Load(1900, 100, 1900))
-    with pytest.raises(UserError, match="lower prompt.max_tokens or lora.r, or take a larger device"):
-        memory.require_training(device, llama(), lora, settings, memory.Load(16000, 100, 16000))
+    load = memory.Load(1900, 100, 1900)
+    alone = "the longest group alone has 1900 tokens .*: set runtime.keep_dequantized to false or set runtime.gradient_"
+    with pytest.raises(UserError, match=alone):
+        memory.require_training(device, llama(), lora, settings, load, False)
+    # Neither is enough by itself, nor are both with the optimizer; the two are.
+    both = memory.total(memory.training(llama(False), lora, settings, load, "cuda", True))
+    device = cuda(monkeypatch, both / GB)
+    told = "tokens .*: set runtime.keep_dequantized to false and runtime.gradient_checkpointing to true$"
+    with pytest.raises(UserError, match=told):
+        memory.require_training(device, llama(), lora, settings, load, False)
+    memory.require_training(device, llama(False), lora, settings, load, True)
+    with pytest.raises(UserError, match="lower prompt.max_tokens or lora.r, or take a larger device or several"):
+        memory.require_training(device, llama(), lora, settings, memory.Load(160_000, 100, 160_000), False)
+
+
+def test_blocks_that_are_computed_again_keep_what_goes_into_them() -> None:
+    lora, settings = sections()
+    shape, load = llama().shape, memory.Load(4096, 100, 512)
+    kept = memory.training(llama(), lora, settings, load, "cuda")["activations"]
+    again = memory.training(llama(), lora, settings, load, "cuda", recomputed=True)["activations"]
+    inputs, ends = (2.0 * 4096 * count * shape.hidden_size for count in (shape.layers, 2))
+    assert again - inputs - ends == pytest.approx((kept - ends) / shape.layers)
+
+
+def test_of_a_shared_base_each_device_holds_its_part_and_what_it_gathers() -> None:
+    whole = llama(keep_dequantized=False)
+    linears = whole.shape.linear_parameters / 2
+    for count in (2, 8):
+        part = replace(whole, sharding="fsdp", devices=count).weights
+        expected = whole.packed_bytes - linears + linears / count + memory.GATHERED * linears / whole.shape.layers
+        assert part == pytest.approx(expected)
+        split = memory.loaded(whole, conftest.runtime(processes=count, sharding="tensor"), "cuda")
+        assert split.weights == pytest.approx(whole.dense_bytes / count)
+    shared = conftest.runtime(processes=8, sharding="fsdp", keep_dequantized=False)
+    assert memory.loaded(whole, shared, "cpu").weights == whole.weights
+    assert memory.loaded(whole, shared, "cuda").devices == 8
+
+
+def test_a_base_is_not_divided_among_gpus_without_main_memory_for_the_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    shared = conftest.runtime(processes=8, sharding="fsdp", keep_dequantized=False)
+    base = memory.loaded(llama(keep_dequantized=False), shared, "cuda")
+    monkeypatch.setattr(memory, "main_memory", lambda: 3 * GB)
+    with pytest.raises(UserError, match="reads the base into main memory before it divides it: 3.9 GB, and 3.0 GB are"):
+        memory.require_main_memory(torch.device("cuda"), base)
+    monkeypatch.setattr(memory, "main_memory", lambda: 5 * GB)
+    memory.require_main_memory(torch.device("cuda"), base)
 
 
 def test_optimizer_states_in_8_bits_are_named_where_they_make_it_fit(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -262,7 +305,7 @@ def test_optimizer_states_in_8_bits_are_named_where_they_make_it_fit(monkeypatch
     eight = memory.training(packed, wide, sections(optimizer="paged-adamw8bit")[1], load, "cuda")
     device = cuda(monkeypatch, memory.total(eight) / GB)
     with pytest.raises(UserError, match="set train.optimizer to paged-adamw8bit"):
-        memory.require_training(device, packed, wide, settings, load)
+        memory.require_training(device, packed, wide, settings, load, False)
 
 
 def test_inference_that_does_not_fit_is_told_what_does(monkeypatch: pytest.MonkeyPatch) -> None:

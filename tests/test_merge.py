@@ -22,7 +22,7 @@ def prepared(project: params.Params, method: str, dtype: str = "float32", rslora
     facts = records.read_json(paths.QUANTIZED_FACTS)
     lora = project.lora.model_copy(update={"rslora": rslora})
     model = act(adapter.attach(models.load(CPU, keep_dequantized=True), lora, 1))
-    adapter.save(model, paths.adapter(17), facts["sha256"])
+    adapter.save(model, adapter.tensors(model), paths.adapter(17), facts["sha256"])
 
 
 @pytest.mark.parametrize(

@@ -49,6 +49,33 @@ def test_every_mistake_is_named_at_once() -> None:
 
 
 @pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"sharding": "fsdp", "processes": 1}, "runtime.sharding = 'fsdp' divides the base among processes, and"),
+        ({"sharding": "fsdp"}, "hands on weights as they are packed: set runtime.keep_dequantized to false"),
+        ({"sharding": "fsdp", "method": "int8"}, "'int8': bitsandbytes keeps the constants of 8-bit layers where FSDP"),
+        ({"sharding": "tensor"}, "with quantize.method = 'nf4': matrices that are packed in blocks cannot be cut"),
+        ({"sharding": "tensor", "method": "none", "dropout": 0.1}, "'tensor' with lora.dropout above 0"),
+        ({"sharding": "fsdp", "keep_dequantized": False}, None),
+        ({"sharding": "fsdp", "method": "none", "dropout": 0.1}, None),
+        ({"sharding": "tensor", "method": "none"}, None),
+    ],
+)
+def test_a_base_is_shared_where_that_can_be_honoured(changes: dict[str, Any], message: str | None) -> None:
+    content = default()
+    content["runtime"] |= {"processes": 2} | {key: value for key, value in changes.items() if key in content["runtime"]}
+    content["quantize"]["method"] = changes.get("method", "nf4")
+    content["quantize"]["double_quantization"] = content["quantize"]["method"] == "nf4"
+    content["lora"]["dropout"] = changes.get("dropout", 0.0)
+    if message is None:
+        assert params.check(content, "params.yaml").runtime.sharding == changes["sharding"]
+        return
+    with pytest.raises(UserError) as told:
+        params.check(content, "params.yaml")
+    assert message in str(told.value)
+
+
+@pytest.mark.parametrize(
     ("section", "key", "value", "message"),
     [
         ("quantize", "method", "none", "double_quantization must be false"),
