@@ -16,11 +16,11 @@ from typing import Any
 import gguf
 import numpy as np
 
+from claims import bits
 from pipeline import backend_llamacpp, gguf_file, params, parity, paths, records
 from pipeline import device as devices
 from pipeline import model as models
 from pipeline.prompt import Encoder, Row
-from pipeline.records import Example
 
 BASES = {"in NF4": paths.QUANTIZED, "as fetched": paths.BASE}
 
@@ -31,7 +31,8 @@ def main() -> None:
     parser.add_argument("--types", nargs="+", default=["F16", "Q8_0", "Q5_1", "Q5_0", "Q4_1", "Q4_0"])
     given = parser.parse_args()
     devices.quieten()
-    rows = references(given.rows)
+    context = records.read_json(paths.QUANTIZED_FACTS)["context"]
+    rows = parity.references(Encoder(models.tokenizer(), params.load().prompt, context), given.rows)
     print(f"perplexity of {sum(len(row.completion) for row in rows)} tokens in {len(rows)} references")
     print("| type | " + " | ".join(f"base {name} | tuned" for name in BASES) + " |")
     for kind in given.types:
@@ -48,14 +49,6 @@ def main() -> None:
             f"{error(fetched, after['as fetched']):.1%}, after NF4 from what was fetched "
             f"{error(fetched, after['in NF4']):.1%}"
         )
-
-
-def references(count: int) -> list[Row]:
-    given = params.load()
-    encoder = Encoder(models.tokenizer(), given.prompt, records.read_json(paths.QUANTIZED_FACTS)["context"])
-    examples = parity._first_groups(records.read_rows(paths.split("validation"), Example), count)
-    rows = [encoder.row(example) for example in examples]
-    return [row for row in rows if encoder.fits(row.prompt) and encoder.holds(row)]
 
 
 def perplexity(folder: Path, adapted: bool, kind: str, rows: list[Row]) -> float:
@@ -86,7 +79,8 @@ def rounded(weights: Any, kind: str) -> Any:
 
 
 def error(before: Any, after: Any) -> float:
-    return float(np.linalg.norm(after - before) / np.linalg.norm(before))
+    squares, lost, _ = bits.products(before, after)
+    return float((lost / squares) ** 0.5)
 
 
 if __name__ == "__main__":

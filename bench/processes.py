@@ -16,6 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import chdir
 from pathlib import Path
 from typing import Any
@@ -44,9 +45,10 @@ def main() -> int:
             fine = inference()
             fine &= sharing()
             training(2)
-            to_float32("nf4")
+            to_float32()
+            requantize("nf4")
             fine &= training(2) <= TOLERANCE
-            to_float32("none")
+            requantize("none")
             fine &= logits() <= TOLERANCE
             fine &= training(3, sharding="tensor") <= TOLERANCE
     return 0 if fine else 1
@@ -60,12 +62,9 @@ def prepare(place: Path, project: Path, steps: int, batch: int, rows: int) -> No
         copy(project / path, place / path)
     for name in ("dvc.yaml", "params.yaml", "constraints.txt"):
         shutil.copy(ROOT / name, place / name)
-    content = YAML(typ="safe", pure=True).load(place / paths.PARAMS)
-    content["train"]["batch_size"] = batch
     # Of smaller batches inference has several rounds.
-    content["generation"] |= {"batch_size": 4, "recheck": 2}
-    content["runtime"] |= {"threads": 1, "device": "cpu"}
-    YAML().dump(content, place / paths.PARAMS)
+    generation = {"batch_size": 4, "recheck": 2}
+    edit(place, train={"batch_size": batch}, generation=generation, runtime={"threads": 1, "device": "cpu"})
     wanted = {"train": steps * batch, "validation": 24, "test": rows}
     for split, count in wanted.items():
         lines = (project / paths.split(split)).read_text(encoding="utf-8").split("\n")[:count]
@@ -73,11 +72,17 @@ def prepare(place: Path, project: Path, steps: int, batch: int, rows: int) -> No
         (place / paths.split(split)).write_text("\n".join(lines).rstrip("\n") + "\n", encoding="utf-8")
 
 
+def edit(place: Path, **sections: Mapping[str, object]) -> None:
+    """Change values of a project's params.yaml."""
+    content = params.parse(place / paths.PARAMS)
+    for name, values in sections.items():
+        content[name] |= values
+    YAML().dump(content, place / paths.PARAMS)
+
+
 def stage(processes: int, *command: str, **settings: object) -> float:
     """Run a stage over so many processes, with these settings of `runtime`; its seconds."""
-    content = YAML(typ="safe", pure=True).load(paths.PARAMS)
-    content["runtime"] |= {"processes": processes, "sharding": "none", "keep_dequantized": True, **settings}
-    YAML().dump(content, paths.PARAMS)
+    edit(Path(), runtime={"processes": processes, "sharding": "none", "keep_dequantized": True, **settings})
     started = time.monotonic()
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     done = subprocess.run([sys.executable, "-m", *command], env=environment, capture_output=True, text=True)
@@ -109,34 +114,37 @@ def training(processes: int, **settings: object) -> float:
 
 
 def inference() -> bool:
-    seen, seconds = [], []
-    for processes in (1, 2):
-        seconds.append(stage(processes, "stages.infer"))
-        seen.append((paths.predictions("base").read_bytes(), paths.decoding("base").read_bytes()))
-    rows = seen[0][0].count(b"\n")
-    same = seen[0] == seen[1]
-    print(
-        f"inference, {rows} rows: the predictions of 2 processes are {'' if same else 'not '}byte for byte those of 1; "
-        f"{seconds[0]:.0f} s and {seconds[1]:.0f} s",
-        flush=True,
+    """Whether two processes write what one writes."""
+    rows = len(records.read_rows(paths.split("test"), records.Example))
+    return alike(
+        f"inference, {rows} rows: predictions and conditions of 1 process and of 2",
+        [lambda: stage(1, "stages.infer"), lambda: stage(2, "stages.infer")],
+        lambda: [paths.predictions("base"), paths.decoding("base")],
     )
-    return same
 
 
 def sharing() -> bool:
     """Whether processes that share a base write what they write with one each."""
-    seen, seconds = [], []
-    for sharding in ("none", "fsdp"):
+
+    def both(sharding: str) -> float:
         settings = {"sharding": sharding, "keep_dequantized": False}
-        seconds.append(stage(2, "stages.train", "--seed", "17", **settings) + stage(2, "stages.infer", **settings))
-        files = [*sorted(paths.adapter(17).iterdir()), paths.training_log(17), paths.predictions("base")]
-        seen.append([records.sha256_file(path) for path in files])
-    same = seen[0] == seen[1]
-    print(
-        f"FSDP: adapter, curve and predictions of 2 processes that share a base are {'' if same else 'not '}byte for "
-        f"byte those of 2 with one each; {seconds[0]:.0f} s and {seconds[1]:.0f} s",
-        flush=True,
+        return stage(2, "stages.train", "--seed", "17", **settings) + stage(2, "stages.infer", **settings)
+
+    return alike(
+        "FSDP: adapter, curve and predictions of 2 processes with a base each and with a shared one",
+        [lambda: both("none"), lambda: both("fsdp")],
+        lambda: [*sorted(paths.adapter(17).iterdir()), paths.training_log(17), paths.predictions("base")],
     )
+
+
+def alike(what: str, runs: Sequence[Callable[[], float]], files: Callable[[], list[Path]]) -> bool:
+    """Whether two runs, each of which gives its seconds, write the same bytes."""
+    seconds, seen = [], []
+    for run in runs:
+        seconds.append(run())
+        seen.append([records.sha256_file(path) for path in files()])
+    same = seen[0] == seen[1]
+    print(f"{what}: {'' if same else 'not '}the same bytes; {seconds[0]:.0f} s and {seconds[1]:.0f} s", flush=True)
     return same
 
 
@@ -190,22 +198,22 @@ def _text() -> Any:
     return torch.tensor([models.tokenizer()(source).input_ids])
 
 
-def to_float32(method: str) -> None:
-    """The same base in float32, quantized anew."""
+def to_float32() -> None:
+    """The same base in float32."""
     import torch
     from transformers import AutoModelForCausalLM
 
-    given = params.load()
     AutoModelForCausalLM.from_pretrained(paths.BASE, dtype=torch.float32).save_pretrained(paths.BASE)
     facts: dict[str, Any] = records.read_json(paths.BASE_FACTS)
     records.write_json(paths.BASE_FACTS, facts | {"dtype": "float32", "sha256": records.sha256_tree(paths.BASE)})
+
+
+def requantize(method: str) -> None:
     shutil.rmtree(paths.QUANTIZED)
     changes = {"method": method, "double_quantization": method == "nf4", "perplexity_tokens": 256}
-    quantize.quantize(given.quantize.model_copy(update=changes), given.runtime.model_copy(update={"processes": 1}))
-    content = YAML(typ="safe", pure=True).load(paths.PARAMS)
-    content["quantize"] |= changes
-    content["runtime"] |= {"processes": 1, "sharding": "none", "keep_dequantized": True}
-    YAML().dump(content, paths.PARAMS)
+    edit(Path(), quantize=changes)
+    given = params.load()
+    quantize.quantize(given.quantize, given.runtime)
 
 
 if __name__ == "__main__":

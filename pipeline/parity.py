@@ -69,10 +69,7 @@ def parity(given: params.Params, types: Sequence[str], rows: int | None, merged:
     test = _first_groups(records.read_rows(paths.split("test"), Example), rows)
     prompts = {example.id: encoder.prompt(example) for example in test}
     encoder.require_fit(prompts, "test", given.generation.max_new_tokens)
-    validation = [
-        encoder.row(one) for one in _first_groups(records.read_rows(paths.split("validation"), Example), rows)
-    ]
-    validation = [row for row in validation if encoder.fits(row.prompt) and encoder.holds(row)]
+    validation = references(encoder, rows)
     tokens = sum(len(row.completion) for row in validation)
     if not tokens:
         raise UserError(f"no row of {paths.split('validation')} fits: parity needs references to take the loss of")
@@ -206,6 +203,13 @@ def markdown(found: dict[str, Any], decide_by: Sequence[str]) -> str:
         verdict = "; ".join(side["loses"]) or "no loss is shown"
         lines.append(f"**{kind}{' loses' if side['loses'] else ''}**: {verdict}.")
     return "\n".join(lines) + "\n"
+
+
+def references(encoder: Encoder, count: int | None) -> list[Row]:
+    """The first rows of the validation split, whole groups, so many at most where that is given, that fit."""
+    examples = _first_groups(records.read_rows(paths.split("validation"), Example), count)
+    rows = [encoder.row(example) for example in examples]
+    return [row for row in rows if encoder.fits(row.prompt) and encoder.holds(row)]
 
 
 def _generation(given: params.Params, kind: str | None) -> params.Generation:

@@ -288,6 +288,14 @@ def finished(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Fini
     return Finished(folder, printed.read_text())
 
 
+def edit(**sections: dict[str, Any]) -> None:
+    """Change values of params.yaml, as a user does."""
+    content = params.parse(paths.PARAMS)
+    for name, values in sections.items():
+        content[name] |= values
+    YAML().dump(content, paths.PARAMS)
+
+
 def runtime(**settings: Any) -> params.Runtime:
     """One process on one CPU thread, unless `settings` have it otherwise."""
     given: dict[str, Any] = {

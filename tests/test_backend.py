@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from ruamel.yaml import YAML
 
 from pipeline import adapter, params, paths, records
 from pipeline.errors import UserError
+from tests.conftest import edit
 from tests.test_backend_llamacpp import infer, quantized, trained
 
 FAKE = """
@@ -150,21 +150,14 @@ def test_an_environment_without_vllm_is_told(vllm: params.Params, tmp_path: Path
         infer(vllm, "base", None, backend="vllm")
 
 
-def changed(**sections: dict[str, Any]) -> None:
-    content = params.parse(paths.PARAMS)
-    for name, values in sections.items():
-        content[name] |= values
-    YAML().dump(content, paths.PARAMS)
-
-
 @pytest.mark.usefixtures("project")
 def test_a_backend_that_is_not_installed_is_told_before_anything_is_trained(monkeypatch: pytest.MonkeyPatch) -> None:
-    changed(generation={"backend": "vllm"})
+    edit(generation={"backend": "vllm"})
     for stage in ("quantize", "train", "infer"):
         with pytest.raises(UserError, match=r"pip install vllm==0.33.0, then runtime.vllm: .vllm/bin/python"):
             params.read(stage)
     params.read("compare")  # computes nothing: made elsewhere, it can be looked at here
-    changed(generation={"backend": "llama.cpp"})
+    edit(generation={"backend": "llama.cpp"})
     params.read("train")
     monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
     with pytest.raises(UserError, match=r"needs xllamacpp.*pip install -c constraints.txt -e '.\[llama-cpp\]'"):
@@ -182,6 +175,6 @@ def test_a_backend_that_is_not_installed_is_told_before_anything_is_trained(monk
 )
 @pytest.mark.usefixtures("project")
 def test_what_only_transformers_does_is_a_mistake_in_params(changes: dict[str, dict[str, Any]], told: str) -> None:
-    changed(**changes | {"generation": changes.get("generation", {}) | {"backend": "llama.cpp"}})
+    edit(**changes | {"generation": changes.get("generation", {}) | {"backend": "llama.cpp"}})
     with pytest.raises(UserError, match=told):
         params.load()

@@ -15,12 +15,11 @@ from typing import Any
 
 import pytest
 import torch
-from ruamel.yaml import YAML
 from safetensors.torch import load_file
 
 from pipeline import adapter, device, distributed, generate, page, params, paths, records, stage, train
 from pipeline.errors import UserError
-from tests.conftest import ROOT, environment, runtime
+from tests.conftest import ROOT, edit, environment, runtime
 from tests.test_kills import SPAWNING
 
 
@@ -310,10 +309,7 @@ def test_a_launcher_that_started_another_number_is_refused(
 
 
 def test_the_stage_starts_its_members_and_notes_what_they_cost(quantized: params.Params) -> None:
-    content = YAML(typ="safe", pure=True).load(paths.PARAMS.read_text())
-    content["runtime"]["processes"] = 2
-    content["train"]["epochs"] = 2
-    YAML().dump(content, paths.PARAMS)
+    edit(runtime={"processes": 2}, train={"epochs": 2})
     assert members(quantized, trained) == [0, 0]
     expected = outputs()
     shutil.rmtree(paths.OUT / "adapters")

@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-from ruamel.yaml import YAML
 from safetensors.torch import load_file
 from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
@@ -36,7 +35,8 @@ from pipeline.errors import UserError
 from pipeline.params import Params
 from pipeline.prompt import Row
 from tests import test_families
-from tests.test_distributed import members
+from tests.conftest import edit
+from tests.test_distributed import inferred, members
 
 CPU = torch.device("cpu")
 
@@ -59,7 +59,17 @@ def shared(project: Params, **settings: Any) -> Params:
 
 
 def everything(project: Params) -> None:
-    """All stages that compute with the quantized base; how much of its blocks is held here is noted."""
+    """All stages that compute with the quantized base."""
+    train.train(17, project.prompt, project.lora, project.train, project.runtime)
+    distributed.gather(None)  # until process 0 has written
+    forget.forget(17, project.forget, project.runtime)
+    inferred(project)
+    saved = adapter.Saved(paths.adapter(17))
+    generate.infer("tuned-17", project.prompt, project.generation, project.runtime, saved)
+
+
+def noted(project: Params) -> None:
+    """The same; how much of the base's blocks is held here is noted."""
     load = models.load
 
     def noting(device: torch.device, keep_dequantized: bool, sharding: str = "none") -> Any:
@@ -70,12 +80,7 @@ def everything(project: Params) -> None:
         return model
 
     models.load = noting
-    train.train(17, project.prompt, project.lora, project.train, project.runtime)
-    distributed.gather(None)  # until process 0 has written
-    forget.forget(17, project.forget, project.runtime)
-    generate.infer("base", project.prompt, project.generation, project.runtime)
-    saved = adapter.Saved(paths.adapter(17))
-    generate.infer("tuned-17", project.prompt, project.generation, project.runtime, saved)
+    everything(project)
 
 
 def shard_of(weight: Any) -> torch.Tensor:
@@ -91,10 +96,6 @@ def require_half_held() -> None:
 def untold(project: Params) -> None:
     """Stage forget, as a launcher has started it, and what it cost."""
     distributed._take_part(params.read("forget"), lambda _: forget.forget(17, project.forget, project.runtime))
-
-
-def inferred(project: Params) -> None:
-    generate.infer("base", project.prompt, project.generation, project.runtime)
 
 
 def written() -> dict[str, bytes]:
@@ -116,11 +117,9 @@ def with_whole_bases(project: Params, call: Callable[[Params], None]) -> dict[st
 def test_processes_that_share_a_base_write_what_they_write_with_one_each(packed: Params, recomputed: bool) -> None:
     expected = with_whole_bases(packed, everything)
     assert len(expected) >= 8
-    assert members(shared(packed, gradient_checkpointing=recomputed), everything) == [0, 0]
+    assert members(shared(packed, gradient_checkpointing=recomputed), noted) == [0, 0]
     assert written() == expected
-    for number in range(2):
-        whole, held = json.loads(Path(f"held-{number}").read_text())
-        assert held == pytest.approx(whole / 2, rel=0.01)
+    require_half_held()
 
 
 def test_an_unquantized_base_is_shared_as_well(unquantized: Params) -> None:
@@ -138,10 +137,7 @@ def test_beam_search_with_a_shared_base(packed: Params) -> None:
 
 def test_processes_agree_that_nothing_is_measured(packed: Params) -> None:
     nothing = packed.forget.model_copy(update={"source": None})
-    content = YAML(typ="safe", pure=True).load(paths.PARAMS.read_text())
-    content["forget"]["source"] = None
-    content["runtime"]["processes"] = 2
-    YAML().dump(content, paths.PARAMS)
+    edit(forget={"source": None}, runtime={"processes": 2})
     assert members(packed.model_copy(update={"forget": nothing}), untold) == [0, 0]
     assert records.read_json(paths.forgetting(17))["source"] is None
 
@@ -157,22 +153,15 @@ def unquantized(packed: Params) -> Params:
     return packed.model_copy(update={"quantize": none})
 
 
-def alone(project: Params) -> None:
-    train.train(17, project.prompt, project.lora, project.train, project.runtime)
-    forget.forget(17, project.forget, project.runtime)
-    generate.infer("base", project.prompt, project.generation, project.runtime)
-    generate.infer("tuned-17", project.prompt, project.generation, project.runtime, adapter.Saved(paths.adapter(17)))
-
-
 @pytest.mark.parametrize("recomputed", [False, True])
 def test_heads_over_processes_train_and_write_what_one_process_does(unquantized: Params, recomputed: bool) -> None:
-    alone(unquantized)
+    everything(unquantized)
     expected, forgotten = records.read_json(paths.training_summary(17)), records.read_json(paths.forgetting(17))
     weights = load_file(paths.adapter(17) / adapter.WEIGHTS)
     texts = [paths.predictions(name).read_bytes() for name in ("base", "tuned-17")]
     shutil.rmtree(paths.OUT / "adapters")
     settings = {"sharding": "tensor", "gradient_checkpointing": recomputed}
-    assert members(shared(unquantized, **settings), everything) == [0, 0]
+    assert members(shared(unquantized, **settings), noted) == [0, 0]
     require_half_held()
     assert texts == [paths.predictions(name).read_bytes() for name in ("base", "tuned-17")]
     summary = records.read_json(paths.training_summary(17))

@@ -13,14 +13,13 @@ from typing import Any
 
 import pytest
 import torch
-from ruamel.yaml import YAML
 from sentencepiece import SentencePieceProcessor
 from transformers import AutoModelForCausalLM
 
 from pipeline import adapter, paths, records
 from pipeline import model as models
 from tests import test_meta
-from tests.conftest import ROOT, SPLIT_GROUPS, trained_words
+from tests.conftest import ROOT, SPLIT_GROUPS, edit, trained_words
 from tests.test_families import made
 from tests.test_fetch import GGUF_SIZES, WINDOW, sharded, write_gguf
 
@@ -98,15 +97,6 @@ SOURCES: dict[str, Callable[[Path, Path], Source]] = {
     "Qwen 2.5 as GGUF": qwen2_gguf,
     "Gemma 3 as GGUF": gemma3_gguf,
 }
-
-
-def edit(**sections: dict[str, Any]) -> None:
-    """Change values of params.yaml, as a user does."""
-    yaml = YAML()
-    content = yaml.load(paths.PARAMS.read_text())
-    for name, values in sections.items():
-        content[name] |= values
-    yaml.dump(content, paths.PARAMS)
 
 
 def run(monkeypatch: pytest.MonkeyPatch, script: str, *arguments: str) -> None:
