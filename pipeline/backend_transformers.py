@@ -32,8 +32,7 @@ def load(setup: Setup) -> Engine:
     """The base as every stage loads it, and the adapter on it, proven to act."""
     device = devices.choose(setup.runtime)
     devices.require(device, setup.facts["dtype"])
-    base = memory.loaded(memory.base(paths.QUANTIZED, setup.facts), setup.runtime, memory.kind(device))
-    memory.require_main_memory(device, base)
+    base = memory.held(memory.base(paths.QUANTIZED, setup.facts), setup.runtime, device)
     added = 0 if setup.adapter is None else setup.adapter.parameters
     memory.require_inference(device, base, setup.generation, setup.tokens - setup.generation.max_new_tokens, added)
     model = models.load(device, setup.runtime.keep_dequantized, setup.runtime.sharding)

@@ -42,7 +42,7 @@ def folder(name: str, identity: Any) -> Iterator[Path]:
     """
     if distributed.rank() > 0:
         scratch = paths.SCRATCH / key(name, identity)
-        scratch.mkdir(exist_ok=True)
+        scratch.mkdir(parents=True, exist_ok=True)
         yield scratch
         return
     with stage.alone(name):

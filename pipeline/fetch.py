@@ -106,7 +106,7 @@ def fetch(model: params.Model, experiment: params.Params | None = None) -> None:
 def _require_usable(empty: Any, tokenizer: Any, experiment: params.Params) -> None:
     """UserError for what a later stage would refuse of a model (here without weights) or its tokenizer, some of them
     after hours of training: said before the weights are read."""
-    from pipeline import gguf_file, prompt
+    from pipeline import gguf_file, prompt, shard
 
     context = models.architecture(empty)["context"]
     if context < empty.config.max_position_embeddings:
@@ -115,6 +115,8 @@ def _require_usable(empty: Any, tokenizer: Any, experiment: params.Params) -> No
     forget = experiment.forget
     if forget.source is not None and forget.window > context:
         raise UserError(f"forget.window = {forget.window}, but the model's context is {context} tokens")
+    if experiment.runtime.sharding == "tensor":
+        shard.require_divisible(empty.config, experiment.runtime.processes)
     if experiment.generation.backend == "llama.cpp":
         with tempfile.TemporaryDirectory(prefix="lora-repro-") as name:
             empty.config.save_pretrained(name)

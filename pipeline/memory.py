@@ -364,13 +364,18 @@ def main_memory() -> float:
     return (1 - SPARE) * free
 
 
-def require_main_memory(device: "torch.device", base: Base) -> None:
-    """UserError where a base that FSDP divides among GPUs has no room in main memory, which it is read into whole."""
-    if base.sharding == "fsdp" and device.type != "cpu" and base.packed_bytes * (1 + MARGIN) > main_memory():
+def held(base: Base, runtime: params.Runtime, device: "torch.device") -> Base:
+    """The base as `runtime` has this process hold it on `device`.
+
+    UserError where one that FSDP divides among GPUs has no room in main memory, which it is read into whole.
+    """
+    here = loaded(base, runtime, kind(device))
+    if here.sharding == "fsdp" and here.packed_bytes * (1 + MARGIN) > main_memory():
         raise UserError(
             f"runtime.sharding = 'fsdp' reads the base into main memory before it divides it: "
-            f"{_gb(base.packed_bytes)}, and {_gb(main_memory())} are left; take a machine with more"
+            f"{_gb(here.packed_bytes)}, and {_gb(main_memory())} are left; take a machine with more"
         )
+    return here
 
 
 def kind(device: "torch.device") -> Device:

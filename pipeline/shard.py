@@ -143,7 +143,7 @@ def split(folder: Path, device: "torch.device") -> Any:
             f"runtime.sharding = 'tensor' computes on this machine's {there}, and runtime.device asks for "
             f"{device.type}: set it to auto, or sharding to fsdp"
         )
-    _require_divisible(AutoConfig.from_pretrained(folder), distributed.processes())
+    require_divisible(AutoConfig.from_pretrained(folder), distributed.processes())
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()  # it warns of every layer that is not split: embeddings, norms and head
     try:
@@ -155,7 +155,7 @@ def split(folder: Path, device: "torch.device") -> Any:
     return model
 
 
-def _require_divisible(config: Any, count: int) -> None:
+def require_divisible(config: Any, count: int) -> None:
     """UserError unless a model of this configuration can be split over `count` processes, and adapters with it."""
     instead, plan = "set runtime.sharding to fsdp", config.base_model_tp_plan
     if not plan or not set(plan.values()) <= SPLIT:

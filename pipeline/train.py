@@ -101,8 +101,7 @@ def train(seed: int, prompt: params.Prompt, lora: params.Lora, train: params.Tra
     device = devices.choose(runtime)
     devices.require(device, facts["dtype"])
     optimizer.require(train.optimizer, device)
-    base = memory.loaded(memory.base(paths.QUANTIZED, facts), runtime, memory.kind(device))
-    memory.require_main_memory(device, base)
+    base = memory.held(memory.base(paths.QUANTIZED, facts), runtime, device)
     steps = [*(batch for _, batch in plan), validation]
     largest = memory.load(steps, train.micro_batch_tokens)
     memory.require_training(device, base, lora, train, largest, runtime.gradient_checkpointing)

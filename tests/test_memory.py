@@ -290,12 +290,12 @@ def test_of_a_shared_base_each_device_holds_its_part_and_what_it_gathers() -> No
 
 def test_a_base_is_not_divided_among_gpus_without_main_memory_for_the_whole(monkeypatch: pytest.MonkeyPatch) -> None:
     shared = conftest.runtime(processes=8, sharding="fsdp", keep_dequantized=False)
-    base = memory.loaded(llama(keep_dequantized=False), shared, "cuda")
     monkeypatch.setattr(memory, "main_memory", lambda: 3 * GB)
     with pytest.raises(UserError, match="reads the base into main memory before it divides it: 3.9 GB, and 3.0 GB are"):
-        memory.require_main_memory(torch.device("cuda"), base)
+        memory.held(llama(keep_dequantized=False), shared, torch.device("cuda"))
     monkeypatch.setattr(memory, "main_memory", lambda: 5 * GB)
-    memory.require_main_memory(torch.device("cuda"), base)
+    held = memory.held(llama(keep_dequantized=False), shared, torch.device("cuda"))
+    assert (held.sharding, held.devices) == ("fsdp", 8)
 
 
 def test_optimizer_states_in_8_bits_are_named_where_they_make_it_fit(monkeypatch: pytest.MonkeyPatch) -> None:

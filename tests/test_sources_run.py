@@ -168,6 +168,15 @@ LATER: dict[str, tuple[Callable[[Path, Path], Path], dict[str, dict[str, Any]], 
         {"prompt": {"max_tokens": 64}, "generation": {"backend": "llama.cpp"}},
         "a model of family 'gemma3_text', of which no GGUF file is written; only of llama, mistral, qwen2, qwen3",
     ),
+    "heads": (
+        gemma3,
+        {
+            "prompt": {"max_tokens": 64},
+            "quantize": {"method": "none", "double_quantization": False},
+            "runtime": {"processes": 3, "sharding": "tensor"},
+        },
+        "over 3 processes, which do not divide this model: it has 4 attention heads and 2 key-value heads",
+    ),
 }
 
 

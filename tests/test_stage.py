@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline import checkpoint, mend, params, paths, stage
+from pipeline import checkpoint, distributed, mend, params, paths, stage
 from pipeline.errors import UserError
 from tests.conftest import ROOT
 
@@ -88,6 +88,14 @@ def test_checkpoints_of_other_parameters_stay_up_to_a_number(
         pass
     kept.remove(checkpoint.key("train-17", 3))
     assert {path.name for path in paths.SCRATCH.iterdir() if path.is_dir()} == kept
+
+
+def test_a_member_that_comes_first_has_its_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a machine of its own it may be the only one that makes `.scratch` at all."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(distributed, "rank", lambda: 1)
+    with checkpoint.folder("train-17", 1) as scratch:
+        assert scratch.is_dir()
 
 
 def test_other_versions_than_those_that_the_results_are_locked_with_do_not_compute(
