@@ -20,6 +20,7 @@ from ruamel.yaml import YAML
 from pipeline import (
     compare,
     lineage,
+    lockfile,
     metrics,
     params,
     paths,
@@ -29,7 +30,6 @@ from pipeline import (
     significance,
     store,
     track,
-    verify,
 )
 from pipeline.errors import UserError, listing
 from pipeline.significance import Interval
@@ -343,7 +343,7 @@ def _from_lock(name: str, lock: str, tracking: params.Tracking) -> Experiment:
     except UserError as error:
         raise UserError(f"{name}: {error}") from None
     run = next((run for run in store.stored(tracking) if run.tags.get(store.DIGEST) == digest), None)
-    objects = verify.cache_folder(Path()) / "files" / "md5"
+    objects = lockfile.cache_folder(Path()) / "files" / "md5"
     md5: dict[str, str] = {out["path"]: out["md5"] for stage in stages.values() for out in stage.get("outs", [])}
 
     def cached(path: Path) -> Path:
@@ -351,7 +351,7 @@ def _from_lock(name: str, lock: str, tracking: params.Tracking) -> Experiment:
         return objects / name[:2] / name[2:]
 
     files = [cached(paths.scores(variant)) for variant in (paths.variant(None), *map(paths.variant, seeds))]
-    data = dict(verify.listing_of(objects, md5[str(paths.DATA)])).get(paths.split("test").name, "")
+    data = dict(lockfile.listing_of(objects, md5[str(paths.DATA)])).get(paths.split("test").name, "")
     test, written = objects / data[:2] / data[2:], cached(paths.predictions(paths.variant(seeds[0])))
     if all(file.is_file() for file in [*files, test, written]):
         references = {row.id: row.target for row in records.read_rows(test, records.Example)}

@@ -12,7 +12,7 @@ from pathlib import Path
 from tempfile import mkdtemp
 from typing import Any, Literal
 
-from pipeline import adapter, card, fetch, gguf_file, merge, page, params, paths, records, verify
+from pipeline import adapter, card, fetch, gguf_file, lockfile, merge, page, params, paths, records, verify
 from pipeline import model as models
 from pipeline.errors import UserError, listing
 from pipeline.progress import say
@@ -112,7 +112,7 @@ def _require_current() -> None:
     """UserError where an output is not what `dvc.lock` has, or a stage would run again."""
     if not paths.DVC_LOCK.is_file():
         raise UserError(f"{paths.DVC_LOCK} is missing: run `dvc repro`, which makes it")
-    project = verify.read()
+    project = lockfile.read()
     found = [*verify.outputs(project).findings, *verify.pipeline(project).findings]
     if found:
         raise listing([f"{one.place}: {one.wrong} (mend: {one.remedy})" for one in found], "nothing is exported:")

@@ -5,7 +5,7 @@ import subprocess
 import tempfile
 from pathlib import Path
 
-from pipeline import params, paths, records, store, track, verify
+from pipeline import lockfile, params, paths, records, store, track
 from pipeline.errors import UserError, listing
 
 STAGED = ("exec", "stash", "apply", "celery")
@@ -32,7 +32,7 @@ def show(name: str, tracking: params.Tracking) -> None:
         faults += _adapters(Path(folder), lock, seeds)
     if faults:
         remedy = "it cannot be trusted; apply its experiment, and record that anew:"
-        raise listing(faults, f"run {run.run_id} is not what was written, {remedy} `{verify.RECORD}`")
+        raise listing(faults, f"run {run.run_id} is not what was written, {remedy} `{track.COMMAND}`")
     print("restore")
     for command in restoring(run, seeds):
         print(f"  {command}")
@@ -71,7 +71,7 @@ def find(name: str, runs: list[store.Stored]) -> store.Stored:
 def _adapters(folder: Path, lock: Path, seeds: list[int]) -> list[str]:
     """Print the sha256 of each logged adapter; what is wrong with those that are not the run's `dvc.lock`'s."""
     try:
-        stages = verify.load(lock)["stages"]
+        stages = lockfile.load(lock)["stages"]
         outs = {out["path"]: out["md5"] for stage in stages.values() for out in stage.get("outs", [])}
     except (UserError, KeyError, TypeError, AttributeError):
         return [f"artifacts/{paths.DVC_LOCK} cannot be read"]
@@ -100,7 +100,7 @@ def restoring(run: store.Stored, seeds: list[int]) -> list[str]:
         parts = ref.split("/")
         if parts[2] not in STAGED and _holds(sha, digest, seeds):
             return [f"dvc exp apply {parts[-1]}"]
-    fetch = f"{verify.STORE} mlflow artifacts download --run-id {run.run_id} --dst-path . --artifact-path"
+    fetch = f"{store.COMMAND} artifacts download --run-id {run.run_id} --dst-path . --artifact-path"
     base = run.tags.get(store.COMMIT)
     # `dvc repro` last: it fills what the cache has lost, and finds nothing to do otherwise.
     return [
@@ -125,7 +125,7 @@ def _outputs(lock: str) -> str:
     with tempfile.TemporaryDirectory(prefix="lora-repro-") as folder:
         path = Path(folder) / paths.DVC_LOCK
         path.write_text(_git("show", lock), encoding="utf-8")
-        missing = verify.missing(path)
+        missing = lockfile.missing(path)
     return "dvc checkout" if not missing else f"dvc pull   # {missing} objects are not in the cache; or: dvc repro"
 
 

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from pipeline import params, paths, provenance, records, store, track, verify
+from pipeline import lockfile, params, paths, provenance, records, store, track
 from pipeline.errors import UserError
 from pipeline.progress import say
 
@@ -22,13 +22,13 @@ def recompute() -> bool:
     The copy has the files that git knows or would take, with a cache and an MLflow store of its own. It is removed in
     the end, whatever happens. UserError when the pipeline fails there, with what it printed above.
     """
-    recorded = verify.read()
+    recorded = lockfile.read()
     with _ended_by_sigterm(), tempfile.TemporaryDirectory(prefix="lora-repro-") as folder:
         copy = Path(folder) / Path.cwd().name
         _copy(copy, recorded.params)
         say(f"recomputing in {copy}")
         _reproduce(copy)
-        again = verify.read(copy)
+        again = lockfile.read(copy)
         device = records.read_json(copy / paths.decoding("base"))["device"]
     differing = compare(recorded.stages, again.stages)
     for line in differing or [f"{len(again.stages)} stages computed again: every parameter, input and output is equal"]:
@@ -40,7 +40,7 @@ def recompute() -> bool:
     return not differing
 
 
-def compare(recorded: list[verify.Stage], again: list[verify.Stage]) -> list[str]:
+def compare(recorded: list[lockfile.Stage], again: list[lockfile.Stage]) -> list[str]:
     """What differs between two locked pipelines, a line each, in the order of `dvc.yaml`.
 
     The first stage whose outputs differ although its inputs agree is named as such: the cause is there.

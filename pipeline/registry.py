@@ -18,7 +18,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from pipeline import compare, experiments, lineage, params, paths, records, report, store, track, verify
+from pipeline import compare, experiments, lineage, params, paths, records, report, store, track
 from pipeline.compare import Result
 from pipeline.errors import UserError, listing
 from pipeline.experiments import Experiment
@@ -130,7 +130,7 @@ def _settled(
         yield f"result    {_stays(champion)}: {decision.why}"
     if champion or decision.moves:
         uri = shlex.quote(f"models:/{model}@{ALIAS}")
-        yield f"fetch     {verify.STORE} mlflow artifacts download --artifact-uri {uri} --dst-path {ALIAS}"
+        yield f"fetch     {store.COMMAND} artifacts download --artifact-uri {uri} --dst-path {ALIAS}"
 
 
 def _stays(champion: Any) -> str:

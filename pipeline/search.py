@@ -27,7 +27,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from pipeline import params, paths, provenance, records, store, sweep, track, trial
+from pipeline import lockfile, params, paths, provenance, records, store, sweep, track, trial
 from pipeline.errors import UserError, listing, without_passwords
 from pipeline.progress import say
 
@@ -562,9 +562,7 @@ def _committed(path: Path) -> tuple[str, str]:
 
 
 def _cache() -> Path:
-    from pipeline import verify
-
-    return verify.cache_folder(Path())
+    return lockfile.cache_folder(Path())
 
 
 def _who(key: str) -> str:

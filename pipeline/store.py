@@ -36,6 +36,9 @@ COMMITS = "dvc.commits"
 NOTE = "mlflow.note.content"
 COMMIT = "mlflow.source.git.commit"
 
+COMMAND = 'MLFLOW_TRACKING_URI="$(lora-repro store)" mlflow'
+"""MLflow's command line on the project's store, for a shell."""
+
 VIEW = "scores"
 """The name of the view that MLflow's list of runs offers in its menu Views: by itself the list shows no score."""
 

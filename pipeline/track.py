@@ -22,6 +22,9 @@ from pipeline.errors import UserError, listing
 from pipeline.progress import say
 from pipeline.store import Point, Record
 
+COMMAND = "dvc repro --force --single-item track"
+"""Writes the page, the MLflow run of the working directory, unless a finished one is there, and the receipt."""
+
 UPSTREAM = ("prepare", "fetch", "quantize")
 """The stages that training rests on."""
 

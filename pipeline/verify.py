@@ -9,10 +9,8 @@ import hashlib
 import json
 import shlex
 import sqlite3
-import subprocess
-import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,15 +18,12 @@ from typing import Any
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
+from pipeline import lockfile, params, paths, records, source, store, track
 from pipeline import page as pages
-from pipeline import params, paths, records, source, store, track
 from pipeline.errors import UserError
 from stages import compare
 
-RECORD = "dvc repro --force --single-item track"
-"""Writes the page, the MLflow run of the working directory, unless a finished one is there, and the receipt."""
 ABOVE = "# what is said above"
-STORE = 'MLFLOW_TRACKING_URI="$(lora-repro store)"'
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,62 +47,12 @@ class Outcome:
         self.findings.append(Finding(str(place), wrong, remedy))
 
 
-@dataclass(frozen=True, slots=True)
-class Out:
-    """An output as `dvc.lock` has it; `md5` ends in `.dir` for a folder."""
-
-    path: Path
-    md5: str
-    stage: str
-    cached: bool
-
-
-@dataclass(frozen=True, slots=True)
-class Stage:
-    """A stage of `dvc.yaml` with its matrix and parameters filled in, and its entry in `dvc.lock` (None: never run)."""
-
-    name: str
-    command: str
-    deps: list[Path]
-    sections: list[str]
-    outs: dict[Path, bool]
-    locked: dict[str, Any] | None
-
-
-@dataclass(slots=True)
-class Project:
-    """What all checks look at; `md5` reads each file of the working directory once."""
-
-    params: params.Params
-    stages: list[Stage]
-    cache: Path
-    known: dict[Path, str | None] = field(default_factory=dict)
-
-    def outs(self) -> list[Out]:
-        """The outputs of the current stages as `dvc.lock` has them."""
-        return [
-            Out(Path(out["path"]), out["md5"], stage.name, stage.outs.get(Path(out["path"]), True))
-            for stage in self.stages
-            for out in (stage.locked or {}).get("outs", [])
-        ]
-
-    def spoilt(self) -> list[Path]:
-        """The outputs that are not what `dvc.lock` has; whatever rests on them needs no remedy of its own."""
-        return [out.path for out in self.outs() if self.md5(out.path) != out.md5]
-
-    def md5(self, path: Path) -> str | None:
-        """DVC's name for the content of a file or folder; None where there is none."""
-        if path not in self.known:
-            self.known[path] = records.dvc_md5(path)
-        return self.known[path]
-
-
 def verify() -> bool:
     """Run every check, print what each compared and what it found; whether all agreed.
 
     UserError when there is nothing to check: no readable `params.yaml`, `dvc.yaml` or `dvc.lock`.
     """
-    project = read()
+    project = lockfile.read()
     found = 0
     for check in (cache, outputs, pipeline, chain, reports, record, page, wheels):
         outcome = check(project)
@@ -119,84 +64,18 @@ def verify() -> bool:
     return not found
 
 
-def read(folder: Path = Path()) -> Project:
-    """The pipeline in `folder` and what it is locked to."""
-    given = params.load(folder / paths.PARAMS)
-    lock = load(folder / paths.DVC_LOCK)["stages"]
-    stages = [
-        _stage(name, definition, item, lock)
-        for name, definition in load(folder / paths.DVC_YAML)["stages"].items()
-        for item in _items(definition, given)
-    ]
-    return Project(given, stages, cache_folder(folder))
-
-
-def missing(lock: Path) -> int:
-    """How many objects of the stages in a `dvc.lock` are not in this project's cache."""
-    objects = cache_folder(Path()) / "files" / "md5"
-    names = {out["md5"] for stage in load(lock)["stages"].values() for out in stage.get("outs", [])
-             if Path(out["path"]).is_relative_to(paths.OUT) and Path(out["path"]) != paths.RECEIPT}  # fmt: skip
-    names |= {content for name in names for _, content in listing_of(objects, name)}
-    return sum(not (objects / name[:2] / name[2:]).is_file() for name in names)
-
-
-def cache_folder(folder: Path) -> Path:
-    told = subprocess.run(
-        [sys.executable, "-m", "dvc", "cache", "dir"], cwd=folder, capture_output=True, text=True, check=False
-    )
-    if told.returncode:
-        raise UserError(f"`dvc cache dir` failed: {told.stderr.strip()}\nRun this in the project folder")
-    return Path(told.stdout.strip())
-
-
-def load(path: Path) -> Any:
-    """A YAML file of DVC's; UserError where it is missing or none."""
-    try:
-        return YAML(typ="safe", pure=True).load(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{path} is missing: restore it with git, or run `dvc repro`") from None
-    except (YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is not YAML: restore it with `git checkout -- {path}`\n{error}") from None
-
-
-def _items(definition: dict[str, Any], given: params.Params) -> Iterator[tuple[str, str] | None]:
-    """The matrix of a stage: its one key with each of its values."""
-    if "matrix" not in definition:
-        yield None
-        return
-    [(key, values)] = definition["matrix"].items()
-    if isinstance(values, str):
-        values = getattr(given, values.removeprefix("${").removesuffix("}"))
-    for value in values:
-        yield key, str(value)
-
-
-def _stage(name: str, definition: dict[str, Any], item: tuple[str, str] | None, lock: dict[str, Any]) -> Stage:
-    def fill(text: str) -> str:
-        return text.replace(f"${{item.{item[0]}}}", item[1]) if item else text
-
-    outs = {}
-    for kind in ("outs", "metrics", "plots"):
-        for entry in definition.get(kind, []):
-            path, options = (entry, {}) if isinstance(entry, str) else next(iter(entry.items()))
-            outs[Path(fill(path))] = options.get("cache", True)
-    full = f"{name}@{item[1]}" if item else name
-    deps = [Path(fill(dep)) for dep in definition.get("deps", [])]
-    return Stage(full, fill(definition["cmd"]), deps, definition.get("params", []), outs, lock.get(full))
-
-
 # Checks
 
 
-def cache(project: Project) -> Outcome:
+def cache(project: lockfile.Project) -> Outcome:
     """Every object's content against its name, and that all objects that `dvc.lock` needs are there."""
     outcome = Outcome("cache")
     objects = project.cache / "files" / "md5"
-    owners: dict[str, tuple[Out, str]] = {}
+    owners: dict[str, tuple[lockfile.Out, str]] = {}
     for out in project.outs():
         if out.cached:
             owners.setdefault(out.md5, (out, str(out.path)))
-            for name, content in listing_of(objects, out.md5):
+            for name, content in lockfile.listing_of(objects, out.md5):
                 owners.setdefault(content, (out, f"{out.path}/{name}"))
     inside = project.cache.is_relative_to(Path.cwd())
     # In a cache that is shared with other projects, their objects are theirs to check.
@@ -230,15 +109,7 @@ def cache(project: Project) -> Outcome:
     return outcome
 
 
-def listing_of(objects: Path, name: str) -> list[tuple[str, str]]:
-    """Path and md5 of the files of a cached folder; none where the listing itself is missing or spoilt."""
-    path = objects / name[:2] / name[2:]
-    if not name.endswith(".dir") or not path.is_file() or records.dvc_md5(path) != name.removesuffix(".dir"):
-        return []
-    return [(entry["relpath"], entry["md5"]) for entry in records.read_json(path)]
-
-
-def _recache(project: Project, out: Out, before: str) -> str:
+def _recache(project: lockfile.Project, out: lockfile.Out, before: str) -> str:
     """From the intact copy in the working directory; where there is none, the stage runs again.
 
     Without --force, `dvc commit` refuses where an input has changed since: it blesses nothing.
@@ -265,7 +136,7 @@ def _run_digest(path: Path) -> str | None:
     return hashlib.sha256(json.dumps(bare(content), sort_keys=True).encode()).hexdigest()
 
 
-def outputs(project: Project) -> Outcome:
+def outputs(project: lockfile.Project) -> Outcome:
     """Every output in the working directory against `dvc.lock`, by content."""
     outcome = Outcome("outputs")
     outs = project.outs()
@@ -288,16 +159,16 @@ def outputs(project: Project) -> Outcome:
     return outcome
 
 
-def _inside(project: Project, out: Out) -> str:
+def _inside(project: lockfile.Project, out: lockfile.Out) -> str:
     """Which files of a folder differ, as far as the cache still tells."""
-    then = dict(listing_of(project.cache / "files" / "md5", out.md5))
+    then = dict(lockfile.listing_of(project.cache / "files" / "md5", out.md5))
     now = {file.relative_to(out.path).as_posix(): file for file in out.path.rglob("*") if file.is_file()}
     content = {name: records.dvc_md5(file) for name, file in now.items()}
     differing = sorted(name for name in then.keys() | now.keys() if content.get(name) != then.get(name))
     return f" ({', '.join(differing)})" if then else ""
 
 
-def pipeline(project: Project) -> Outcome:
+def pipeline(project: lockfile.Project) -> Outcome:
     """The inputs of every stage, command, parameters and code, against those that it was locked with."""
     outcome = Outcome("pipeline")
     given = project.params.model_dump(mode="json")
@@ -339,7 +210,7 @@ def _under(given: Any, name: str) -> Any:
     return given
 
 
-def chain(project: Project) -> Outcome:
+def chain(project: lockfile.Project) -> Outcome:
     """From digest to digest: base, quantized model, adapters, predictions, forgetting, scores, receipt."""
     outcome = Outcome("chain")
     count = 0
@@ -383,7 +254,7 @@ def chain(project: Project) -> Outcome:
     return outcome
 
 
-def reports(_: Project) -> Outcome:
+def reports(_: lockfile.Project) -> Outcome:
     """The comparison once more, from predictions and scores; it, and the reports that are its copy, byte by byte."""
     outcome = Outcome("reports")
     again = "dvc repro --force --single-item compare && dvc repro"
@@ -403,7 +274,7 @@ def reports(_: Project) -> Outcome:
         made = [file for file in Path(folder).rglob("*") if file.is_file() and not file.is_symlink()]
         for file in sorted(made):
             path = file.relative_to(folder)
-            copy = [(paths.published(path), RECORD)] if path.is_relative_to(paths.COMPARISON) else []
+            copy = [(paths.published(path), track.COMMAND)] if path.is_relative_to(paths.COMPARISON) else []
             for place, remedy in [(path, again), *copy]:
                 count += 1
                 if not place.is_file():
@@ -414,14 +285,14 @@ def reports(_: Project) -> Outcome:
     return outcome
 
 
-def record(project: Project) -> Outcome:
+def record(project: lockfile.Project) -> Outcome:
     """The MLflow store: its database sound, its runs as they were written, and that of this experiment as is here."""
     outcome = Outcome("mlflow")
     tracking, seeds = project.params.tracking, project.params.seeds
     outcome.compared = "no run that could be compared"
     database = store.database(tracking)
     if database is not None and database.exists() and (fault := _unsound(database)):
-        renew = f"mv {shlex.quote(str(database))} {shlex.quote(f'{database}.broken')} && {RECORD}"
+        renew = f"mv {shlex.quote(str(database))} {shlex.quote(f'{database}.broken')} && {track.COMMAND}"
         outcome.find(
             database,
             f"the database is damaged ({fault})",
@@ -432,34 +303,34 @@ def record(project: Project) -> Outcome:
         now = track.gather(seeds)
     except (UserError, OSError, KeyError, TypeError, ValueError) as error:
         # Where nothing above is wrong, it is the page that is missing.
-        outcome.find("outputs", f"no run can be made of them: {error}", ABOVE if project.spoilt() else RECORD)
+        outcome.find("outputs", f"no run can be made of them: {error}", ABOVE if project.spoilt() else track.COMMAND)
         return outcome
     runs = store.stored(tracking)
     for run in (run for run in runs if run.status != "FINISHED"):
         own = run.tags[store.DIGEST] == now.digest
         outcome.find(
             f"run {run.name} ({run.run_id})", f"half-written, its status is {run.status}",
-            RECORD if own else f"{STORE} mlflow runs delete --run-id {run.run_id}",
+            track.COMMAND if own else f"{store.COMMAND} runs delete --run-id {run.run_id}",
         )  # fmt: skip
     others = [run for run in runs if run.tags[store.DIGEST] != now.digest and run.status == "FINISHED"]
     for run in others:
         for fault in _faults(tracking, run)[1]:
             remedy = (
-                f"{STORE} mlflow runs delete --run-id {run.run_id}  # `dvc exp apply` and `dvc repro` record it anew"
+                f"{store.COMMAND} runs delete --run-id {run.run_id}  # `dvc exp apply` and `dvc repro` record it anew"
             )
             outcome.find(f"run {run.name} ({run.run_id})", fault, remedy)
     finished = [run for run in runs if run.tags[store.DIGEST] == now.digest and run.status == "FINISHED"]
     if not finished:
-        outcome.find(store.address(tracking), "no finished run of this experiment", RECORD)
+        outcome.find(store.address(tracking), "no finished run of this experiment", track.COMMAND)
         return outcome
     for run in finished[1:]:
         wrong = f"a second record of the experiment that {finished[0].run_id} holds"
-        delete = f"{STORE} mlflow runs delete --run-id {run.run_id}"
+        delete = f"{store.COMMAND} runs delete --run-id {run.run_id}"
         outcome.find(f"run {run.name} ({run.run_id})", wrong, delete)
     count = 0
     for run in finished:
         place = f"run {run.name} ({run.run_id})"
-        remedy = f"{STORE} mlflow runs delete --run-id {run.run_id} && {RECORD}"
+        remedy = f"{store.COMMAND} runs delete --run-id {run.run_id} && {track.COMMAND}"
         held, faults = _faults(tracking, run)
         for fault in faults:
             outcome.find(place, fault, remedy)
@@ -476,7 +347,7 @@ def record(project: Project) -> Outcome:
     return outcome
 
 
-def page(project: Project) -> Outcome:
+def page(project: lockfile.Project) -> Outcome:
     """The page against its own seal, and the experiment that it shows against the one here.
 
     After the run, since the stage that writes the page anew needs a store that is sound.
@@ -484,7 +355,7 @@ def page(project: Project) -> Outcome:
     outcome = Outcome("page")
     digest = track.digest_of(paths.DVC_LOCK.read_text(encoding="utf-8"), project.params.seeds)
     for fault in pages.faults(paths.REPORT_HTML, digest):
-        outcome.find(paths.REPORT_HTML, fault, RECORD)
+        outcome.find(paths.REPORT_HTML, fault, track.COMMAND)
     outcome.compared = f"seal and experiment of {paths.REPORT_HTML}, {_word(outcome, 'one is right')}"
     return outcome
 
@@ -514,7 +385,7 @@ def _lasting(place: str) -> bool:
     return not place.startswith(("metrics/cost/", *(f"artifacts/{path.as_posix()}" for path in other)))
 
 
-def wheels(project: Project) -> Outcome:
+def wheels(project: lockfile.Project) -> Outcome:
     """The downloaded wheels that the experiment names, against their pins."""
     outcome = Outcome("wheels")
     counts = {"verified": 0, "not downloaded here": 0}

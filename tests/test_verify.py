@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from pipeline import cli, lineage, params, paths, provenance, recompute, records, source, store, verify
+from pipeline import cli, lineage, lockfile, params, paths, provenance, recompute, records, source, store, verify
 from pipeline import page as pages
 from pipeline.errors import UserError
 from tests.conftest import Finished, environment
@@ -81,16 +81,16 @@ def git(*arguments: str) -> str:
     return done.stdout.strip()
 
 
-def places(check: Callable[[verify.Project], verify.Outcome]) -> list[str]:
-    return [f"{one.place}: {one.wrong}" for one in check(verify.read()).findings]
+def places(check: Callable[[lockfile.Project], verify.Outcome]) -> list[str]:
+    return [f"{one.place}: {one.wrong}" for one in check(lockfile.read()).findings]
 
 
 def cached(md5: str) -> Path:
     return Path(".dvc/cache/files/md5", md5[:2], md5[2:])
 
 
-def out(path: str) -> verify.Out:
-    [found] = [one for one in verify.read().outs() if one.path == Path(path)]
+def out(path: str) -> lockfile.Out:
+    [found] = [one for one in lockfile.read().outs() if one.path == Path(path)]
     return found
 
 
@@ -330,7 +330,7 @@ class TestMlflow:
         experiment = client.get_experiment_by_name("lora-repro").experiment_id
         other = client.create_run(experiment, tags={store.DIGEST: "another"}).info.run_id
         client.set_terminated(other)
-        [found] = verify.record(verify.read()).findings
+        [found] = verify.record(lockfile.read()).findings
         client.delete_run(other)
         assert found.place.endswith(f"({other})")
         assert found.wrong == "artifacts/manifest.json is missing"
@@ -416,7 +416,7 @@ def test_a_rotten_wheel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setenv("LORA_REPRO_CACHE", str(tmp_path))
     digest = hashlib.sha256(b"wheel").hexdigest()
     wheel = tmp_path / "wheels" / digest / "some-1-py3-none-any.whl"
-    project = verify.read()
+    project = lockfile.read()
     pinned = project.params.data.model_copy(update={"source": "pip:some==1/data", "sha256": digest})
     project.params = project.params.model_copy(update={"data": pinned})
     assert verify.wheels(project).compared == "1 not downloaded here"
@@ -482,9 +482,9 @@ class TestShow:
 
 
 class TestRecompute:
-    def stage(self, **locked: Any) -> verify.Stage:
+    def stage(self, **locked: Any) -> lockfile.Stage:
         whole = {"cmd": "", "deps": [], "params": {"params.yaml": {}}, "outs": []} | locked
-        return verify.Stage("train@17", "", [], [], {}, whole)
+        return lockfile.Stage("train@17", "", [], [], {}, whole)
 
     def test_equal_inputs_that_give_other_outputs_are_named_first(self) -> None:
         then = self.stage(outs=[{"path": "a", "md5": "1"}])
