@@ -13,9 +13,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from pipeline import search, trial
+from pipeline import trial
 from pipeline.errors import UserError
 from pipeline.progress import say
+from pipeline.space import Search
+from pipeline.study import Judge
 
 RETRIES = 3
 """How often a task is run again whose worker died."""
@@ -28,7 +30,7 @@ class Cluster:
 
     then = "dvc pull && "
 
-    def __init__(self, plan: search.Search, source: trial.Source) -> None:
+    def __init__(self, plan: Search, source: trial.Source) -> None:
         import ray
 
         assert plan.cluster is not None
@@ -38,7 +40,7 @@ class Cluster:
         )
         self.trial, self.whole = options(_trial), options(_whole)
 
-    def start(self, job: trial.Job, judge: search.Judge) -> Any:
+    def start(self, job: trial.Job, judge: Judge) -> Any:
         return self.trial.remote(self.source, job, self.folder, judge)
 
     def wait(self, handles: Sequence[Any]) -> list[tuple[Any, trial.Outcome]]:
@@ -59,7 +61,7 @@ class Cluster:
 
 
 @contextlib.contextmanager
-def connected(plan: search.Search, here: trial.Source, address: str) -> Iterator[Cluster]:
+def connected(plan: Search, here: trial.Source, address: str) -> Iterator[Cluster]:
     """The cluster at `address`: `auto` for the one that this machine is part of, `local` for one that lives as long as
     the search. UserError where its nodes could not reach what they need."""
     if plan.cluster is None:
@@ -118,7 +120,7 @@ def shared(here: trial.Source) -> trial.Source:
     return replace(here, url=url, remote=True)
 
 
-def _trial(source: trial.Source, job: trial.Job, folder: str, judge: search.Judge) -> trial.Outcome:
+def _trial(source: trial.Source, job: trial.Job, folder: str, judge: Judge) -> trial.Outcome:
     """On a node: one trial."""
     return _on_node(source, folder, lambda own, place: trial.run(own, job, place / job.name, judge))
 

@@ -1,161 +1,28 @@
 """A search over training parameters, declared in a file: chosen on validation loss, the winner tested once.
 
-Optuna suggests and prunes; DVC runs; MLflow records. What trial number n is, and whether it is pruned, depends on the
-file's seed and on trials 0 to n - at_once alone, however many run at once and wherever: so one machine, a cluster and a
-search that was killed and started again try the same and choose the same. Optuna's own studies promise this for one
-process only, and one that is loaded again draws its random numbers from the start.
+Optuna suggests and prunes (`pipeline.study`); DVC runs; MLflow records. One machine, a cluster (`pipeline.cluster`) and
+a search that was killed and started again try the same and choose the same.
 """
 
 import contextlib
-import hashlib
-import itertools
-import json
-import math
 import os
-import re
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent import futures
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, Protocol, Self
+from typing import Any, Protocol
 
 from filelock import FileLock, Timeout
-from pydantic import Field, model_validator
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from pipeline import lockfile, params, paths, provenance, records, store, sweep, track, trial
-from pipeline.errors import UserError, listing, without_passwords
+from pipeline import lockfile, params, paths, provenance, records, space, store, sweep, track, trial
+from pipeline.errors import UserError, without_passwords
 from pipeline.progress import say
-
-SECTIONS = ("lora", "train")
-"""What a search may change: anything else would change the base, or what the validation loss is a loss of."""
-
-DIGITS = 4
-"""Significant digits of a value drawn from a range: more say nothing, and names and tables become unreadable."""
-
-ATTEMPTS = 100
-"""How often a combination that was tried already is drawn again."""
-
-Scalar = bool | int | float | str | None
-Value = Scalar | list[str]
-
-
-class Parameter(params.Section):
-    """What a parameter may be: one of `choices`, or anything from `low` to `high`, evenly in its logarithm with `log`;
-    whole numbers where both ends are."""
-
-    choices: Annotated[list[Value], Field(min_length=1)] | None = None
-    low: int | float | None = None
-    high: int | float | None = None
-    log: bool | None = None
-
-    @model_validator(mode="after")
-    def one_kind(self) -> Self:
-        ends = (self.low, self.high, self.log)
-        if (self.choices is None) == (ends == (None, None, None)) or (self.choices is None and None in ends):
-            raise ValueError("give either choices: [<value>, <value>, ...], or low:, high: and log: true or false")
-        if self.choices is not None and len({json.dumps(value) for value in self.choices}) < len(self.choices):
-            raise ValueError("choices must differ")
-        if self.low is not None and self.high is not None:
-            if self.low >= self.high:
-                raise ValueError(f"low = {self.low} must be below high = {self.high}")
-            if self.log and self.low <= 0:
-                raise ValueError(f"low = {self.low} must be above 0 with log: true")
-        return self
-
-    @property
-    def ends(self) -> list[Value]:
-        """The values that are checked before anything runs."""
-        return self.choices if self.choices is not None else [self.low, self.high]
-
-    @property
-    def whole(self) -> bool:
-        return isinstance(self.low, int) and isinstance(self.high, int)
-
-    @property
-    def count(self) -> float:
-        """How many values there are."""
-        if self.choices is not None:
-            return len(self.choices)
-        assert self.low is not None
-        assert self.high is not None
-        return self.high - self.low + 1 if self.whole else math.inf
-
-
-class Pruner(params.Section):
-    """At the same validation, a trial whose best loss so far is not among the best `keep` % of complete trials ends;
-    not before validation number `after`, where 0 is the one before training."""
-
-    keep: Annotated[int | float, Field(gt=0, lt=100)]
-    after: Annotated[int, Field(ge=1)]
-
-
-class Cluster(params.Section):
-    """What one trial takes of a Ray node, and the folder there that clones and the DVC cache lie in."""
-
-    cpus: Annotated[int | float, Field(gt=0)]
-    gpus: Annotated[int | float, Field(ge=0)]
-    folder: Annotated[str, Field(pattern=r"^[/~]")]
-
-
-class Search(params.Section):
-    """The whole file; sweeps/example.yaml explains it key by key."""
-
-    parameters: Annotated[dict[str, Parameter], Field(min_length=1)]
-    seeds: Annotated[list[Annotated[int, Field(ge=0, lt=2**32)]], Field(min_length=1)]
-    sampler: Literal["grid", "random", "tpe"]
-    seed: Annotated[int, Field(ge=0, lt=2**32)]
-    trials: Annotated[int, Field(ge=1, le=100_000)] | None
-    at_once: Annotated[int, Field(ge=1, le=10_000)]
-    startup: Annotated[int, Field(ge=1)] | None
-    pruner: Pruner | None
-    cluster: Cluster | None
-
-    @model_validator(mode="after")
-    def parts_agree(self) -> Self:
-        ranges = [name for name, parameter in self.parameters.items() if parameter.choices is None]
-        count = math.prod(parameter.count for parameter in self.parameters.values())
-        problems = []
-        if self.sampler == "grid" and ranges:
-            problems.append(f"a grid needs choices for {', '.join(ranges)}: a range has no end of values")
-        if self.trials is None and self.sampler != "grid":
-            problems.append(f"trials must be a number with sampler {self.sampler}; null means the whole grid")
-        if self.trials is not None and self.trials > count:
-            problems.append(f"trials = {self.trials} is more than there are combinations, {count:.0f}")
-        if (self.startup is None) == (self.sampler == "tpe" or self.pruner is not None):
-            problems.append("startup is read with sampler tpe and by a pruner: a number with either, null without")
-        if problems:
-            raise ValueError("; ".join(problems))
-        return self
-
-    @property
-    def total(self) -> int:
-        return self.trials or math.prod(int(parameter.count) for parameter in self.parameters.values())
-
-
-@dataclass(frozen=True, slots=True)
-class Judge:
-    """Optuna's pruner on the complete trials' curves that a trial may know of."""
-
-    pruner: Pruner | None
-    startup: int | None
-    curves: list[trial.Curve]
-
-    def __call__(self, curve: trial.Curve) -> bool:
-        if self.pruner is None or self.startup is None:
-            return False
-        import optuna
-
-        study = optuna.create_study()
-        study.add_trials([_frozen({}, {}, trial.COMPLETE, other[-1][1], other) for other in self.curves])
-        judging = optuna.pruners.PercentilePruner(
-            float(self.pruner.keep), n_startup_trials=self.startup, n_warmup_steps=self.pruner.after
-        )
-        return judging.prune(study, _frozen({}, {}, "running", None, curve))
+from pipeline.space import Search
+from pipeline.study import Judge, Study, hydra
 
 
 class Runner(Protocol):
@@ -206,9 +73,9 @@ def search(path: Path, jobs: int | None, address: str | None) -> int:
     failed, and the end names each with the last lines of its output; 130: interrupted. UserError before anything runs
     for what cannot work.
     """
-    plan = load(path)
+    plan = space.load(path)
     name = path.stem
-    given = check(plan, path)
+    given = space.check(plan, path)
     if jobs is not None and jobs > plan.at_once:
         raise UserError(
             f"-j {jobs} is more than at_once = {plan.at_once} in {path}, the number that may run without knowing of "
@@ -248,44 +115,7 @@ def search(path: Path, jobs: int | None, address: str | None) -> int:
             os._exit(130)  # what runs here ends with this process
 
 
-def load(path: Path) -> Search:
-    """The file, checked; UserError lists every mistake."""
-    if not path.is_file():
-        raise UserError(f"{path} is no file: give that of a search, such as sweeps/example.yaml")
-    if not re.fullmatch(r"[A-Za-z0-9][\w\-]*", path.stem):
-        raise UserError(f"{path}: experiments are named after the file: letters, digits, - and _ only")
-    return params.checked(Search, params.parse(path), str(path))
-
-
-def check(plan: Search, path: Path) -> params.Params:
-    """The project's parameters with the search's seeds; UserError unless each end of each range and each choice is
-    allowed."""
-    content = params.load().model_dump(mode="json") | {"seeds": plan.seeds}
-    problems: dict[str, None] = {}
-    for name, parameter in plan.parameters.items():
-        section, _, key = name.partition(".")
-        if section not in SECTIONS:
-            ours = " and ".join(f"{one}.*" for one in SECTIONS)
-            problem = f"a search changes {ours}: with others, validation losses are not of one base on one text"
-            problems[f"{name}: {problem}"] = None
-        elif key not in content[section]:
-            problems[f"{name}: there is no such parameter; known here: {', '.join(content[section])}"] = None
-        else:
-            for value in parameter.ends:
-                try:
-                    params.check(_with(content, {name: value}), str(path))
-                except UserError as error:
-                    problems |= dict.fromkeys(line.removeprefix("  - ") for line in str(error).splitlines()[1:])
-    often = content["train"]["epochs"] > 1 or content["train"]["validate_every"]
-    if plan.pruner and not often and not {"train.epochs", "train.validate_every"} & plan.parameters.keys():
-        problems["pruner: training validates at its beginning and its end only, so there is nothing to prune by: set "
-                 "train.validate_every, or give null"] = None  # fmt: skip
-    if problems:
-        raise listing(problems, f"{path}: nothing was run:")
-    return params.check(content, str(paths.PARAMS))
-
-
-def _run(plan: Search, study: "Study", runner: Runner, tracking: params.Tracking, folder: Path) -> int:
+def _run(plan: Search, study: Study, runner: Runner, tracking: params.Tracking, folder: Path) -> int:
     total = plan.total
     running: dict[Any, trial.Job] = {}
     begun = 0
@@ -318,7 +148,7 @@ def _run(plan: Search, study: "Study", runner: Runner, tracking: params.Tracking
     return 1 if failed else code
 
 
-def _test_winner(study: "Study", runner: Runner, tracking: params.Tracking, table: Path, total: int) -> int:
+def _test_winner(study: Study, runner: Runner, tracking: params.Tracking, table: Path, total: int) -> int:
     """Run the whole pipeline for the trial of the lowest validation loss, unless that was done; the exit code."""
     complete = [number for number in range(total) if study.ended[number].state == trial.COMPLETE]
     if not complete:
@@ -347,194 +177,6 @@ def _test_winner(study: "Study", runner: Runner, tracking: params.Tracking, tabl
     say(f"  record  run {run} in {without_passwords(str(tracking.uri))}; it holds the table of the trials")
     say(f"  take it dvc exp apply {tested.name} && {runner.then}git add -u && git commit -m '{study.name}: {job.name}'")
     return 0
-
-
-class Study:
-    """The trials of one search: Optuna's records of them, and what the next ones are.
-
-    `ended` has the outcome of each trial by number, `jobs` what it was. Those that failed earlier are to be run again.
-    """
-
-    def __init__(self, plan: Search, name: str, given: params.Params, commit: str) -> None:
-        import optuna
-
-        optuna.logging.set_verbosity(optuna.logging.WARNING)
-        self.plan, self.name = plan, name
-        self.content = given.model_dump(mode="json")
-        self.space = {key: _distribution(parameter) for key, parameter in plan.parameters.items()}
-        self.ended: dict[int, trial.Outcome] = {}
-        self.jobs: dict[int, trial.Job] = {}
-        self.values: dict[int, dict[str, Value]] = {}
-        # More trials of the same are the same search; so is one on other machines.
-        identity = plan.model_dump(mode="json", exclude={"trials", "cluster"}) | {
-            "commit": commit,
-            "given": self.content,
-        }
-        study_name = f"{name}-{_digest(identity)}"
-        self.study = optuna.create_study(storage=_storage(), study_name=study_name, load_if_exists=True)
-        for frozen in self.study.get_trials(deepcopy=False):
-            number = frozen.user_attrs["number"]
-            self.values[number] = json.loads(frozen.user_attrs["values"])
-            outcome = trial.Outcome(**json.loads(frozen.user_attrs["outcome"]))
-            if outcome.state == trial.FAILED or number >= plan.total:
-                continue
-            curve = [(int(step), float(loss)) for step, loss in outcome.curve]
-            self.ended[number] = trial.Outcome(**{**json.loads(frozen.user_attrs["outcome"]), "curve": curve})
-            self.jobs[number] = self.job(number)
-
-    def knows(self, number: int) -> bool:
-        """Whether all has ended that trial `number` depends on."""
-        return all(earlier in self.ended for earlier in range(number - self.plan.at_once + 1))
-
-    def judge(self, number: int) -> Judge:
-        known = [self.ended[earlier] for earlier in range(max(0, number - self.plan.at_once + 1))]
-        curves = [outcome.curve for outcome in known if outcome.state == trial.COMPLETE]
-        return Judge(self.plan.pruner, self.plan.startup, curves)
-
-    def job(self, number: int) -> trial.Job:
-        """Trial `number`: what it was, or what it is to be."""
-        if number not in self.jobs:
-            if number not in self.values:
-                self.values[number] = self._drawn(number)
-            values = self.values[number]
-            content = _with(self.content, values)
-            name = f"{self.name}-{_digest(content)}"
-            overrides = [f"{key}={_hydra(value)}" for key, value in values.items()]
-            overrides += [f"seeds={_hydra(self.plan.seeds)}"]
-            self.jobs[number] = trial.Job(number, name, tuple(overrides), content)
-        return self.jobs[number]
-
-    def place(self, number: int) -> tuple[float, int, int]:
-        """What a complete trial is ranked by: lowest validation loss, fewest parameters, first."""
-        outcome = self.ended[number]
-        assert outcome.loss is not None
-        assert outcome.parameters is not None
-        return outcome.loss, outcome.parameters, number
-
-    def add(self, job: trial.Job, outcome: trial.Outcome) -> None:
-        self.ended[job.number] = outcome
-        values = {key: _optuna(value) for key, value in self.values[job.number].items()}
-        frozen = _frozen(values, self.space, outcome.state, outcome.loss, outcome.curve)
-        frozen.set_user_attr("number", job.number)
-        frozen.set_user_attr("experiment", job.name)
-        frozen.set_user_attr("values", json.dumps(self.values[job.number]))
-        content = {key: getattr(outcome, key) for key in trial.Outcome.__dataclass_fields__}
-        frozen.set_user_attr("outcome", json.dumps(content | {"log": ""}))
-        self.study.add_trial(frozen)
-
-    def _drawn(self, number: int) -> dict[str, Value]:
-        """What trial `number` is: of the grid, or drawn by Optuna, knowing what it may know; not what another was."""
-        import optuna
-
-        if self.plan.sampler == "grid":
-            choices = [parameter.ends for parameter in self.plan.parameters.values()]
-            combination = next(itertools.islice(itertools.product(*choices), number, None))
-            return dict(zip(self.plan.parameters, combination, strict=True))
-        taken = [_with(self.content, self.values[earlier]) for earlier in range(number)]
-        known = []
-        for earlier in range(number):
-            values = {key: _optuna(value) for key, value in self.values[earlier].items()}
-            if earlier <= number - self.plan.at_once:
-                outcome = self.ended[earlier]
-                known.append(_frozen(values, self.space, outcome.state, outcome.loss, outcome.curve))
-        for attempt in range(ATTEMPTS):
-            seed = int(hashlib.sha256(f"{self.plan.seed}/{number}/{attempt}".encode()).hexdigest()[:8], 16)
-            sampler: optuna.samplers.BaseSampler = optuna.samplers.RandomSampler(seed=seed)
-            if self.plan.sampler == "tpe" and self.plan.startup is not None and len(known) >= self.plan.startup:
-                sampler = optuna.samplers.TPESampler(seed=seed, n_startup_trials=self.plan.startup)
-            study = optuna.create_study(sampler=sampler)
-            study.add_trials(known)
-            drawn = study.ask(self.space).params
-            values = {key: self._value(key, drawn[key]) for key in self.plan.parameters}
-            if _with(self.content, values) not in taken:
-                return values
-        raise UserError(f"{ATTEMPTS} draws gave nothing that was not tried before: trials = {number} is enough")
-
-    def _value(self, key: str, drawn: Any) -> Value:
-        """A value as it goes into params.yaml."""
-        parameter = self.plan.parameters[key]
-        if parameter.choices is not None:
-            return next(choice for choice in parameter.choices if _optuna(choice) == drawn)
-        if parameter.whole:
-            return int(drawn)
-        assert parameter.low is not None
-        assert parameter.high is not None
-        return float(min(max(float(f"{drawn:.{DIGITS}g}"), parameter.low), parameter.high))
-
-
-def _frozen(
-    values: Mapping[str, Any], space: Mapping[str, Any], state: str, loss: float | None, curve: trial.Curve
-) -> Any:
-    """A trial as Optuna has it; validations are counted, so that those of other batch sizes can be compared."""
-    import optuna
-
-    states = {
-        trial.COMPLETE: optuna.trial.TrialState.COMPLETE,
-        trial.PRUNED: optuna.trial.TrialState.PRUNED,
-        trial.FAILED: optuna.trial.TrialState.FAIL,
-        "running": optuna.trial.TrialState.RUNNING,
-    }
-    return optuna.trial.create_trial(
-        state=states[state],
-        value=curve[-1][1] if state == trial.PRUNED else loss,
-        params=dict(values),
-        distributions=dict(space),
-        intermediate_values={at: loss for at, (_, loss) in enumerate(curve)},
-    )
-
-
-def _distribution(parameter: Parameter) -> Any:
-    from optuna import distributions
-
-    if parameter.choices is not None:
-        return distributions.CategoricalDistribution([_optuna(choice) for choice in parameter.choices])
-    low, high, log = parameter.low, parameter.high, bool(parameter.log)
-    if isinstance(low, int) and isinstance(high, int):
-        return distributions.IntDistribution(low, high, log=log)
-    assert low is not None
-    assert high is not None
-    return distributions.FloatDistribution(low, high, log=log)
-
-
-def _optuna(value: Value) -> Any:
-    """A value as Optuna takes choices: a list as text."""
-    return json.dumps(value) if isinstance(value, list) else value
-
-
-def _hydra(value: Any) -> str:
-    """A value as `dvc exp run -S` takes it."""
-    if isinstance(value, list):
-        return f"[{','.join(map(_hydra, value))}]"
-    if isinstance(value, str):
-        plain = re.fullmatch(r"[A-Za-z_][\w\-]*", value) and value not in ("null", "true", "false", "nan", "inf")
-        return value if plain else "'{}'".format(value.replace("'", "\\'"))
-    return json.dumps(value)
-
-
-def _with(content: Mapping[str, Any], values: Mapping[str, Value]) -> dict[str, Any]:
-    """Parameters with some of them, by dotted name, replaced."""
-    changed = {section: dict(value) if isinstance(value, Mapping) else value for section, value in content.items()}
-    for name, value in values.items():
-        section, _, key = name.partition(".")
-        changed[section][key] = value
-    return changed
-
-
-def _digest(content: Any) -> str:
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:8]
-
-
-def _storage() -> str:
-    """Optuna's SQLite database; made whole or not at all."""
-    import optuna
-
-    file = paths.SWEEPS.resolve() / "optuna.db"
-    file.parent.mkdir(exist_ok=True)
-    with FileLock(file.with_suffix(".lock")):
-        if not file.exists():
-            with records.replacing(file) as temporary:
-                optuna.storages.RDBStorage(f"sqlite:///{temporary}").engine.dispose()
-    return f"sqlite:///{file}"
 
 
 def _require_optuna() -> None:
@@ -579,7 +221,7 @@ def _rows(study: Study, total: int) -> Iterator[list[str]]:
         outcome, job = study.ended[number], study.jobs[number]
         loss = "" if outcome.loss is None else f"{outcome.loss:.6f}"
         parameters = "" if outcome.parameters is None else str(outcome.parameters)
-        values = [_hydra(study.values[number][key]) for key in study.plan.parameters]
+        values = [hydra(study.values[number][key]) for key in study.plan.parameters]
         yield [str(number), job.name, *values, outcome.state, loss, parameters, outcome.run or ""]
 
 

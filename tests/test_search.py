@@ -22,8 +22,9 @@ import pytest
 from ruamel.yaml import YAML
 
 from bench.kills import environment
-from pipeline import cluster, experiments, lineage, params, paths, provenance, search, store, track, trial
+from pipeline import cluster, experiments, lineage, params, paths, provenance, search, space, store, study, track, trial
 from pipeline.errors import UserError
+from pipeline.study import Study
 from tests.conftest import ROOT
 from tests.test_track import DVC_YAML, STAGE
 
@@ -233,7 +234,7 @@ class Fake:
         self.tested: list[trial.Job] = []
         self.outcomes: dict[int, trial.Outcome] = {}
 
-    def start(self, job: trial.Job, judge: search.Judge) -> Any:
+    def start(self, job: trial.Job, judge: study.Judge) -> Any:
         self.begun.append(job)
         goal = 2 + abs(job.given["lora"]["r"] - 20) / 50 + job.given["train"]["epochs"] / 100
         curve = [(0, 3.0), (2, (3 + goal) / 2), (4, goal)]
@@ -258,12 +259,12 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def planned(**content: Any) -> search.Search:
-    return search.Search.model_validate(RANDOM | content)
+def planned(**content: Any) -> space.Search:
+    return space.Search.model_validate(RANDOM | content)
 
 
-def ran(plan: search.Search, runner: Fake, name: str) -> dict[int, Any]:
-    study = search.Study(plan, name, search.check(plan, Path("file.yaml")), "commit")
+def ran(plan: space.Search, runner: Fake, name: str) -> dict[int, Any]:
+    study = Study(plan, name, space.check(plan, Path("file.yaml")), "commit")
     search._run(plan, study, runner, params.load().tracking, paths.SWEEPS)
     return {number: (study.values[number], study.ended[number].state) for number in study.values}
 
@@ -314,7 +315,7 @@ def test_values_reach_params_yaml_as_they_are(here: Path) -> None:
         "lora.rslora": True, "lora.r": 8, "lora.target_modules": ["q_proj", "v_proj"], "train.learning_rate": 1e-05,
         "train.schedule": "cosine", "prompt.template": "{source}, it's = 'this'", "data.sha256": None,
     }  # fmt: skip
-    apply_overrides(here / "params.yaml", [f"{key}={search._hydra(value)}" for key, value in values.items()])
+    apply_overrides(here / "params.yaml", [f"{key}={study.hydra(value)}" for key, value in values.items()])
     content = YAML(typ="safe", pure=True).load((here / "params.yaml").read_text())
     for key, value in values.items():
         section, _, name = key.partition(".")
@@ -353,13 +354,13 @@ def test_values_reach_params_yaml_as_they_are(here: Path) -> None:
 def test_mistakes_are_found_before_anything_runs(here: Path, content: dict[str, Any], said: str) -> None:
     YAML().dump(RANDOM | content, here / "file.yaml")
     with pytest.raises(UserError) as caught:
-        search.check(search.load(here / "file.yaml"), here / "file.yaml")
+        space.check(space.load(here / "file.yaml"), here / "file.yaml")
     assert said in str(caught.value)
 
 
 def test_the_example_is_a_search(here: Path) -> None:
     path = ROOT / "sweeps" / "example.yaml"
-    assert search.check(search.load(path), path).seeds == [17]
+    assert space.check(space.load(path), path).seeds == [17]
     assert (here / paths.PARAMS).exists()
 
 
@@ -449,7 +450,7 @@ def test_all_that_nodes_could_not_share_is_named(tmp_path: Path, monkeypatch: py
         cluster.shared(here)
     with (
         pytest.raises(UserError, match="--ray needs `cluster"),
-        cluster.connected(search.Search.model_validate(RANDOM), here, "local"),
+        cluster.connected(space.Search.model_validate(RANDOM), here, "local"),
     ):
         pass
 
@@ -460,18 +461,18 @@ def test_ray_gives_back_how_a_task_ended(tmp_path: Path) -> None:
 import json, sys
 from dataclasses import asdict
 from pathlib import Path
-from pipeline import cluster, params, search, trial
+from pipeline import cluster, params, space, study, trial
 from pipeline.errors import UserError
-plan = search.Search.model_validate({{**json.loads(sys.argv[1]),
+plan = space.Search.model_validate({{**json.loads(sys.argv[1]),
     "cluster": {{"cpus": 1, "gpus": 0, "folder": {str(tmp_path / "node")!r}}}}})
 here = trial.Source({str(tmp_path / "nowhere.git")!r}, "0" * 40, "", "", True,
     params.Tracking(uri="http://127.0.0.1:9", experiment="e"), "s", ("a", "a@example.org"))
 cluster.shared = lambda source: source
 job = trial.Job(0, "s-1", ("lora.r=4",), {{"seeds": [17]}})
 with cluster.connected(plan, here, "local") as nodes:
-    [(handle, outcome)] = nodes.wait([nodes.start(job, search.Judge(None, None, []))])
+    [(handle, outcome)] = nodes.wait([nodes.start(job, study.Judge(None, None, []))])
     print("outcome", json.dumps(asdict(outcome)))
-big = plan.model_copy(update={{"cluster": search.Cluster(cpus=1, gpus=99, folder="/tmp")}})
+big = plan.model_copy(update={{"cluster": space.Cluster(cpus=1, gpus=99, folder="/tmp")}})
 try:
     with cluster.connected(big, here, "local"):
         pass
