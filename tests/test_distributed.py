@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
 
@@ -87,6 +88,9 @@ def inferred(project: params.Params) -> None:
     generate.infer("base", project.prompt, project.generation, project.runtime)
 
 
+SECONDS_BEHIND_A_FAILURE = 60.0
+
+
 def a_member(number: int, count: int, port: int, call: Callable[[params.Params], None], project: params.Params) -> None:
     os.environ |= {"RANK": str(number), "LOCAL_RANK": str(number), "WORLD_SIZE": str(count)}
     os.environ["LOCAL_WORLD_SIZE"] = str(count)
@@ -102,17 +106,24 @@ def a_member(number: int, count: int, port: int, call: Callable[[params.Params],
 
 
 def members(project: params.Params, call: Callable[[params.Params], None], count: int = 2) -> list[int | None]:
-    """Run `call` in `count` processes that are forked from one which has torch loaded; their exit codes."""
+    """Run `call` in `count` processes that are forked from one which has torch loaded; their exit codes.
+
+    Those that do not end although another has failed are killed: they would wait for it for ever.
+    """
     runtime = project.runtime.model_copy(update={"processes": count})
     project = project.model_copy(update={"runtime": runtime})
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    started = [SPAWNING.Process(target=a_member, args=(n, count, port, call, project)) for n in range(count)]
-    for one in started:
-        one.start()
-    for one in started:
-        one.join()
+    with socket.socket() as held:
+        # Bound to the end, so that no other process is given this port; process 0 may listen there all the same.
+        held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        held.bind(("127.0.0.1", 0))
+        port = held.getsockname()[1]
+        started = [SPAWNING.Process(target=a_member, args=(n, count, port, call, project)) for n in range(count)]
+        for one in started:
+            one.start()
+        while alive := [one.sentinel for one in started if one.exitcode is None]:
+            if not wait(alive, SECONDS_BEHIND_A_FAILURE if any(one.exitcode for one in started) else None):
+                for one in started:
+                    one.kill()
     return [one.exitcode for one in started]
 
 
