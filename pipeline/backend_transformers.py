@@ -35,6 +35,7 @@ def load(setup: Setup) -> Engine:
     base = memory.held(memory.base(paths.QUANTIZED, setup.facts), setup.runtime, device)
     added = 0 if setup.adapter is None else setup.adapter.parameters
     memory.require_inference(device, base, setup.generation, setup.tokens - setup.generation.max_new_tokens, added)
+    distributed.gather(None)  # no process loads before all have asked what memory is left
     model = models.load(device, setup.runtime.keep_dequantized, setup.runtime.sharding)
     if setup.adapter is not None:
         model = setup.adapter.load(model, setup.facts["sha256"])

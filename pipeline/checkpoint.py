@@ -11,7 +11,7 @@ import os
 import re
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -57,6 +57,10 @@ def folder(name: str, identity: Any) -> Iterator[Path]:
 def _forget_oldest(own: Path) -> None:
     """Remove all checkpoints but `own` and the `KEPT` that were used last."""
     others = [path for path in paths.SCRATCH.iterdir() if re.fullmatch(r".+-[0-9a-f]{32}", path.name) and path != own]
-    for path in sorted(others, key=lambda path: path.stat().st_mtime, reverse=True)[KEPT:]:
+    used = {}
+    for path in others:
+        with suppress(FileNotFoundError):  # of another stage, which has just ended
+            used[path] = path.stat().st_mtime
+    for path in sorted(used, key=lambda path: used[path], reverse=True)[KEPT:]:
         say(f"removing the checkpoint {path}: interrupted long ago, with other parameters")
-        shutil.rmtree(path)
+        shutil.rmtree(path, ignore_errors=True)

@@ -102,10 +102,8 @@ def launch(command: Sequence[str], count: int, folder: Path) -> dict[str, object
     """
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
     members: list[subprocess.Popen[bytes]] = []
+    held, port = hold_port()
     try:
         for number in range(count):
             environment = os.environ | {
@@ -141,7 +139,23 @@ def launch(command: Sequence[str], count: int, folder: Path) -> dict[str, object
             one.wait()
             if one.stdin is not None:
                 one.stdin.close()
+        held.close()
         shutil.rmtree(folder)
+
+
+def hold_port() -> tuple[socket.socket, int]:
+    """A port for members to meet at, and the socket that keeps it from all other processes until it is closed.
+
+    On Linux member 0 may listen where another socket is bound that does not listen. Other systems might give that one
+    what comes in: there it is closed already, and the port is free until member 0 takes it.
+    """
+    held = socket.socket()
+    held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    held.bind(("127.0.0.1", 0))
+    port: int = held.getsockname()[1]
+    if sys.platform != "linux":
+        held.close()
+    return held, port
 
 
 def _require_success(codes: Sequence[int | None], folder: Path) -> None:
@@ -149,7 +163,7 @@ def _require_success(codes: Sequence[int | None], folder: Path) -> None:
     count = len(codes)
     for number in range(count):
         said = folder / f"{number}.error"
-        if codes[number] and said.is_file():
+        if said.is_file():  # whether it has ended or not: others may see that it is gone, fail and end sooner
             raise UserError(said.read_text(encoding="utf-8"))
     # A member whose neighbour is gone fails as well: the one that was killed comes first, then who failed first.
     failed = [number for number, code in enumerate(codes) if code]

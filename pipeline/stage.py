@@ -145,11 +145,13 @@ def remove_leftovers() -> None:
 
     DVC takes whole folders as dependencies (`out/predictions`): a leftover would be part of them.
     """
-    for folder in (paths.OUT, paths.REPORTS, paths.SCRATCH):
-        for path in folder.rglob(".*.part"):
-            writer = re.search(r"\.(\d+)\.part$", path.name)
-            if writer and not psutil.pid_exists(int(writer[1])):
-                path.unlink(missing_ok=True)
+    for top in (paths.OUT, paths.REPORTS, paths.SCRATCH):
+        # Not rglob(): it fails where another stage removes a folder meanwhile.
+        for folder, _, names in os.walk(top):
+            for name in names:
+                writer = re.fullmatch(r"\..*\.(\d+)\.part", name)
+                if writer and not psutil.pid_exists(int(writer[1])):
+                    Path(folder, name).unlink(missing_ok=True)
 
 
 def cost() -> dict[str, Any]:

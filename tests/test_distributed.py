@@ -18,7 +18,20 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from pipeline import adapter, device, distributed, generate, page, params, paths, records, stage, train
+from pipeline import (
+    adapter,
+    device,
+    distributed,
+    generate,
+    memory,
+    model,
+    page,
+    params,
+    paths,
+    records,
+    stage,
+    train,
+)
 from pipeline.errors import UserError
 from tests.conftest import ROOT, edit, environment, runtime
 from tests.test_kills import SPAWNING
@@ -112,11 +125,8 @@ def members(project: params.Params, call: Callable[[params.Params], None], count
     """
     runtime = project.runtime.model_copy(update={"processes": count})
     project = project.model_copy(update={"runtime": runtime})
-    with socket.socket() as held:
-        # Bound to the end, so that no other process is given this port; process 0 may listen there all the same.
-        held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        held.bind(("127.0.0.1", 0))
-        port = held.getsockname()[1]
+    held, port = distributed.hold_port()
+    with held:
         started = [SPAWNING.Process(target=a_member, args=(n, count, port, call, project)) for n in range(count)]
         for one in started:
             one.start()
@@ -188,6 +198,23 @@ def test_more_processes_than_a_batch_has_groups_are_refused(
         trained(quantized)
 
 
+def test_none_loads_its_base_before_all_have_asked_what_memory_is_left(
+    quantized: params.Params, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    called: list[str] = []
+
+    def load(*_: Any) -> None:
+        called.append("loaded")
+        raise InterruptedError
+
+    monkeypatch.setattr(memory, "require_inference", lambda *_: called.append("asked"))
+    monkeypatch.setattr(distributed, "gather", lambda _: called.append("met"))
+    monkeypatch.setattr(model, "load", load)
+    with pytest.raises(InterruptedError):
+        inferred(quantized)
+    assert called == ["asked", "met", "loaded"]
+
+
 # What a machine offers
 
 
@@ -254,6 +281,16 @@ def test_members_know_their_number_and_the_first_gives_the_result(folder: Path) 
     assert not folder.exists()
 
 
+@pytest.mark.parametrize(("system", "kept"), [("linux", True), ("darwin", False)])
+def test_the_port_at_which_members_meet_is_kept_where_member_0_may_listen_all_the_same(
+    system: str, kept: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "platform", system)
+    held, port = distributed.hold_port()
+    with held, socket.socket() as other, pytest.raises(OSError, match="in use") if kept else contextlib.nullcontext():
+        other.bind(("127.0.0.1", port))
+
+
 @pytest.mark.parametrize(
     ("body", "told"),
     [
@@ -275,6 +312,14 @@ def test_one_that_fails_takes_the_others_along(
     assert time.monotonic() - started < 30
     assert ("ZeroDivisionError" in capfd.readouterr().err) == (body == "1 / 0")
     assert not folder.exists()
+
+
+def test_what_one_said_is_told_although_another_was_gone_sooner(folder: Path) -> None:
+    body = "import atexit, pathlib\nif d.rank() == 1:\n    atexit.register(time.sleep, 60)\n"
+    body += "    raise UserError('the third row is bad')\n"
+    body += "while not pathlib.Path('members/1.error').is_file():\n    pass\n1 / 0"
+    with pytest.raises(UserError, match="^the third row is bad$"):
+        distributed.launch(program(body), 2, folder)
 
 
 STARTER = """

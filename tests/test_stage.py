@@ -1,11 +1,13 @@
 """Around a stage: alone, without leftovers of the dead, with checkpoints that do not pile up."""
 
 import os
+import shutil
 import subprocess
 import sys
 from importlib.metadata import version
 from pathlib import Path
 
+import psutil
 import pytest
 
 from pipeline import checkpoint, distributed, mend, params, paths, stage
@@ -67,6 +69,26 @@ def test_half_written_files_of_dead_processes_are_removed(tmp_path: Path, monkey
         path.touch()
     stage.remove_leftovers()
     assert sorted(path.name for path in paths.PREDICTIONS.iterdir()) == [alive.name, "base.jsonl"]
+
+
+def test_what_another_stage_removes_meanwhile_is_no_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    names = [checkpoint.key("train-17", number) for number in range(2)]
+    for name in names:
+        (paths.SCRATCH / name).mkdir(parents=True)
+        (paths.SCRATCH / name / ".state.pt.1.part").touch()
+
+    def removed(_: int) -> bool:
+        shutil.rmtree(paths.SCRATCH, ignore_errors=True)
+        return False
+
+    with monkeypatch.context() as patch:
+        patch.setattr(psutil, "pid_exists", removed)
+        stage.remove_leftovers()
+    assert not paths.SCRATCH.exists()
+    monkeypatch.setattr(Path, "iterdir", lambda folder: (folder / name for name in names))
+    with checkpoint.folder("train-17", 2):
+        pass
 
 
 def test_checkpoints_of_other_parameters_stay_up_to_a_number(
