@@ -217,11 +217,19 @@ def experiment(client: Any, tracking: params.Tracking) -> str:
     A database leaves artifacts to its clients, whose default is a folder of the working directory: hence an absolute
     one. A server has its own.
     """
+    from mlflow.exceptions import MlflowException
+
     experiment = client.get_experiment_by_name(tracking.experiment)
     if experiment is None:
         served = tracking_uri(tracking).startswith(("http:", "https:", "databricks"))
         location = None if served else (_home(tracking) / "artifacts").as_uri()
-        return str(client.create_experiment(tracking.experiment, artifact_location=location))
+        try:
+            return str(client.create_experiment(tracking.experiment, artifact_location=location))
+        except MlflowException as error:
+            # The lock is this machine's: another one may have created it on a server meanwhile.
+            if error.error_code != "RESOURCE_ALREADY_EXISTS":
+                raise
+            experiment = client.get_experiment_by_name(tracking.experiment)
     if experiment.lifecycle_stage != "active":
         raise UserError(
             f"the MLflow experiment {tracking.experiment} was deleted: restore it with "

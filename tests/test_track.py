@@ -651,6 +651,16 @@ class TestStore:
         assert run.info.artifact_uri.startswith((toy.folder / ".mlflow" / "artifacts").as_uri())
         assert not (toy.folder / "mlruns").exists()
 
+    def test_an_experiment_that_another_machine_creates_meanwhile_is_taken(
+        self, toy: Toy, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        tracking = params.Tracking(uri=f"sqlite:///{toy.database.as_posix()}", experiment="at once")
+        with store.opened(tracking) as client:
+            found = client.create_experiment(tracking.experiment)
+            answers = iter([None, client.get_experiment_by_name(tracking.experiment)])
+            monkeypatch.setattr(client, "get_experiment_by_name", lambda _: next(answers))
+            assert store.experiment(client, tracking) == found
+
     def test_looking_creates_no_store(self, toy: Toy) -> None:
         shutil.rmtree(toy.folder / ".mlflow")
         assert toy.describe().startswith("not recorded: run `dvc repro`")
