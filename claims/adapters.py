@@ -1,7 +1,7 @@
 """Claims about adapters: what quantization, targets and rank change in what is learned, and what is forgotten.
 
 Measured on the arms of `claims/training.yaml`. Losses are means over the supervised tokens of the validation rows, in
-nats; lists hold one value a training seed.
+nats; lists hold one value a training seed, and `..._over_...` is how far the first is above the second.
 """
 
 from collections.abc import Callable, Sequence
@@ -13,7 +13,7 @@ import numpy as np
 from claims import arms, evidence, lab, resampling
 from claims.arms import Look, Result
 from claims.evidence import Evidence, Value
-from pipeline import params
+from pipeline import params, significance
 from pipeline.significance import Interval
 
 
@@ -49,6 +49,7 @@ def all_linear() -> Evidence:
             "loss_untuned": arms.read("untuned").losses()[0],
             "loss_all_linear": everything.losses(),
             "loss_qv": queries.losses(),
+            "qv_over_all_linear": mean_difference(queries, everything, lab.experiment().compare),
             "parameters_all_linear": float(parameters(everything)),
             "parameters_qv": float(parameters(queries)),
         },
@@ -70,6 +71,10 @@ def small_rank() -> Evidence:
             **values,
             "spread": [max(some) - min(some) for some in larger],
             "quarter_of_gain": [(untuned - loss) / 4 for loss in losses[4]],
+            **{
+                f"r1_over_r{rank}": mean_difference(results[1], results[rank], lab.experiment().compare)
+                for rank in (4, 16, 64)
+            },
         },
         setting(results[4]),
         uses("untuned", *(f"r{rank}" for rank in results)),
@@ -118,6 +123,22 @@ def difference(here: Result, there: Result, compare: params.Compare) -> Interval
     return resampling.over_texts(
         value, columns_nx3, here.groups, lambda sums_bx3, _: (sums_bx3[:, 0] - sums_bx3[:, 1]) / sums_bx3[:, 2], compare
     )
+
+
+def mean_difference(here: Result, there: Result, compare: params.Compare) -> Interval:
+    """By how much one arm's loss is above another's in the mean of the seeds, with its interval for both kinds of
+    chance, of texts and of seeds (`pipeline.significance.over_seeds`). Both are paired: all models read the same texts,
+    and two of one seed have seen the same rows in the same order."""
+    sums_n, other_n = (np.mean([run.sums for run in result.runs.values()], axis=0) for result in (here, there))
+    sums_bx2, _ = significance.resampled_sums(
+        np.column_stack([sums_n - other_n, here.tokens]), np.array(here.groups), compare.bootstrap_samples, compare.seed
+    )
+    by_seed = [one - other for one, other in zip(here.losses(), there.losses(), strict=True)]
+    resampled_b = sums_bx2[:, 0] / sums_bx2[:, 1]
+    _, interval, _ = significance.over_seeds(
+        fmean(by_seed), [by_seed], resampled_b, len(here.groups), compare.confidence
+    )
+    return interval
 
 
 def parameters(result: Result) -> int:

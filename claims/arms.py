@@ -1,9 +1,11 @@
 """Stage arm: one way of tuning, once a seed, and what its models are worth: `out/claims/arms/<arm>.json`.
 
-The training step is the pipeline's own (`pipeline.train.Trainer`). All arms see the same rows in the same order for the
-same seed. What is reported are sums of losses for each group of validation rows, so that differences between arms can
-be resampled over texts, and, for the arms that are watched, the distance from the base's own distribution on general
-text (`pipeline.forget`) at several steps. The weights are not kept.
+The training step is the pipeline's own (`pipeline.train.Trainer`), and so is how rows become batches. All arms see the
+same rows in the same order for the same seed. That order is drawn from the seed itself, where the pipeline draws from a
+hash of seed and epoch: with its order no figure measured so far could be compared, and the learning rates, which were
+chosen with this one, would have to be chosen anew. What is reported are sums of losses for each group of validation
+rows, so that differences between arms can be resampled over texts, and, for the arms that are watched, the distance
+from the base's own distribution on general text (`pipeline.forget`) at several steps. The weights are not kept.
 """
 
 import argparse

@@ -45,15 +45,21 @@ def merged() -> Evidence:
     # Aspects of a paper share its text, so that logits of one of them say enough, and answers to all cost little more.
     families = [[(row.id, prompts[row.id]) for row in rows if row.group == paper] for paper in papers]
     texts = [family[0][1] for family in families]
+    merged_logits = [logits(within, ids) for ids in texts]
     values: dict[str, evidence.Value] = {
-        "logit_difference": evidence.largest(difference(logits(beside, ids), logits(within, ids)) for ids in texts),
-        "logit_change_by_adapter": difference(logits(base, texts[0]), logits(within, texts[0])),
+        "logit_difference": evidence.largest(map(difference, (logits(beside, ids) for ids in texts), merged_logits)),
+        "logit_change_from_base": evidence.least(map(difference, (logits(base, ids) for ids in texts), merged_logits)),
     }
+    del merged_logits
 
     given = experiment.generation.model_copy(update={"max_new_tokens": NEW_TOKENS, "num_beams": 1})
     config = generate.configuration(given, sorted({encoder.end, *facts["stop_ids"]}), tokenizer)
-    one, other = (dict(_answers(model, config, families, given)) for model in (beside, within))
-    values |= {"answers": len(prompts), "equal_answers": sum(one[name] == other[name] for name in prompts)}
+    alone, one, other = (dict(_answers(model, config, families, given)) for model in (base, beside, within))
+    values |= {
+        "answers": len(prompts),
+        "equal_answers": sum(one[name] == other[name] for name in prompts),
+        "answers_changed_from_base": sum(alone[name] != other[name] for name in prompts),
+    }
 
     given = given.model_copy(update={"max_new_tokens": TIMED_TOKENS})
     config = generate.configuration(given, [], tokenizer)  # nothing stops it
@@ -78,7 +84,8 @@ def merged() -> Evidence:
         [
             f"The adapter is random, of the default experiment's rank, alpha and layers, with B of the spread that "
             f"training leaves ({SPREAD}). Logits of all tokens of {len(texts)} prompts of the test split, and greedy "
-            f"answers of up to {NEW_TOKENS} tokens to {len(prompts)}, in float32.",
+            f"answers of up to {NEW_TOKENS} tokens to {len(prompts)}, in float32. ..._from_base: of the merged model, "
+            "the largest change of a logit on the prompt where it is least.",
             "Of the first prompt alone: logit_difference_float64, the same difference in float64 (where norms, taken "
             "in float32, may wipe out what is left of it), and logit_rounding_of_base, how far the base's own logits "
             "in float32 are from those in float64. A difference of that size is rounding, not merging.",

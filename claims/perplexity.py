@@ -31,6 +31,10 @@ TOGETHER = 4
 BLOCK = 64
 """Weights that share one constant (QLoRA, section 3)."""
 INT8 = 127
+NO_OUTLIERS = (
+    "no activation of a linear layer reaches the threshold of outliers ({threshold:g}), so that LLM.int8() leaves "
+    "nothing in 16 bits and is one constant a row and a column"
+)
 INT4 = [code / 7 for code in range(-7, 8)]
 """Symmetric integers, as fractions of the largest."""
 E2M1 = sorted({sign * code / 6 for code in (0, 0.5, 1, 1.5, 2, 3, 4, 6) for sign in (-1, 1)})
@@ -114,18 +118,42 @@ def llm_int8() -> Evidence:
         reading.read(name, model)
     del model
     config = BitsAndBytesConfig(load_in_8bit=True, llm_int8_threshold=threshold)
-    reading.read("llm_int8", models.pretrained(lab.BASE, device, quantization_config=config))
+    model = models.pretrained(lab.BASE, device, quantization_config=config)
+    seen = count_outliers(_layers(model), threshold)
+    reading.read("llm_int8", model)
     return Evidence(
         {
             **{f"{name}_ppl": reading.ratio(name) for name in reading.losses},
+            "outlier_columns_percent": 100 * seen["outliers"] / seen["columns"],
+            "absmax_over_float": reading.ratio("absmax", "float"),
             "absmax_over_row_wise": reading.ratio("absmax", "row_wise"),
             "absmax_over_vector_wise": reading.ratio("absmax", "vector_wise"),
             "row_wise_over_llm_int8": reading.ratio("row_wise", "llm_int8"),
             "vector_wise_over_llm_int8": reading.ratio("vector_wise", "llm_int8"),
             "llm_int8_over_float": reading.ratio("llm_int8", "float"),
         },
-        [reading.note],
+        [
+            reading.note,
+            "outlier_columns_percent: of the columns of activations that linear layers were given, those that "
+            f"LLM.int8() left in 16 bits, since a value in them reached {threshold:g}.",
+        ],
+        not_comparable=None if seen["outliers"] else NO_OUTLIERS.format(threshold=threshold),
     )
+
+
+def count_outliers(layers: "Iterable[Any]", threshold: float) -> dict[str, int]:
+    """Columns of activations from now on, and those that bitsandbytes leaves as they are: one value or more, of the
+    tokens computed together, reaches the threshold (LLM.int8(), section 3.2); with 0 it leaves none."""
+    seen = {"outliers": 0, "columns": 0}
+
+    def count(_layer: Any, given: "tuple[torch.Tensor, ...]") -> None:
+        largest_C = given[0].flatten(0, -2).abs().amax(0)
+        seen["outliers"] += int((largest_C >= (threshold or math.inf)).sum())
+        seen["columns"] += len(largest_C)
+
+    for layer in layers:
+        layer.register_forward_pre_hook(count)
+    return seen
 
 
 def int8_forward(weight_OxC: "torch.Tensor", row: bool, column: bool) -> "Callable[[torch.Tensor], torch.Tensor]":

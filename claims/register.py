@@ -1,8 +1,8 @@
 """`claims/claims.yaml`: what papers claim, how it is checked here, and the verdict that evidence leads to.
 
 A claim counts as reproduced when all its conditions hold. Conditions stand in the register, not in code, and name
-measured values; thresholds are fixed before anything is measured. A condition on a value with an interval, or on one
-value a training seed, can hold, fail, or be undecided.
+measured values; thresholds are fixed before anything is measured, and what was changed afterwards is told (`amended`).
+A condition on a value with an interval, or on one value a training seed, can hold, fail, or be undecided.
 """
 
 import argparse
@@ -75,7 +75,8 @@ class Condition(params.Section):
 
 
 class Claim(params.Section):
-    """`published`: the paper's figures by name. `distance`: how far the check is from the paper's setting."""
+    """`published`: the paper's figures by name. `distance`: how far the check is from the paper's setting. `amended`:
+    what of the claim and its conditions was changed after they had been measured, where something was."""
 
     kind: Kind
     claim: Text
@@ -84,6 +85,7 @@ class Claim(params.Section):
     published: dict[str, float]
     check: Text
     distance: Text | None
+    amended: Text | None = None
     reproduced_when: Annotated[list[Condition], Field(min_length=1)]
     needs: Needs
     recipe: str | None

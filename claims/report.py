@@ -62,7 +62,9 @@ def content(row: Row) -> dict[str, Any]:
     """A row of `reports/claims.json`, which the experiment's page reads as well."""
     return {
         "id": row.id,
-        **row.claim.model_dump(include={"kind", "claim", "paper", "place", "published", "check", "distance"}),
+        **row.claim.model_dump(
+            include={"kind", "claim", "paper", "place", "published", "check", "distance", "amended"}
+        ),
         "verdict": row.verdict,
         "state": row.judgment.verdict,
         "findings": [asdict(finding) for finding in row.judgment.findings],

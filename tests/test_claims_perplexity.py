@@ -53,11 +53,38 @@ def test_a_measurement_has_what_its_conditions_name_and_ratios_are_those_of_perp
     assert set(entry.published) - set(evidence.values) <= {"fp4_e3m0_ppl"}
     assert "12 windows of 16 tokens" in evidence.notes[0]
     ratios = [name for name in evidence.values if "_over_" in name]
-    assert len(ratios) == {"llm-int8": 5, "nf4-beats-fp4": 4}[claim]
+    assert len(ratios) == {"llm-int8": 6, "nf4-beats-fp4": 4}[claim]
     for name in ratios:
         here, _, there = name.replace("double_over", "nf4_double_over").partition("_over_")
         expected = value(evidence, f"{here}_ppl") / value(evidence, f"{there}_ppl")
         assert value(evidence, name) == pytest.approx(expected)
+
+
+def test_without_outliers_nothing_of_llm_int8_can_be_compared(
+    experiment: params.Params, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    claim = register.load(ROOT / register.FILE)["llm-int8"]
+    found = {}
+    for threshold in (0.5, 100.0, 0.0):
+        given = experiment.quantize.model_copy(update={"int8_threshold": threshold})
+        monkeypatch.setattr(lab, "experiment", lambda given=given: experiment.model_copy(update={"quantize": given}))
+        evidence = perplexity.llm_int8()
+        found[threshold] = evidence.values["outlier_columns_percent"], register.judge(claim, evidence).verdict
+    share, verdict = found.pop(0.5)
+    assert isinstance(share, float)
+    assert 0 < share < 100
+    assert verdict in ("reproduced", "not reproduced", "inconclusive")
+    assert found == dict.fromkeys((100.0, 0.0), (0, "not comparable at this scale"))
+    assert evidence.not_comparable == perplexity.NO_OUTLIERS.format(threshold=0.0)
+
+
+def test_outliers_are_columns_in_which_a_value_reaches_the_threshold() -> None:
+    layer = torch.nn.Linear(4, 2)
+    seen = perplexity.count_outliers([layer], 6.0)
+    x = torch.tensor([[[0.0, -6.0, 5.9, 0.0], [7.0, 9.0, 0.0, 0.0]]])
+    layer(x)
+    layer(x[:, :1])
+    assert seen == {"outliers": 2 + 1, "columns": 8}
 
 
 def test_losses_are_those_of_each_token_after_the_first(experiment: params.Params) -> None:

@@ -25,7 +25,7 @@ def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     paths.PARAMS.write_text((ROOT / "params.default.yaml").read_text())
     register.FILE.parent.mkdir()
     claims = {
-        "product": EXACT,
+        "product": {**EXACT, "amended": "after the first measurement, from five"},
         "wrong": {**EXACT, "published": {"four": 5}},
         "seeds": {**SCALED, "reproduced_when": [{"value": "gain", "above": 0.0}]},
         "large": {**SCALED, "kind": "FULL", "needs": {"gpu_gb": 24.0}, "recipe": "samsum-7b"},
@@ -75,7 +75,10 @@ def test_the_page_leaves_no_claim_out_and_nothing_breaks_its_table() -> None:
     assert {line.replace("\\|", "").count("|") for line in table} == {7}
     assert "| ✗ product (4) = published.four (5) | **not reproduced** | EXACT |" in page.replace("\\_", "_")
     assert "counted twice" in page
-    assert "a tenth of the size" in page
+    assert "](#seeds)<br>*Here:* a tenth of the size |" in page
+    assert "](#wrong) |" in page
+    assert "before the measurement, but for those of product: changed afterwards, as their sections tell.\n" in page
+    assert page.count("- Changed after the first measurement, from five\n") == 1
     assert all(f"`dvc repro claims/dvc.yaml:claim@{name}`" in page for name in verdicts())
 
 

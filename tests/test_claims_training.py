@@ -2,7 +2,7 @@
 
 import shutil
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -232,8 +232,8 @@ def test_base_and_tuned_answer_and_are_compared() -> None:
 # Measurements
 
 
-def result(losses: float | list[float], looks: list[tuple[float, float]] | None = None, parameters: int = 1) -> Result:
-    """An arm by hand: two texts of 10 and 30 tokens, the first with twice the loss a token of the second."""
+def result(losses: float | list[float], looks: list[tuple[float, float]] | None = None, pairs: int = 10) -> Result:
+    """An arm by hand: pairs of texts of 10 and 30 tokens, the first with twice the loss a token of the second."""
     seeds = [arms.UNTUNED] if isinstance(losses, float) else ["17", "18", "19"]
     given = [losses] if isinstance(losses, float) else losses
     runs = {}
@@ -241,8 +241,8 @@ def result(losses: float | list[float], looks: list[tuple[float, float]] | None 
         unit = 40 * loss / 50
         shift = loss - given[0]
         seen = [Look(5 * (i + 1), at + shift, 3.0, there, 2.0) for i, (at, there) in enumerate(looks or [])]
-        runs[seed] = Run(parameters, 25, [20 * unit, 30 * unit], seen)
-    return Result(["a", "b"], [10, 30], 150, runs)
+        runs[seed] = Run(1, 25, [20 * unit, 30 * unit] * pairs, seen)
+    return Result([f"text {number}" for number in range(2 * pairs)], [10, 30] * pairs, 150, runs)
 
 
 def planted() -> dict[str, Result]:
@@ -306,13 +306,46 @@ def test_the_opposite_is_not_reproduced(
 def test_one_seed_that_disagrees_leaves_it_open(monkeypatch: pytest.MonkeyPatch) -> None:
     known = planted() | {"qv": result([2.8, 2.81, 2.6])}
     monkeypatch.setattr(arms, "read", known.__getitem__)
+    monkeypatch.setattr(lab, "experiment", lambda: params.load(ROOT / "params.yaml"))
     assert register.judge(REGISTER["all-linear"], adapters.all_linear()).verdict == "inconclusive"
+
+
+def test_one_text_that_decides_alone_leaves_it_open(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lower for every seed, but by the first of twenty texts."""
+    r16 = result([2.70, 2.71, 2.69])
+    runs = {seed: replace(run, sums=[run.sums[0] + 40, *run.sums[1:]]) for seed, run in r16.runs.items()}
+    known = planted() | {"r16": r16, "qv": replace(r16, runs=runs)}
+    monkeypatch.setattr(arms, "read", known.__getitem__)
+    monkeypatch.setattr(lab, "experiment", lambda: params.load(ROOT / "params.yaml"))
+    found = adapters.all_linear()
+    gap = found.values["qv_over_all_linear"]
+    assert isinstance(gap, Interval)
+    assert gap.value == pytest.approx(40 / 400)
+    assert gap.low < 0
+    assert register.judge(REGISTER["all-linear"], found).verdict == "inconclusive"
+
+
+def test_a_mean_difference_holds_the_chance_of_seeds() -> None:
+    """Texts do not differ: left is the SD of the seeds' differences, 0.01 / root 3, with 2 degrees of freedom."""
+
+    def even(losses: list[float]) -> Result:
+        found = result(losses)
+        by_token = {seed: sum(run.sums) / sum(found.tokens) for seed, run in found.runs.items()}
+        runs = {
+            seed: replace(run, sums=[by_token[seed] * count for count in found.tokens])
+            for seed, run in found.runs.items()
+        }
+        return replace(found, runs=runs)
+
+    one, two = even([1.0, 1.2, 1.4]), even([1.09, 1.30, 1.51])
+    gap = adapters.mean_difference(two, one, params.load(ROOT / "params.yaml").compare)
+    half = 4.303 * 0.01 / 3**0.5
+    assert (gap.value, gap.low, gap.high) == pytest.approx((0.1, 0.1 - half, 0.1 + half), rel=1e-3)
 
 
 def test_a_gap_is_resampled_over_texts(evidence: dict[str, Evidence]) -> None:
     """Of two texts a resample holds one twice or both: losses a token of 2, 1 and 1.25 units of 0.8 x 0.1."""
-    gap = evidence["qlora-recovers"].values["gap_before"]
-    assert isinstance(gap, Interval)
+    gap = adapters.difference(result(3.5, pairs=1), result(3.4, pairs=1), params.load(ROOT / "params.yaml").compare)
     assert (gap.value, gap.low, gap.high) == pytest.approx((0.1, 0.08, 0.16))
     excess = evidence["qlora-recovers"].values["excess"]
     assert excess == pytest.approx([0.02 - 0.025, 0.015 - 0.025, 0.01 - 0.025])
