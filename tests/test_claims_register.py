@@ -1,15 +1,16 @@
 """The register of claims: what it refuses, and what evidence makes of a claim."""
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 from ruamel.yaml import YAML
 
-from claims import evidence, register
+from claims import evidence, full, gain, register
 from claims.evidence import Evidence
 from claims.register import Claim, Finding
-from pipeline import recipes
+from pipeline import params, recipes
 from pipeline.errors import UserError
 from pipeline.significance import Interval
 
@@ -50,13 +51,47 @@ def test_the_register_can_be_read_and_holds_every_researched_claim() -> None:
 
 
 def test_every_full_claim_has_a_recipe_that_exists_or_says_that_there_is_none() -> None:
-    full = {name: one for name, one in register.load(ROOT / register.FILE).items() if one.kind == "FULL"}
-    assert {name for name, one in full.items() if one.recipe is None} == {"llama13b-gpt3"}
-    for one in full.values():
+    claims = {name: one for name, one in register.load(ROOT / register.FILE).items() if one.kind == "FULL"}
+    assert {name for name, one in claims.items() if one.recipe is None} == {"llama13b-gpt3"}
+    for one in claims.values():
         if one.recipe is not None:
             recipe = YAML(typ="safe").load(ROOT / recipes.FOLDER / f"{one.recipe}.yaml")
             assert recipe["needs"].get("gpu_gb") == one.needs.gpu_gb
             assert recipe["needs"].get("hub") is one.needs.hub is True
+
+
+@pytest.mark.parametrize(
+    ("tuned", "base", "wanted"),
+    [(52.0, 30.0, "reproduced"), (49.0, 30.0, "not reproduced"), (52.0, 53.0, "not reproduced")],
+)
+def test_a_published_score_is_met_and_tuning_raises_it(tuned: float, base: float, wanted: str) -> None:
+    """The scores are those of `reports/metrics.json`, beside which other figures stand."""
+    scores = {name: {"base": base / by, "tuned": tuned / by} for name, by in (("rouge1", 1), ("rouge2", 1.93))}
+    metrics: dict[str, Any] = {"chrf": {"base": 1.0, "tuned": 2.0}, "rows": 819, "rougeL": {"base": 1.0}, **scores}
+    evidence = full._scores(metrics)
+    assert set(evidence.values) == {"rouge1", "rouge1_base", "rouge2", "rouge2_base"}
+    assert register.judge(register.load(ROOT / register.FILE)["samsum-7b"], evidence).verdict == wanted
+
+
+def test_what_a_machine_lacks_is_told_and_what_this_project_does_not_score(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(recipes, "gpus", lambda: [("small", 12.0)])
+    monkeypatch.setattr(full, "_reaches_the_hub", lambda: False)
+    assert full.measure("samsum-7b").not_run == "a GPU with 19 GB, the Hugging Face hub"
+    monkeypatch.setattr(recipes, "gpus", lambda: [("large", 80.0)])
+    monkeypatch.setattr(full, "_reaches_the_hub", lambda: True)
+    assert full.measure("llama13b-gpt3").not_run == "benchmarks that this project does not score"
+
+
+def test_what_a_gain_s_conditions_name_is_what_its_recipe_scores() -> None:
+    claims = register.load(ROOT / register.FILE)
+    lines = {"default": ("wrong_aspect", "base_cut"), "ui-fr-en": ("copy",)}
+    for claim, measure in gain.MEASUREMENTS.items():
+        assert isinstance(measure, partial)
+        (task,) = measure.args
+        scored = recipes.experiment(task, params.load(ROOT / "params.yaml")).evaluate.metrics
+        known = {f"{name}_{end}" for name in scored for end in ("gain", *(f"over_{line}" for line in lines[task]))}
+        assert {one.value for one in claims[claim].reproduced_when} <= known, claim
 
 
 def test_a_claim_that_is_not_there_is_named_with_those_that_are(tmp_path: Path) -> None:
