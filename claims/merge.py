@@ -84,8 +84,8 @@ def merged() -> Evidence:
         [
             f"The adapter is random, of the default experiment's rank, alpha and layers, with B of the spread that "
             f"training leaves ({SPREAD}). Logits of all tokens of {len(texts)} prompts of the test split, and greedy "
-            f"answers of up to {NEW_TOKENS} tokens to {len(prompts)}, in float32. ..._from_base: of the merged model, "
-            "the largest change of a logit on the prompt where it is least.",
+            f"answers of up to {NEW_TOKENS} tokens to {len(prompts)}, in float32. answers_changed_from_base: "
+            "how many of them merging changes at all; the others would be equal without it.",
             "Of the first prompt alone: logit_difference_float64, the same difference in float64 (where norms, taken "
             "in float32, may wipe out what is left of it), and logit_rounding_of_base, how far the base's own logits "
             "in float32 are from those in float64. A difference of that size is rounding, not merging.",
