@@ -6,12 +6,13 @@ No number is typed: all come out of the run's outputs, and the comparison, compu
 """
 
 import json
+import math
 import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pipeline import compare, licence, page, params, paths, records, report, store
+from pipeline import compare, gguf_file, licence, page, params, paths, records, report, store
 from pipeline import model as models
 from pipeline.compare import Comparison
 from pipeline.errors import UserError
@@ -25,6 +26,9 @@ LICENCES = (
     "cc-by-nc-sa-4.0", "gpl-3.0", "llama2", "llama3", "llama3.1", "llama3.2", "llama3.3", "gemma", "unknown",
 )  # fmt: skip
 """Names that the hub knows, of those that the sources here have; any other is given as `other` and its name."""
+
+MAX_RISE = 0.01
+"""Files lose quality where they raise the perplexity by more than this share: `lora-repro parity`'s own bound."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,7 +105,9 @@ def render(content: Content) -> str:
         reproduction=page.reproduction(content.origin),
         versions=content.origin.versions,
         hub=hub(given.model.source),
-        backend=given.generation.backend,
+        backend=_backend(given.generation),
+        loss=loss(content.measured),
+        otherwise=content.what.startswith("gguf") and not gguf_file.decodes(given.generation),
     )  # fmt: skip
     return f"---\n{_metadata(content).to_yaml()}\n---\n{body}"
 
@@ -113,6 +119,22 @@ KINDS = {
     "gguf-merged": "model with the LoRA adapter merged into its weights, as a GGUF file for llama.cpp",
 }
 LIBRARIES = {"adapter": "peft", "merged": "transformers", "gguf": "llama.cpp", "gguf-merged": "llama.cpp"}
+
+
+def loss(measured: dict[str, Any] | None) -> str | None:
+    """That exported files lose quality, by what was measured of them; None where they do not, or nothing was."""
+    if measured is None or (rise := math.exp(measured["loss"] - measured["loss_measured"]) - 1) <= MAX_RISE:
+        return None
+    return (
+        f"These files lose quality: the perplexity of {measured['tokens']:,} tokens of validation answers is "
+        f"{100 * rise:.1f} % above that of the model as it was trained."
+    )
+
+
+def _backend(generation: params.Generation) -> str:
+    if generation.backend == "llama.cpp":
+        return f"llama.cpp (the base as GGUF in {generation.gguf_type})"
+    return generation.backend
 
 
 def hub(source: str) -> tuple[str, str] | None:
@@ -136,11 +158,15 @@ def _short(source: str) -> str:
 
 
 def _parameters(content: Content) -> dict[str, str]:
-    """All parameters of the run, without paths of this machine."""
+    """All parameters of the run, without paths of this machine; what one line cannot hold as it is stands quoted."""
     given = content.given
     sources = {"data.source": [name for name, _ in given.data.pinned], "model.source": [given.model.source]}
     sources["forget.source"] = [given.forget.source] if given.forget.source else []
     locked = {name: value for name, value in content.origin.params.items() if not name.startswith(tuple(sources))}
+    locked = {
+        name: json.dumps(value, ensure_ascii=False) if "\n" in value or value != value.strip() else value
+        for name, value in locked.items()
+    }
     return locked | {name: ", ".join(map(shown, names)) or "null" for name, names in sources.items()}
 
 
@@ -292,6 +318,7 @@ def _llama_cpp(content: Content) -> str:
     [model] = [name for name in content.files if name.endswith(".gguf") and not name.startswith("adapter")]
     adapters = [name for name in content.files if name.startswith("adapter")]
     settings = given.generation
+    tokens = given.prompt.max_tokens + settings.max_new_tokens
     lines = [
         "import json",
         "",
@@ -300,7 +327,7 @@ def _llama_cpp(content: Content) -> str:
         "settings = xllamacpp.CommonParams()",
         f"settings.model.path = {json.dumps(model)}",
         "settings.n_parallel = 1",
-        f"settings.n_ctx = {given.prompt.max_tokens + settings.max_new_tokens}",
+        f"settings.n_ctx = {tokens}",
     ]
     for name in adapters:
         lines += [
@@ -313,11 +340,13 @@ def _llama_cpp(content: Content) -> str:
     else:
         call = 'server.handle_completions({"prompt": text, **options})'
         written = 'answer["choices"][0]["text"] if "choices" in answer else answer["content"]'
+    # Of all tokens before, as transformers has it, and not of the last 64.
+    penalty = f'"repeat_penalty": {settings.repetition_penalty}, "repeat_last_n": {tokens}'
     options = f'"temperature": 0, "max_tokens": {settings.max_new_tokens}, "n_predict": {settings.max_new_tokens}'
     return "\n".join(
         [
             *lines,
-            f'options = {{{options}, "repeat_penalty": {settings.repetition_penalty}}}',
+            f"options = {{{options}, {penalty}}}",
             f"answer = {call}",
             "answer = json.loads(answer) if isinstance(answer, str) else answer",
             f"print({written})",

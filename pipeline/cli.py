@@ -123,8 +123,10 @@ def parity(types: GgufTypes = [], rows: FewRows = None, merged: OneFile = False,
     """
     from pipeline import params
     from pipeline import parity as checks
+    from pipeline import verify as current
 
     given = params.load()
+    current.require_current("nothing is compared:")
     if checks.parity(given, types or [given.generation.gguf_type], rows, merged, max_rise):
         raise typer.Exit(1)
 

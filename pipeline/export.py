@@ -12,7 +12,7 @@ from pathlib import Path
 from tempfile import mkdtemp
 from typing import Any, Literal
 
-from pipeline import adapter, card, fetch, gguf_file, lockfile, merge, page, params, paths, records, verify
+from pipeline import adapter, card, fetch, gguf_file, merge, page, params, paths, records, stage, verify
 from pipeline import model as models
 from pipeline.errors import UserError, listing
 from pipeline.progress import say
@@ -32,6 +32,11 @@ class Asked:
     joined: bool
     with_base: bool | None
 
+    @property
+    def stored(self) -> str | None:
+        """The type of a GGUF file; None of other forms."""
+        return (self.kind or "Q8_0") if self.what == "gguf" else None
+
     def check(self) -> None:
         """UserError for an option that would be of no effect."""
         if self.what != "gguf" and (self.kind or self.joined):
@@ -46,12 +51,16 @@ def export(asked: Asked, destination: Path, overwrite: bool) -> None:
     """Write the export to a folder, whole or not at all.
 
     UserError for outputs that are missing or not of this experiment, a seed that was not trained, and a folder that is
-    there already, unless it is an earlier export and `overwrite` is set.
+    there already, unless it is an earlier export, nothing else lies in it, and `overwrite` is set.
     """
     asked.check()
+    stage.set_environment()
     given = params.load()
-    _require_room(destination, overwrite)
-    _require_current()
+    try:
+        _require_room(destination, overwrite)
+    except (OSError, RuntimeError) as error:
+        raise _unwritable(destination, error) from None
+    verify.require_current("nothing is exported:")
     comparison = card.compared(given)
     seed = _seed(asked.seed, given.seeds)
     if asked.what == "gguf":
@@ -81,7 +90,7 @@ def export(asked: Asked, destination: Path, overwrite: bool) -> None:
             {
                 "what": content.what,
                 "seed": seed,
-                "type": asked.kind,
+                "type": asked.stored,
                 "digest": origin.digest,
                 "commit": origin.commit,
                 "difference": measured,
@@ -93,6 +102,8 @@ def export(asked: Asked, destination: Path, overwrite: bool) -> None:
             f"export: validation loss {measured['loss_measured']:.4f} as measured, {measured['loss']:.4f} of these "
             f"files; the same likeliest token at {100 * measured['same']:.2f} % of {measured['tokens']:,}"
         )
+        if loss := card.loss(measured):
+            say(f"export: {loss}")
     size = sum(size for size, _ in files.values())
     say(f"export: {asked.what} of seed {seed}, {size / 1e6:,.1f} MB in {destination}; {README} says how to load it")
 
@@ -100,22 +111,29 @@ def export(asked: Asked, destination: Path, overwrite: bool) -> None:
 def _require_room(destination: Path, overwrite: bool) -> None:
     if destination.resolve().is_relative_to(paths.OUT.resolve()):
         raise UserError(f"{destination} lies in {paths.OUT}, which is DVC's: export to another folder")
-    if destination.is_dir() and not any(destination.iterdir()):
+    if not destination.exists() or (destination.is_dir() and not any(destination.iterdir())):
         return
-    if destination.exists() and not (destination / RECORD).is_file():
+    own = _of_an_export(destination)
+    if own is None:
         raise UserError(f"{destination} is there and no export of this command: name a new folder, or an empty one")
-    if destination.exists() and not overwrite:
+    if not overwrite:
         raise UserError(f"{destination} holds an export already: name another folder, or add --overwrite")
+    files = (file for file in destination.rglob("*") if file.is_symlink() or not file.is_dir())
+    others = sorted({file.relative_to(destination).as_posix() for file in files} - own)
+    if others:
+        raise listing(
+            [*others[:5], *([f"and {len(others) - 5} more"] if len(others) > 5 else [])],
+            f"{destination} holds what no export wrote and --overwrite would remove: move it, or name another folder",
+        )
 
 
-def _require_current() -> None:
-    """UserError where an output is not what `dvc.lock` has, or a stage would run again."""
-    if not paths.DVC_LOCK.is_file():
-        raise UserError(f"{paths.DVC_LOCK} is missing: run `dvc repro`, which makes it")
-    project = lockfile.read()
-    found = [*verify.outputs(project).findings, *verify.pipeline(project).findings]
-    if found:
-        raise listing([f"{one.place}: {one.wrong} (mend: {one.remedy})" for one in found], "nothing is exported:")
+def _of_an_export(folder: Path) -> set[str] | None:
+    """The files that an earlier export wrote there, by its own record; None where there is no such record."""
+    try:
+        record = records.read_json(folder / RECORD)
+        return {*record["files"], README, RECORD} if record["digest"] else None
+    except (UserError, OSError, LookupError, TypeError):
+        return None
 
 
 def _seed(wanted: int | None, seeds: list[int]) -> int:
@@ -130,7 +148,7 @@ def _write(asked: Asked, seed: int, given: params.Params, folder: Path) -> tuple
     """Write the files; the name of the base among them, None for none, and what it holds in words."""
     trained = paths.adapter(seed)
     if asked.what == "gguf":
-        return _write_gguf(asked.kind or "Q8_0", asked.joined, trained, given, folder)
+        return _write_gguf(str(asked.stored), asked.joined, trained, given, folder)
     if asked.what == "merged":
         model, words = merge.base()
         _save(merge.merged(model, trained), folder)
@@ -181,7 +199,8 @@ def _write_gguf(kind: str, joined: bool, trained: Path, given: params.Params, fo
         gguf_file.write_base(paths.QUANTIZED, folder / model, kind)
         gguf_file.write_adapter(trained, paths.QUANTIZED, folder / lora, "F32")
         words += f", written as {gguf_file.stored(kind)}, and of the adapter in F32, which llama.cpp applies"
-    text = gguf_file.modelfile(model, lora, paths.QUANTIZED, given.generation)
+    tokens = given.prompt.max_tokens + given.generation.max_new_tokens
+    text = gguf_file.modelfile(model, lora, paths.QUANTIZED, given.generation, tokens)
     records.write_text(folder / "Modelfile", text)
     return model, words
 
@@ -220,7 +239,7 @@ def _command(asked: Asked, seed: int) -> str:
     """The command that writes the same files again."""
     words = ["lora-repro export", asked.what, "DEST", f"--seed {seed}"]
     if asked.what == "gguf":
-        words += [f"--type {asked.kind or 'Q8_0'}", *(["--merged"] if asked.joined else [])]
+        words += [f"--type {asked.stored}", *(["--merged"] if asked.joined else [])]
     if asked.with_base is not None:
         words.append("--base" if asked.with_base else "--no-base")
     return " ".join(words)
@@ -229,13 +248,27 @@ def _command(asked: Asked, seed: int) -> str:
 @contextmanager
 def _written(destination: Path) -> Iterator[Path]:
     """A folder beside the destination that takes its place if, and only if, the block succeeds."""
-    destination.parent.mkdir(parents=True, exist_ok=True)
-    made = Path(mkdtemp(prefix=f".{destination.name}.", dir=destination.parent))
+    try:
+        place = destination.resolve()  # where a link leads, which stays
+        place.parent.mkdir(parents=True, exist_ok=True)
+        made = Path(mkdtemp(prefix=f".{place.name}.", dir=place.parent))
+    except (OSError, RuntimeError) as error:
+        raise _unwritable(destination, error) from None
     try:
         yield made
-        made.chmod(0o755)
-        if destination.exists():
-            shutil.rmtree(destination)
-        made.replace(destination)
+        try:
+            made.chmod(0o755)
+            if place.exists():
+                shutil.rmtree(place)
+            made.replace(place)
+        except OSError as error:
+            raise _unwritable(destination, error) from None
     finally:
         shutil.rmtree(made, ignore_errors=True)
+
+
+def _unwritable(destination: Path, error: Exception) -> UserError:
+    return UserError(
+        f"cannot write {destination} ({error}): name a folder within one that you may write to; it is made beside, and "
+        "put in place when it is whole"
+    )

@@ -101,8 +101,14 @@ def refuse(folder: Path) -> None:
     _vocabulary(folder, checkpoint.config)
 
 
-def modelfile(base: str, adapter: str | None, checkpoint: Path, generation: params.Generation) -> str:
-    """Ollama's Modelfile for files beside it: the chat template in ollama's language, decoding as in `generation`.
+def decodes(generation: params.Generation) -> bool:
+    """Whether llama.cpp and ollama can decode as `generation` has it."""
+    return generation.num_beams == 1 and not generation.no_repeat_ngram_size
+
+
+def modelfile(base: str, adapter: str | None, checkpoint: Path, generation: params.Generation, tokens: int) -> str:
+    """Ollama's Modelfile for files beside it: the chat template in ollama's language, decoding as in `generation`,
+    room for a prompt and its answer of `tokens` together (ollama cuts off what its own default does not hold).
 
     The experiment's own instructions are not in it: what is sent is the user's message as it is.
     """
@@ -111,24 +117,29 @@ def modelfile(base: str, adapter: str | None, checkpoint: Path, generation: para
     tokenizer = models.tokenizer(checkpoint)
     lines = [f"FROM ./{base}"]
     if adapter is not None:
-        lines.append(f"ADAPTER ./{adapter}")
+        lines += [
+            f"ADAPTER ./{adapter}",
+            "# Ollama from 0.34.1 on is reported to refuse ADAPTER: export with --merged.",
+        ]
     if not tokenizer.chat_template:
         lines.append('TEMPLATE """{{ .Prompt }}"""')
     elif (template := _ollama_template(tokenizer)) is not None:
         lines.append(f'TEMPLATE """{template}"""')
     else:
         lines.append("# The model's chat template cannot be told in ollama's language: write TEMPLATE by hand.")
-    if generation.num_beams > 1 or generation.no_repeat_ngram_size:
+    if not decodes(generation):
         lines.append("# Ollama has neither beam search nor a limit on n-grams: it writes other texts than were scored.")
     lines += [
         "PARAMETER temperature 0",
         "PARAMETER top_k 1",
         f"PARAMETER repeat_penalty {generation.repetition_penalty}",
+        f"PARAMETER repeat_last_n {tokens}",
+        f"PARAMETER num_ctx {tokens}",
         f"PARAMETER num_predict {generation.max_new_tokens}",
     ]
     config = records.read_json(checkpoint / "config.json")
     stops = [tokenizer.convert_ids_to_tokens(one) for one in _stops(checkpoint, config, tokenizer)]
-    lines += [f"PARAMETER stop {json.dumps(stop, ensure_ascii=False)}" for stop in stops]
+    lines += [f'PARAMETER stop "{stop}"' for stop in stops]  # whatever stands between the first and the last quote
     return "\n".join(lines) + "\n"
 
 

@@ -12,28 +12,40 @@ SIZES = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}
 """Bytes of a value by its type; 8 is a string, 9 an array."""
 STRING, ARRAY = 8, 9
 DIMENSIONS = 4
+LONGEST = 2**16
+"""Bytes of a text that is looked at; longer ones are passed over."""
 MOST_ITEMS = 10_000_000
 """In one file; a vocabulary of 262,144 words has three arrays of them, and one of as many merges."""
 
 
 def check(path: Path) -> None:
-    """ValueError where the header of a little-endian GGUF file leads out of it, or is larger than any is."""
+    """ValueError where the header of a GGUF file leads out of it, is larger than any is, or is of no whole model."""
     with path.open("rb") as file:
         if file.read(4) != b"GGUF":
             raise ValueError("it does not begin with GGUF")
         walk = _Walk(file, path.stat().st_size)
         version, tensors, fields = walk.number("I"), walk.number("Q"), walk.number("Q")
+        if version in (2 << 24, 3 << 24):
+            raise ValueError("it is big-endian, for other machines: `gguf-convert-endian <file> little` turns it round")
         if version not in (2, 3):
             raise ValueError(f"version {version} of the format is not known")
         for _ in range(walk.items(fields, 8 + 4 + 1)):
-            walk.skip(walk.number("Q"))
-            walk.value(walk.number("I"))
+            name = walk.text()
+            _require_whole(name, walk.value(walk.number("I")))
         for _ in range(walk.items(tensors, 8 + 4 + 4 + 8)):
             walk.skip(walk.number("Q"))
             dimensions = walk.number("I")
             if dimensions > DIMENSIONS:
                 raise ValueError(f"a tensor of {dimensions} dimensions")
             walk.skip(8 * dimensions + 4 + 8)
+
+
+def _require_whole(name: bytes, value: bytes) -> None:
+    """ValueError for a field by which a file says that it is a part of a model, or something else than one."""
+    if name == b"split.count" and (parts := int.from_bytes(value, "little")) > 1:
+        raise ValueError(f"it is one of {parts} parts: `llama-gguf-split --merge` of llama.cpp makes one file of them")
+    if name == b"general.type" and value != b"model":
+        raise ValueError(f"it holds no model, but says general.type = {value.decode(errors='replace')!r}")
 
 
 class _Walk:
@@ -54,6 +66,18 @@ class _Walk:
             raise ValueError(f"{length:,} bytes are announced where {self.size - self.file.tell():,} are left")
         self.file.seek(length, 1)
 
+    def read(self, length: int) -> bytes:
+        """So many bytes; none of more than `LONGEST`, which are passed over."""
+        start = self.file.tell()
+        self.skip(length)
+        if length > LONGEST:
+            return b""
+        self.file.seek(start)
+        return self.file.read(length)
+
+    def text(self) -> bytes:
+        return self.read(self.number("Q"))
+
     def items(self, count: int, least: int) -> int:
         """`count`, if as many items of `least` bytes can follow."""
         self.seen += count
@@ -61,10 +85,13 @@ class _Walk:
             raise ValueError(f"{count:,} items are announced where {self.size - self.file.tell():,} bytes are left")
         return count
 
-    def value(self, kind: int) -> None:
+    def value(self, kind: int) -> bytes:
+        """A value as it stands in the file; none of an array."""
         if kind == STRING:
-            self.skip(self.number("Q"))
-        elif kind == ARRAY:
+            return self.text()
+        if kind in SIZES:
+            return self.read(SIZES[kind])
+        if kind == ARRAY:
             kind, count = self.number("I"), self.number("Q")
             if kind in SIZES:
                 self.skip(self.items(count, SIZES[kind]) * SIZES[kind])
@@ -73,7 +100,5 @@ class _Walk:
                     self.skip(self.number("Q"))
             else:
                 raise ValueError(f"an array of type {kind}")
-        elif kind in SIZES:
-            self.skip(SIZES[kind])
-        else:
-            raise ValueError(f"a value of type {kind}")
+            return b""
+        raise ValueError(f"a value of type {kind}")

@@ -180,13 +180,23 @@ def _opened(shards: list[Path], name: str) -> list[dict[str, "torch.Tensor"]]:
 
     opened = []
     for path in shards:
+        with path.open("rb") as file:
+            begins = file.read(64)
+        if begins.startswith(b"version https://git-lfs"):
+            raise UserError(
+                f"model.source = {name!r}: {path.name} is a pointer of Git LFS in place of the file: run `git lfs "
+                "pull` there, or download it again"
+            )
         try:
             held = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
         except pickle.UnpicklingError as error:
-            why = str(error).strip().partition("\n")[0]
+            # torch begins with how to read it all the same, which nobody should.
+            told = [
+                line.strip() for line in str(error).splitlines()[1:] if line.strip() and "file an issue" not in line
+            ]
             raise UserError(
-                f"model.source = {name!r}: {path.name} is a pickle that holds more than weights, and could run code "
-                f"when it is read, so it is not ({why})"
+                f"model.source = {name!r}: {path.name} is no file of weights alone, or none at all, and could run code "
+                f"when it is read, so it is not ({(told or ['no reason is given'])[0]})"
             ) from None
         except Exception as error:  # whatever a damaged file brings about
             raise UserError(

@@ -17,7 +17,19 @@ from typing import Any
 
 import numpy as np
 
-from pipeline import adapter, backend, backend_llamacpp, generate, loss, metrics, pack, params, paths, records
+from pipeline import (
+    adapter,
+    backend,
+    backend_llamacpp,
+    generate,
+    gguf_file,
+    loss,
+    metrics,
+    pack,
+    params,
+    paths,
+    records,
+)
 from pipeline import compare as comparison
 from pipeline import model as models
 from pipeline.compare import Table
@@ -64,6 +76,7 @@ def parity(given: params.Params, types: Sequence[str], rows: int | None, merged:
     for generation in generations.values():
         params.require_backend(given.model_copy(update={"generation": generation}))
     facts = records.read_json(paths.QUANTIZED_FACTS)
+    gguf_file.refuse(paths.QUANTIZED)
     tokenizer = models.tokenizer()
     encoder = Encoder(tokenizer, given.prompt, facts["context"])
     test = _first_groups(records.read_rows(paths.split("test"), Example), rows)

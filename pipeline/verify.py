@@ -20,7 +20,7 @@ from ruamel.yaml.error import YAMLError
 
 from pipeline import lockfile, params, paths, records, source, store, track
 from pipeline import page as pages
-from pipeline.errors import UserError
+from pipeline.errors import UserError, listing
 from stages import compare
 
 ABOVE = "# what is said above"
@@ -134,6 +134,16 @@ def _run_digest(path: Path) -> str | None:
     except (YAMLError, UnicodeDecodeError):
         return None
     return hashlib.sha256(json.dumps(bare(content), sort_keys=True).encode()).hexdigest()
+
+
+def require_current(headline: str) -> None:
+    """UserError, begun by `headline`, where an output is not what `dvc.lock` has, or a stage would run again."""
+    if not paths.DVC_LOCK.is_file():
+        raise UserError(f"{paths.DVC_LOCK} is missing: run `dvc repro`, which makes it")
+    project = lockfile.read()
+    found = [*outputs(project).findings, *pipeline(project).findings]
+    if found:
+        raise listing([f"{one.place}: {one.wrong} (mend: {one.remedy})" for one in found], headline)
 
 
 def outputs(project: lockfile.Project) -> Outcome:

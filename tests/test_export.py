@@ -6,6 +6,7 @@ The tests share one finished project and put back what they break.
 import contextlib
 import io
 import json
+import math
 import re
 import warnings
 from pathlib import Path
@@ -127,7 +128,31 @@ def test_a_merged_gguf_file_says_what_its_type_costs(tmp_path: Path) -> None:
     assert f"| {record['difference']['loss']:.3f} |" in text
     assert "written as Q4_0 with the output head in Q8_0" in text
     assert "lora-repro export gguf DEST --seed 17 --type Q4_0 --merged" in text
+    assert record["type"] == "Q4_0"
+    assert "With ollama: `ollama create tuned -f Modelfile`." in text
+    assert "PARAMETER num_ctx 208" in (tmp_path / "out" / "Modelfile").read_text()
     compile(blocks(tmp_path / "out")[0], "README.md", "exec")
+
+
+def test_files_that_lose_quality_are_said_to() -> None:
+    """1 % of perplexity, as the bound of `lora-repro parity` is."""
+    measured = {"tokens": 801, "loss_measured": 2.0, "loss": 2.0 + math.log(1.0099)}
+    assert card.loss(measured) is None
+    assert card.loss(None) is None
+    assert card.loss(measured | {"loss": 2.0 + math.log(1.28)}) == (
+        "These files lose quality: the perplexity of 801 tokens of validation answers is 28.0 % above that of the "
+        "model as it was trained."
+    )
+
+
+def test_a_lossy_export_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(card, "MAX_RISE", -1.0)
+    printed = run("gguf", str(tmp_path / "out"))
+    text = (tmp_path / "out" / "README.md").read_text()
+    assert "export: These files lose quality: " in printed
+    assert "\n- These files lose quality: " in text
+    assert "With ollama before 0.34.1: `ollama create tuned -f Modelfile`" in text
+    assert records.read_json(tmp_path / "out" / export.RECORD)["type"] == "Q8_0"
 
 
 def test_the_card_s_numbers_are_the_run_s(adapter: Path) -> None:
@@ -142,6 +167,7 @@ def test_the_card_s_numbers_are_the_run_s(adapter: Path) -> None:
     for part in (
         f"{numbers['rouge1']['base']:.1f}", f"{numbers['cost']['general_loss']['base']:.3f}",
         f"{numbers['cost']['trainable_parameters']:,} trainable parameters", "| `lora.r` | 4 |", "## Read with care",
+        r'| `prompt.template` | "{source}\\n\\n{instruction}" |',
         given.model.sha256, "| `data.source` | local:source |", "MLflow run",
         "Licence: not known (the source states none)",
     ):  # fmt: skip
@@ -177,16 +203,39 @@ def test_an_earlier_export_is_replaced_whole_and_only_when_asked(
     run("adapter", str(folder), "--no-base")
     assert not (folder / "base").exists()
     assert '"<folder of the base>"' in blocks(folder)[0]
-    (folder / "mine").write_text("x")
     with pytest.raises(UserError, match="holds an export already: name another folder, or add --overwrite"):
         run("adapter", str(folder))
     with monkeypatch.context() as patched, pytest.raises(ZeroDivisionError):
         patched.setattr(card, "render", lambda _: 1 / 0)
         export.export(export.Asked("adapter", None, None, False, False), folder, True)
-    assert (folder / "mine").exists()
-    run("adapter", str(folder), "--no-base", "--overwrite")
-    assert not (folder / "mine").exists()
-    assert [file.name for file in tmp_path.iterdir()] == ["out"]
+    assert (folder / export.RECORD).exists()
+    (folder / "own").symlink_to(Path.cwd())
+    (folder / ".git").mkdir()
+    (folder / ".git" / "HEAD").write_text("x")
+    with pytest.raises(
+        UserError, match=r"holds what no export wrote and --overwrite would remove(?s:.*).git/HEAD\n.*own"
+    ):
+        run("adapter", str(folder), "--overwrite")
+    (folder / "own").unlink()
+    (folder / ".git" / "HEAD").unlink()
+    (folder / "config.json").write_text("of an earlier one")
+    record = records.read_json(folder / export.RECORD)
+    records.write_json(folder / export.RECORD, record | {"files": record["files"] | {"config.json": {}}})
+    (tmp_path / "link").symlink_to(folder)
+    run("adapter", str(tmp_path / "link"), "--no-base", "--overwrite")
+    assert not (folder / "config.json").exists()
+    assert (tmp_path / "link").is_symlink()
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["link", "out"]
+    (folder / export.RECORD).write_text("{}")
+    with pytest.raises(UserError, match="is there and no export of this command"):
+        run("adapter", str(folder), "--overwrite")
+
+
+def test_a_place_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    for place in (tmp_path / "file" / "out", Path("/proc/out")):
+        with pytest.raises(UserError, match=f"cannot write {place} .*: name a folder within one that you may write to"):
+            run("adapter", str(place))
 
 
 def test_what_is_not_the_run_s_is_not_exported(tmp_path: Path) -> None:

@@ -338,6 +338,19 @@ class TestGguf:
         file.write_bytes(content)
         assert "GGUF file" in told(lambda: fetch._check_gguf(file, "tiny.gguf"))
 
+    @pytest.mark.parametrize(
+        ("content", "message"),
+        [
+            (header(field("split.count", 2, struct.pack("<H", 3))), "it is one of 3 parts"),
+            (header(field("general.type", STRING, struct.pack("<Q", 7) + b"adapter")), "says general.type = 'adapter'"),
+            (b"GGUF" + struct.pack(">IQQ", 3, 0, 0), "it is big-endian"),
+        ],
+    )
+    def test_what_is_no_whole_model_says_what_it_is(self, content: bytes, message: str, tmp_path: Path) -> None:
+        file = tmp_path / "tiny.gguf"
+        file.write_bytes(content)
+        assert message in told(lambda: fetch._check_gguf(file, "tiny.gguf"))
+
     @pytest.mark.parametrize("key", ["block_count", "embedding_length", "feed_forward_length", "attention.head_count"])
     @pytest.mark.parametrize("value", [0, 3, 2**31])
     def test_sizes_that_its_tensors_do_not_have(

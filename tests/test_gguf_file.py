@@ -248,13 +248,16 @@ INST = (
 
 def test_ollama_is_told_the_template_and_the_decoding(project: params.Params, tiny_model: Path, tmp_path: Path) -> None:
     folder = shutil.copytree(tiny_model, tmp_path / "model")
-    text = gguf_file.modelfile("base.gguf", "adapter.gguf", folder, project.generation)
+    text = gguf_file.modelfile("base.gguf", "adapter.gguf", folder, project.generation, 208)
     assert text.splitlines()[:2] == ["FROM ./base.gguf", "ADAPTER ./adapter.gguf"]
+    assert text.splitlines()[2].startswith("# Ollama from 0.34.1 on is reported to refuse ADAPTER")
     assert '{{ else if eq .Role "user" }}<|user|>{{ .Content }}<|end|>' in text
-    assert text.splitlines()[-5:] == [
+    assert text.splitlines()[-7:] == [
         "PARAMETER temperature 0",
         "PARAMETER top_k 1",
         "PARAMETER repeat_penalty 1.0",
+        "PARAMETER repeat_last_n 208",
+        "PARAMETER num_ctx 208",
         "PARAMETER num_predict 8",
         'PARAMETER stop "<|end|>"',
     ]
@@ -266,14 +269,19 @@ def test_ollama_is_told_the_template_and_the_decoding(project: params.Params, ti
         assert (told or "").startswith(expected or "")
         assert (told is None) == (expected is None)
     tokenizer.save_pretrained(folder)
-    text = gguf_file.modelfile("base.gguf", None, folder, project.generation.model_copy(update={"num_beams": 2}))
+    beams = project.generation.model_copy(update={"num_beams": 2})
+    text = gguf_file.modelfile("base.gguf", None, folder, beams, 208)
     assert "ADAPTER" not in text
     assert "# The model's chat template cannot be told in ollama's language" in text
     assert "# Ollama has neither beam search" in text
     tokenizer.chat_template = None
     (folder / "chat_template.jinja").unlink()
     tokenizer.save_pretrained(folder)
-    assert 'TEMPLATE """{{ .Prompt }}"""' in gguf_file.modelfile("base.gguf", None, folder, project.generation)
+    tokenizer.eos_token = '<"\\>'
+    tokenizer.save_pretrained(folder)
+    text = gguf_file.modelfile("base.gguf", None, folder, project.generation, 208)
+    assert 'TEMPLATE """{{ .Prompt }}"""' in text
+    assert 'PARAMETER stop "<"\\>"' in text.splitlines()
 
 
 def test_braces_and_quotes_of_a_template_stay_what_they_are() -> None:

@@ -185,8 +185,17 @@ def set_params(folder: Path, **changes: Any) -> None:
     (folder / "params.json").write_text(json.dumps(SETTINGS | changes))
 
 
+POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:aa\nsize 3\n"
 FAULTS: dict[str, tuple[Any, str]] = {
-    "code": (pickled, "consolidated.00.pth is a pickle that holds more than weights"),
+    "code": (
+        pickled,
+        "00.pth is no file of weights alone, or none .* so it is not .Trying to load .* GLOBAL posix.mkdir",
+    ),
+    "page": (
+        lambda f: (f / "consolidated.01.pth").write_text("<html>"),
+        r"01.pth is no file .*\(Unsupported operand 60\)$",
+    ),
+    "pointer": (lambda f: (f / "consolidated.01.pth").write_text(POINTER), "01.pth is a pointer of Git LFS"),
     "no part": (lambda f: (f / "consolidated.00.pth").unlink(), "consolidated.00.pth is missing, one of 2 parts"),
     "no weights": (
         lambda f: [(f / f"consolidated.0{rank}.pth").unlink() for rank in (0, 1)],

@@ -5,8 +5,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+from typer.testing import CliRunner
 
-from pipeline import backend_llamacpp, params, parity, paths, records
+from pipeline import backend_llamacpp, cli, params, parity, paths, records
 from pipeline.compare import Table
 from pipeline.errors import UserError
 from tests.test_backend_llamacpp import quantized, trained
@@ -78,6 +79,23 @@ def test_what_llama_cpp_cannot_do_is_refused(project: params.Params) -> None:
     int8 = project.quantize.model_copy(update={"method": "int8"})
     with pytest.raises(UserError, match="no GGUF file computes that"):
         parity.parity(project.model_copy(update={"quantize": int8}), ["F16"], None, False, 0.01)
+
+
+def test_a_family_that_is_not_written_is_refused_before_anything_is_decoded(
+    project: params.Params, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    quantized(project, tiny_model)
+    config = records.read_json(paths.QUANTIZED / "config.json")
+    records.write_json(paths.QUANTIZED / "config.json", config | {"model_type": "phi3"})
+    monkeypatch.setattr(parity, "_side", lambda *_: 1 / 0)
+    with pytest.raises(UserError, match="family 'phi3', of which no GGUF file is written"):
+        parity.parity(project, ["F16"], None, False, 0.01)
+
+
+def test_an_experiment_that_has_changed_since_it_ran_is_not_compared(project: params.Params) -> None:
+    assert project
+    result = CliRunner().invoke(cli.app, ["parity"])
+    assert (result.exit_code, result.stderr) == (1, "error: dvc.lock is missing: run `dvc repro`, which makes it\n")
 
 
 def test_losses_are_those_of_transformers_token_by_token(project: params.Params, tiny_model: Path) -> None:
