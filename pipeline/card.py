@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pipeline import compare, gguf_file, licence, page, params, paths, records, report, store
+from pipeline import compare, licence, ollama, page, params, paths, records, report, store
 from pipeline import model as models
 from pipeline.compare import Comparison
 from pipeline.errors import UserError
@@ -107,7 +107,7 @@ def render(content: Content) -> str:
         hub=hub(given.model.source),
         backend=_backend(given.generation),
         loss=loss(content.measured),
-        otherwise=content.what.startswith("gguf") and not gguf_file.decodes(given.generation),
+        otherwise=content.what.startswith("gguf") and not ollama.decodes(given.generation),
     )  # fmt: skip
     return f"---\n{_metadata(content).to_yaml()}\n---\n{body}"
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from tempfile import mkdtemp
 from typing import Any, Literal
 
-from pipeline import adapter, card, fetch, gguf_file, merge, page, params, paths, records, stage, verify
+from pipeline import adapter, card, fetch, gguf_file, merge, ollama, page, params, paths, records, stage, verify
 from pipeline import model as models
 from pipeline.errors import UserError, listing
 from pipeline.progress import say
@@ -200,7 +200,7 @@ def _write_gguf(kind: str, joined: bool, trained: Path, given: params.Params, fo
         gguf_file.write_adapter(trained, paths.QUANTIZED, folder / lora, "F32")
         words += f", written as {gguf_file.stored(kind)}, and of the adapter in F32, which llama.cpp applies"
     tokens = given.prompt.max_tokens + given.generation.max_new_tokens
-    text = gguf_file.modelfile(model, lora, paths.QUANTIZED, given.generation, tokens)
+    text = ollama.modelfile(model, lora, paths.QUANTIZED, given.generation, tokens)
     records.write_text(folder / "Modelfile", text)
     return model, words
 

@@ -1,4 +1,4 @@
-"""GGUF, the file format of llama.cpp and ollama: base, adapter and merged model written with the `gguf` library.
+"""GGUF, the file format of llama.cpp: base, adapter and merged model written with the `gguf` library.
 
 A base that `quantize` left in 4 bits is written with the values that its layers compute with, so both backends multiply
 by the same numbers; GGUF has no type that holds NF4's. LoRA becomes an adapter file of its own, which llama.cpp scales
@@ -99,48 +99,6 @@ def refuse(folder: Path) -> None:
     checkpoint = _Checkpoint.read(folder)
     checkpoint.rotation()
     _vocabulary(folder, checkpoint.config)
-
-
-def decodes(generation: params.Generation) -> bool:
-    """Whether llama.cpp and ollama can decode as `generation` has it."""
-    return generation.num_beams == 1 and not generation.no_repeat_ngram_size
-
-
-def modelfile(base: str, adapter: str | None, checkpoint: Path, generation: params.Generation, tokens: int) -> str:
-    """Ollama's Modelfile for files beside it: the chat template in ollama's language, decoding as in `generation`,
-    room for a prompt and its answer of `tokens` together (ollama cuts off what its own default does not hold).
-
-    The experiment's own instructions are not in it: what is sent is the user's message as it is.
-    """
-    from pipeline import model as models
-
-    tokenizer = models.tokenizer(checkpoint)
-    lines = [f"FROM ./{base}"]
-    if adapter is not None:
-        lines += [
-            f"ADAPTER ./{adapter}",
-            "# Ollama from 0.34.1 on is reported to refuse ADAPTER: export with --merged.",
-        ]
-    if not tokenizer.chat_template:
-        lines.append('TEMPLATE """{{ .Prompt }}"""')
-    elif (template := _ollama_template(tokenizer)) is not None:
-        lines.append(f'TEMPLATE """{template}"""')
-    else:
-        lines.append("# The model's chat template cannot be told in ollama's language: write TEMPLATE by hand.")
-    if not decodes(generation):
-        lines.append("# Ollama has neither beam search nor a limit on n-grams: it writes other texts than were scored.")
-    lines += [
-        "PARAMETER temperature 0",
-        "PARAMETER top_k 1",
-        f"PARAMETER repeat_penalty {generation.repetition_penalty}",
-        f"PARAMETER repeat_last_n {tokens}",
-        f"PARAMETER num_ctx {tokens}",
-        f"PARAMETER num_predict {generation.max_new_tokens}",
-    ]
-    config = records.read_json(checkpoint / "config.json")
-    stops = [tokenizer.convert_ids_to_tokens(one) for one in _stops(checkpoint, config, tokenizer)]
-    lines += [f'PARAMETER stop "{stop}"' for stop in stops]  # whatever stands between the first and the last quote
-    return "\n".join(lines) + "\n"
 
 
 @dataclass(frozen=True)
@@ -407,7 +365,7 @@ def _vocabulary(folder: Path, config: dict[str, Any]) -> Callable[[Any], None]:
                 types[number] = gguf.TokenType.BYTE
         if model["unk_token"] is not None:
             types[model["vocab"][model["unk_token"]]] = gguf.TokenType.UNKNOWN
-    stops = _stops(folder, config, tokenizer)
+    ends = stops(folder, config, tokenizer)
 
     def write(writer: Any) -> None:
         writer.add_tokenizer_model("llama" if kind == "sentencepiece" else "gpt2")
@@ -421,8 +379,8 @@ def _vocabulary(folder: Path, config: dict[str, Any]) -> Callable[[Any], None]:
             writer.add_token_merges(merges)
         if tokenizer.bos_token_id is not None:
             writer.add_bos_token_id(tokenizer.bos_token_id)
-        for add, stop in zip((writer.add_eos_token_id, writer.add_eot_token_id, writer.add_eom_token_id), stops):  # noqa: B905  # a model has one to three
-            add(stop)
+        for add, end in zip((writer.add_eos_token_id, writer.add_eot_token_id, writer.add_eom_token_id), ends):  # noqa: B905  # a model has one to three
+            add(end)
         if tokenizer.unk_token_id is not None:
             writer.add_unk_token_id(tokenizer.unk_token_id)
         if tokenizer.pad_token_id is not None:
@@ -434,7 +392,7 @@ def _vocabulary(folder: Path, config: dict[str, Any]) -> Callable[[Any], None]:
     return write
 
 
-def _stops(folder: Path, config: dict[str, Any], tokenizer: Any) -> list[int]:
+def stops(folder: Path, config: dict[str, Any], tokenizer: Any) -> list[int]:
     """The tokens that end an answer: the tokenizer's EOS, and those of the model's authors."""
     told = folder / "generation_config.json"
     ids = (records.read_json(told) if told.is_file() else {}).get("eos_token_id", config.get("eos_token_id"))
@@ -475,110 +433,3 @@ def _pre_tokenizer(content: dict[str, Any], folder: Path) -> str:
         f"the tokenizer in {folder} splits text by {reason}, for which llama.cpp has no name that is known here: a "
         "GGUF file would tokenize otherwise; set generation.backend to transformers"
     )
-
-
-def _ollama_template(tokenizer: Any) -> str | None:
-    """The chat template in ollama's language (Go's), put together from what stands around marked messages.
-
-    None where the pieces do not give back what the template itself renders, for several conversations.
-    """
-    from jinja2 import TemplateError
-
-    try:
-        pieces = _pieces(tokenizer)
-        if pieces is None or any(
-            _compose(pieces, messages) != _render(tokenizer, messages, True) for messages in _CONVERSATIONS
-        ):
-            return None
-    except TemplateError:
-        return None
-    bos = tokenizer.bos_token if tokenizer.bos_token and tokenizer("a").input_ids[0] == tokenizer.bos_token_id else ""
-    told = {name: _go(text) for name, text in pieces.items()}
-    default, system = _go(pieces["default"].removeprefix(bos)), _go(pieces["system"].removeprefix(bos))
-    return (
-        "{{ if not .System }}" + default + "{{ end }}{{ range .Messages }}"
-        '{{ if eq .Role "system" }}' + system + "{{ .Content }}" + told["after_system"]
-        + '{{ else if eq .Role "user" }}' + told["user"] + "{{ .Content }}" + told["after_user"]
-        + '{{ else if eq .Role "assistant" }}' + told["assistant"] + "{{ .Content }}" + told["after_assistant"]
-        + "{{ end }}{{ end }}" + told["answer"]
-    )  # fmt: skip
-
-
-_CONVERSATIONS: list[list[dict[str, str]]] = [
-    [{"role": "user", "content": "one"}],
-    [{"role": "system", "content": "zero"}, {"role": "user", "content": "one"}],
-    [
-        {"role": "user", "content": "one"},
-        {"role": "assistant", "content": "two"},
-        {"role": "user", "content": "three"},
-    ],
-]
-
-
-def _render(tokenizer: Any, messages: list[dict[str, str]], prompted: bool) -> str:
-    from pipeline import prompt
-
-    rendered: str = tokenizer.apply_chat_template(
-        messages, tokenize=False, add_generation_prompt=prompted, date_string=prompt.DATE
-    )
-    return rendered
-
-
-def _pieces(tokenizer: Any) -> dict[str, str] | None:
-    """What a chat template writes around messages, told apart by marks in their place; None where they are not there.
-
-    `default` stands before the first user's message where there is no system message.
-    """
-    s, u, a, v = "\u2042S", "\u2042U", "\u2042A", "\u2042V"
-    user = {"role": "user", "content": u}
-    plain, system = _render(tokenizer, [user], False), {"role": "system", "content": s}
-    prompted = _render(tokenizer, [user], True)
-    with_system = _render(tokenizer, [system, user], False)
-    turns = [user, {"role": "assistant", "content": a}, {"role": "user", "content": v}]
-    long = _render(tokenizer, turns, False)
-    if not prompted.startswith(plain) or any(text.count(u) != 1 for text in (plain, with_system, long)):
-        return None
-    if with_system.count(s) != 1 or long.count(a) != 1 or long.count(v) != 1:
-        return None
-    before_user, after_user = plain.split(u)
-    before_system, between = with_system.split(s)
-    before_answer, behind = long.split(a)
-    opening = before_answer.split(u)[1].removeprefix(after_user)
-    # Between an answer and the next message: the answer's end, which as a rule is that of a user's message, then what
-    # a user's message begins with.
-    turn, between_system = behind.split(v)[0], between.split(u)[0]
-    own_user = turn.removeprefix(after_user)
-    if not before_user.endswith(own_user):
-        own_user = _shared_end(before_user, turn)
-    if not between_system.endswith(own_user):
-        return None
-    return {
-        "default": before_user.removesuffix(own_user),
-        "system": before_system,
-        "after_system": between_system.removesuffix(own_user),
-        "user": own_user,
-        "after_user": after_user,
-        "assistant": opening,
-        "after_assistant": turn.removesuffix(own_user),
-        "answer": prompted.removeprefix(plain),
-    }
-
-
-def _shared_end(one: str, other: str) -> str:
-    length = 0
-    while length < min(len(one), len(other)) and one[-1 - length] == other[-1 - length]:
-        length += 1
-    return one[len(one) - length :]
-
-
-def _compose(pieces: dict[str, str], messages: list[dict[str, str]]) -> str:
-    """What ollama makes of the template that the pieces become."""
-    text = "" if messages[0]["role"] == "system" else pieces["default"]
-    for message in messages:
-        text += pieces[message["role"]] + message["content"] + pieces[f"after_{message['role']}"]
-    return text + pieces["answer"]
-
-
-def _go(text: str) -> str:
-    """Text as it stands in a Go template within Modelfile's triple quotes."""
-    return text.replace("{{", '{{ "{{" }}').replace('"""', '""{{ "\\"" }}')

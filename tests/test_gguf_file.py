@@ -1,4 +1,4 @@
-"""GGUF files: the numbers, the vocabulary and the template are the checkpoint's, or the reason why not."""
+"""GGUF files: the numbers and the vocabulary are the checkpoint's, or the reason why not."""
 
 import json
 import shutil
@@ -230,59 +230,3 @@ def test_an_adapter_that_does_nothing_or_is_of_another_base_is_refused(
     with pytest.raises(UserError, match="was trained on another base"):
         infer(project, "tuned-17", saved, backend="llama.cpp")
     assert list(paths.SCRATCH.glob(".*.part")) == []
-
-
-CHATML = (
-    "{% for m in messages %}{% if loop.first and m.role != 'system' %}<|im_start|>system\nBe kind.<|im_end|>\n"
-    "{% endif %}"
-    "<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
-INST = (
-    "{% for m in messages %}{% if m.role == 'user' %}[INST] {% if loop.index0 == 1 and messages[0].role == 'system' %}"
-    "<<SYS>>{{ messages[0].content }}<</SYS>>{% endif %}{{ m.content }} [/INST]{% elif m.role == 'assistant' %}"
-    "{{ m.content }}{% endif %}{% endfor %}"
-)
-"""The system message within the user's, as Llama 2 has it, which ollama's language cannot tell message by message."""
-
-
-def test_ollama_is_told_the_template_and_the_decoding(project: params.Params, tiny_model: Path, tmp_path: Path) -> None:
-    folder = shutil.copytree(tiny_model, tmp_path / "model")
-    text = gguf_file.modelfile("base.gguf", "adapter.gguf", folder, project.generation, 208)
-    assert text.splitlines()[:2] == ["FROM ./base.gguf", "ADAPTER ./adapter.gguf"]
-    assert text.splitlines()[2].startswith("# Ollama from 0.34.1 on is reported to refuse ADAPTER")
-    assert '{{ else if eq .Role "user" }}<|user|>{{ .Content }}<|end|>' in text
-    assert text.splitlines()[-7:] == [
-        "PARAMETER temperature 0",
-        "PARAMETER top_k 1",
-        "PARAMETER repeat_penalty 1.0",
-        "PARAMETER repeat_last_n 208",
-        "PARAMETER num_ctx 208",
-        "PARAMETER num_predict 8",
-        'PARAMETER stop "<|end|>"',
-    ]
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    default = "{{ if not .System }}<|im_start|>system\nBe kind.<|im_end|>\n{{ end }}"
-    for template, expected in ((CHATML, default), (INST, None)):
-        tokenizer.chat_template = template
-        told = gguf_file._ollama_template(tokenizer)
-        assert (told or "").startswith(expected or "")
-        assert (told is None) == (expected is None)
-    tokenizer.save_pretrained(folder)
-    beams = project.generation.model_copy(update={"num_beams": 2})
-    text = gguf_file.modelfile("base.gguf", None, folder, beams, 208)
-    assert "ADAPTER" not in text
-    assert "# The model's chat template cannot be told in ollama's language" in text
-    assert "# Ollama has neither beam search" in text
-    tokenizer.chat_template = None
-    (folder / "chat_template.jinja").unlink()
-    tokenizer.save_pretrained(folder)
-    tokenizer.eos_token = '<"\\>'
-    tokenizer.save_pretrained(folder)
-    text = gguf_file.modelfile("base.gguf", None, folder, project.generation, 208)
-    assert 'TEMPLATE """{{ .Prompt }}"""' in text
-    assert 'PARAMETER stop "<"\\>"' in text.splitlines()
-
-
-def test_braces_and_quotes_of_a_template_stay_what_they_are() -> None:
-    assert gguf_file._go('a {{ b """ c') == 'a {{ "{{" }} b ""{{ "\\"" }} c'

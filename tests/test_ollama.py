@@ -1,0 +1,63 @@
+"""What ollama is told of an exported model: its chat template, and how the run decoded."""
+
+import shutil
+from pathlib import Path
+
+from transformers import AutoTokenizer
+
+from pipeline import ollama, params
+
+CHATML = (
+    "{% for m in messages %}{% if loop.first and m.role != 'system' %}<|im_start|>system\nBe kind.<|im_end|>\n"
+    "{% endif %}"
+    "<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+INST = (
+    "{% for m in messages %}{% if m.role == 'user' %}[INST] {% if loop.index0 == 1 and messages[0].role == 'system' %}"
+    "<<SYS>>{{ messages[0].content }}<</SYS>>{% endif %}{{ m.content }} [/INST]{% elif m.role == 'assistant' %}"
+    "{{ m.content }}{% endif %}{% endfor %}"
+)
+"""The system message within the user's, as Llama 2 has it, which ollama's language cannot tell message by message."""
+
+
+def test_ollama_is_told_the_template_and_the_decoding(project: params.Params, tiny_model: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(tiny_model, tmp_path / "model")
+    text = ollama.modelfile("base.gguf", "adapter.gguf", folder, project.generation, 208)
+    assert text.splitlines()[:2] == ["FROM ./base.gguf", "ADAPTER ./adapter.gguf"]
+    assert text.splitlines()[2].startswith("# Ollama from 0.34.1 on is reported to refuse ADAPTER")
+    assert '{{ else if eq .Role "user" }}<|user|>{{ .Content }}<|end|>' in text
+    assert text.splitlines()[-7:] == [
+        "PARAMETER temperature 0",
+        "PARAMETER top_k 1",
+        "PARAMETER repeat_penalty 1.0",
+        "PARAMETER repeat_last_n 208",
+        "PARAMETER num_ctx 208",
+        "PARAMETER num_predict 8",
+        'PARAMETER stop "<|end|>"',
+    ]
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    default = "{{ if not .System }}<|im_start|>system\nBe kind.<|im_end|>\n{{ end }}"
+    for template, expected in ((CHATML, default), (INST, None)):
+        tokenizer.chat_template = template
+        told = ollama._template(tokenizer)
+        assert (told or "").startswith(expected or "")
+        assert (told is None) == (expected is None)
+    tokenizer.save_pretrained(folder)
+    beams = project.generation.model_copy(update={"num_beams": 2})
+    text = ollama.modelfile("base.gguf", None, folder, beams, 208)
+    assert "ADAPTER" not in text
+    assert "# The model's chat template cannot be told in ollama's language" in text
+    assert "# Ollama has neither beam search" in text
+    tokenizer.chat_template = None
+    (folder / "chat_template.jinja").unlink()
+    tokenizer.save_pretrained(folder)
+    tokenizer.eos_token = '<"\\>'
+    tokenizer.save_pretrained(folder)
+    text = ollama.modelfile("base.gguf", None, folder, project.generation, 208)
+    assert 'TEMPLATE """{{ .Prompt }}"""' in text
+    assert 'PARAMETER stop "<"\\>"' in text.splitlines()
+
+
+def test_braces_and_quotes_of_a_template_stay_what_they_are() -> None:
+    assert ollama._go('a {{ b """ c') == 'a {{ "{{" }} b ""{{ "\\"" }} c'
