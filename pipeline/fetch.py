@@ -239,6 +239,10 @@ def _check_weights(found: Path, config: dict[str, Any], name: str) -> None:
         except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
             raise UserError(f"model.source = {name!r}: its {each.name} lists no weights ({error!r})") from None
     files += sorted(listed)
+    if not files and (parts := sorted(path.name for path in found.iterdir() if PART.fullmatch(path.name))):
+        raise UserError(
+            f"model.source = {name!r} holds {parts[0]} and no {index.name}, which says what belongs together: add it"
+        )
     other = [file for file in files if not file.endswith((".safetensors", ".safetensors.index.json"))]
     if not files or other:
         raise UserError(
@@ -298,7 +302,7 @@ def _check_gguf(found: Path, name: str) -> None:
         if family in GGUF_FAMILIES:
             _require_announced_sizes(reader, family)
     except Exception as error:  # whatever numbers that lead nowhere bring about
-        why = f"{type(error).__name__}: {error}"
+        why = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
         raise UserError(f"model.source = {name!r} is not a sound GGUF file, or not the whole of one ({why})") from None
     instead = "name the checkpoint in the Hugging Face layout instead"
     if family not in GGUF_FAMILIES:

@@ -19,13 +19,14 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from pipeline import records
 from pipeline.errors import UserError
 
 if TYPE_CHECKING:
     import torch
 
 SHARD = re.compile(r"consolidated\.(\d\d)\.pth")
-SETTINGS, TOKENIZER = "params.json", "tokenizer.model"
+SETTINGS, TOKENIZER, CHECKLIST = "params.json", "tokenizer.model", "checklist.chk"
 BY_INPUT = ("attention.wo", "feed_forward.w2")
 """Layers whose input is split over the ranks; of the others it is the output."""
 NAMES = {
@@ -95,6 +96,7 @@ def load(folder: Path, name: str, dtype: "torch.dtype", check: Callable[[Any, An
     from transformers import LlamaConfig, LlamaForCausalLM
 
     settings = _settings(folder, name)
+    _require_listed(folder, name)
     opened = _opened(_shards(folder, name), name)
     _require_described(opened[0], settings, name)
     tokenizer, words = _tokenizer(folder, name)
@@ -148,7 +150,7 @@ def _settings(folder: Path, name: str) -> Settings:
         why = (
             f"says {what} = {problem['input']!r}, which is not computed here"
             if problem["type"] == "extra_forbidden"
-            else f"is no description of a Llama ({what}: {problem['msg']})"
+            else f"is no description of a Llama ({f'{what}: ' if what else ''}{problem['msg'].partition(' or ')[0]})"
         )
         raise UserError(f"model.source = {name!r}: its {SETTINGS} {why}; {instead}") from None
     except (ValueError, RecursionError) as error:
@@ -159,6 +161,20 @@ def _settings(folder: Path, name: str) -> Settings:
             f"n_kv_heads = {settings.n_kv_heads}, which do not divide each other"
         )
     return settings
+
+
+def _require_listed(folder: Path, name: str) -> None:
+    """UserError unless the files are what Meta's list of md5 sums beside them says, where it is there: parts that have
+    changed places fit each other all the same."""
+    checklist = folder / CHECKLIST
+    if not checklist.is_file():
+        return
+    for line in checklist.read_text(encoding="utf-8", errors="replace").splitlines():
+        md5, _, file = line.strip().partition(" ")
+        path = folder / file.strip().lstrip("*")
+        if file and records.dvc_md5(path) != md5:
+            wrong = "is not what it lists" if path.is_file() else "is listed, and not there"
+            raise UserError(f"model.source = {name!r}: by its {CHECKLIST}, {path.name} {wrong}: download it again")
 
 
 def _shards(folder: Path, name: str) -> list[Path]:

@@ -469,9 +469,10 @@ def require_backend(given: Params) -> None:
             f"pip install -c constraints.txt -e '.[llama-cpp]' {remedy}"
         )
     if backend == "vllm" and (given.runtime.vllm is None or shutil.which(given.runtime.vllm) is None):
+        named = "null" if given.runtime.vllm is None else repr(given.runtime.vllm)
         raise UserError(
-            f"generation.backend = 'vllm' needs the Python of an environment with vLLM, and runtime.vllm = "
-            f"{given.runtime.vllm!r} is none: python3 -m venv .vllm && .vllm/bin/pip install vllm=={VLLM}, then "
+            f"generation.backend = 'vllm' needs the Python of an environment with vLLM, and runtime.vllm = {named} "
+            f"names none: python3 -m venv .vllm && .vllm/bin/pip install vllm=={VLLM}, then "
             f"runtime.vllm: .vllm/bin/python; {remedy}"
         )
 

@@ -454,6 +454,10 @@ SHARD_FAULTS: dict[str, tuple[Any, str]] = {
         lambda f: part(f, 2).write_bytes(part(f, 2).read_bytes()[:-50]),
         "00002-of-0000..safetensors cannot be read",
     ),
+    "index gone": (
+        lambda f: (f / "model.safetensors.index.json").unlink(),
+        "holds model-00001-of-0000..safetensors and no model.safetensors.index.json, which says what belongs together",
+    ),
     "no index": (lambda f: (f / "model.safetensors.index.json").write_text("[]"), "lists no weights"),
 }
 

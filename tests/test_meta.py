@@ -1,5 +1,6 @@
 """Meta's layout: what is fetched from it computes what Meta's own convention does, and whatever is odd is refused."""
 
+import hashlib
 import json
 import math
 import os
@@ -114,6 +115,7 @@ def forward(whole: dict[str, torch.Tensor], ids: torch.Tensor, base: float = 100
 @pytest.mark.parametrize(("ranks", "by_words"), [(1, False), (2, False), (2, True)])
 def test_what_is_fetched_computes_what_meta_computes(ranks: int, by_words: bool, words: Path, tmp_path: Path) -> None:
     whole = written(tmp_path / "m", words, ranks, by_words)
+    listed(tmp_path / "m")
     fetch.fetch(given(tmp_path / "m"))
     loaded = AutoModelForCausalLM.from_pretrained(paths.BASE)
     ids = torch.tensor([1, 40, 41, 200, 7, 40, 250, 99, 13, 5])
@@ -181,6 +183,21 @@ def in_both(folder: Path, **changes: torch.Tensor | None) -> None:
         saved(folder, rank, **changes)
 
 
+def swapped(folder: Path) -> None:
+    listed(folder)
+    one, other = (folder / f"consolidated.0{rank}.pth" for rank in (0, 1))
+    content = one.read_bytes()
+    one.write_bytes(other.read_bytes())
+    other.write_bytes(content)
+
+
+def listed(folder: Path) -> None:
+    """As `md5sum` writes it, and Meta's download script reads it."""
+    files = sorted(path for path in folder.iterdir() if path.suffix in (".pth", ".json"))
+    lines = [f"{hashlib.md5(path.read_bytes()).hexdigest()}  {path.name}\n" for path in files]
+    (folder / "checklist.chk").write_text("".join(lines))
+
+
 def set_params(folder: Path, **changes: Any) -> None:
     (folder / "params.json").write_text(json.dumps(SETTINGS | changes))
 
@@ -196,6 +213,8 @@ FAULTS: dict[str, tuple[Any, str]] = {
         r"01.pth is no file .*\(Unsupported operand 60\)$",
     ),
     "pointer": (lambda f: (f / "consolidated.01.pth").write_text(POINTER), "01.pth is a pointer of Git LFS"),
+    "changed places": (swapped, "by its checklist.chk, consolidated.00.pth is not what it lists: download it again"),
+    "list": (lambda f: (f / "params.json").write_text("[]"), r"no description of a Llama \(Input should be a valid"),
     "no part": (lambda f: (f / "consolidated.00.pth").unlink(), "consolidated.00.pth is missing, one of 2 parts"),
     "no weights": (
         lambda f: [(f / f"consolidated.0{rank}.pth").unlink() for rank in (0, 1)],
