@@ -4,6 +4,7 @@ The tests share one finished project and put back what they break.
 """
 
 import contextlib
+import inspect
 import io
 import json
 import math
@@ -136,6 +137,7 @@ def test_a_merged_gguf_file_says_what_its_type_costs(tmp_path: Path) -> None:
 
 def test_files_that_lose_quality_are_said_to() -> None:
     """1 % of perplexity, as the bound of `lora-repro parity` is."""
+    assert inspect.signature(cli.parity).parameters["max_rise"].default == card.MAX_RISE
     measured = {"tokens": 801, "loss_measured": 2.0, "loss": 2.0 + math.log(1.0099)}
     assert card.loss(measured) is None
     assert card.loss(None) is None
