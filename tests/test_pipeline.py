@@ -147,7 +147,9 @@ def test_the_logged_adapter_loads_with_peft_alone_on_the_fetched_base(clone: Pat
 def test_another_rank_runs_nothing_of_the_base(clone: Path, dvc: Run) -> None:
     result = dvc("exp", "run", "-S", "lora.r=2", "-n", "rank-2")
     assert result.returncode == 0, result.stdout
-    assert ran(result.stdout) == OF_TRAINING
+    stages = ran(result.stdout)
+    assert sorted(stages) == sorted(OF_TRAINING)  # of those that do not depend on each other DVC takes any first
+    assert (stages[0], stages[-2:]) == (OF_TRAINING[0], OF_TRAINING[-2:])
     assert sorted(run.data.params["lora.r"] for run in finished_runs(clone)) == ["2", "4"]
 
 
