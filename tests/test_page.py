@@ -493,7 +493,7 @@ def test_examples_are_read_in_the_order_of_the_test_split() -> None:
 
 CLAIM = {
     "id": "two", "kind": "EXACT", "claim": "<i>2</i> is 2", "paper": "Anon", "place": "table 1",
-    "published": {"n": 2.0}, "distance": None,
+    "published": {"n": 2.0}, "distance": None, "amended": None,
     "findings": [{"text": "n (3) = published.n (2)", "holds": False}], "verdict": "not reproduced",
     "seconds": 2.0,
 }  # fmt: skip
@@ -501,9 +501,8 @@ CLAIM = {
 
 def test_claims_are_shown_where_they_have_been_checked() -> None:
     assert "Paper results" not in render(content())
-    text = render(
-        content(claims=[CLAIM, CLAIM | {"id": "three", "findings": [], "seconds": None, "distance": "a tenth"}])
-    )
+    other = {"id": "three", "findings": [], "seconds": None, "distance": "a tenth", "amended": "after: & the bound"}
+    text = render(content(claims=[CLAIM, CLAIM | other]))
     seen = Tags(text)
     assert [attributes["id"] for _, attributes in seen.tags if (attributes.get("id") or "").startswith("claim-")] == [
         "claim-two",
@@ -512,5 +511,7 @@ def test_claims_are_shown_where_they_have_been_checked() -> None:
     shown = " ".join(" ".join(seen.text).split())
     assert "<i>2</i> is 2" in shown
     assert "✗ n (3) = published.n (2)" in shown
+    assert shown.count("Changed ") == 1
+    assert "Here: a tenth. Changed after: & the bound" in shown
     assert shown.count("not reproduced") == 2
     assert shown.count("table 1. Here: a tenth") == 1
