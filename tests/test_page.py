@@ -501,7 +501,13 @@ CLAIM = {
 
 def test_claims_are_shown_where_they_have_been_checked() -> None:
     assert "Paper results" not in render(content())
-    other = {"id": "three", "findings": [], "seconds": None, "distance": "a tenth", "amended": "after: & the bound"}
+    other: dict[str, Any] = {
+        "id": "three",
+        "findings": [],
+        "seconds": None,
+        "distance": "a tenth",
+        "amended": "after: & the bound",
+    }
     text = render(content(claims=[CLAIM, CLAIM | other]))
     seen = Tags(text)
     assert [attributes["id"] for _, attributes in seen.tags if (attributes.get("id") or "").startswith("claim-")] == [
