@@ -147,8 +147,8 @@ def _seed(wanted: int | None, seeds: list[int]) -> int:
 def _write(asked: Asked, seed: int, given: params.Params, folder: Path) -> tuple[str | None, str]:
     """Write the files; the name of the base among them, None for none, and what it holds in words."""
     trained = paths.adapter(seed)
-    if asked.what == "gguf":
-        return _write_gguf(str(asked.stored), asked.joined, trained, given, folder)
+    if asked.stored is not None:
+        return _write_gguf(asked.stored, asked.joined, trained, given, folder)
     if asked.what == "merged":
         model, words = merge.base()
         _save(merge.merged(model, trained), folder)

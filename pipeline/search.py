@@ -96,8 +96,9 @@ def search(path: Path, jobs: int | None, address: str | None) -> int:
         raise UserError(f"the sweep {name} is being run by another process: wait for it, or end that one") from None
     with lock, contextlib.ExitStack() as stack:
         here = trial.Source(
-            url=_git("rev-parse", "--show-toplevel"), commit=commit, within=within, cache=str(_cache()), remote=False,
-            tracking=tracking, sweep=name, identity=(_who("name"), _who("email")),
+            url=_git("rev-parse", "--show-toplevel"), commit=commit, within=within,
+            cache=str(lockfile.cache_folder(Path())), remote=False, tracking=tracking, sweep=name,
+            identity=(_who("name"), _who("email")),
         )  # fmt: skip
         runner: Runner
         if address is None:
@@ -201,10 +202,6 @@ def _committed(path: Path) -> tuple[str, str]:
         files = ", ".join(line[2:].strip() for line in changed.splitlines())
         raise UserError(f"trials start from the last commit, and {files} differs from it: `git commit` first")
     return _git("rev-parse", "HEAD"), _git("rev-parse", "--show-prefix")
-
-
-def _cache() -> Path:
-    return lockfile.cache_folder(Path())
 
 
 def _who(key: str) -> str:
