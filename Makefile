@@ -13,6 +13,7 @@ DROP := rouge(?!\d.(diff|tuned))|lines|words|stopped|out|pipeline|stages|reports
 
 repro: $(VENV)/installed ## run what has changed of the experiment, then say the verdict
 	@lora-repro mend
+	@lora-repro check
 	@lora-repro viewer
 	@dvc repro
 	@lora-repro show

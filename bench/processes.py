@@ -24,7 +24,7 @@ from typing import Any
 from ruamel.yaml import YAML
 
 from pipeline import device as devices
-from pipeline import distributed, params, paths, quantize, records
+from pipeline import distributed, params, paths, quantize, records, yaml12
 from pipeline import model as models
 
 ROOT = Path(__file__).parent.parent
@@ -74,7 +74,7 @@ def prepare(place: Path, project: Path, steps: int, batch: int, rows: int) -> No
 
 def edit(place: Path, **sections: Mapping[str, object]) -> None:
     """Change values of a project's params.yaml."""
-    content = params.parse(place / paths.PARAMS)
+    content = yaml12.read(place / paths.PARAMS)
     for name, values in sections.items():
         content[name] |= values
     YAML().dump(content, place / paths.PARAMS)

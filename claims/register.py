@@ -15,7 +15,7 @@ from typing import Annotated, Literal, Self, get_args
 from pydantic import Field, model_validator
 
 from claims.evidence import Evidence, Value, numbers
-from pipeline import params
+from pipeline import params, yaml12
 from pipeline.errors import UserError, listing
 from pipeline.recipes import Needs
 from pipeline.significance import Interval
@@ -128,7 +128,7 @@ class Judgment:
 
 def load(path: Path = FILE) -> dict[str, Claim]:
     """All claims by id, in the register's order; UserError lists every mistake."""
-    return params.checked(Register, params.parse(path), str(path)).claims
+    return params.checked(Register, yaml12.read(path), str(path)).claims
 
 
 def one(name: str, path: Path = FILE) -> Claim:

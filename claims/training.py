@@ -6,7 +6,7 @@ from typing import Annotated, Literal, Self, TypeVar
 
 from pydantic import Field, model_validator
 
-from pipeline import params
+from pipeline import params, yaml12
 from pipeline.errors import UserError
 from pipeline.records import Example
 
@@ -64,7 +64,7 @@ class Training(params.Section):
 
 def load(path: Path = FILE) -> Training:
     """UserError lists every mistake."""
-    return params.checked(Training, params.parse(path), str(path))
+    return params.checked(Training, yaml12.read(path), str(path))
 
 
 def one(declared: Mapping[str, T], name: str, key: str) -> T:

@@ -8,6 +8,7 @@ tested with vLLM faked; it was never run.
 
 import contextlib
 import json
+import os
 import subprocess
 import weakref
 from collections.abc import Iterator
@@ -15,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pipeline import gguf_file, paths, records, vllm_worker
+from pipeline import gguf_file, params, paths, records, vllm_worker
 from pipeline import model as models
 from pipeline.backend import Families, Setup
 from pipeline.errors import UserError
@@ -45,8 +46,12 @@ def load(setup: Setup) -> Engine:
     """Start the worker; UserError for another device than CUDA, a rank that is too large, and whatever it reports."""
     if setup.runtime.device not in ("auto", "cuda"):
         raise UserError(f"generation.backend = 'vllm' computes on CUDA, but runtime.device = {setup.runtime.device!r}")
-    if setup.runtime.vllm is None:
-        raise UserError("generation.backend = 'vllm' needs runtime.vllm, the Python of an environment with vLLM")
+    python = os.environ.get(params.VLLM_PYTHON)
+    if not python:
+        raise UserError(
+            f"generation.backend = 'vllm' needs {params.VLLM_PYTHON}, the Python of an environment with vLLM, in the "
+            "environment"
+        )
     rank, adapter = 0, None
     if setup.adapter is not None:
         setup.adapter.require_of(setup.facts["sha256"])
@@ -67,9 +72,7 @@ def load(setup: Setup) -> Engine:
         "stops": sorted(setup.config.eos_token_id),
         "probe": [one % records.read_json(paths.QUANTIZED / "config.json")["vocab_size"] for one in PROBE],
     }
-    worker = subprocess.Popen(
-        [setup.runtime.vllm, vllm_worker.__file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    )
+    worker = subprocess.Popen([python, vllm_worker.__file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     conditions: dict[str, Any] = {}
     engine = Engine(worker, frozenset(setup.config.eos_token_id), "cuda", 0, conditions)
     weakref.finalize(engine, _end, worker)

@@ -174,6 +174,14 @@ def mend() -> None:
     mending.mend()
 
 
+@app.command()
+def check() -> None:
+    """Read params.yaml and dvc.lock as a stranger's, and print every mistake; nothing is run."""
+    from pipeline import check as checking
+
+    checking.check()
+
+
 RECIPE = Annotated[str | None, typer.Argument(help="A name of recipes/, or the path of a recipe's file.")]
 Force = Annotated[bool, typer.Option("--force", help="Give up changes that neither a recipe nor git has.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Show what would change, and write nothing.")]

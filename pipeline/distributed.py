@@ -47,9 +47,9 @@ def rank() -> int:
     return int(os.environ["RANK"]) if processes() > 1 else 0
 
 
-def run(name: str, call: Callable[[params.Declared], None], result: Path) -> None:
+def run(name: str, call: Callable[[params.Declared], None], result: Path, seed: int | None = None) -> None:
     """`stage.run` for a stage that can be shared: by this process, by members that it starts, or as one of them."""
-    address = stage.address(name, sys.argv[1:])
+    address = stage.address(name, seed)
     if FOLDER not in os.environ and rank() == 0:
 
         def compute() -> dict[str, Any] | None:

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from ruamel.yaml import YAML
 
 from pipeline import (
     compare,
@@ -330,7 +329,7 @@ def _shown(commit: str) -> str:
 
 def _from_lock(name: str, lock: str, tracking: params.Tracking) -> Experiment:
     """The experiment that the text of a `dvc.lock` holds: its scores from the cache, else from its MLflow run."""
-    stages = YAML(typ="safe", pure=True).load(lock)["stages"]
+    stages = lockfile.stages_of(lock, f"the {paths.DVC_LOCK} of {name}")
     try:
         seeds: list[int] = stages["compare"]["params"]["params.yaml"]["seeds"]
     except (KeyError, TypeError):

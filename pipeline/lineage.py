@@ -71,9 +71,9 @@ def find(name: str, runs: list[store.Stored]) -> store.Stored:
 def _adapters(folder: Path, lock: Path, seeds: list[int]) -> list[str]:
     """Print the sha256 of each logged adapter; what is wrong with those that are not the run's `dvc.lock`'s."""
     try:
-        stages = lockfile.load(lock)["stages"]
+        stages = lockfile.stages_of(lockfile.text(lock), str(lock))
         outs = {out["path"]: out["md5"] for stage in stages.values() for out in stage.get("outs", [])}
-    except (UserError, KeyError, TypeError, AttributeError):
+    except UserError:
         return [f"artifacts/{paths.DVC_LOCK} cannot be read"]
     faults = []
     for seed in seeds:

@@ -2,18 +2,40 @@
 cache. It is read from the files themselves: DVC's own reading of them takes seconds, and trusts what is to be checked.
 """
 
+import re
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from ruamel.yaml import YAML
-from ruamel.yaml.error import YAMLError
+from pydantic import AfterValidator, BaseModel, Field, ValidationError
 
-from pipeline import params, paths, records
-from pipeline.errors import UserError
+from pipeline import params, paths, records, yaml12
+from pipeline.errors import UserError, listing
+
+Stages = dict[str, dict[str, Any]]
+"""The stages of a `dvc.lock` by name, as it has them: `cmd`, `deps`, `params` and `outs`."""
+
+MD5 = re.compile(r"[0-9a-f]{32}(\.dir)?")
+"""DVC's name for a content; its first two characters are a folder of the cache, so nothing else may pass for one."""
+
+
+class _Entry(BaseModel):
+    path: Annotated[str, AfterValidator(paths.relative)]
+    md5: Annotated[str, Field(pattern=f"^{MD5.pattern}$")]
+
+
+class _Locked(BaseModel):
+    cmd: str
+    deps: list[_Entry] = []
+    params: dict[str, dict[str, Any]] = {}
+    outs: list[_Entry] = []
+
+
+class _Lock(BaseModel):
+    stages: dict[str, _Locked]
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,10 +91,10 @@ class Project:
 def read(folder: Path = Path()) -> Project:
     """The pipeline in `folder` and what it is locked to."""
     given = params.load(folder / paths.PARAMS)
-    lock = load(folder / paths.DVC_LOCK)["stages"]
+    lock = stages_of(text(folder / paths.DVC_LOCK), str(folder / paths.DVC_LOCK))
     stages = [
         _stage(name, definition, item, lock)
-        for name, definition in load(folder / paths.DVC_YAML)["stages"].items()
+        for name, definition in yaml12.read(folder / paths.DVC_YAML)["stages"].items()
         for item in _items(definition, given)
     ]
     return Project(given, stages, cache_folder(folder))
@@ -81,7 +103,7 @@ def read(folder: Path = Path()) -> Project:
 def missing(lock: Path) -> int:
     """How many objects of the stages in a `dvc.lock` are not in this project's cache."""
     objects = cache_folder(Path()) / "files" / "md5"
-    names = {out["md5"] for stage in load(lock)["stages"].values() for out in stage.get("outs", [])
+    names = {out["md5"] for stage in stages_of(text(lock), str(lock)).values() for out in stage.get("outs", [])
              if Path(out["path"]).is_relative_to(paths.OUT) and Path(out["path"]) != paths.RECEIPT}  # fmt: skip
     names |= {content for name in names for _, content in listing_of(objects, name)}
     return sum(not (objects / name[:2] / name[2:]).is_file() for name in names)
@@ -96,14 +118,33 @@ def cache_folder(folder: Path) -> Path:
     return Path(told.stdout.strip())
 
 
-def load(path: Path) -> Any:
-    """A YAML file of DVC's; UserError where it is missing or none."""
+def text(path: Path) -> str:
+    """The text of a `dvc.lock`; UserError where there is none."""
     try:
-        return YAML(typ="safe", pure=True).load(path.read_text(encoding="utf-8"))
+        return path.read_text(encoding="utf-8")
     except FileNotFoundError:
-        raise UserError(f"{path} is missing: restore it with git, or run `dvc repro`") from None
-    except (YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is not YAML: restore it with `git checkout -- {path}`\n{error}") from None
+        raise UserError(f"{path} is missing: run `dvc repro`, which makes it") from None
+    except UnicodeDecodeError:
+        raise UserError(f"{path} is not UTF-8: restore it with `git checkout -- {path}`") from None
+
+
+def stages_of(lock: str, name: str) -> Stages:
+    """The stages that the text of a `dvc.lock` holds; `name` says in errors which lock it is.
+
+    A lock may be a stranger's, and what it names is read, compared and, in the clone of a trial, removed. UserError for
+    a text that is no lock of DVC's, for a path that leads out of the project, and for a digest that is no file's name.
+    """
+    content = yaml12.load(lock, name)
+    try:
+        _Lock.model_validate(content)
+    except ValidationError as error:
+        problems = [
+            f"{'.'.join(map(str, one['loc']))}: {one['msg'].removeprefix('Value error, ')}"
+            for one in error.errors(include_url=False)
+        ]
+        raise listing(problems, f"{name} is not a lock of this project: restore it with git, or remove it") from None
+    stages: Stages = content["stages"]
+    return stages
 
 
 def _items(definition: dict[str, Any], given: params.Params) -> Iterator[tuple[str, str] | None]:
@@ -137,4 +178,16 @@ def listing_of(objects: Path, name: str) -> list[tuple[str, str]]:
     path = objects / name[:2] / name[2:]
     if not name.endswith(".dir") or not path.is_file() or records.dvc_md5(path) != name.removesuffix(".dir"):
         return []
-    return [(entry["relpath"], entry["md5"]) for entry in records.read_json(path)]
+    entries = records.read_json(path)
+    return [(entry["relpath"], entry["md5"]) for entry in entries if _is_sound(entry)]
+
+
+def _is_sound(entry: Any) -> bool:
+    """Whether an entry of a folder's listing names a content by its digest and a file within the folder."""
+    if not isinstance(entry, Mapping) or not MD5.fullmatch(str(entry.get("md5"))):
+        return False
+    try:
+        paths.relative(str(entry.get("relpath")))
+    except ValueError:
+        return False
+    return True

@@ -8,7 +8,7 @@ half of it (treeverse/dvc#7615). Neither holds anything that is not elsewhere: t
 import json
 from pathlib import Path
 
-from pipeline import paths, provenance
+from pipeline import paths, provenance, yaml12
 from pipeline.errors import UserError
 from pipeline.progress import say
 
@@ -44,12 +44,10 @@ def _torn_json(path: Path) -> bool:
 
 def _torn_lock(path: Path) -> bool:
     from dvc.schema import COMPILED_LOCKFILE_SCHEMA
-    from ruamel.yaml import YAML
-    from ruamel.yaml.error import YAMLError
     from voluptuous import Invalid
 
     try:
-        COMPILED_LOCKFILE_SCHEMA(YAML(typ="safe", pure=True).load(path.read_bytes().decode()))
-    except (YAMLError, UnicodeDecodeError, Invalid):
+        COMPILED_LOCKFILE_SCHEMA(yaml12.load(path.read_bytes().decode(), str(path)))
+    except (yaml12.NotYamlError, UnicodeDecodeError, Invalid):
         return True
     return False

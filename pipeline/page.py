@@ -23,6 +23,7 @@ from pipeline import (
     compare,
     examples,
     guards,
+    lockfile,
     overlap,
     params,
     paths,
@@ -123,7 +124,7 @@ def gather(seeds: list[int], evaluate: params.Evaluate, given: params.Compare) -
 
 def origin(seeds: list[int]) -> Origin:
     """The experiment's digest, commit, parameters and outputs, and this machine."""
-    lock = track.read_lock()
+    lock = lockfile.text(paths.DVC_LOCK)
     sha, _ = provenance.commit(Path())
     return Origin(
         digest=track.digest_of(lock, seeds),
@@ -433,7 +434,7 @@ def faults(path: Path, digest: str) -> list[str]:
 def describe(seeds: list[int]) -> str:
     """Where the page is, and what is wrong with it for the experiment in the working directory, in one line."""
     found = digest_of(paths.REPORT_HTML)
-    if found == track.digest_of(track.read_lock(), seeds):
+    if found == track.digest_of(lockfile.text(paths.DVC_LOCK), seeds):
         return str(paths.REPORT_HTML)
     wrong = f"shows another experiment, {found[:12]}…" if found else "is missing, or was written by another version"
     return f"{paths.REPORT_HTML} {wrong}: run `dvc repro --force --single-item track`"

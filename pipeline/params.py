@@ -8,10 +8,11 @@ mistake is reported at once.
 import codecs
 import difflib
 import importlib.util
+import os
 import re
 import reprlib
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar, get_args
 
@@ -25,10 +26,8 @@ from pydantic import (
     ValidationError,
     model_validator,
 )
-from ruamel.yaml import YAML
-from ruamel.yaml.error import YAMLError
 
-from pipeline import paths
+from pipeline import paths, yaml12
 from pipeline.errors import UserError, listing, without_passwords
 
 Share = Annotated[float, Field(ge=0, le=1)]
@@ -309,7 +308,6 @@ class Runtime(Section):
     sharding: Literal["none", "fsdp", "tensor"]
     gradient_checkpointing: bool
     keep_dequantized: bool
-    vllm: str | None
 
 
 def _without_password(uri: str | None) -> str | None:
@@ -427,6 +425,10 @@ VLLM = "0.33.0"
 """The version that `backend_vllm` is written for. It wants another torch and other transformers than the pinned ones,
 so it has an environment of its own."""
 
+VLLM_PYTHON = "LORA_REPRO_VLLM"
+"""The environment variable that names the Python of that environment. As a parameter, a stranger's params file would
+name a program that is started."""
+
 UNDECLARED = (Runtime.key, Tracking.key)
 
 
@@ -468,18 +470,18 @@ def require_backend(given: Params) -> None:
             "generation.backend = 'llama.cpp' needs xllamacpp, which is not installed: "
             f"pip install -c constraints.txt -e '.[llama-cpp]' {remedy}"
         )
-    if backend == "vllm" and (given.runtime.vllm is None or shutil.which(given.runtime.vllm) is None):
-        named = "null" if given.runtime.vllm is None else repr(given.runtime.vllm)
+    if backend == "vllm" and shutil.which(python := os.environ.get(VLLM_PYTHON, "")) is None:
+        found = f"{VLLM_PYTHON} = {python!r} is not a program" if python else f"{VLLM_PYTHON} is not set"
         raise UserError(
-            f"generation.backend = 'vllm' needs the Python of an environment with vLLM, and runtime.vllm = {named} "
-            f"names none: python3 -m venv .vllm && .vllm/bin/pip install vllm=={VLLM}, then "
-            f"runtime.vllm: .vllm/bin/python; {remedy}"
+            f"generation.backend = 'vllm' needs the Python of an environment with vLLM, and {found}: "
+            f"python3 -m venv .vllm && .vllm/bin/pip install vllm=={VLLM}, then "
+            f"export {VLLM_PYTHON}=$PWD/.vllm/bin/python; {remedy}"
         )
 
 
 def load(path: Path = paths.PARAMS) -> Params:
     """Parse and check a params file; UserError lists every mistake with its key, its value and the remedy."""
-    return check(parse(path), str(path))
+    return check(yaml12.read(path), str(path))
 
 
 def check(content: Any, name: str) -> Params:
@@ -492,33 +494,54 @@ def checked(model: type[S], content: Any, name: str) -> S:
     if not isinstance(content, Mapping):
         first, second = list(model.model_fields)[:2]
         raise UserError(f"{name} must hold sections ({first}:, {second}:, ...), not {type(content).__name__}")
+    problems = _interpolated(content)
     try:
-        return model.model_validate(content)
+        checked = model.model_validate(content)
     except ValidationError as error:
-        problems = error.errors(include_url=False)
-        raise listing([_explain(problem, model) for problem in problems], f"{name}: {len(problems)} to mend") from None
+        problems += [_explain(problem, model) for problem in error.errors(include_url=False)]
     except UnicodeEncodeError as error:  # as YAML can write it: "\ud800"
         raise UserError(f"{name}: {error.object!r} holds half a character (U+D800 to U+DFFF): remove it") from None
+    if problems:
+        raise listing(problems, f"{name}: {len(problems)} to mend")
+    return checked
+
+
+def require_plain(name: str, content: Any) -> None:
+    """UserError, headed by `name`, where a string in `content` asks for an interpolation."""
+    if problems := _interpolated(content):
+        raise listing(problems, f"{name}: {len(problems)} to mend")
+
+
+def _interpolated(content: Any) -> list[str]:
+    """The mistake of each string that holds `${`: `dvc exp run -S` would put in what it names, and keep that in git,
+    in `dvc.lock` and in the record."""
+    return [
+        f"{at} = {_shown(text)}: DVC would replace ${{...}} by what it names, such as a secret of the environment; "
+        "write the value itself"
+        for at, text in _texts(content)
+        if "${" in text
+    ]
+
+
+def _texts(content: Any, at: str = "") -> Iterator[tuple[str, str]]:
+    """Every string in parsed YAML, keys included, with the dotted name of its place."""
+    if isinstance(content, str):
+        yield at, content
+    elif isinstance(content, Mapping):
+        for key, value in content.items():
+            place = f"{at}.{key}" if at else str(key)
+            yield from _texts(value, place)
+            if isinstance(key, str):
+                yield place, key
+    elif isinstance(content, Sequence):
+        for number, value in enumerate(content):
+            yield from _texts(value, f"{at}.{number}")
 
 
 def sections_of(stage: str, dvc_yaml: Path) -> frozenset[str]:
     """The params sections that `dvc.yaml` declares for a stage, and those that need no declaration."""
-    declared = parse(dvc_yaml)["stages"][stage].get("params", [])
+    declared = yaml12.read(dvc_yaml)["stages"][stage].get("params", [])
     return frozenset([*declared, *UNDECLARED])
-
-
-def parse(path: Path) -> Any:
-    """A YAML 1.2 file; UserError where it is missing or none."""
-    try:
-        return YAML(typ="safe", pure=True).load(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{path} is missing: run this in the project folder, or restore it with git") from None
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not UTF-8 ({error.reason} at byte {error.start}): save it as UTF-8") from None
-    except YAMLError as error:
-        raise UserError(f"{path} is not YAML: {error}") from None
-    except Exception as error:  # ruamel meets bad dates, numbers and too deep a nesting with whatever they bring about
-        raise UserError(f"{path} is not YAML that can be read ({type(error).__name__}: {error})") from None
 
 
 def _explain(problem: Any, model: type[BaseModel]) -> str:

@@ -5,7 +5,7 @@ DVC caches nothing that git keeps but metrics and plots. Only `index.html` there
 between machines. `.scratch/` holds what a killed stage leaves behind and is never an output.
 """
 
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 PARAMS = Path("params.yaml")
 DVC_YAML = Path("dvc.yaml")
@@ -13,6 +13,7 @@ DVC_LOCK = Path("dvc.lock")
 CONSTRAINTS = Path("constraints.txt")
 
 OUT = Path("out")
+CHECKED = OUT / "checked.json"
 DATA = OUT / "data"
 DATA_CARD = DATA / "card.json"
 BASE = OUT / "models" / "base"
@@ -50,6 +51,22 @@ SWEEPS = Path(".sweeps")
 """Searches: Optuna's database, and the clones that trials run in."""
 
 SPLITS = ("train", "validation", "test")
+
+
+def relative(name: str) -> str:
+    """`name`, a path that a file of a stranger gives; ValueError unless it is relative and goes down only."""
+    path = PurePosixPath(name)
+    if not path.parts or ".." in path.parts or path.is_absolute() or "\0" in name:
+        raise ValueError(f"the path {name!r} leads out of the project")
+    return name
+
+
+def inside(folder: Path, name: str) -> Path:
+    """`folder / name`; ValueError as of `relative`, and where a link on the way leads out of the folder."""
+    path = folder / relative(name)
+    if not path.resolve().is_relative_to(folder.resolve()):
+        raise ValueError(f"the path {name!r} leads out of {folder} by a link")
+    return path
 
 
 def split(name: str) -> Path:

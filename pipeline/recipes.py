@@ -29,11 +29,9 @@ from typing import Annotated, Any
 from pydantic import Field, ValidationError
 from rich.console import Console
 from rich.text import Text
-from ruamel.yaml import YAML
-from ruamel.yaml.error import YAMLError
 from ruamel.yaml.nodes import MappingNode, ScalarNode, SequenceNode
 
-from pipeline import params, paths, records
+from pipeline import params, paths, records, yaml12
 from pipeline.errors import UserError, listing
 from pipeline.shape import Shape
 
@@ -80,19 +78,13 @@ class Document:
 
     @cached_property
     def content(self) -> Any:
-        return self._parsed("load")
+        return yaml12.load(self.text, str(self.path))
 
     @cached_property
     def root(self) -> MappingNode:
-        root = self._parsed("compose")
+        root = yaml12.compose(self.text, str(self.path))
         assert isinstance(root, MappingNode)
         return root
-
-    def _parsed(self, how: str) -> Any:
-        try:
-            return getattr(YAML(typ="safe", pure=True), how)(self.text)
-        except YAMLError as error:
-            raise UserError(f"{self.path} is not YAML: mend it, or restore it with git: {error}") from None
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
-from pipeline import params, paths
+from pipeline import params, paths, yaml12
 from pipeline.errors import UserError, listing
 
 SECTIONS = ("lora", "train")
@@ -121,7 +121,7 @@ def load(path: Path) -> Search:
         raise UserError(f"{path} is no file: give that of a search, such as sweeps/example.yaml")
     if not re.fullmatch(r"[A-Za-z0-9][\w\-]*", path.stem):
         raise UserError(f"{path}: experiments are named after the file: letters, digits, - and _ only")
-    return params.checked(Search, params.parse(path), str(path))
+    return params.checked(Search, yaml12.read(path), str(path))
 
 
 def check(plan: Search, path: Path) -> params.Params:

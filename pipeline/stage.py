@@ -4,6 +4,7 @@ DVC keeps two `dvc repro` apart, but not a stage whose `dvc` was killed from the
 both would write the same files. Hence a lock for each stage, which the operating system drops when its holder dies.
 """
 
+import argparse
 import os
 import re
 import resource
@@ -31,9 +32,41 @@ WHERE_INSTALLED = ("xllamacpp",)
 """The same of extras."""
 
 
-def run(stage: str, call: Callable[[params.Declared], None], result: Path | None = None) -> None:
-    """Run one stage of `dvc.yaml`, which is given the parameters that it declares; else as `process`."""
-    process(address(stage, sys.argv[1:]), lambda: call(params.read(stage)), result)
+def run(
+    stage: str, call: Callable[[params.Declared], None], result: Path | None = None, seed: int | None = None
+) -> None:
+    """Run one stage of `dvc.yaml`, of a matrix the one of `seed`; it is given the parameters that it declares.
+
+    Else as `process`.
+    """
+    process(address(stage, seed), lambda: call(params.read(stage)), result)
+
+
+def seed(about: str) -> int:
+    """The seed that this process computes: by `--seed` on its command line, else by the stage that DVC runs.
+
+    DVC names that stage in its environment (`DVC_STAGE`, `train@17`). A seed never stands in a command of `dvc.yaml`:
+    DVC hands commands to a shell, and `params.yaml` may be a stranger's. `about` is the text of `--help`. Exits with 2
+    where neither gives a whole number.
+    """
+    parser = argparse.ArgumentParser(description=about)
+    parser.add_argument("--seed", type=_seed, help="by default that of the stage which DVC runs")
+    given: int | None = parser.parse_args().seed
+    if given is not None:
+        return given
+    named = os.environ.get("DVC_STAGE")
+    if named is None:
+        parser.error("--seed is needed where DVC does not run this: write --seed 17")
+    try:
+        return _seed(named.rpartition("@")[2])
+    except argparse.ArgumentTypeError as error:
+        parser.error(str(error))
+
+
+def _seed(text: str) -> int:
+    if not re.fullmatch(r"[0-9]{1,10}", text):
+        raise argparse.ArgumentTypeError(f"the seed {text!a} is not a whole number: correct seeds in params.yaml")
+    return int(text)
 
 
 def process(
@@ -84,9 +117,9 @@ def set_environment() -> None:
     os.environ.setdefault("GOMP_SPINCOUNT", "5000")
 
 
-def address(stage: str, arguments: list[str]) -> str:
-    """Name of one stage of a matrix, by the values its script is given: `train@17`."""
-    return "@".join([stage, *(value for value in arguments if not value.startswith("-"))])
+def address(stage: str, seed: int | None) -> str:
+    """DVC's name of a stage: `prepare`; of one of a matrix over seeds `train@17`."""
+    return stage if seed is None else f"{stage}@{seed}"
 
 
 @contextmanager

@@ -21,9 +21,8 @@ from typing import Any
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
-from ruamel.yaml import YAML
 
-from pipeline import params, paths
+from pipeline import params, paths, yaml12
 from pipeline.errors import UserError, listing
 from pipeline.progress import say
 
@@ -87,6 +86,7 @@ def expand(overrides: Sequence[str]) -> list[Combination]:
 
     if not overrides:
         raise UserError("nothing to sweep over: give parameters and values, such as -S lora.r=4,8")
+    params.require_plain("-S", overrides)
     try:
         return [
             Combination(tuple(made[str(paths.PARAMS)]))
@@ -101,6 +101,7 @@ def check(combinations: Iterable[Combination]) -> None:
     from dvc.exceptions import InvalidArgumentError
     from dvc.utils.hydra import apply_overrides
 
+    params.load()  # DVC's own reader, which sets the overrides, would expand aliases without end
     problems: dict[str, None] = {}
     with tempfile.TemporaryDirectory() as folder:
         copy = Path(folder) / paths.PARAMS.name
@@ -108,7 +109,7 @@ def check(combinations: Iterable[Combination]) -> None:
             shutil.copy(paths.PARAMS, copy)
             try:
                 apply_overrides(copy, list(combination.overrides))
-                params.check(YAML(typ="safe", pure=True).load(copy.read_text(encoding="utf-8")), str(combination))
+                params.check(yaml12.read(copy), str(combination))
             except InvalidArgumentError as error:
                 problems[f"{combination}: {_first_line(error.__cause__ or error)}"] = None
             except UserError as error:

@@ -15,9 +15,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from ruamel.yaml import YAML
-
-from pipeline import params, paths, provenance, records, store
+from pipeline import lockfile, params, paths, provenance, records, store
 from pipeline.errors import UserError, listing
 from pipeline.progress import say
 from pipeline.store import Point, Record
@@ -70,16 +68,8 @@ def describe(train_seeds: list[int], tracking: params.Tracking) -> str:
 # What an experiment is
 
 
-def read_lock() -> str:
-    """The text of `dvc.lock`; UserError where there is none."""
-    try:
-        return paths.DVC_LOCK.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise UserError(f"{paths.DVC_LOCK} is missing: run `dvc repro`, which makes it") from None
-
-
 def _stages(seeds: list[int]) -> Stages:
-    return _locked(read_lock(), _names(seeds))
+    return _locked(lockfile.text(paths.DVC_LOCK), _names(seeds))
 
 
 def _names(seeds: list[int]) -> list[str]:
@@ -95,7 +85,7 @@ def _locked(lock: str, names: list[str]) -> Stages:
     It also keeps stages that `dvc.yaml` no longer has, such as a seed's after the seeds changed: not these. UserError
     where a stage is missing, or read another adapter than the one there, as after `dvc repro train@17` alone.
     """
-    locked = YAML(typ="safe", pure=True).load(lock)["stages"]
+    locked = lockfile.stages_of(lock, paths.DVC_LOCK.name)
     if missing := [name for name in names if name not in locked]:
         raise UserError(f"{paths.DVC_LOCK} has no {', '.join(missing)}: run `dvc repro`")
     made = {out["path"]: out["md5"] for name in names for out in locked[name].get("outs", [])}

@@ -22,7 +22,7 @@ from typing import Any
 from filelock import FileLock
 from ruamel.yaml import YAML
 
-from pipeline import leash, params, paths, records, store, track
+from pipeline import leash, lockfile, params, paths, records, store, track
 from pipeline.errors import UserError
 from pipeline.progress import VALIDATIONS
 
@@ -195,14 +195,24 @@ def _forget_tests(project: Path, targets: Sequence[str]) -> None:
     lock = project / paths.DVC_LOCK
     if not lock.is_file():
         return
-    yaml = YAML()
-    content = yaml.load(lock)
-    for name in [name for name in content["stages"] if name not in (*track.UPSTREAM, *BASE, *targets)]:
-        for out in content["stages"].pop(name).get("outs", []):
-            if (path := project / out["path"]).is_dir():
-                shutil.rmtree(path)
-            path.unlink(missing_ok=True)
-    yaml.dump(content, lock)
+    stages = lockfile.stages_of(lockfile.text(lock), str(lock))
+    kept = {name: stage for name, stage in stages.items() if name in (*track.UPSTREAM, *BASE, *targets)}
+    for stage in (stage for name, stage in stages.items() if name not in kept):
+        for out in stage.get("outs", []):
+            _remove(project, out["path"])
+    YAML().dump({"schema": "2.0", "stages": kept}, lock)
+
+
+def _remove(project: Path, name: str) -> None:
+    """Remove an output from the clone; UserError where its path leads out of it."""
+    try:
+        path = paths.inside(project, name)
+    except ValueError as error:
+        raise UserError(f"{project / paths.DVC_LOCK}: {error}") from None
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def _dvc(project: Path) -> Path:

@@ -15,10 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ruamel.yaml import YAML
-from ruamel.yaml.error import YAMLError
-
-from pipeline import lockfile, params, paths, records, source, store, track
+from pipeline import lockfile, params, paths, records, source, store, track, yaml12
 from pipeline import page as pages
 from pipeline.errors import UserError, listing
 from stages import compare
@@ -130,8 +127,8 @@ def _run_digest(path: Path) -> str | None:
         return value
 
     try:
-        content = YAML(typ="safe", pure=True).load(path.read_text(encoding="utf-8"))
-    except (YAMLError, UnicodeDecodeError):
+        content = yaml12.read(path)
+    except UserError:
         return None
     return hashlib.sha256(json.dumps(bare(content), sort_keys=True).encode()).hexdigest()
 

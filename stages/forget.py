@@ -1,8 +1,6 @@
 """Stage forget: what one seed's adapter does to general text, against the base."""
 
-import argparse
-
-from pipeline import distributed, forget, params, paths
+from pipeline import distributed, forget, params, paths, stage
 
 
 def main(declared: params.Declared, seed: int) -> None:
@@ -10,7 +8,5 @@ def main(declared: params.Declared, seed: int) -> None:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--seed", type=int, required=True)
-    seed = parser.parse_args().seed
-    distributed.run("forget", lambda declared: main(declared, seed), result=paths.forgetting(seed))
+    seed = stage.seed(__doc__)
+    distributed.run("forget", lambda declared: main(declared, seed), paths.forgetting(seed), seed)

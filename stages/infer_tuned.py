@@ -1,8 +1,6 @@
 """Stage infer-tuned@<seed>: what the base with one seed's adapter writes for the same prompts."""
 
-import argparse
-
-from pipeline import adapter, distributed, generate, params, paths
+from pipeline import adapter, distributed, generate, params, paths, stage
 
 
 def main(declared: params.Declared, seed: int) -> None:
@@ -11,7 +9,6 @@ def main(declared: params.Declared, seed: int) -> None:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--seed", type=int, required=True)
-    seed = parser.parse_args().seed
-    distributed.run("infer-tuned", lambda declared: main(declared, seed), result=paths.predictions(paths.variant(seed)))
+    seed = stage.seed(__doc__)
+    result = paths.predictions(paths.variant(seed))
+    distributed.run("infer-tuned", lambda declared: main(declared, seed), result, seed)

@@ -1,8 +1,6 @@
 """Stage train: one LoRA adapter for one seed, on the quantized base."""
 
-import argparse
-
-from pipeline import distributed, params, paths, train
+from pipeline import distributed, params, paths, stage, train
 
 
 def main(declared: params.Declared, seed: int) -> None:
@@ -11,7 +9,5 @@ def main(declared: params.Declared, seed: int) -> None:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--seed", type=int, required=True)
-    seed = parser.parse_args().seed
-    distributed.run("train", lambda declared: main(declared, seed), result=paths.training_summary(seed))
+    seed = stage.seed(__doc__)
+    distributed.run("train", lambda declared: main(declared, seed), paths.training_summary(seed), seed)

@@ -20,7 +20,7 @@ from filelock import FileLock
 from ruamel.yaml import YAML
 
 from claims import lab
-from pipeline import params, paths, records, store
+from pipeline import params, paths, records, store, yaml12
 
 # Before torch is imported: the models here are so small that threads only wait for each other.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -290,7 +290,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Fini
 
 def edit(**sections: dict[str, Any]) -> None:
     """Change values of params.yaml, as a user does."""
-    content = params.parse(paths.PARAMS)
+    content = yaml12.read(paths.PARAMS)
     for name, values in sections.items():
         content[name] |= values
     YAML().dump(content, paths.PARAMS)
@@ -300,7 +300,7 @@ def runtime(**settings: Any) -> params.Runtime:
     """One process on one CPU thread, unless `settings` have it otherwise."""
     given: dict[str, Any] = {
         "device": "cpu", "threads": 1, "processes": 1, "sharding": "none", "gradient_checkpointing": False,
-        "keep_dequantized": True, "vllm": None,
+        "keep_dequantized": True,
     }  # fmt: skip
     return params.Runtime(**given | settings)
 

@@ -78,7 +78,8 @@ def vllm(project: params.Params, tiny_model: Path, tmp_path: Path, monkeypatch: 
     python.chmod(0o755)
     monkeypatch.setenv("FAKE_NOTES", str(tmp_path / "notes"))
     quantized(project, tiny_model, "nf4")
-    runtime = project.runtime.model_copy(update={"device": "auto", "vllm": str(python)})
+    monkeypatch.setenv(params.VLLM_PYTHON, str(python))
+    runtime = project.runtime.model_copy(update={"device": "auto"})
     return project.model_copy(update={"runtime": runtime})
 
 
@@ -154,7 +155,9 @@ def test_an_environment_without_vllm_is_told(vllm: params.Params, tmp_path: Path
 def test_a_backend_that_is_not_installed_is_told_before_anything_is_trained(monkeypatch: pytest.MonkeyPatch) -> None:
     edit(generation={"backend": "vllm"})
     for stage in ("quantize", "train", "infer"):
-        with pytest.raises(UserError, match=r"pip install vllm==0.33.0, then runtime.vllm: .vllm/bin/python"):
+        with pytest.raises(
+            UserError, match=r"LORA_REPRO_VLLM is not set: .*pip install vllm==0.33.0, then export LORA_REPRO_VLLM="
+        ):
             params.read(stage)
     params.read("compare")  # computes nothing: made elsewhere, it can be looked at here
     edit(generation={"backend": "llama.cpp"})

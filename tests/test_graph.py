@@ -2,6 +2,7 @@
 it declares."""
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -85,6 +86,7 @@ def test_of_runtime_and_tracking_only_what_changes_rounding_is_declared() -> Non
 
 def test_the_graph_is_the_whole_design() -> None:
     assert list(STAGES) == [
+        "check",
         "prepare",
         "fetch",
         "quantize",
@@ -99,9 +101,28 @@ def test_the_graph_is_the_whole_design() -> None:
     ]
 
 
+def test_no_command_holds_a_value_of_the_parameters() -> None:
+    """DVC hands commands to a shell."""
+    commands = {name: command(definition) for name, definition in STAGES.items()}
+    assert {name: text for name, text in commands.items() if re.fullmatch(r"python -m stages\.\w+", text) is None} == {}
+
+
+def test_the_parameters_are_checked_before_any_other_stage_starts() -> None:
+    made = {"out/checked.json"}
+    for name in ("prepare", "fetch", "quantize", "train", "infer", "infer-tuned", "forget", "evaluate"):
+        assert made & set(STAGES[name]["deps"]), name
+        made |= set(outs(STAGES[name]))
+
+
+def test_two_stages_write_files_of_a_seed_that_differ_by_their_folder_alone() -> None:
+    """A seed that leads out of the folders leads both to one file, and DVC refuses the whole graph."""
+    same = [out for definition in STAGES.values() for out in outs(definition) if out.endswith("/${item.seed}.json")]
+    assert sorted(same) == ["out/forgetting/${item.seed}.json", "out/training/${item.seed}.json"]
+
+
 def test_every_script_is_short() -> None:
     scripts = sorted((ROOT / "stages").glob("*.py"))
-    assert len(scripts) == 11
+    assert len(scripts) == 13
     for path in scripts:
         assert len(path.read_text().splitlines()) <= 40, path
 
