@@ -523,19 +523,24 @@ def _interpolated(content: Any) -> list[str]:
     ]
 
 
-def _texts(content: Any, at: str = "") -> Iterator[tuple[str, str]]:
-    """Every string in parsed YAML, keys included, with the dotted name of its place."""
-    if isinstance(content, str):
-        yield at, content
-    elif isinstance(content, Mapping):
-        for key, value in content.items():
+def _texts(content: Any) -> Iterator[tuple[str, str]]:
+    """Every string in parsed YAML, keys included, with the dotted name of its place; one of several places for what is
+    shared."""
+    waiting, seen = [("", content)], set[int]()
+    while waiting:
+        at, value = waiting.pop()
+        inner: list[tuple[Any, Any]] = []
+        if isinstance(value, str):
+            yield at, value
+        elif id(value) not in seen and isinstance(value, Mapping):
+            inner = list(value.items())
+        elif id(value) not in seen and isinstance(value, Sequence):
+            inner = list(enumerate(value))
+        for key, one in reversed(inner):
             place = f"{at}.{key}" if at else str(key)
-            yield from _texts(value, place)
-            if isinstance(key, str):
-                yield place, key
-    elif isinstance(content, Sequence):
-        for number, value in enumerate(content):
-            yield from _texts(value, f"{at}.{number}")
+            waiting += [(place, one), (place, key)]
+        if inner:
+            seen.add(id(value))
 
 
 def sections_of(stage: str, dvc_yaml: Path) -> frozenset[str]:

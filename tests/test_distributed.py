@@ -352,12 +352,10 @@ def test_a_launcher_that_started_another_number_is_refused(
     assert project
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("RANK", "0")
-    monkeypatch.setattr(sys, "argv", ["train.py", "--seed", "17"])
     called: list[params.Declared] = []
     with pytest.raises(SystemExit, match="1"):
-        distributed.run("train", called.append, paths.training_summary(17))
+        distributed.run("train", called.append, paths.training_summary(17), 17)
     assert "runtime.processes = 1, but WORLD_SIZE = 2 in the environment says how many" in capsys.readouterr().err
-    monkeypatch.setattr(sys, "argv", ["quantize.py"])
     with pytest.raises(SystemExit, match="1"):
         stage.run("quantize", called.append)
     assert "quantize computes in one process, but WORLD_SIZE = 2" in capsys.readouterr().err

@@ -5,7 +5,9 @@ and inputs made by hand that once ended in a traceback or not at all.
 """
 
 import copy
+import json
 import random
+import re
 import signal
 import struct
 from collections.abc import Callable, Iterator
@@ -17,7 +19,7 @@ from typing import Any
 import pytest
 from ruamel.yaml import YAML
 
-from pipeline import data, fetch, params, paths, records, tables
+from pipeline import data, fetch, lockfile, params, paths, records, tables, trial
 from pipeline.errors import UserError
 from tests.conftest import ROOT
 from tests.test_fetch import write_gguf
@@ -142,7 +144,7 @@ class TestParams:
             (b"\xff\xfe\x00\x00", "is not"),
             (b"data: caf\xe9", "is not UTF-8"),
             (b"[" * 1000, "is not YAML"),
-            (BOMB, "unknown key"),
+            (BOMB, "the alias *a stands for another part"),
             (b"data: 2001-99-99", "is not YAML"),
             (b"data: !!python/object/apply:os.system [touch pwned]", "is not YAML"),
             (b"data: !!timestamp x", "is not YAML"),
@@ -163,6 +165,57 @@ class TestParams:
         assert "compare.published.0.abuot = 'a paper': unknown key; did you mean about?" in told(
             lambda: params.check(content, "params.yaml")
         )
+
+    def test_an_interpolation_at_any_place(self) -> None:
+        draw = random.Random(6)
+        default = YAML(typ="safe", pure=True).load(TEXT)
+        default["compare"]["published"] = [{"metric": "rouge1", "value": 1.0, "about": "a paper"}]
+        for _ in range(300):
+            content = copy.deepcopy(default)
+            where: Any = content
+            while True:
+                keys: list[Any] = list(where) if isinstance(where, dict) else list(range(len(where)))
+                key = draw.choice(keys)
+                if not isinstance(where[key], dict | list) or not where[key]:
+                    break
+                where = where[key]
+            text = draw.choice(("${oc.env:HF_TOKEN}", "a${b", "${", "x ${oc.decode:${y}} z"))
+            if isinstance(where, dict) and draw.random() < 0.5:
+                where[text] = where.pop(key)
+            else:
+                where[key] = text
+            assert "write the value itself" in told(lambda content=content: params.check(content, "params.yaml"))  # type: ignore[misc]
+
+
+class TestLocks:
+    PARTS = ("..", ".", "", "out", "data", "link", "~", "\\", "a b", "\0", "/", "...", "-", "*", "..\\..")
+
+    def test_any_path_stays_inside(self, tmp_path: Path) -> None:
+        project, victim = tmp_path / "a" / "project", tmp_path / "victim"
+        (project / "out" / "data").mkdir(parents=True)
+        victim.mkdir()
+        for folder in (project, project / "out"):
+            (folder / "link").symlink_to(tmp_path, target_is_directory=True)
+        places = (str(victim), str(victim)[1:], "victim")
+        draw = random.Random(7)
+        refused = 0
+        for _ in range(600):
+            parts = [draw.choice((*self.PARTS, *self.PARTS[:1] * 4, *places)) for _ in range(draw.randrange(1, 7))]
+            path = "/".join(parts)
+            lock = {"schema": "2.0", "stages": {"a": {"cmd": "b", "outs": [{"path": path, "md5": "0" * 32}]}}}
+            (project / "dvc.lock").write_text(json.dumps(lock))
+            refused += bool(told(lambda: trial._forget_tests(project, [])))
+            assert victim.is_dir(), path
+            assert project.is_dir(), path
+        assert 200 < refused < 600
+
+    def test_any_digest_is_the_name_of_a_content(self) -> None:
+        draw = random.Random(8)
+        for _ in range(300):
+            md5 = "".join(draw.choices("0123456789abcdefABCDEFg./\\ \n", k=draw.choice((31, 32, 32, 33, 36))))
+            lock = json.dumps({"stages": {"a": {"cmd": "b", "outs": [{"path": "out", "md5": md5}]}}})
+            said = told(lambda lock=lock: lockfile.stages_of(lock, "dvc.lock"))  # type: ignore[misc]
+            assert said or re.fullmatch(r"[0-9a-f]{32}(\.dir)?", md5)
 
 
 @cache

@@ -30,11 +30,11 @@ SCRIPTS: dict[str, Identity] = {
     "fetch": ("stages.fetch",),
     "quantize": ("stages.quantize",),
     "infer@base": ("stages.infer",),
-    "evaluate@base": ("stages.evaluate", "--variant", "base"),
+    "evaluate@base": ("stages.evaluate",),
     "train@17": ("stages.train", "--seed", "17"),
     "infer-tuned@17": ("stages.infer_tuned", "--seed", "17"),
     "forget@17": ("stages.forget", "--seed", "17"),
-    "evaluate-tuned@17": ("stages.evaluate", "--variant", "tuned-17"),
+    "evaluate-tuned@17": ("stages.evaluate_tuned", "--seed", "17"),
     "compare": ("stages.compare",),
 }
 KILLS = dict.fromkeys(SCRIPTS, 2) | {"train@17": 5} | dict.fromkeys(("prepare", "evaluate@base", "forget@17"), 1)

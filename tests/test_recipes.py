@@ -409,7 +409,7 @@ def test_what_is_missing_or_broken_around_it_is_told() -> None:
     change("  device: auto\n", "  device: gpu\n")
     assert "runtime.device = 'gpu'" in use("fp4").stderr
     Path("params.yaml").write_text("a: [", encoding="utf-8")
-    assert "params.yaml is not YAML: mend it, or restore it with git" in use("fp4").stderr
+    assert "params.yaml is not YAML: " in use("fp4").stderr
     Path("params.yaml").write_text("- 1", encoding="utf-8")
     assert "params.yaml holds no sections" in use("fp4").stderr
     Path("params.default.yaml").unlink()

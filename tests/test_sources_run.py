@@ -124,8 +124,8 @@ def test_the_whole_experiment_runs_on(
     run(monkeypatch, "infer")
     run(monkeypatch, "infer_tuned", "--seed", "17")
     run(monkeypatch, "forget", "--seed", "17")
-    for variant in ("base", "tuned-17"):
-        run(monkeypatch, "evaluate", "--variant", variant)
+    run(monkeypatch, "evaluate")
+    run(monkeypatch, "evaluate_tuned", "--seed", "17")
     run(monkeypatch, "compare")
 
     summary, forgetting = (records.read_json(file) for file in (paths.training_summary(17), paths.forgetting(17)))

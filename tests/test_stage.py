@@ -20,10 +20,9 @@ HOLD = (
 
 
 def test_a_stage_that_still_runs_refuses_the_next_with_its_pid(
-    project: params.Params, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    project: params.Params, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert project
-    monkeypatch.setattr(sys, "argv", ["train.py", "--seed", "17"])
     called: list[params.Declared] = []
     with subprocess.Popen(
         [sys.executable, "-c", HOLD],
@@ -34,13 +33,13 @@ def test_a_stage_that_still_runs_refuses_the_next_with_its_pid(
         assert other.stdout is not None
         other.stdout.readline()
         with pytest.raises(SystemExit, match="1"):
-            stage.run("train", called.append)
+            stage.run("train", called.append, seed=17)
         said = capsys.readouterr().err
         assert f"train@17 is being computed by another process, pid {other.pid}, " in said
         assert f"`kill {other.pid}`" in said
         stage.run("prepare", called.append)  # another stage may run; only its name is its own
         other.kill()
-    stage.run("train", called.append)  # the lock and the number that a dead process left refuse nobody
+    stage.run("train", called.append, seed=17)  # the lock and the number that a dead process left refuse nobody
     assert len(called) == 2
     assert not list(paths.SCRATCH.glob("*.pid"))
 

@@ -445,14 +445,14 @@ class TestIdentity:
             return track._digest(track._stages([17]))
 
         first = digest()
-        toy.lock["stages"]["fetch"]["outs"][0]["md5"] = "another"
+        toy.lock["stages"]["fetch"]["outs"][0]["md5"] = "0" * 32
         toy.write_lock()
         assert digest() != first
 
     def test_stages_of_another_experiment_do_not_count(self, toy: Toy) -> None:
         first = track._digest(track._stages([17]))
         stale = toy.lock["stages"]["train@17"] | {"params": {"params.yaml": {"lora": {"r": 1}}}}
-        toy.lock["stages"] |= {"train@18": stale, "track": {"cmd": "x", "outs": [{"path": "r", "md5": "1"}]}}
+        toy.lock["stages"] |= {"train@18": stale, "track": {"cmd": "x", "outs": [{"path": "r", "md5": "1" * 32}]}}
         toy.write_lock()
         assert track._digest(track._stages([17])) == first
         toy.track()
