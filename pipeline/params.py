@@ -466,7 +466,7 @@ def require_backend(given: Params) -> None:
     if backend == "llama.cpp" and importlib.util.find_spec("xllamacpp") is None:
         raise UserError(
             "generation.backend = 'llama.cpp' needs xllamacpp, which is not installed: "
-            f"pip install -c constraints.txt -e '.[llama-cpp]' {remedy}"
+            f"pip install --require-hashes -r lock/llama-cpp.txt {remedy}"
         )
     if backend == "vllm" and (given.runtime.vllm is None or shutil.which(given.runtime.vllm) is None):
         named = "null" if given.runtime.vllm is None else repr(given.runtime.vllm)
