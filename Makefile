@@ -1,14 +1,18 @@
-# make repro | test | verify | push | claims | bench | ui | experiments. Needs Python 3.11 to 3.13, git, make; everything else goes into .venv.
+# make repro | test | verify | push | claims | bench | ui | experiments | lock. Needs Python 3.11 to 3.13, git, make; everything else goes into .venv.
 
 PYTHON ?= python3
 VENV := .venv
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
-INSTALL := $(VENV)/bin/python -m pip install --quiet -c constraints.txt
+PIP := $(VENV)/bin/python -m pip
+# lock/ has the version of every package and the hashes of its files; pip refuses all other files. Two packages are
+# published without wheels, and the pinned setuptools builds them; no other runs anything while it is installed.
+# Another version: edit constraints.txt, then `make lock`, which asks the package index.
+INSTALL := $(PIP) install --quiet --require-hashes --no-deps --no-build-isolation --use-pep517
 
 DROP := rouge(?!\d.(diff|tuned))|lines|words|stopped|out|pipeline|stages|reports|constraints
 
-.PHONY: repro test verify push claims bench ui experiments
+.PHONY: repro test verify push claims bench ui experiments lock
 .DEFAULT_GOAL := repro
 
 repro: $(VENV)/installed ## run what has changed of the experiment, then say the verdict
@@ -46,17 +50,32 @@ ui: $(VENV)/installed ## every experiment's parameters, curves, tables and adapt
 experiments: $(VENV)/installed ## dvc exp show, as wide as a terminal: what differs, and the scores that decide
 	@dvc exp show --only-changed --drop '$(DROP)'
 
-$(VENV)/installed: pyproject.toml constraints.txt
+lock: | $(VENV)/bin/python ## lock/*.txt anew, after a change of constraints.txt or pyproject.toml (needs the package index)
+	@$(PIP) install --quiet --require-hashes -r lock/lock.txt
+	@$(VENV)/bin/python -m lock.renew
+
+$(VENV)/bin/python:
 	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(0 if (3, 11) <= v <= (3, 13) else f"error: Python 3.11 to 3.13 is needed, and $(PYTHON) is {v[0]}.{v[1]}: run make PYTHON=python3.12")'
+	@$(PYTHON) -m venv $(VENV)
+
+# pip chooses torch's build: the index's, or a CPU build where pip's settings lead to one (--require-hashes alone would
+# prefer the index's). lock/torch.txt must allow it. The index's build for Linux needs CUDA's libraries.
+$(VENV)/installed: pyproject.toml constraints.txt $(addprefix lock/,build.txt torch.txt cuda.txt run.txt) | $(VENV)/bin/python
+	@$(VENV)/bin/python -m lock.check
 	@echo "installing into $(VENV) (about two minutes, once)"
-	@test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
-	@$(INSTALL) -e .
+	@$(INSTALL) -r lock/build.txt
+	@$(PIP) download --quiet --no-deps --only-binary :all: -c constraints.txt --dest $(VENV)/torch torch
+	@$(INSTALL) --no-index --find-links $(VENV)/torch -r lock/torch.txt
+	@rm -r $(VENV)/torch
+	@$(INSTALL) -r lock/run.txt
+	@$(PIP) install --quiet --no-deps --no-build-isolation -e .
+	@if $(PIP) check | grep -q '^torch .* not installed'; then \
+	  echo "installing CUDA's libraries for this build of torch (several GB)"; $(INSTALL) -r lock/cuda.txt; fi
+	@$(PIP) check
 	@touch $@
 
-$(VENV)/installed-dev: $(VENV)/installed
-	@$(INSTALL) -e '.[dev]'
-	@touch $@
-
-$(VENV)/installed-bench: $(VENV)/installed
-	@$(INSTALL) -e '.[bench]'
+# The extras of pyproject.toml: installed-dev, installed-search, ...
+$(VENV)/installed-%: lock/%.txt $(VENV)/installed
+	@$(INSTALL) -r $<
+	@$(PIP) check
 	@touch $@

@@ -70,7 +70,7 @@ def connected(plan: Search, here: trial.Source, address: str) -> Iterator[Cluste
         import ray
     except ImportError:
         raise UserError(
-            "--ray needs Ray: `pip install -c constraints.txt -e '.[ray]'` in the project folder, on every node"
+            "--ray needs Ray: `pip install --require-hashes -r lock/ray.txt` in the project folder, on every node"
         ) from None
     source = shared(here)
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")

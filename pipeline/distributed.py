@@ -11,7 +11,6 @@ import json
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -31,7 +30,9 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 FOLDER = "LORA_REPRO_MEMBERS"
-"""The environment variable by which a member knows that a stage of ours started it, and where its words go."""
+"""The environment variable by which a member knows that a stage of ours started it. In this folder members meet, and
+leave word."""
+LOOPBACK = "lo0" if sys.platform == "darwin" else "lo"
 SECONDS_BETWEEN_LOOKS = 0.05
 DAYS = 30
 """How long a member waits for the others: as long as it takes. Who died is seen by whoever started them."""
@@ -103,7 +104,6 @@ def launch(command: Sequence[str], count: int, folder: Path) -> dict[str, object
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     members: list[subprocess.Popen[bytes]] = []
-    held, port = hold_port()
     try:
         for number in range(count):
             environment = os.environ | {
@@ -111,8 +111,9 @@ def launch(command: Sequence[str], count: int, folder: Path) -> dict[str, object
                 "LOCAL_RANK": str(number),
                 "WORLD_SIZE": str(count),
                 "LOCAL_WORLD_SIZE": str(count),
-                "MASTER_ADDR": "127.0.0.1",
-                "MASTER_PORT": str(port),
+                # Whoever reaches where they listen can send them anything: no other machine may.
+                "GLOO_SOCKET_IFNAME": LOOPBACK,
+                "NCCL_SOCKET_IFNAME": f"={LOOPBACK}",
                 FOLDER: str(folder.resolve()),
             }
             with (folder / f"{number}.stderr").open("wb") as stderr:
@@ -139,23 +140,7 @@ def launch(command: Sequence[str], count: int, folder: Path) -> dict[str, object
             one.wait()
             if one.stdin is not None:
                 one.stdin.close()
-        held.close()
         shutil.rmtree(folder)
-
-
-def hold_port() -> tuple[socket.socket, int]:
-    """A port for members to meet at, and the socket that keeps it from all other processes until it is closed.
-
-    On Linux member 0 may listen where another socket is bound that does not listen. Other systems might give that one
-    what comes in: there it is closed already, and the port is free until member 0 takes it.
-    """
-    held = socket.socket()
-    held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    held.bind(("127.0.0.1", 0))
-    port: int = held.getsockname()[1]
-    if sys.platform != "linux":
-        held.close()
-    return held, port
 
 
 def _require_success(codes: Sequence[int | None], folder: Path) -> None:
@@ -277,19 +262,45 @@ def add_up(number: float, tensors: "Sequence[torch.Tensor]" = ()) -> float:
 
 
 def gather(value: T) -> list[T]:
-    """What each member holds, in the order of their numbers, for all of them."""
+    """What each member holds, in the order of their numbers, for all of them.
+
+    It goes as JSON: torch's all_gather_object reads pickles, which run what they say, and no member can know that it is
+    the others who send. TypeError for a `value` that JSON would change; UserError for what comes and is not JSON.
+    """
     if processes() == 1:
         return [value]
     import torch
 
-    held: list[Any] = [None] * processes()
-    torch.distributed.all_gather_object(held, value)
-    return held
+    text = json.dumps(value)
+    if repr(json.loads(text)) != repr(value):  # not by ==, where NaN is not itself, and 1 is True
+        raise TypeError(f"JSON would change this value of type {type(value).__name__}: {value!r:.200}")
+    own_L = torch.frombuffer(bytearray(text, "ascii"), dtype=torch.uint8).to(_device())
+    length_1 = torch.tensor([len(own_L)], device=own_L.device)
+    lengths = [torch.empty_like(length_1) for _ in range(processes())]
+    torch.distributed.all_gather(lengths, length_1)
+    longest = int(max(lengths))
+    padded = torch.nn.functional.pad(own_L, (0, longest - len(own_L)))
+    parts = [torch.empty_like(padded) for _ in lengths]
+    torch.distributed.all_gather(parts, padded)
+    return [
+        _read(number, part[: int(length)].cpu().numpy().tobytes())
+        for number, (part, length) in enumerate(zip(parts, lengths, strict=True))
+    ]
+
+
+def _read(number: int, sent: bytes) -> Any:
+    try:
+        return json.loads(sent)
+    except (ValueError, RecursionError):
+        raise UserError(
+            f"process {number} of {processes()} (counted from 0) sent what is not JSON: it runs other code than this "
+            "one, or another program has connected in its place"
+        ) from None
 
 
 def done_by_all(done: set[str]) -> set[str]:
     """What this member need not compute again: of what it has done, where all compute the same rows, what all have."""
-    return done if shares() == processes() else set.intersection(*gather(done))
+    return done if shares() == processes() else set.intersection(*map(set, gather(sorted(done))))
 
 
 def require_same(value: Any, what: str) -> None:
@@ -341,7 +352,14 @@ def join(cpu_only: bool, one_model: bool = False) -> "torch.device":
     _is_one_model = one_model
     # accelerate would choose a number of threads itself, and warn of it.
     os.environ["OMP_NUM_THREADS"] = str(torch.get_num_threads())
-    device: torch.device = PartialState(cpu=found == "cpu", timeout=timedelta(days=DAYS)).device
+    patience = timedelta(days=DAYS)
+    how: dict[str, Any] = {"timeout": patience}
+    if FOLDER in os.environ:  # in a file: a port would be open to all who reach this machine
+        meeting = str(Path(os.environ[FOLDER]) / "meeting")
+        store = torch.distributed.FileStore(meeting, processes())  # type: ignore[attr-defined]
+        store.set_timeout(patience)
+        how |= {"store": store, "rank": rank(), "world_size": processes()}
+    device: torch.device = PartialState(cpu=found == "cpu", **how).device
     return device
 
 

@@ -28,7 +28,7 @@ def metered() -> Iterator[Callable[[], Reading]]:
     """Yield what ends the measurement and gives `energy_kwh` and `energy_meter`, or `energy_meter` alone: `n/a`, and
     why."""
     if find_spec("codecarbon") is None:
-        yield lambda: _none('codecarbon is not installed (pip install -c constraints.txt -e ".[energy]")')
+        yield lambda: _none("codecarbon is not installed (pip install --require-hashes -r lock/energy.txt)")
         return
     tracker = _started()
     ended = False

@@ -215,7 +215,7 @@ def measure(model: Any, windows: Sequence[Window], label: str) -> list[Sums]:
     parts = pack.micro_batches(trees, TOGETHER)
     own = distributed.share(parts, lambda part: sum(tree.tokens for tree in part))
     progress = bar(label, sum(tree.supervised for part in own for tree in part), "tokens")
-    measured: dict[int, list[float]] = {}
+    measured: dict[str, list[float]] = {}  # by the window's number, as JSON has names
     with torch.no_grad(), shard.together(model), progress as advance:
         for part in own:
             packed = pack.pack(part, model.device)
@@ -228,11 +228,11 @@ def measure(model: Any, windows: Sequence[Window], label: str) -> list[Sums]:
             start = 0
             for tree in part:
                 end = start + tree.supervised
-                measured[number_of[id(tree)]] = nats_4xN[:, start:end].sum(dim=1).tolist()
+                measured[str(number_of[id(tree)])] = nats_4xN[:, start:end].sum(dim=1).tolist()
                 start = end
                 advance(tree.supervised)
     for number, nats in (item for one in distributed.gather(measured) for item in one.items()):
-        one = found[number]
+        one = found[int(number)]
         one.base, one.tuned, one.cross_entropy, one.entropy = nats
     return found
 

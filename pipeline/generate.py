@@ -96,11 +96,12 @@ def infer(
                     advance(1)
         alone = recheck(backend, engine, prompts, generation.recheck)
         again = {name: text(tokenizer, ids) for name, ids in alone.items()}
-        everything = distributed.gather((written.rows, again))[: distributed.shares()]
+        held: dict[str, Any] = {"rows": [asdict(row) for row in written.rows.values()], "again": again}
+        everything = distributed.gather(held)[: distributed.shares()]
         if distributed.rank() > 0:
             return
-        predicted = {name: row for rows, _ in everything for name, row in rows.items()}
-        same = [predicted[name].text == said for _, rechecked in everything for name, said in rechecked.items()]
+        predicted = {row["id"]: Prediction(**row) for one in everything for row in one["rows"]}
+        same = [predicted[name].text == said for one in everything for name, said in one["again"].items()]
         decoding = replace(decoding, recheck={"examples": len(same), "identical": sum(same)})
         records.write_rows(paths.predictions(variant), [predicted[example.id] for example in examples])
         records.write_json(paths.decoding(variant), asdict(decoding))

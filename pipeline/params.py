@@ -468,7 +468,7 @@ def require_backend(given: Params) -> None:
     if backend == "llama.cpp" and importlib.util.find_spec("xllamacpp") is None:
         raise UserError(
             "generation.backend = 'llama.cpp' needs xllamacpp, which is not installed: "
-            f"pip install -c constraints.txt -e '.[llama-cpp]' {remedy}"
+            f"pip install --require-hashes -r lock/llama-cpp.txt {remedy}"
         )
     if backend == "vllm" and shutil.which(python := os.environ.get(VLLM_PYTHON, "")) is None:
         found = f"{VLLM_PYTHON} = {python!r} is not a program" if python else f"{VLLM_PYTHON} is not set"

@@ -185,7 +185,7 @@ def _require_optuna() -> None:
         import optuna  # noqa: F401
     except ImportError:
         raise UserError(
-            "a search needs Optuna: `pip install -c constraints.txt -e '.[search]'` in the project folder"
+            "a search needs Optuna: `pip install --require-hashes -r lock/search.txt` in the project folder"
         ) from None
 
 

@@ -167,8 +167,8 @@ def require_pinned_versions() -> None:
             other.append(f"{name} {pins[name]}, and {found} is installed")
     if other:
         remedy = (
-            "install them with `pip install -c constraints.txt -e .`, or write there what you mean to compute with: "
-            "all stages then run again"
+            "install them with `rm .venv/installed; make .venv/installed`, or write there what you mean to compute "
+            "with, then `make lock`: all stages then run again"
         )
         raise listing([*other, remedy], f"{paths.CONSTRAINTS} has other versions than this environment:")
 

@@ -163,7 +163,7 @@ def test_a_backend_that_is_not_installed_is_told_before_anything_is_trained(monk
     edit(generation={"backend": "llama.cpp"})
     params.read("train")
     monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
-    with pytest.raises(UserError, match=r"needs xllamacpp.*pip install -c constraints.txt -e '.\[llama-cpp\]'"):
+    with pytest.raises(UserError, match=r"needs xllamacpp.*pip install --require-hashes -r lock/llama-cpp.txt"):
         params.read("train")
 
 

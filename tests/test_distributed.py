@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import pickle
 import random
 import shutil
 import signal
@@ -14,6 +15,7 @@ from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
 
+import numpy
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -97,6 +99,42 @@ def differing(project: params.Params) -> None:
     trained(project)
 
 
+# Values of which a member holds one each: none of their bits may change, and their lengths differ.
+HELD: list[Any] = [
+    {"": None, "a\ud800ä": [True, -0.0, 5e-324, 0.1 + 0.2, float("nan"), float("-inf"), 2**70], "b": {"1": []}},
+    ["x" * 10_000],
+]
+
+
+def gathering(_: params.Params) -> None:
+    """`HELD` comes to every member as it was, and nothing is unpickled."""
+    distributed.join(cpu_only=True)
+
+    def fail(*_: Any, **__: Any) -> None:
+        raise AssertionError("a pickle is read")
+
+    torch.distributed.distributed_c10d._unpickler = fail  # type: ignore[assignment]
+    for held in (HELD, [None, None], [1, 2]):
+        assert repr(distributed.gather(held[distributed.rank()])) == repr(held)
+
+
+class Runs:
+    """A pickle of this leaves a file of the process that reads it."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return exec, ("import os, pathlib; pathlib.Path(f'ran-{os.environ[\"RANK\"]}').touch()",)
+
+
+def attacked(_: params.Params) -> None:
+    """Process 1 is another program, which sends a pickle where a value is due."""
+    distributed.join(cpu_only=True)
+    if distributed.rank() == 0:
+        distributed.gather({"a": 1})
+    else:
+        with contextlib.suppress(Exception):  # what process 0 sends is no pickle
+            torch.distributed.all_gather_object([None, None], Runs())
+
+
 def inferred(project: params.Params) -> None:
     generate.infer("base", project.prompt, project.generation, project.runtime)
 
@@ -118,6 +156,21 @@ def a_member(number: int, count: int, port: int, call: Callable[[params.Params],
             printed.flush()
 
 
+def a_port() -> tuple[socket.socket, int]:
+    """A port for members to meet at, as a launcher gives one, and the socket that keeps it from all other processes.
+
+    On Linux member 0 may listen where another socket is bound that does not listen. Other systems might give that one
+    what comes in: there it is closed already.
+    """
+    held = socket.socket()
+    held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    held.bind(("127.0.0.1", 0))
+    port: int = held.getsockname()[1]
+    if sys.platform != "linux":
+        held.close()
+    return held, port
+
+
 def members(project: params.Params, call: Callable[[params.Params], None], count: int = 2) -> list[int | None]:
     """Run `call` in `count` processes that are forked from one which has torch loaded; their exit codes.
 
@@ -125,7 +178,7 @@ def members(project: params.Params, call: Callable[[params.Params], None], count
     """
     runtime = project.runtime.model_copy(update={"processes": count})
     project = project.model_copy(update={"runtime": runtime})
-    held, port = distributed.hold_port()
+    held, port = a_port()
     with held:
         started = [SPAWNING.Process(target=a_member, args=(n, count, port, call, project)) for n in range(count)]
         for one in started:
@@ -188,6 +241,29 @@ def test_two_processes_write_what_one_writes(quantized: params.Params) -> None:
     assert [path.read_bytes() for path in (paths.predictions("base"), paths.decoding("base"))] == expected
     assert "4/4 examples" in Path("printed-0").read_text()
     assert not list(paths.SCRATCH.glob("infer-base-*"))
+
+
+def test_values_are_gathered_as_they_are_and_without_a_pickle(quantized: params.Params) -> None:
+    assert members(quantized, gathering) == [0, 0]
+
+
+def test_nothing_runs_of_what_another_program_sends_in_place_of_a_member(
+    quantized: params.Params, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RANK", "planted")
+    pickle.loads(pickle.dumps(Runs()))
+    assert Path("ran-planted").is_file()
+    codes = members(quantized, attacked)
+    assert not Path("ran-0").exists()
+    assert codes == [1, 0]
+    assert "process 1 of 2 (counted from 0) sent what is not JSON" in Path("printed-0").read_text()
+
+
+@pytest.mark.parametrize("value", [{1: 2}, (1, 2), [{"a"}], {"a": torch.ones(1)}, {"a": numpy.float64(0.1)}])
+def test_what_json_would_change_is_not_sent(monkeypatch: pytest.MonkeyPatch, value: Any) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(TypeError, match="JSON"):
+        distributed.gather(value)
 
 
 def test_more_processes_than_a_batch_has_groups_are_refused(
@@ -281,14 +357,15 @@ def test_members_know_their_number_and_the_first_gives_the_result(folder: Path) 
     assert not folder.exists()
 
 
-@pytest.mark.parametrize(("system", "kept"), [("linux", True), ("darwin", False)])
-def test_the_port_at_which_members_meet_is_kept_where_member_0_may_listen_all_the_same(
-    system: str, kept: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(sys, "platform", system)
-    held, port = distributed.hold_port()
-    with held, socket.socket() as other, pytest.raises(OSError, match="in use") if kept else contextlib.nullcontext():
-        other.bind(("127.0.0.1", port))
+def test_members_of_one_machine_listen_to_it_alone(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever a cluster's settings in the environment are."""
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "another")
+    monkeypatch.setenv("MASTER_ADDR", "0.0.0.0")
+    body = "import psutil\nd.join(cpu_only=True)\nd.gather(None)\n"
+    body += "found = [one.laddr.ip for one in psutil.Process().net_connections() if one.status == 'LISTEN']\n"
+    body += "return {'found': d.gather(found)}"
+    given: Any = distributed.launch(program(body), 2, folder)
+    assert [set(addresses) for addresses in given["found"]] == [{"127.0.0.1"}] * 2
 
 
 @pytest.mark.parametrize(

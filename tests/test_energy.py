@@ -123,5 +123,7 @@ def test_without_codecarbon_a_stage_says_so_in_its_costs(
     monkeypatch.setattr(sys, "argv", ["prepare.py"])
     stage.run("prepare", lambda _: None, result=paths.split("test"))
     cost = records.read_json(paths.costs(paths.split("test")))
-    assert str(cost["energy_meter"]).startswith("n/a: codecarbon is not installed (pip install")
+    assert str(cost["energy_meter"]).startswith(
+        "n/a: codecarbon is not installed (pip install --require-hashes -r lock/energy.txt"
+    )
     assert "energy_kwh" not in cost

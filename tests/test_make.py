@@ -9,17 +9,22 @@ import pytest
 from tests.conftest import ROOT
 
 STORE = "postgresql://me:a-secret@host/runs"
+LOCKS = [f"lock/{name}.txt" for name in ("build", "torch", "cuda", "run", "dev")]
 
 
 @pytest.fixture
 def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder with the Makefile and an environment that is installed, of programs that note how they were called."""
     (tmp_path / "Makefile").write_text((ROOT / "Makefile").read_text())
-    for name in ("pyproject.toml", "constraints.txt"):
-        (tmp_path / name).touch()
+    (tmp_path / "lock").mkdir()
+    inputs = [tmp_path / name for name in ("pyproject.toml", "constraints.txt", *LOCKS)]
+    for path in inputs:
+        path.touch()
+        os.utime(path, (0, 0))
     programs = tmp_path / ".venv" / "bin"
     programs.mkdir(parents=True)
     for name, code in {
+        "python": 'echo "$*" >> called; [ "$*" != "-m pip check" ] || cat lacking; [ "$*" != "$(cat failing)" ]',
         "dvc": 'echo "dvc $*" >> called',
         "mlflow": 'echo "mlflow $* of $MLFLOW_BACKEND_STORE_URI" >> called',
         "lora-repro": f'echo "lora-repro $*" >> called; if [ "$*" = store ]; then echo "{STORE}"; fi; exit $(cat code)',
@@ -27,9 +32,9 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         (programs / name).write_text(f"#!/bin/sh\n{code}\n")
         (programs / name).chmod(0o755)
     (tmp_path / "code").write_text("0")
+    for name in ("lacking", "failing"):
+        (tmp_path / name).touch()
     (tmp_path / ".venv" / "installed").touch()
-    os.utime(tmp_path / "pyproject.toml", (0, 0))
-    os.utime(tmp_path / "constraints.txt", (0, 0))
     monkeypatch.setenv("MLFLOW_HOST", "0.0.0.0")
     return tmp_path
 
@@ -58,3 +63,39 @@ def test_nothing_is_pushed_that_does_not_agree(here: Path) -> None:
 
 def test_what_a_killed_dvc_left_is_mended_before_the_next(here: Path) -> None:
     assert make(here, "repro") == (True, ["lora-repro mend", "lora-repro viewer", "dvc repro", "lora-repro show"])
+
+
+# What is installed
+
+HASHED = "-m pip install --quiet --require-hashes --no-deps --no-build-isolation --use-pep517"
+INSTALLED = [
+    "-m lock.check",
+    f"{HASHED} -r lock/build.txt",
+    "-m pip download --quiet --no-deps --only-binary :all: -c constraints.txt --dest .venv/torch torch",
+    f"{HASHED} --no-index --find-links .venv/torch -r lock/torch.txt",
+    f"{HASHED} -r lock/run.txt",
+    "-m pip install --quiet --no-deps --no-build-isolation -e .",
+    "-m pip check",
+    "-m pip check",
+]
+
+
+def test_all_that_is_installed_is_checked_and_cudas_libraries_where_torch_lacks_them(here: Path) -> None:
+    (here / ".venv" / "torch").mkdir()
+    (here / ".venv" / "installed").unlink()
+    assert make(here, ".venv/installed-dev") == (True, [*INSTALLED, f"{HASHED} -r lock/dev.txt", "-m pip check"])
+    assert not (here / ".venv" / "torch").exists()
+    assert make(here, ".venv/installed-dev") == (True, [])
+    (here / ".venv" / "torch").mkdir()
+    (here / ".venv" / "installed").unlink()
+    (here / "lacking").write_text("torch 2.13.0 requires triton, which is not installed.\n")
+    cuda = f"{HASHED} -r lock/cuda.txt"
+    assert make(here, ".venv/installed") == (True, [*INSTALLED[:-1], cuda, INSTALLED[-1]])
+
+
+@pytest.mark.parametrize("failing", dict.fromkeys(INSTALLED))
+def test_an_environment_is_not_taken_for_installed_that_is_not(here: Path, failing: str) -> None:
+    (here / ".venv" / "torch").mkdir()
+    (here / ".venv" / "installed").unlink()
+    (here / "failing").write_text(failing)
+    assert make(here, ".venv/installed") == (False, INSTALLED[: len(INSTALLED) - INSTALLED[::-1].index(failing)])
