@@ -9,7 +9,7 @@ import pytest
 from pipeline import records
 from pipeline.errors import UserError
 from pipeline.records import Example
-from tests.test_fuzz import soon
+from tests.conftest import soon
 
 
 def test_json_refuses_nan_and_leaves_the_old_file(tmp_path: Path) -> None:

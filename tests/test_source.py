@@ -21,7 +21,7 @@ from pipeline import source
 from pipeline.errors import UserError
 from pipeline.records import sha256_path
 from pipeline.source import check, mounted, resolved
-from tests.test_fuzz import soon
+from tests.conftest import soon
 
 REVISION = "0123456789abcdef0123456789abcdef01234567"
 WRONG = "0" * 64
