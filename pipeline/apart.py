@@ -18,6 +18,7 @@ import os
 import resource
 import sys
 import time
+from collections.abc import Callable
 from typing import Any
 
 SECONDS = {"render": 2, "tokenizer": 30}
@@ -33,7 +34,7 @@ PROBES = ("The cat sat, didn't it?", "  two  spaces\n\tand a tab", "1234.5 % of 
 def main() -> None:
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)  # what a library prints is no answer
-    tasks = {"render": _render, "tokenizer": _tokenizer}
+    tasks: dict[str, Callable[..., str]] = {"render": _render, "tokenizer": _tokenizer}
     from transformers.utils.chat_template_utils import render_jinja_template  # noqa: F401  # outside of the limit
 
     resource.setrlimit(resource.RLIMIT_CORE, (0, resource.getrlimit(resource.RLIMIT_CORE)[1]))
@@ -63,7 +64,9 @@ def _render(template: str, messages: list[dict[str, str]], options: dict[str, An
     """What a chat template makes of a conversation, as `apply_chat_template` of transformers has it rendered."""
     from transformers.utils.chat_template_utils import render_jinja_template
 
-    [text], _ = render_jinja_template(conversations=[messages], chat_template=template, **options)
+    texts: list[str]
+    texts, _ = render_jinja_template(conversations=[messages], chat_template=template, **options)
+    [text] = texts
     if len(text) > LONGEST:
         raise ValueError(f"it writes {len(text):,} characters")
     return text

@@ -253,7 +253,7 @@ def _held(found: Path, files: list[str], name: str) -> dict[str, int]:
     """How many numbers each tensor has, by the headers of the files."""
     from safetensors import SafetensorError, safe_open
 
-    held = {}
+    held: dict[str, int] = {}
     for file in files:
         try:
             with safe_open(found / file, framework="pt") as opened:

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, BinaryIO, TypeVar
+from typing import Any, TypeVar
 
 from pipeline.errors import UserError
 
@@ -153,7 +153,7 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def opened(path: Path) -> Iterator[BinaryIO]:
+def opened(path: Path) -> Iterator[io.BufferedReader]:
     """A regular file, open for reading; UserError for a device, a pipe or the like, whose bytes may never end."""
 
     def without_waiting(name: str, flags: int) -> int:  # a pipe would wait for its writer

@@ -620,9 +620,6 @@ BROKEN: dict[str, dict[str, Any]] = {
     },
     "on every text": {"normalizer": {"type": "Precompiled", "precompiled_charsmap": "AAAAAAAA"}},
     "when it is read": {"normalizer": {"type": "Precompiled", "precompiled_charsmap": "ABAAAP////8AAAAA"}},
-    "when it is cut": {
-        "truncation": {"direction": "Right", "max_length": 2, "strategy": "LongestFirst", "stride": 5}
-    },
     "in merges": {"model": {"continuing_subword_prefix": "#" * 20}},
     # Its message cuts a letter in half: the library ends the process, and no exception can tell.
     "with the process": {

@@ -456,7 +456,7 @@ def test_what_repeats_itself_within_reason_is_unpacked(wheel: Path, tmp_path: Pa
 
 
 def test_a_wheel_for_which_there_is_no_room_is_not_unpacked(wheel: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10, 9, 1))  # type: ignore[attr-defined]
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10, 9, 1))
     with (
         pytest.raises(UserError, match="it needs 2 bytes where 1 are free: set TMPDIR"),
         resolved(pip_source("demo/sets"), sha256(wheel), kind="dataset", key="data"),
