@@ -88,8 +88,9 @@ def check(source: str, sha256: str | None, key: str) -> None:
             raise UserError(f"{key}.source = '{source}': no such file or folder here; a source is {FORMS}")
         if sha256 is None:
             _local(where, source, key)
-            actual = records.sha256_path(where)
-            raise UserError(f"{key}.sha256 is null: pin the content of {source} with sha256: {actual}")
+            raise UserError(
+                f"{key}.sha256 is null: pin the content of {source} with sha256: {_digest(where, key, source)}"
+            )
 
 
 @contextmanager
@@ -116,7 +117,8 @@ def resolved(source: str, sha256: str | None, *, kind: Literal["model", "dataset
             _link_all(found, place)
         before = _states(found, place)
         if sha256 is not None:
-            _require_digest(place, sha256, key, source)
+            if (actual := _digest(place, key, source)) != sha256:
+                raise _mismatch(key, sha256, actual, source)
         else:  # which `check` allows for the hub alone
             _require_announced(found, place, key, source)
         yield place
@@ -223,9 +225,11 @@ def _last(where: _Repo | Path) -> str:
     return where.path.rpartition("/")[2] if isinstance(where, _Repo) and where.path else _name(where)
 
 
-def _require_digest(path: Path, sha256: str, key: str, source: str) -> None:
-    if (actual := records.sha256_path(path)) != sha256:
-        raise _mismatch(key, sha256, actual, source)
+def _digest(path: Path, key: str, source: str) -> str:
+    try:
+        return records.sha256_path(path)
+    except OSError as error:
+        raise UserError(f"{key}.source = '{source}' cannot be read ({error}): mend it") from None
 
 
 def _mismatch(key: str, expected: str, actual: str, name: str) -> UserError:
@@ -239,7 +243,7 @@ def _mismatch(key: str, expected: str, actual: str, name: str) -> UserError:
 
 
 def _local(where: Path, source: str, key: str) -> dict[str, Path]:
-    """The files of a local source by their paths from its top, or one file under the name ''.
+    """The files of a local source, without links, by their paths from its top; or one file under the name ''.
 
     The top may be a link. UserError for a link within that leads out, and as of `records.files`.
     """
@@ -247,14 +251,15 @@ def _local(where: Path, source: str, key: str) -> dict[str, Path]:
     if not top.is_dir():
         return {"": top}
     found = records.files(top)
+    real = {name: path.resolve() for name, path in found.items()}
     within = _within(top)
-    for path in found.values():
-        if path.is_symlink() and not any(path.resolve().is_relative_to(one) for one in within):
+    for name, path in real.items():
+        if not any(path.is_relative_to(one) for one in within):
             raise UserError(
-                f"{key}.source = '{source}': {path} is a link to {path.resolve()}, which lies outside of the source: "
-                "put a copy in its place if it is meant"
+                f"{key}.source = '{source}': {found[name]} is a link to {path}, which lies outside of the source: put "
+                "a copy in its place if it is meant"
             )
-    return found
+    return real
 
 
 def _within(top: Path) -> list[Path]:
@@ -292,7 +297,8 @@ def _states(found: Iterable[str], place: Path) -> dict[str, tuple[int, ...] | No
     """By file, what differs once another file is in its place, or it was written to.
 
     The time of an inode's last change cannot be set back, as that of the content can: a file that was changed and
-    changed back shows it. What is written through a map of a file that another process holds open may not show.
+    changed back shows it. Two things may not show: what is written through a map of the file that another process holds
+    open, and what is written within the same tick of the clock (milliseconds) as the change before.
     """
     states: dict[str, tuple[int, ...] | None] = {}
     for name in found:
@@ -577,7 +583,7 @@ def _require_announced(found: Mapping[str, Path], place: Path, key: str, source:
         else:  # a disk without links, or a server that is not the hub
             raise UserError(
                 f"{key}.source = '{source}': nothing tells what the hub says that {path} is: pin the content with "
-                f"{key}.sha256: {records.sha256_path(place)}"
+                f"{key}.sha256: {_digest(place, key, source)}"
             )
         if actual != blob:
             raise UserError(

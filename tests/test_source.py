@@ -17,7 +17,7 @@ import pytest
 from filelock import FileLock
 from huggingface_hub import constants, errors
 
-from pipeline import source
+from pipeline import records, source
 from pipeline.errors import UserError
 from pipeline.records import sha256_path
 from pipeline.source import check, mounted, resolved
@@ -531,6 +531,20 @@ def test_a_device_or_a_pipe_is_no_source(tmp_path: Path) -> None:
                 resolved(str(where), digest, kind="dataset", key="data"),
             ):
                 pass
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_file_that_cannot_be_read_is_one_error(kind: Any, mine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(path: Path) -> Any:  # as of a file whose owner alone may read it
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(records, "opened", refuse)
+    for digest in (WRONG, None):
+        with (
+            pytest.raises(UserError, match="Permission denied: '.*txt'"),
+            resolved(str(mine), digest, kind=kind, key="data"),
+        ):
+            pass
 
 
 @pytest.mark.parametrize("kind", KINDS)
