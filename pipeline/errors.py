@@ -1,7 +1,8 @@
 """The one error a user is meant to see: what is wrong, with which value, and what to do about it."""
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 
 class UserError(Exception):
@@ -24,3 +25,18 @@ def without_passwords(text: str) -> str:
 def listing(problems: Iterable[str], headline: str) -> UserError:
     """All problems at once, one line each, under one headline."""
     return UserError("\n".join([headline, *(f"  - {problem}" for problem in problems)]))
+
+
+@contextmanager
+def panics_told() -> Iterator[None]:
+    """UserError in place of a panic in a library that is written in Rust, as tokenizers is: what comes of one is an
+    exception, and no `Exception`."""
+    try:
+        yield
+    except (Exception, KeyboardInterrupt, SystemExit, GeneratorExit):
+        raise
+    except BaseException as error:
+        raise UserError(
+            f"a library broke off ({type(error).__name__}: {str(error).partition(chr(10))[0][:500]}): the model's "
+            "tokenizer is damaged, or does not fit the text; name another model"
+        ) from None

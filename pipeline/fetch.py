@@ -1,8 +1,8 @@
 """Fetching the base model: any source becomes one checkpoint, in safetensors, with its tokenizer and its facts."""
 
 import json
+import math
 import re
-import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
@@ -11,9 +11,9 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from pipeline import device as devices
-from pipeline import header, meta, params, paths, records, source
+from pipeline import header, meta, params, paths, prompt, records, source
 from pipeline import model as models
-from pipeline.errors import UserError
+from pipeline.errors import UserError, panics_told
 from pipeline.progress import say
 
 if TYPE_CHECKING:
@@ -85,13 +85,16 @@ def fetch(model: params.Model, experiment: params.Params | None = None) -> None:
 
     devices.quieten()
     dtype = getattr(torch, model.dtype)
-    with source.resolved(model.source, model.sha256, kind="model", key="model") as resolved, _alone(resolved) as found:
+    with panics_told(), source.resolved(model.source, model.sha256, kind="model", key="model") as found:
         if meta.is_layout(found):
             say(f"fetch: converting {model.source}")
             loaded, tokenizer = meta.load(found, model.source, dtype, check)
         else:
             loaded, tokenizer = _load(found, model.source, dtype, check)
-    loaded.to(dtype)
+        loaded.to(dtype)
+        # Weights may still be in their files, to be read when they are used: the files are watched up to here alone.
+        for tensor in (*loaded.parameters(), *loaded.buffers()):
+            tensor.data = tensor.data.clone()
     _check_tokenizer(tokenizer, loaded)
     # Where it was read from is in the facts; in the checkpoint it would be a path of this machine.
     loaded.config._name_or_path = tokenizer.name_or_path = ""
@@ -106,7 +109,7 @@ def fetch(model: params.Model, experiment: params.Params | None = None) -> None:
 def _require_usable(empty: Any, tokenizer: Any, experiment: params.Params) -> None:
     """UserError for what a later stage would refuse of a model (here without weights) or its tokenizer, some of them
     after hours of training: said before the weights are read."""
-    from pipeline import gguf_file, prompt, shard
+    from pipeline import gguf_file, shard
 
     context = models.architecture(empty)["context"]
     if context < empty.config.max_position_embeddings:
@@ -118,7 +121,7 @@ def _require_usable(empty: Any, tokenizer: Any, experiment: params.Params) -> No
     if experiment.runtime.sharding == "tensor":
         shard.require_divisible(empty.config, experiment.runtime.processes)
     if experiment.generation.backend == "llama.cpp":
-        with tempfile.TemporaryDirectory(prefix="lora-repro-") as name:
+        with TemporaryDirectory(prefix="lora-repro-") as name:
             empty.config.save_pretrained(name)
             tokenizer.save_pretrained(name)
             gguf_file.refuse(Path(name))
@@ -132,13 +135,15 @@ def _load(found: Path, name: str, dtype: "torch.dtype", check: Callable[[Any, An
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-    where, weights = _load_options(found, name)
+    where, weights, held = _load_options(found, name)
     say(f"fetch: reading {name}")
     try:
         with _gguf_read_once():
             tokenizer = AutoTokenizer.from_pretrained(**where)
             with torch.device("meta"):
                 empty = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(**where))
+            if held:
+                _require_no_larger(empty, held, name)
             check(empty, tokenizer)
             loaded, reading = AutoModelForCausalLM.from_pretrained(
                 dtype=dtype, output_loading_info=True, **where, **weights
@@ -158,11 +163,28 @@ def _load(found: Path, name: str, dtype: "torch.dtype", check: Callable[[Any, An
     if found.is_file():
         _check_gguf_is_whole(found, loaded, name)
     if absent := sorted(reading["missing_keys"]):
-        raise UserError(
-            f"model.source = {name!r} lacks {len(absent)} of the model's tensors, such as {absent[0]}: they "
-            f"would be random; name a complete checkpoint"
-        )
+        raise _incomplete(absent, name)
     return loaded, tokenizer
+
+
+def _incomplete(absent: list[str], name: str) -> UserError:
+    return UserError(
+        f"model.source = {name!r} lacks {len(absent)} of the model's tensors, such as {absent[0]}: they would be "
+        "random; name a complete checkpoint"
+    )
+
+
+def _require_no_larger(empty: Any, held: dict[str, int], name: str) -> None:
+    """UserError for a model of more numbers than the files hold: what is not there is made up, at any size."""
+    numbers, buffers = (sum(one.numel() for one in some) for some in (empty.parameters(), empty.buffers()))
+    total = sum(held.values())
+    if max(numbers, buffers) > total:
+        if absent := sorted(key for key, _ in empty.named_parameters() if key not in held):
+            raise _incomplete(absent, name)
+        raise UserError(
+            f"model.source = {name!r}: its weights do not fit its configuration, which describes a model of "
+            f"{max(numbers, buffers):,} numbers where the files hold {total:,}; name a sound checkpoint"
+        )
 
 
 def gguf(file: Path) -> Any:
@@ -171,14 +193,18 @@ def gguf(file: Path) -> Any:
 
     from pipeline import attention
 
-    with _alone(file) as found:
-        model, _ = _load(found, file.name, torch.float32, lambda *_: None)
+    # In a folder of its own: transformers would read a chat template or stop tokens that lie beside it.
+    with TemporaryDirectory(prefix="lora-repro-") as alone:
+        link = Path(alone) / file.name
+        link.symlink_to(file.resolve())
+        model, _ = _load(link, file.name, torch.float32, lambda *_: None)
     model.set_attn_implementation(attention.NAME)
     return model.eval()
 
 
-def _load_options(found: Path, name: str) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Arguments of `from_pretrained` for a GGUF file or a folder: where it is, and how its weights are read.
+def _load_options(found: Path, name: str) -> tuple[dict[str, Any], dict[str, Any], dict[str, int]]:
+    """Arguments of `from_pretrained` for a GGUF file or a folder: where it is, and how its weights are read; and of a
+    folder how many numbers each tensor has.
 
     UserError for what cannot be loaded, or would compute other numbers than it is meant to.
     """
@@ -192,6 +218,7 @@ def _load_options(found: Path, name: str) -> tuple[dict[str, Any], dict[str, Any
         return (
             {"pretrained_model_name_or_path": found.parent, "gguf_file": found.name, **OURS_ALONE},
             {"quantization_config": GgufConfig(dequantize=True)},
+            {},
         )
     config_file = found / "config.json"
     if not config_file.is_file():
@@ -215,13 +242,44 @@ def _load_options(found: Path, name: str) -> tuple[dict[str, Any], dict[str, Any
             f"model.source = {name!r} holds an adapter beside the model (adapter_config.json): merge it into the model "
             f"first, or remove it"
         )
-    _check_weights(found, config, name)
-    return {"pretrained_model_name_or_path": found, **OURS_ALONE}, {"use_safetensors": True}
+    held = _held(found, _check_weights(found, config, name), name)
+    _require_its_layers(config, held, name)
+    if (found / "tokenizer.json").is_file():
+        prompt.require_readable(found / "tokenizer.json")
+    return {"pretrained_model_name_or_path": found, **OURS_ALONE}, {"use_safetensors": True}, held
 
 
-def _check_weights(found: Path, config: dict[str, Any], name: str) -> None:
-    """UserError unless all weights are in safetensors, other formats being pickles, which can run code when read, and
-    are where the index of several files says."""
+def _held(found: Path, files: list[str], name: str) -> dict[str, int]:
+    """How many numbers each tensor has, by the headers of the files."""
+    from safetensors import SafetensorError, safe_open
+
+    held: dict[str, int] = {}
+    for file in files:
+        try:
+            with safe_open(found / file, framework="pt") as opened:
+                held |= {tensor: math.prod(opened.get_slice(tensor).get_shape()) for tensor in opened.keys()}  # noqa: SIM118
+        except (SafetensorError, OSError) as error:
+            raise UserError(f"model.source = {name!r}: {file} cannot be read ({error})") from None
+    return held
+
+
+def _require_its_layers(config: dict[str, Any], held: dict[str, int], name: str) -> None:
+    """UserError unless there are as many layers as the configuration says: one after the other they are built by it,
+    before any weight is read."""
+    numbers = {match[1] for tensor in held if (match := re.search(r"(?:^|\.)layers\.(\d+)\.", tensor))}
+    if len(numbers) > models.MOST_LAYERS:
+        raise UserError(f"model.source = {name!r} has {len(numbers):,} layers: {models.MOST_LAYERS:,} are the most")
+    told = config.get("num_hidden_layers", len(numbers))
+    if told != len(numbers):
+        raise UserError(
+            f"model.source = {name!r}: its config.json says num_hidden_layers = {told!r:.50}, and its files hold "
+            f"{len(numbers)} layers: they are of two models, or not complete"
+        )
+
+
+def _check_weights(found: Path, config: dict[str, Any], name: str) -> list[str]:
+    """The files of the weights. UserError unless all are in safetensors, other formats being pickles, which can run
+    code when read, and are where the index of several files says."""
     single, index = found / "model.safetensors", found / "model.safetensors.index.json"
     if single.is_file() and index.is_file():
         raise UserError(
@@ -259,6 +317,7 @@ def _check_weights(found: Path, config: dict[str, Any], name: str) -> None:
         raise UserError(f"model.source = {name!r}: {missing[0]} is named as weights, and is not there{of}")
     if listed:
         _check_index(found, listed, name)
+    return [file for file in files if not file.endswith(".index.json")]
 
 
 def _check_index(found: Path, listed: dict[str, set[str]], name: str) -> None:
@@ -355,6 +414,8 @@ def _require_announced_sizes(reader: Any, family: str) -> None:
     ]
     if wrong:
         raise ValueError(", ".join(wrong))
+    if has["block_count"] > models.MOST_LAYERS:
+        raise ValueError(f"it has {has['block_count']:,} layers: {models.MOST_LAYERS:,} are the most")
 
 
 def _head(reader: Any, family: str) -> int:
@@ -374,16 +435,6 @@ def _check_gguf_is_whole(found: Path, loaded: Any, name: str) -> None:
             f"model.source = {name!r} holds {held:,} numbers, of which transformers makes a model of {taken:,}: name "
             f"the checkpoint in the Hugging Face layout instead"
         )
-
-
-@contextmanager
-def _alone(found: Path) -> Iterator[Path]:
-    """A file in a folder of its own: transformers would read a chat template or stop tokens that lie beside it."""
-    with TemporaryDirectory(prefix="lora-repro-") as folder:
-        link = Path(folder) / found.name
-        if found.is_file():
-            link.symlink_to(found.resolve())
-        yield link if found.is_file() else found
 
 
 @contextmanager

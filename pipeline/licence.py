@@ -8,13 +8,15 @@ from dataclasses import dataclass
 from email.parser import HeaderParser
 from pathlib import Path
 from typing import Any, Literal
-from zipfile import BadZipFile, ZipFile
+from zipfile import ZipFile
 
 from pipeline import header, source
 from pipeline.errors import UserError
 
 LONGEST = 64
 """Characters of a name of a licence; some wheels have its whole text there."""
+MOST_METADATA = 2**20
+"""Bytes of a wheel's metadata that are read: the fields come first, then a page about the package."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,25 +45,21 @@ def stated(name: str, sha256: str | None, *, kind: Literal["model", "dataset"], 
                 return Stated(of_file, "general.license of the GGUF file")
             if (found / "README.md").is_file() and (of_card := _of_card(found / "README.md")):
                 return Stated(of_card, "README.md of the folder")
-        if name.startswith("pip:") and sha256 and (wheel := _wheel(sha256)):
-            of_wheel = _of_wheel(wheel)
+        if name.startswith("pip:"):
+            with source.wheel(name, sha256, key=key) as archive:
+                of_wheel = _of_wheel(archive)
             return Stated(of_wheel, "metadata of the wheel" if of_wheel else "the wheel's metadata name none")
     except UserError as error:
         return Stated(None, f"the source cannot be read here: {str(error).splitlines()[0]}")
     return Stated(None, "the source states none")
 
 
-def _wheel(sha256: str) -> Path | None:
-    return next(iter(sorted((source.cache() / "wheels" / sha256).glob("*.whl"))), None)
-
-
-def _of_wheel(wheel: Path) -> str | None:
-    try:
-        with ZipFile(wheel) as archive:
-            [member] = [name for name in archive.namelist() if name.endswith(".dist-info/METADATA")]
-            fields = HeaderParser().parsestr(archive.read(member).decode("utf-8", "replace"))
-    except (BadZipFile, ValueError, OSError):
+def _of_wheel(archive: ZipFile) -> str | None:
+    found = [name for name in archive.namelist() if name.endswith(".dist-info/METADATA")]
+    if len(found) != 1:
         return None
+    with archive.open(found[0]) as file:
+        fields = HeaderParser().parsestr(file.read(MOST_METADATA).decode("utf-8", "replace"))
     for field in ("License-Expression", "License"):
         value = (fields.get(field) or "").strip()
         if value and len(value) <= LONGEST and "\n" not in value:

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from pipeline import model as models
 from pipeline import records
 from pipeline.errors import UserError
 
@@ -169,12 +170,14 @@ def _require_listed(folder: Path, name: str) -> None:
     checklist = folder / CHECKLIST
     if not checklist.is_file():
         return
+    there = {path.name for path in folder.iterdir()}
     for line in checklist.read_text(encoding="utf-8", errors="replace").splitlines():
         md5, _, file = line.strip().partition(" ")
-        path = folder / file.strip().lstrip("*")
-        if file and records.dvc_md5(path) != md5:
-            wrong = "is not what it lists" if path.is_file() else "is listed, and not there"
-            raise UserError(f"model.source = {name!r}: by its {CHECKLIST}, {path.name} {wrong}: download it again")
+        file = file.strip().lstrip("*")
+        # Whatever leads elsewhere is not there: nothing outside of the folder is read.
+        if file and (file not in there or records.dvc_md5(folder / file) != md5):
+            wrong = "is not what it lists" if file in there else "is listed, and not there"
+            raise UserError(f"model.source = {name!r}: by its {CHECKLIST}, {file} {wrong}: download it again")
 
 
 def _shards(folder: Path, name: str) -> list[Path]:
@@ -238,6 +241,8 @@ def _require_described(held: dict[str, "torch.Tensor"], settings: Settings, name
             f"model.source = {name!r}: its {SETTINGS} says n_layers = {settings.n_layers}, and its files hold "
             f"{len(numbers)} layers: they are of two models, or not complete"
         )
+    if len(numbers) > models.MOST_LAYERS:
+        raise UserError(f"model.source = {name!r} has {len(numbers):,} layers: {models.MOST_LAYERS:,} are the most")
     frequencies, wanted = held.get(FREQUENCIES), settings.dim // settings.n_heads // 2
     if frequencies is not None and frequencies.numel() != wanted:
         raise UserError(

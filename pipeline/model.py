@@ -13,6 +13,9 @@ from pipeline.errors import UserError
 if TYPE_CHECKING:
     import torch
 
+MOST_LAYERS = 1000
+"""Of a model that is fetched; the largest that are published have less than 200."""
+
 
 def architecture(model: Any) -> dict[str, Any]:
     """What kind of model this is. KV bytes are those of keys and values of one token, over all layers."""

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from pipeline import gguf_file, params, records
+from pipeline import gguf_file, params, prompt, records
 from pipeline import model as models
 
 
@@ -52,15 +52,13 @@ def _template(tokenizer: Any) -> str | None:
 
     None where the pieces do not give back what the template itself renders, for several conversations.
     """
-    from jinja2 import TemplateError
-
     try:
         pieces = _pieces(tokenizer)
         if pieces is None or any(
             _compose(pieces, messages) != _render(tokenizer, messages, True) for messages in _CONVERSATIONS
         ):
             return None
-    except TemplateError:
+    except prompt.TemplateError:
         return None
     bos = tokenizer.bos_token if tokenizer.bos_token and tokenizer("a").input_ids[0] == tokenizer.bos_token_id else ""
     told = {name: _go(text) for name, text in pieces.items()}
@@ -86,12 +84,7 @@ _CONVERSATIONS: list[list[dict[str, str]]] = [
 
 
 def _render(tokenizer: Any, messages: list[dict[str, str]], prompted: bool) -> str:
-    from pipeline import prompt
-
-    rendered: str = tokenizer.apply_chat_template(
-        messages, tokenize=False, add_generation_prompt=prompted, date_string=prompt.DATE
-    )
-    return rendered
+    return prompt.rendered(tokenizer, messages, add_generation_prompt=prompted)
 
 
 def _pieces(tokenizer: Any) -> dict[str, str] | None:

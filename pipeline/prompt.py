@@ -4,15 +4,25 @@ The completion is tokenized apart from the prompt, so the prefix that training s
 inference continues.
 """
 
+import atexit
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-from pipeline import params
+from pipeline import apart, params
 from pipeline.errors import UserError
 from pipeline.records import Example
 
 # Some chat templates print today's date unless they are told one, which would change every prompt overnight.
 DATE = "26 Jul 2024"
+INSTEAD = "take another model"
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,27 +126,21 @@ class Encoder:
     def _encode(self, example: Example, source: str) -> list[int]:
         text = self._fill(example, source)
         if self.params.style == "chat":
-            from jinja2 import TemplateError
-
             messages = [*example.history, {"role": "user", "content": text}]
             try:
-                rendered = self._render(messages, add_generation_prompt=True)
+                filled = rendered(self.tokenizer, messages, add_generation_prompt=True)
             except TemplateError as error:
                 roles = ", ".join(message["role"] for message in messages)
                 raise UserError(
                     f"the model's chat template refuses the messages of {example.id} ({roles}): {error}; mend the "
                     "data, or take another model"
                 ) from None
-            ids: list[int] = self.tokenizer(rendered, add_special_tokens=False).input_ids
+            ids: list[int] = self.tokenizer(filled, add_special_tokens=False).input_ids
         else:
             ids = self.tokenizer(text, add_special_tokens=False).input_ids
             if starts_with_bos(self.tokenizer):
                 ids = [self.tokenizer.bos_token_id, *ids]
         return ids
-
-    def _render(self, messages: list[dict[str, str]], **options: Any) -> str:
-        rendered: str = self.tokenizer.apply_chat_template(messages, tokenize=False, date_string=DATE, **options)
-        return rendered
 
     def _cut(self, source: str, excess: int) -> str:
         """`source` without its last `excess` tokens, and one more for what joins up differently at the cut."""
@@ -148,8 +152,16 @@ class Encoder:
         """The token that closes an answer: what the chat template puts behind one, else the tokenizer's EOS."""
         if self.params.style == "chat":
             mark = "\u2042"
-            rendered = self._render([{"role": "user", "content": "a"}, {"role": "assistant", "content": mark}])
-            behind = self.tokenizer(rendered.rpartition(mark)[2], add_special_tokens=False).input_ids
+            try:
+                filled = rendered(
+                    self.tokenizer, [{"role": "user", "content": "a"}, {"role": "assistant", "content": mark}]
+                )
+            except TemplateError as error:
+                raise UserError(
+                    f"the model's chat template renders no question with its answer ({error}): take another model, or "
+                    "set prompt.style to plain"
+                ) from None
+            behind = self.tokenizer(filled.rpartition(mark)[2], add_special_tokens=False).input_ids
             # Not `all_special_ids`: those have a role by name, and Gemma's <end_of_turn> or Phi 3's <|end|> have none.
             added = self.tokenizer.added_tokens_decoder
             if behind and behind[0] in added and added[behind[0]].special:
@@ -163,3 +175,111 @@ def starts_with_bos(tokenizer: Any) -> bool:
     """Whether the model was trained with a BOS in front of plain text, as its tokenizer tells."""
     bos = tokenizer.bos_token_id
     return bos is not None and bool(tokenizer("a").input_ids[0] == bos)
+
+
+# Chat templates
+
+
+class TemplateError(Exception):
+    """What a chat template raised, as text."""
+
+
+def rendered(tokenizer: Any, messages: list[dict[str, str]], **options: Any) -> str:
+    """What the tokenizer's chat template makes of a conversation, as its `apply_chat_template` does.
+
+    In another process (`pipeline.apart`), the same for all conversations. TemplateError for what the template raises;
+    UserError where it takes longer than `apart.SECONDS` says, or ends that process in another way.
+    """
+    try:
+        template = tokenizer.get_chat_template()
+    except ValueError as error:
+        raise TemplateError(str(error)) from None
+    given = tokenizer.special_tokens_map | {"date_string": DATE} | options
+    return _apart.ask("render", template=template, messages=messages, options=given)
+
+
+def require_readable(file: Path) -> None:
+    """UserError for a tokenizer.json that breaks its library, ends the process that reads it, or keeps it busy; other
+    faults are left to the one who loads it, who knows more of them."""
+    try:
+        _apart.ask("tokenizer", file=str(file))
+    except TemplateError as error:
+        if str(error).startswith("PanicException"):
+            raise UserError(f"the model's {file.name} breaks the library that reads it ({error}): {INSTEAD}") from None
+
+
+class _Apart:
+    """The process in which templates are rendered: started when one is, and again when one has ended it."""
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.process: subprocess.Popen[str] | None = None
+
+    def ask(self, task: str, **given: Any) -> str:
+        request = {"task": task, "seconds": apart.SECONDS[task], "given": given}
+        with self.lock:
+            if self.process is None:
+                self.process = self._start()
+            assert self.process.stdin
+            assert self.process.stdout
+            line = ""
+            try:
+                self.process.stdin.write(json.dumps(request) + "\n")
+                self.process.stdin.flush()
+                line = self.process.stdout.readline()
+            except BrokenPipeError:
+                pass
+            except BaseException:  # the answer of an interrupted request must not be taken for the next one's
+                self.process.kill()
+                self.end()
+                raise
+            if not line:
+                raise self._lost(task, self.end())
+        answer: dict[str, str] = json.loads(line)
+        if "error" in answer:
+            raise TemplateError(answer["error"])
+        return answer["text"]
+
+    def _start(self) -> subprocess.Popen[str]:
+        # Tokens and passwords of the user's environment are none of its business.
+        kept = ("PATH", "HOME", "PYTHONPATH", "PYTHONHOME", "LD_LIBRARY_PATH", "TMPDIR", "TZ")
+        environment = {name: os.environ[name] for name in kept if name in os.environ}
+        return subprocess.Popen(
+            [sys.executable, "-P", apart.__file__],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            encoding="utf-8",
+            env=environment | {"OPENBLAS_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"},
+            start_new_session=True,  # Ctrl-C is for this process
+        )
+
+    def end(self) -> int:
+        """End the process, and give its exit status."""
+        process, self.process = self.process, None
+        if process is None:
+            return 0
+        with contextlib.suppress(BrokenPipeError), process:  # closes its pipes, upon which it ends
+            pass
+        return process.returncode
+
+    def _lost(self, task: str, status: int) -> Exception:
+        if status >= 0:
+            return RuntimeError(f"{apart.__file__} ended with {status}")
+        what, instead = "tokenizer", INSTEAD
+        if task == "render":
+            what, instead = "chat template", f"{INSTEAD}, or set prompt.style to plain"
+        if status == -signal.SIGXCPU:
+            return UserError(f"the model's {what} takes more than {apart.SECONDS[task]} s of the processor: {instead}")
+        return UserError(f"the model's {what} ended the process that tried it ({_signal(-status)}): {instead}")
+
+
+def _signal(number: int) -> str:
+    try:
+        return signal.Signals(number).name
+    except ValueError:
+        return f"signal {number}"
+
+
+_apart = _Apart()
+atexit.register(_apart.end)

@@ -89,7 +89,7 @@ def _copy(copy: Path, given: params.Params) -> None:
         if not local.is_absolute() and local.exists():
             if ".." in local.parts:
                 raise UserError(f"the source {local} lies outside of the project: name it by its absolute path first")
-            names |= {path for path in ([local] if local.is_file() else local.rglob("*")) if path.is_file()}
+            names |= {local} if local.is_file() else set(records.files(local).values())
     for name in sorted(names):
         if name.is_file():
             (copy / name).parent.mkdir(parents=True, exist_ok=True)

@@ -8,6 +8,7 @@ import hashlib
 import io
 import json
 import os
+import stat
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -151,22 +152,75 @@ def replacing(path: Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
+@contextmanager
+def opened(path: Path) -> Iterator[io.BufferedReader]:
+    """A regular file, open for reading; UserError for a device, a pipe or the like, whose bytes may never end."""
+
+    def without_waiting(name: str, flags: int) -> int:  # a pipe would wait for its writer
+        return os.open(name, flags | os.O_NONBLOCK)
+
+    with open(path, "rb", opener=without_waiting) as file:
+        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+            raise UserError(f"{path} is neither a regular file nor a folder: remove it")
+        yield file
+
+
 def sha256_file(path: Path) -> str:
-    with path.open("rb") as file:
+    """Digest of a file's bytes; UserError for what is not a regular file."""
+    with opened(path) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def sha256_tree(folder: Path) -> str:
-    """Digest of a folder: sha256 over one line `<sha256>  <relative path>` a file, sorted by path.
+def files(folder: Path) -> dict[str, Path]:
+    """The files of a folder by their paths from it, sorted. Whatever goes through a source goes through it by this.
 
-    Hidden files and folders are left out, as they do not belong to a checkpoint or a data set (`.cache`, `.git`).
+    Hidden files and folders are left out, as they do not belong to a checkpoint or a data set (`.cache`, `.git`). A
+    link to a file counts as that file. UserError, which names it, for what a digest cannot cover and a program could
+    still follow: a link to a folder (it may lead round in a circle), a link that leads nowhere, a device, a pipe or a
+    socket, and a folder that cannot be listed.
     """
-    lines = []
-    for path in sorted(folder.rglob("*"), key=lambda path: path.relative_to(folder).as_posix()):
-        relative = path.relative_to(folder)
-        if path.is_file() and not any(part.startswith(".") for part in relative.parts):
-            lines.append(f"{sha256_file(path)}  {relative.as_posix()}\n")
+
+    def refuse(error: OSError) -> None:
+        raise UserError(f"{error.filename} cannot be listed ({error.strerror}): mend or remove it")
+
+    found = {}
+    for top, folders, names in os.walk(folder, onerror=refuse):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        links = [path for path in (Path(top, name) for name in folders) if path.is_symlink()]
+        for path in [*links, *(Path(top, name) for name in names if not name.startswith("."))]:
+            name = path.relative_to(folder).as_posix()
+            if why := _not_a_file(path):
+                raise UserError(f"{path} {why}: remove it, or put a copy of what is meant in its place")
+            # A digest is over lines of UTF-8, one a file.
+            if "\n" in name or name.encode("utf-8", "ignore").decode() != name:
+                raise UserError(f"{str(path)!r} has a line feed in its name, or what is not UTF-8: rename it")
+            found[name] = path
+    return dict(sorted(found.items()))
+
+
+def _not_a_file(path: Path) -> str | None:
+    """What keeps a path from being read as a file; None where it is one, or leads to one."""
+    try:
+        mode = path.stat().st_mode
+    except OSError as error:
+        return f"leads nowhere ({error.strerror})" if path.is_symlink() else f"cannot be read ({error.strerror})"
+    if stat.S_ISDIR(mode):
+        return "is a link to a folder, which the digest of a folder does not follow"
+    return None if stat.S_ISREG(mode) else "is neither a regular file nor a folder"
+
+
+def sha256_tree(folder: Path) -> str:
+    """Digest of a folder: sha256 over one line `<sha256>  <relative path>` a file, sorted by path; UserError as `files`
+    raises it."""
+    lines = [f"{sha256_file(path)}  {name}\n" for name, path in files(folder).items()]
     return hashlib.sha256("".join(lines).encode()).hexdigest()
+
+
+def git_blob(path: Path) -> str:
+    """git's name for a file's content, as of the files in a repository that are not in Git LFS."""
+    with opened(path) as file:
+        digest = hashlib.sha1(b"blob %d\0" % os.fstat(file.fileno()).st_size)
+        return hashlib.file_digest(file, lambda: digest).hexdigest()
 
 
 def sha256_path(path: Path) -> str:

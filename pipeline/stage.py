@@ -20,7 +20,7 @@ import psutil
 from filelock import FileLock, Timeout
 
 from pipeline import energy, params, paths, records
-from pipeline.errors import UserError, listing
+from pipeline.errors import UserError, listing, panics_told
 
 COMPUTING = (
     "torch", "transformers", "peft", "bitsandbytes", "accelerate", "tokenizers", "sentencepiece", "safetensors", "gguf",
@@ -93,9 +93,10 @@ def process(
             require_pinned_versions()
             remove_leftovers()
             if result is None:
-                call()
+                with panics_told():
+                    call()
                 return
-            with energy.metered() as end:
+            with panics_told(), energy.metered() as end:
                 measured = call()
                 paid = {"seconds": round(time.monotonic() - started, 3)} | (measured or cost()) | end()
             records.write_json(paths.costs(result), paid | {"result_sha256": records.sha256_file(result)})
@@ -115,6 +116,10 @@ def set_environment() -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     # OpenMP's threads wait for each other by spinning for milliseconds, which takes the cores from a second experiment.
     os.environ.setdefault("GOMP_SPINCOUNT", "5000")
+    # Through the package `kernels`, where it is installed, transformers and bitsandbytes run what a model hub holds at
+    # the time, which no pin covers. bitsandbytes has no setting for it: the package is not to be found.
+    os.environ["USE_HUB_KERNELS"] = "0"
+    sys.modules["kernels"] = None  # type: ignore[assignment]
 
 
 def address(stage: str, seed: int | None) -> str:

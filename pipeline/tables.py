@@ -20,6 +20,7 @@ from typing import Any, Final
 
 from pipeline import params
 from pipeline.errors import UserError
+from pipeline.records import files as files_within
 
 SHOWN = 20  # files or columns that an error lists at most
 SUFFIXES = ".jsonl, .json, .csv, .tsv, .parquet, .po or .mo"
@@ -72,11 +73,9 @@ def files(places: Mapping[str, Path], several: bool) -> dict[str, File]:
         if place.is_file():
             found.append(File(source if place.name == source else f"{source}/{place.name}", source, place))
             continue
-        # As `records.sha256_tree` goes through a folder: what is read is what was pinned.
-        for path in place.rglob("*"):
-            parts = path.relative_to(place).parts
-            if path.is_file() and not any(part.startswith(".") for part in parts):
-                found.append(File("/".join([source, *parts] if several else parts), source, path))
+        # As a digest goes through a folder: what is read is what was pinned.
+        for name, path in files_within(place).items():
+            found.append(File(f"{source}/{name}" if several else name, source, path))
     return {file.name: file for file in sorted(found, key=lambda file: file.name)}
 
 

@@ -5,12 +5,13 @@ import json
 import os
 import random
 import shutil
+import signal
 import sqlite3
 import subprocess
 import sys
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import closing
+from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -49,6 +50,26 @@ WORDS = [
 ]
 ASPECTS = ("what", "who")
 SPLIT_GROUPS = {"train": 8, "validation": 4, "test": 4}
+
+
+SECONDS = 10
+"""What one input may take at most; each takes milliseconds."""
+
+
+@contextmanager
+def soon() -> Iterator[None]:
+    """AssertionError where the block takes longer than an input may."""
+
+    def late(*_: object) -> None:
+        raise AssertionError(f"not done in {SECONDS} s")
+
+    before = signal.signal(signal.SIGALRM, late)
+    signal.setitimer(signal.ITIMER_REAL, SECONDS)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
 
 
 @pytest.fixture(autouse=True)

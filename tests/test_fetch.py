@@ -9,11 +9,13 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from safetensors.torch import save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
-from pipeline import fetch, params, paths, records
+from pipeline import apart, fetch, params, paths, records
 from pipeline.errors import UserError
-from tests.conftest import trained_words
+from tests import test_meta, test_prompt
+from tests.conftest import soon, trained_words
 from tests.test_families import made
 
 
@@ -484,3 +486,185 @@ def test_several_files_beside_a_copy_in_another_format_are_the_model(tiny_model:
     ids = torch.tensor([[5, 6, 7]])
     one, other = (AutoModelForCausalLM.from_pretrained(where)(ids).logits for where in (tiny_model, paths.BASE))
     assert torch.equal(one, other)
+
+
+# What is read is what was hashed
+
+
+def test_weights_that_change_between_the_digest_and_their_end_are_refused(
+    project: params.Params, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = changed(tiny_model, tmp_path / "model")
+    weights = tmp_path / "model" / "model.safetensors"
+    load = AutoModelForCausalLM.from_pretrained
+
+    def exchanged(*args: Any, **options: Any) -> Any:
+        """Another model in its place while it is read, and the own one again when that is done."""
+        weights.rename(tmp_path / "own")
+        other = AutoModelForCausalLM.from_config(LlamaConfig.from_pretrained(tiny_model))
+        other.save_pretrained(tmp_path / "other")
+        (tmp_path / "other" / weights.name).rename(weights)
+        try:
+            return load(*args, **options)
+        finally:
+            (tmp_path / "own").replace(weights)
+
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", exchanged)
+    with pytest.raises(UserError, match=r"model.safetensors has changed while it was read"):
+        fetch.fetch(given)
+    assert project
+    assert not paths.BASE.exists()
+
+
+@pytest.mark.parametrize("meta_layout", [False, True])
+def test_weights_are_read_by_the_time_that_their_files_are_let_go(
+    meta_layout: bool, project: params.Params, tiny_model: Path, words: Path, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """Libraries map files and read them when numbers are needed: here, when they are saved."""
+    assert project
+    if meta_layout:
+        test_meta.written(tmp_path / "model", words)
+        given = test_meta.given(tmp_path / "model")
+        weights = tmp_path / "model" / "consolidated.00.pth"
+    else:
+        given = changed(tiny_model, tmp_path / "model")
+        weights = tmp_path / "model" / "model.safetensors"
+    fetch.fetch(given)
+    expected = records.sha256_tree(paths.BASE)
+    shutil.rmtree(paths.BASE)
+
+    def emptied(*_: Any) -> None:
+        with weights.open("r+b") as file:
+            file.seek(weights.stat().st_size // 4)
+            file.write(bytes(weights.stat().st_size // 2))
+
+    monkeypatch.setattr(fetch, "_check_tokenizer", emptied)
+    fetch.fetch(given)
+    assert records.sha256_tree(paths.BASE) == expected
+
+
+def test_weights_behind_a_linked_folder_are_refused(project: params.Params, tiny_model: Path, tmp_path: Path) -> None:
+    assert project
+    folder = tmp_path / "m"
+    sharded(folder, tiny_model)
+    moved = part(folder, 1)
+    (tmp_path / "elsewhere").mkdir()
+    moved.rename(tmp_path / "elsewhere" / moved.name)
+    reindexed(folder, lambda m: m.update({k: f"sub/{v}" for k, v in m.items() if v == moved.name}))
+    without = records.sha256_tree(folder)
+    (folder / "sub").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(UserError, match="m/sub is a link to a folder"):
+        fetch.fetch(params.Model(source=str(folder), sha256=without, dtype="float32"))
+    assert not paths.BASE.exists()
+
+
+# What a configuration may ask for
+
+SIZES: dict[str, tuple[dict[str, Any], str]] = {
+    "layers": ({"num_hidden_layers": 10**7}, "num_hidden_layers = 10000000, and its files hold 2 layers"),
+    "more layers than memory": ({"num_hidden_layers": 10**18}, "and its files hold 2 layers"),
+    "fewer layers": ({"num_hidden_layers": 1}, "num_hidden_layers = 1, and its files hold 2 layers"),
+    "layers in words": ({"num_hidden_layers": "9" * 500}, "and its files hold 2 layers"),
+    "words": ({"vocab_size": 10**9}, "do not fit its configuration"),
+    "hidden": ({"hidden_size": 2**24}, "do not fit its configuration"),
+    "width": ({"intermediate_size": 10**10}, "do not fit its configuration"),
+    "heads": ({"head_dim": 10**9}, "do not fit its configuration"),
+    "own head": ({"tie_word_embeddings": False}, "lacks 1 of the model's tensors, such as lm_head.weight"),
+}
+
+
+@pytest.mark.parametrize("kind", SIZES)
+def test_a_configuration_larger_than_the_weights_is_refused_before_it_is_built(
+    kind: str, project: params.Params, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert project
+    config, message = SIZES[kind]
+    given = changed(tiny_model, tmp_path / "other", **config)
+
+    def built(*_: Any, **__: Any) -> Any:
+        raise AssertionError("weights were made up")
+
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", built)
+    with soon(), pytest.raises(UserError, match=message):
+        fetch.fetch(given)
+    assert not paths.BASE.exists()
+
+
+def test_frequencies_without_number_are_refused(project: params.Params, tiny_model: Path, tmp_path: Path) -> None:
+    """They are in no file: they are computed, as many as the configuration says."""
+    assert project
+    rotation = {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 1e9}
+    given = changed(made("phi3", True, tiny_model, tmp_path / "m"), tmp_path / "other", rope_parameters=rotation)
+    with soon(), pytest.raises(UserError, match="do not fit its configuration, which describes a model of [0-9,]{10,}"):
+        fetch.fetch(given)
+    assert not paths.BASE.exists()
+
+
+def test_a_file_of_too_many_layers_is_refused(project: params.Params, tiny_model: Path, tmp_path: Path) -> None:
+    assert project
+    given = changed(tiny_model, tmp_path / "other", num_hidden_layers=30000)
+    many = {f"model.layers.{n}.input_layernorm.weight": torch.zeros(0) for n in range(30000)}
+    save_file(many, tmp_path / "other" / "model.safetensors")
+    given = given.model_copy(update={"sha256": records.sha256_tree(tmp_path / "other")})
+    with soon(), pytest.raises(UserError, match="has 30,000 layers: 1,000 are the most"):
+        fetch.fetch(given)
+
+
+# What a tokenizer may bring about
+
+MISSING = [{"SpecialToken": {"id": "[X]", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}]
+BROKEN: dict[str, dict[str, Any]] = {
+    "on the first text": {
+        "post_processor": {"type": "TemplateProcessing", "single": MISSING, "pair": [], "special_tokens": {}}
+    },
+    "on every text": {"normalizer": {"type": "Precompiled", "precompiled_charsmap": "AAAAAAAA"}},
+    "when it is read": {"normalizer": {"type": "Precompiled", "precompiled_charsmap": "ABAAAP////8AAAAA"}},
+    "in merges": {"model": {"continuing_subword_prefix": "#" * 20}},
+    # Its message cuts a letter in half: the library ends the process, and no exception can tell.
+    "with the process": {
+        "model": {
+            "continuing_subword_prefix": "#",
+            "vocab": {"#": 0, "a": 1, "é": 2},
+            "merges": [["a", "é"]],
+        }
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", BROKEN)
+def test_a_tokenizer_that_breaks_its_library_is_one_error(
+    kind: str, project: params.Params, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(apart.SECONDS, "tokenizer", 2)
+    folder = shutil.copytree(tiny_model, tmp_path / "model")
+    content = json.loads((folder / "tokenizer.json").read_text())
+    for key, value in BROKEN[kind].items():
+        content[key] = content[key] | value if key == "model" else value
+    (folder / "tokenizer.json").write_text(json.dumps(content))
+    given = params.Model(source=str(folder), sha256=records.sha256_tree(folder), dtype="float32")
+    with soon(), pytest.raises(UserError):
+        fetch.fetch(given, project)
+    assert not paths.BASE.exists()
+
+
+def test_an_interrupted_fetch_is_no_fault_of_the_tokenizer(
+    project: params.Params, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*_: Any, **__: Any) -> Any:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(AutoTokenizer, "from_pretrained", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        fetch.fetch(project.model)
+
+
+def test_a_template_that_never_ends_is_refused_before_the_weights_are_read(
+    project: params.Params, tiny_model: Path, tmp_path: Path
+) -> None:
+    folder = shutil.copytree(tiny_model, tmp_path / "model")
+    (folder / "chat_template.jinja").write_text(test_prompt.LOOPS)
+    given = params.Model(source=str(folder), sha256=records.sha256_tree(folder), dtype="float32")
+    with soon(), pytest.raises(UserError, match="the model's chat template takes more than 2 s of the processor"):
+        fetch.fetch(given, project)
+    assert not paths.BASE.exists()

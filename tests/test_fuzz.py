@@ -8,10 +8,8 @@ import copy
 import json
 import random
 import re
-import signal
 import struct
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -21,28 +19,10 @@ from ruamel.yaml import YAML
 
 from pipeline import data, fetch, lockfile, params, paths, records, tables, trial
 from pipeline.errors import UserError
-from tests.conftest import ROOT
+from tests.conftest import ROOT, soon
 from tests.test_fetch import write_gguf
 
-SECONDS = 10
-"""What one input may take at most; each takes milliseconds."""
 TEXT = (ROOT / "params.yaml").read_text(encoding="utf-8")
-
-
-@contextmanager
-def soon() -> Iterator[None]:
-    """AssertionError where the block takes longer than an input may."""
-
-    def late(*_: object) -> None:
-        raise AssertionError(f"not done in {SECONDS} s")
-
-    before = signal.signal(signal.SIGALRM, late)
-    signal.setitimer(signal.ITIMER_REAL, SECONDS)
-    try:
-        yield
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
 
 
 def told(call: Callable[[], object]) -> str:

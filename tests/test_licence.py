@@ -1,8 +1,9 @@
 """A licence is what the source itself states, or not known, with the reason."""
 
+import tracemalloc
 from pathlib import Path
 from typing import Any
-from zipfile import ZipFile
+from zipfile import ZIP_DEFLATED, ZipFile
 
 import gguf
 import huggingface_hub
@@ -96,3 +97,15 @@ def test_a_source_that_is_gone_is_not_known(tmp_path: Path) -> None:
     found = licence.stated(str(tmp_path / "gone"), "0" * 64, kind="model", key="model")
     assert found.name is None
     assert found.where.startswith("the source cannot be read here: model.source = ")
+
+
+def test_metadata_that_would_fill_the_memory_are_read_to_their_first_part(tmp_path: Path) -> None:
+    with ZipFile(tmp_path / "toy.whl", "w", ZIP_DEFLATED) as made:
+        made.writestr("toy-1.0.dist-info/METADATA", "License: MIT\n\n" + "x" * 2**27)
+    tracemalloc.start()
+    try:
+        with ZipFile(tmp_path / "toy.whl") as archive:
+            assert licence._of_wheel(archive) == "MIT"
+        assert tracemalloc.get_traced_memory()[1] < 2**25
+    finally:
+        tracemalloc.stop()

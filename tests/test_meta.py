@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 
 from pipeline import fetch, meta, params, paths, records
 from pipeline.errors import UserError
-from tests.conftest import trained_words
+from tests.conftest import soon, trained_words
 
 SETTINGS = {
     "dim": 32, "n_layers": 2, "n_heads": 4, "n_kv_heads": 2, "multiple_of": 16, "norm_eps": 1e-5, "vocab_size": -1
@@ -249,6 +249,20 @@ FAULTS: dict[str, tuple[Any, str]] = {
     "no tokenizer's": (lambda f: (f / "tokenizer.model").write_text("words"), "is no model of sentencepiece"),
     "unigram": (lambda f: trained_words(f / "tokenizer.model", "unigram"), "would split text in another way"),
 }
+
+
+@pytest.mark.usefixtures("project")
+@pytest.mark.parametrize("file", ["../outside", "{outside}", "..", "../m"])
+def test_a_checklist_leads_to_no_other_file(file: str, words: Path, tmp_path: Path) -> None:
+    """Whether it has a content, a stranger could ask."""
+    written(tmp_path / "m", words)
+    outside = tmp_path / "outside"
+    outside.write_text("a-secret")
+    file = file.format(outside=outside)
+    md5 = hashlib.md5(b"a-secret").hexdigest()
+    (tmp_path / "m" / "checklist.chk").write_text(f"{md5}  {file}\n")
+    with soon(), pytest.raises(UserError, match=f"by its checklist.chk, {file} is listed, and not there"):
+        fetch.fetch(given(tmp_path / "m"))
 
 
 @pytest.mark.usefixtures("project")

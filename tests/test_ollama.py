@@ -3,9 +3,12 @@
 import shutil
 from pathlib import Path
 
+import pytest
 from transformers import AutoTokenizer
 
 from pipeline import ollama, params
+from pipeline.errors import UserError
+from tests.conftest import soon
 
 CHATML = (
     "{% for m in messages %}{% if loop.first and m.role != 'system' %}<|im_start|>system\nBe kind.<|im_end|>\n"
@@ -61,3 +64,11 @@ def test_ollama_is_told_the_template_and_the_decoding(project: params.Params, ti
 
 def test_braces_and_quotes_of_a_template_stay_what_they_are() -> None:
     assert ollama._go('a {{ b """ c') == 'a {{ "{{" }} b ""{{ "\\"" }} c'
+
+
+def test_a_template_that_never_ends_is_one_error(tiny_model: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
+    loops = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
+    tokenizer.chat_template = loops * 9 + CHATML
+    with soon(), pytest.raises(UserError, match="chat template takes more than 2 s of the processor"):
+        ollama._template(tokenizer)

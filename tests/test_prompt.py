@@ -1,15 +1,18 @@
 """Prompts: the same prefix in training and inference, one BOS, an answer that ends."""
 
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
-from pipeline import model, params
+from pipeline import model, params, prompt
 from pipeline.errors import UserError
-from pipeline.prompt import Encoder
+from pipeline.prompt import Encoder, rendered
 from pipeline.records import Example
+from tests.conftest import soon
 
 EXAMPLE = Example("a/what", "a", "what", "red cat runs {fast} here.", "blue dog", "red cat")
 
@@ -170,3 +173,67 @@ def test_truncation_cuts_the_source_and_keeps_the_instruction(tokenizer: Any) ->
     text = tokenizer.decode(ids)
     assert text.startswith("<|user|>red cat runs red")
     assert text.endswith("\n\nSay {what}.<|end|><|assistant|>")
+
+
+# What a template may take
+
+LOOPS = "".join(f"{{% for {name} in range(99999) %}}" for name in "abc") + "{% endfor %}" * 3
+HOSTILE = {
+    "loops": LOOPS,
+    "a number": "{{ 9 ** (9 ** 9) }}",
+    "a text": "{{ 'x' * 100000000000 }}",
+    "a text that doubles": "{% set n = namespace(t='x') %}"
+    "{% for i in range(99) %}{% set n.t = n.t ~ n.t %}{% endfor %}",
+    "a width": "{{ '%9999999999d' % 1 }}",
+    "a long text": "{{ 'x' * 20000000 }}",
+    "a macro in itself": "{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}",
+    "no template": "{% if %}",
+    "depth": "{{ " + "(" * 5000 + ")" * 5000 + " }}",
+}
+
+
+@pytest.mark.parametrize("kind", HOSTILE)
+def test_a_template_that_takes_too_much_is_one_error(kind: str, tokenizer: Any) -> None:
+    honest = tokenizer.chat_template
+    tokenizer.chat_template = HOSTILE[kind]
+    with soon(), pytest.raises(UserError, match="the model's chat template .*take another model, or set prompt.style"):
+        Encoder(tokenizer, section(), 512)
+    tokenizer.chat_template = honest
+    assert Encoder(tokenizer, section(), 512).prompt(EXAMPLE)  # the next template finds everything in its place
+
+
+def test_a_template_that_shows_itself_late_is_one_error(tokenizer: Any) -> None:
+    """It renders what is tried of it at first, and turns on one row; also in a thread, where no signal is handled."""
+    tokenizer.chat_template = "{% if 'fast' in messages[0].content %}" + LOOPS + "{% endif %}" + tokenizer.chat_template
+    encoder = Encoder(tokenizer, section(), 512)
+    assert encoder.prompt(replace(EXAMPLE, source="red"))
+    with soon(), ThreadPoolExecutor(1) as threads:
+        asked = threads.submit(encoder.prompt, EXAMPLE)
+        assert "takes more than 2 s of the processor" in str(asked.exception())
+        assert isinstance(asked.exception(), UserError)
+    assert encoder.prompt(replace(EXAMPLE, source="red"))
+
+
+def test_a_rendered_template_is_what_transformers_makes_of_it(tokenizer: Any) -> None:
+    messages = [*HISTORY, {"role": "user", "content": "Grüße\u2028 \ud800 {{ 1 }} <|end|>"}]
+    for template in (
+        tokenizer.chat_template,
+        {"default": tokenizer.chat_template, "other": "x"},
+        "{{ bos_token }}{% for m in messages %}\n  {% if loop.first %}\n{{ m | tojson }}{% endif %}\n{% endfor %} "
+        "{{ date_string }}",
+    ):
+        tokenizer.chat_template = template
+        for options in ({}, {"add_generation_prompt": True}):
+            own = tokenizer.apply_chat_template(messages, tokenize=False, date_string="26 Jul 2024", **options)
+            assert rendered(tokenizer, messages, **options) == own
+
+
+def test_templates_run_apart_without_the_secrets_of_the_environment(
+    tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prompt._apart.end()
+    monkeypatch.setenv("HF_TOKEN", "planted0secret")
+    rendered(tokenizer, HISTORY)
+    assert prompt._apart.process
+    assert "planted0secret" not in str(psutil.Process(prompt._apart.process.pid).environ())
+    assert prompt._apart.end() == 0

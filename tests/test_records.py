@@ -1,5 +1,7 @@
 """Files: written whole or not at all, equal bytes for equal content, and errors that name the line."""
 
+import os
+import socket
 from pathlib import Path
 
 import pytest
@@ -7,6 +9,7 @@ import pytest
 from pipeline import records
 from pipeline.errors import UserError
 from pipeline.records import Example
+from tests.conftest import soon
 
 
 def test_json_refuses_nan_and_leaves_the_old_file(tmp_path: Path) -> None:
@@ -47,3 +50,64 @@ def test_the_digest_of_a_folder_sees_names_and_bytes_and_no_hidden_files(tmp_pat
     changed = records.sha256_tree(tmp_path)
     (tmp_path / "a" / "x").rename(tmp_path / "a" / "z")
     assert len({first, changed, records.sha256_tree(tmp_path)}) == 3
+
+
+def test_the_digest_of_an_ordinary_folder_stays_what_it_is(tmp_path: Path) -> None:
+    """Pins that users wrote down rest on it."""
+    content = {"b/x.txt": "1", "b/y": "2", "a.json": "{}", "b-c": "é", "b.txt": "", ".hidden/z": "h", "B": "B"}
+    for name, text in content.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text, encoding="utf-8")
+    (tmp_path / "link").symlink_to("b/x.txt")
+    assert records.sha256_tree(tmp_path) == "ee3d64e09eadf20f63653350d9b7e5f986a68fc3eb5281462cacbe7aa9701a0f"
+
+
+def planted(folder: Path, kind: str) -> None:
+    """Something in a folder that can be followed or opened, and that no digest covers."""
+    odd = folder / "odd"
+    match kind:
+        case "folder":
+            (folder.parent / "elsewhere").mkdir()
+            odd.symlink_to(folder.parent / "elsewhere")
+        case "folder within":
+            odd.symlink_to("sub")
+        case "circle":
+            odd.symlink_to(folder)
+        case "link to itself":
+            odd.symlink_to(odd)
+        case "dangling":
+            odd.symlink_to("nowhere")
+        case "pipe":
+            os.mkfifo(odd)
+        case "link to a device":
+            odd.symlink_to("/dev/zero")
+        case "socket":
+            with socket.socket(socket.AF_UNIX) as made:
+                made.bind(os.path.relpath(odd))  # the address of a socket is short
+        case "name of two lines":
+            (folder / "odd\nname").write_text("x")
+        case "name of bytes":
+            Path(os.fsdecode(os.fsencode(folder) + b"/odd\xff")).write_text("x")
+
+
+ODD = ("folder", "folder within", "circle", "link to itself", "dangling", "pipe", "link to a device", "socket",
+       "name of two lines", "name of bytes")  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", ODD)
+def test_what_no_digest_covers_is_refused_by_name(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    folder = tmp_path / "model"
+    (folder / "sub").mkdir(parents=True)
+    (folder / "sub" / "x").write_text("1")
+    records.sha256_tree(folder)
+    planted(folder, kind)
+    with soon(), pytest.raises(UserError, match="odd"):
+        records.sha256_tree(folder)
+
+
+def test_bytes_that_never_end_are_not_read(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    for path in (tmp_path / "pipe", Path("/dev/zero")):
+        with soon(), pytest.raises(UserError, match=f"{path} is neither a regular file nor a folder"):
+            records.sha256_path(path)

@@ -3,21 +3,25 @@
 import contextlib
 import hashlib
 import os
+import shutil
+import stat
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
-from zipfile import ZIP_DEFLATED, ZipFile, ZipInfo
+from zipfile import ZIP_BZIP2, ZIP_DEFLATED, ZIP_STORED, ZipFile, ZipInfo
 
 import huggingface_hub
 import pytest
 from filelock import FileLock
 from huggingface_hub import constants, errors
 
-from pipeline import source
+from pipeline import records, source
 from pipeline.errors import UserError
 from pipeline.records import sha256_path
 from pipeline.source import check, mounted, resolved
+from tests.conftest import soon
 
 REVISION = "0123456789abcdef0123456789abcdef01234567"
 WRONG = "0" * 64
@@ -282,6 +286,184 @@ def test_cache_folder(monkeypatch: pytest.MonkeyPatch) -> None:
     assert source.cache() == Path("/home/someone/mine")
 
 
+def test_a_wheel_that_is_exchanged_once_it_was_hashed_is_not_read(
+    wheel: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As by another user of a cache on a shared disk: by another file in its place, and by writing to the file."""
+    digest = sha256(wheel)
+    with resolved(pip_source("demo/sets/a.txt"), digest, kind="dataset", key="data"):
+        pass
+    [kept] = cached(tmp_path)
+    sound = kept.read_bytes()
+    evil = build_wheel(tmp_path / "evil", {"demo/sets/a.txt": "evil"})
+
+    def exchange() -> None:
+        shutil.copy(evil, kept.with_name("new"))
+        kept.with_name("new").replace(kept)
+
+    for swap in (exchange, lambda: kept.write_bytes(evil.read_bytes())):
+        kept.write_bytes(sound)
+
+        def opened(*given: Any, swap: Any = swap) -> ZipFile:
+            swap()
+            return ZipFile(*given)
+
+        monkeypatch.setattr(source, "ZipFile", opened)
+        with resolved(pip_source("demo/sets/a.txt"), digest, kind="dataset", key="data") as file:
+            assert file.read_text() == "A"
+
+
+def test_the_cache_is_the_user_s_alone(wheel: Path, tmp_path: Path) -> None:
+    wheels = tmp_path / "cache" / "wheels"
+    wheels.mkdir(parents=True)
+    (tmp_path / "cache").chmod(0o777)
+    wheels.chmod(0o775)
+    before = os.umask(0)
+    try:
+        with resolved(pip_source("demo/sets"), sha256(wheel), kind="dataset", key="data"):
+            pass
+    finally:
+        os.umask(before)
+    modes = [stat.S_IMODE(path.stat().st_mode) for path in (tmp_path / "cache", wheels, wheels / sha256(wheel))]
+    assert modes == [0o755, 0o755, 0o700]
+
+
+def test_a_cache_that_others_may_write_to_is_refused_where_it_cannot_be_mended(
+    wheel: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "cache").mkdir()
+    (tmp_path / "cache").chmod(0o777)
+
+    def refuse(*_: Any, **__: Any) -> None:
+        raise PermissionError(1, "Operation not permitted")
+
+    monkeypatch.setattr(Path, "chmod", refuse)  # as of another user's folder
+    forbid_downloads(monkeypatch)
+    with (
+        pytest.raises(UserError, match="Operation not permitted.*set LORA_REPRO_CACHE"),
+        resolved(pip_source("demo/sets"), sha256(wheel), kind="dataset", key="data"),
+    ):
+        pass
+    assert list((tmp_path / "cache").iterdir()) == []
+
+
+@pytest.mark.parametrize("name", ["x.whl", "demo_data-1.0.whl", "-.whl"])
+def test_a_strange_name_in_the_cache_is_passed_over(name: str, wheel: Path, tmp_path: Path) -> None:
+    kept = tmp_path / "cache" / "wheels" / sha256(wheel)
+    kept.mkdir(parents=True)
+    (kept / name).write_text("x")
+    with resolved(pip_source("demo/sets/a.txt"), sha256(wheel), kind="dataset", key="data") as file:
+        assert file.read_text() == "A"
+    assert (kept / name).read_text() == "x"
+
+
+def test_a_pipe_in_the_cache_is_one_error(wheel: Path, tmp_path: Path) -> None:
+    kept = tmp_path / "cache" / "wheels" / sha256(wheel)
+    kept.mkdir(parents=True)
+    os.mkfifo(kept / wheel.name)
+    with (
+        soon(),
+        pytest.raises(UserError, match="neither a regular file nor a folder"),
+        resolved(pip_source("demo/sets/a.txt"), sha256(wheel), kind="dataset", key="data"),
+    ):
+        pass
+
+
+def bomb(wheel: Path, kind: str) -> None:
+    """Make a wheel one that unpacks to far more than it is."""
+    with ZipFile(wheel, "w", ZIP_DEFLATED) as archive:
+        match kind:
+            case "large":
+                archive.writestr("demo/a.txt", bytes(2**28))
+            case "many and large":
+                for number in range(64):
+                    archive.writestr(f"demo/{number}.txt", bytes(2**22))
+            case "many":
+                for number in range(source.MOST_FILES + 1):
+                    archive.writestr(f"demo/{number}", b"", ZIP_STORED)
+            case "packed in another way":
+                archive.writestr("demo/a.txt", bytes(2**20), ZIP_BZIP2)
+            case "announced as small":
+                archive.writestr("demo/a.txt", bytes(2**28))
+    if kind == "announced as small":
+        content = bytearray(wheel.read_bytes())
+        size = (2**28).to_bytes(4, "little")
+        at = content.rindex(size)
+        content[at : at + 4] = (10).to_bytes(4, "little")
+        wheel.write_bytes(content)
+
+
+@pytest.mark.parametrize(
+    ("kind", "told"),
+    [
+        ("large", "would unpack to 268,435,456"),
+        ("many and large", "would unpack to 268,435,456"),
+        ("many", "holds 100,001 files"),
+        ("packed in another way", "packed in a way that wheels are not"),
+        ("announced as small", "no sound wheel"),
+    ],
+)
+def test_a_wheel_that_would_fill_the_disk_is_not_unpacked(
+    kind: str, told: str, wheel: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bomb(wheel, kind)
+    kept = tmp_path / "cache" / "wheels" / sha256(wheel) / wheel.name
+    kept.parent.mkdir(parents=True)
+    shutil.copy(wheel, kept)
+    scratch = tmp_path / "scratch"
+    scratch.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(scratch))
+    most = 0
+
+    def gone(folder: Any) -> None:
+        nonlocal most
+        most = max(most, sum(path.stat().st_size for path in Path(folder).rglob("a.txt")))
+
+    monkeypatch.setattr(source, "TemporaryDirectory", lambda **given: Watched(gone, **given))
+    with (
+        soon(),
+        pytest.raises(UserError, match=told),
+        resolved(pip_source("demo"), sha256(kept), kind="dataset", key="data"),
+    ):
+        pass
+    assert most <= 10
+    assert list(scratch.iterdir()) == []
+
+
+class Watched(tempfile.TemporaryDirectory[str]):
+    """Looked into before it goes."""
+
+    def __init__(self, look: Any, **given: Any) -> None:
+        super().__init__(**given)
+        self.look = look
+
+    def cleanup(self) -> None:
+        self.look(self.name)
+        super().cleanup()
+
+    def __exit__(self, *_: Any) -> None:
+        self.cleanup()
+
+
+def test_what_repeats_itself_within_reason_is_unpacked(wheel: Path, tmp_path: Path) -> None:
+    with ZipFile(wheel, "w", ZIP_DEFLATED) as archive:
+        archive.writestr("demo/a.csv", b"0,0,0,0\n" * 2**20)
+    kept = tmp_path / "cache" / "wheels" / sha256(wheel) / wheel.name
+    kept.parent.mkdir(parents=True)
+    shutil.copy(wheel, kept)
+    with resolved(pip_source("demo"), sha256(kept), kind="dataset", key="data") as folder:
+        assert (folder / "a.csv").stat().st_size == 2**23
+
+
+def test_a_wheel_for_which_there_is_no_room_is_not_unpacked(wheel: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10, 9, 1))
+    with (
+        pytest.raises(UserError, match="it needs 2 bytes where 1 are free: set TMPDIR"),
+        resolved(pip_source("demo/sets"), sha256(wheel), kind="dataset", key="data"),
+    ):
+        pass
+
+
 # Local
 
 
@@ -292,9 +474,10 @@ def test_local_content_is_pinned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     (folder / "a.txt").write_text("A")
     digest = sha256_path(folder)
     with resolved("~/mine", digest, kind="dataset", key="data") as path:
-        assert path == folder
+        assert path.name == "mine"
+        assert [(file.name, file.read_text()) for file in path.iterdir()] == [("a.txt", "A")]
     with resolved(str(folder / "a.txt"), sha256(folder / "a.txt"), kind="model", key="model") as path:
-        assert path == folder / "a.txt"
+        assert (path.name, path.read_text()) == ("a.txt", "A")
     with pytest.raises(UserError, match=f"data.sha256 is null: pin the content of .* with sha256: {digest}"):
         check("~/mine", None, "data")
     (folder / "a.txt").write_text("B")
@@ -303,6 +486,123 @@ def test_local_content_is_pinned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         resolved("~/mine", digest, kind="dataset", key="data"),
     ):
         pass
+
+
+@pytest.fixture
+def mine(tmp_path: Path) -> Path:
+    folder = tmp_path / "mine"
+    (folder / "deep").mkdir(parents=True)
+    (folder / "a.txt").write_text("A")
+    (folder / "deep" / "b.txt").write_text("B")
+    return folder
+
+
+KINDS: list[Any] = ["dataset", "model"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("link", ["file", "folder", "pipe"])
+def test_a_link_that_leads_out_of_a_local_source_is_refused(link: str, kind: Any, mine: Path, tmp_path: Path) -> None:
+    """A credential beside the data, or weights that no digest covers."""
+    outside = tmp_path / "outside"
+    outside.mkdir()
+    (outside / "key").write_text("a-secret")
+    os.mkfifo(outside / "pipe")
+    target = {"file": outside / "key", "folder": outside, "pipe": outside / "pipe"}[link]
+    (mine / "deep" / "linked").symlink_to(os.path.relpath(target, mine / "deep"))
+    for digest in (WRONG, None):
+        with (
+            soon(),
+            pytest.raises(UserError, match="mine/deep/linked") as caught,
+            resolved(str(mine), digest, kind=kind, key="data"),
+        ):
+            pass
+        assert "a-secret" not in str(caught.value)
+        assert "sha256: " not in str(caught.value)  # no digest is told that would then be refused
+
+
+def test_a_device_or_a_pipe_is_no_source(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    for where in (tmp_path / "pipe", Path("/dev/zero")):
+        for digest in (WRONG, None):
+            with (
+                soon(),
+                pytest.raises(UserError, match="neither a regular file nor a folder"),
+                resolved(str(where), digest, kind="dataset", key="data"),
+            ):
+                pass
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_file_that_cannot_be_read_is_one_error(kind: Any, mine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(path: Path) -> Any:  # as of a file whose owner alone may read it
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(records, "opened", refuse)
+    for digest in (WRONG, None):
+        with (
+            pytest.raises(UserError, match="Permission denied: '.*txt'"),
+            resolved(str(mine), digest, kind=kind, key="data"),
+        ):
+            pass
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_links_within_a_source_and_to_it_are_followed(kind: Any, mine: Path, tmp_path: Path) -> None:
+    """As `~/data` on another disk; the digest is that of a folder without links."""
+    (mine / "deep" / "c.txt").write_text("A")
+    digest = sha256_path(mine)
+    (mine / "deep" / "c.txt").unlink()
+    (mine / "deep" / "c.txt").symlink_to("../a.txt")
+    (tmp_path / "elsewhere").symlink_to(mine)
+    (tmp_path / "one.txt").symlink_to(mine / "a.txt")
+    with resolved(str(tmp_path / "elsewhere"), digest, kind=kind, key="data") as folder:
+        assert (folder / "deep" / "c.txt").read_text() == "A"
+    with resolved(str(tmp_path / "one.txt"), sha256(mine / "a.txt"), kind=kind, key="data") as file:
+        assert (file.name, file.read_text()) == ("one.txt", "A")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_the_digest_does_not_cover_is_not_there(kind: Any, mine: Path) -> None:
+    (mine / ".hidden").mkdir()
+    (mine / ".hidden" / "x").write_text("x")
+    (mine / ".env").write_text("x")
+    with resolved(str(mine), sha256_path(mine), kind=kind, key="data") as folder:
+        assert sorted(path.name for path in folder.rglob("*")) == ["a.txt", "b.txt", "deep"]
+
+
+def test_data_that_are_exchanged_once_they_were_hashed_are_not_read(mine: Path) -> None:
+    with resolved(str(mine), sha256_path(mine), kind="dataset", key="data") as folder:
+        (mine / "a.txt").write_text("X")
+        (mine / "deep" / "b.txt").unlink()
+        assert (folder / "a.txt").read_text() + (folder / "deep" / "b.txt").read_text() == "AB"
+
+
+def written_over(file: Path) -> None:
+    """In place, as large as before, with the time set back; the clock of a file system moves in steps."""
+    before = file.stat()
+    while file.stat().st_ctime_ns == before.st_ctime_ns:
+        file.write_text("X")
+        os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))
+
+
+def exchanged_and_back(file: Path) -> None:
+    before = file.stat().st_ctime_ns
+    while file.stat().st_ctime_ns == before:
+        file.rename(file.with_name("kept"))
+        file.write_text("X")
+        file.with_name("kept").replace(file)
+
+
+@pytest.mark.parametrize("swap", [written_over, exchanged_and_back, Path.unlink])
+def test_a_model_that_changes_while_it_is_read_is_refused(swap: Any, mine: Path) -> None:
+    with resolved(str(mine), sha256_path(mine), kind="model", key="model") as folder:
+        assert (folder / "a.txt").read_text() == "A"
+    with (
+        pytest.raises(UserError, match="mine/a.txt has changed while it was read"),
+        resolved(str(mine), sha256_path(mine), kind="model", key="model"),
+    ):
+        swap(mine / "a.txt")
 
 
 # Several
@@ -405,7 +705,7 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         blob.write_text(name)
         link = snapshot / name
         link.parent.mkdir(parents=True, exist_ok=True)
-        link.symlink_to(blob)
+        link.symlink_to(os.path.relpath(blob, link.parent))
     return snapshot
 
 
@@ -461,6 +761,68 @@ def test_hub_missing_path_and_missing_weights(hub: Path) -> None:
     with (
         pytest.raises(UserError, match=r"holds no \.safetensors"),
         resolved(f"hf:owner/repo@{REVISION}", None, kind="model", key="model"),
+    ):
+        pass
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_hub_content_is_what_the_hub_announced(kind: Any, hub: Path) -> None:
+    """The cache keeps large files under their sha256, and others under git's name, as the hub's server tells them."""
+    if kind == "dataset":
+        hub.parents[1].rename(hub.parents[2] / "datasets--owner--repo")
+        hub = hub.parents[2] / "datasets--owner--repo" / "snapshots" / REVISION
+    blobs = hub.parents[1] / "blobs"
+    asked = ["git", "hash-object", "--stdin"]
+    by_git = subprocess.run(asked, input="config.json", capture_output=True, text=True, check=True).stdout.strip()
+    (blobs / by_git).write_text("config.json")
+    (hub / "config.json").unlink()
+    (hub / "config.json").symlink_to(f"../../blobs/{by_git}")
+    for name, blob in [("config.json", by_git), ("model.safetensors", sha256(hub / "model.safetensors"))]:
+        with resolved(f"hf:owner/repo@{REVISION}", None, kind=kind, key="model") as folder:
+            assert (folder / name).read_text() == name
+        (blobs / blob).write_text("evil")
+        with (
+            pytest.raises(UserError, match=rf"{name} is not what the hub announced \({blob}, and it is .*HF_ENDPOINT"),
+            resolved(f"hf:owner/repo@{REVISION}", None, kind=kind, key="model"),
+        ):
+            pass
+        (blobs / blob).write_text(name)
+
+
+@pytest.mark.parametrize("blob", ["d41d8cd98f00b204e9800998ecf8427e", '"abc-2"', None])
+def test_hub_content_of_which_nothing_is_announced_needs_a_pin(blob: str | None, hub: Path) -> None:
+    """As on a disk without links, or from a server that names files by md5."""
+    file = hub / "q" / "m.Q4.gguf"
+    file.unlink()
+    if blob:
+        (hub.parent.parent / "blobs" / blob).write_text("G")
+        file.symlink_to(f"../../../blobs/{blob}")
+    else:
+        file.write_text("G")
+    digest = hashlib.sha256(b"G").hexdigest()
+    with (
+        pytest.raises(UserError, match=f"pin the content with model.sha256: {digest}"),
+        resolved(f"hf:owner/repo@{REVISION}/q/m.Q4.gguf", None, kind="model", key="model"),
+    ):
+        pass
+    with resolved(f"hf:owner/repo@{REVISION}/q/m.Q4.gguf", digest, kind="model", key="model") as found:
+        assert found.read_text() == "G"
+
+
+def test_a_snapshot_of_the_hub_s_cache_is_a_local_source(hub: Path, tmp_path: Path) -> None:
+    """Its links lead to the blobs beside it, and nowhere else."""
+    (hub / "more.json").symlink_to("../../blobs/shared")
+    (tmp_path / "hub" / "blobs" / "ab").mkdir(parents=True)
+    (tmp_path / "hub" / "blobs" / "ab" / "store").write_text("shared by several repositories")
+    (hub.parent.parent / "blobs" / "shared").symlink_to("../../blobs/ab/store")
+    with resolved(str(hub), sha256_path(hub), kind="dataset", key="data") as folder:
+        assert (folder / "config.json").read_text() == "config.json"
+        assert (folder / "more.json").read_text() == "shared by several repositories"
+    (tmp_path / "key").write_text("a-secret")
+    (hub / "key").symlink_to(tmp_path / "key")
+    with (
+        pytest.raises(UserError, match="lies outside of the source"),
+        resolved(str(hub), sha256_path(hub), kind="dataset", key="data"),
     ):
         pass
 

@@ -194,3 +194,52 @@ def test_nothing_is_mended_while_dvc_works(dvc_project: Path) -> None:
     with make_lock(str(dvc_project.with_name("rwlock.lock"))), pytest.raises(UserError, match="DVC is running"):
         mend.mend()
     assert dvc_project.exists()
+
+
+LOOK = """
+import sys
+from pipeline import stage
+stage.set_environment()
+import transformers
+from bitsandbytes.backends.mps import ops
+from transformers.integrations import hub_kernels
+from transformers.utils import import_utils
+ops._kernel_load_failed = False  # as on macOS 26
+print(ops._get_kernel(), import_utils.is_kernels_available(), hub_kernels._kernels_enabled)
+try:
+    import kernels
+except ImportError:
+    print("not found")
+"""
+
+
+def test_programs_of_a_model_hub_are_not_looked_for(tmp_path: Path) -> None:
+    """With the package `kernels` installed, by which libraries run what the hub holds at the time."""
+    package = tmp_path / "kernels"
+    package.mkdir()
+    (package / "__init__.py").write_text("open('ran', 'w')\ndef get_kernel(*_, **__): return 'a program'\n")
+    installed = tmp_path / "kernels-0.99.dist-info"
+    installed.mkdir()
+    (installed / "METADATA").write_text("Metadata-Version: 2.1\nName: kernels\nVersion: 0.99\n")
+    given = {"PYTHONPATH": os.pathsep.join([str(ROOT), str(tmp_path)]), "USE_HUB_KERNELS": "1"}
+    command = [sys.executable, "-W", "ignore", "-c", LOOK]
+    said = subprocess.run(command, cwd=tmp_path, env=os.environ | given, capture_output=True, text=True, check=True)
+    assert said.stdout == "None False False\nnot found\n"
+    assert not (tmp_path / "ran").exists()
+
+
+def test_a_panic_of_a_library_is_one_error(
+    project: params.Params, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert project
+    monkeypatch.setattr(sys, "argv", ["prepare.py"])
+
+    class PanicException(BaseException):
+        """As tokenizers raises it."""
+
+    def panic(_: params.Declared) -> None:
+        raise PanicException("index out of bounds")
+
+    with pytest.raises(SystemExit, match="1"):
+        stage.run("prepare", panic)
+    assert "error: a library broke off (PanicException: index out of bounds)" in capsys.readouterr().err
