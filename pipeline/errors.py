@@ -1,7 +1,11 @@
 """The one error a user is meant to see: what is wrong, with which value, and what to do about it."""
 
 import re
+import unicodedata
 from collections.abc import Iterable
+
+LONGEST_LABEL = 200
+"""Characters. An instruction is a parameter `prompt.instructions.<aspect>` in MLflow, whose names have 250 at most."""
 
 
 class UserError(Exception):
@@ -19,6 +23,38 @@ def without_passwords(text: str) -> str:
     """`text`, its addresses without the user name and password that they may hold."""
     text = re.sub(r"//[^/@\s]*@", "//", text)
     return re.sub(r"(?i)([?&](?:password|passwd|token|secret)=)[^&\s'\"]+", r"\1...", text)
+
+
+def label_fault(text: str, longest: int = LONGEST_LABEL) -> str | None:
+    """Why a text cannot be a label (an id, a group, an aspect, a name), None where it can.
+
+    Labels stand in charts, tables, file formats and terminals. Some of these end the process at a control character or
+    a noncharacter, and half of a surrogate pair cannot be written; line breaks and bidirectional controls show a label
+    as what it is not.
+    """
+    if len(text) > longest:
+        return f"has {len(text):,} characters, more than {longest:,}: shorten it"
+    for character in text:
+        code, category = ord(character), unicodedata.category(character)
+        if category in _NO_LABEL:
+            what = _NO_LABEL[category]
+        elif 0x202A <= code <= 0x202E or 0x2066 <= code <= 0x2069:
+            what = "a bidirectional control"
+        elif 0xFDD0 <= code <= 0xFDEF or code & 0xFFFE == 0xFFFE:
+            what = "which is no character"
+        else:
+            continue
+        return f"holds U+{code:04X}, {what}: take it out"
+    return None
+
+
+_NO_LABEL = {
+    "Cc": "a control character",
+    "Cs": "half of a surrogate pair, which is no character",
+    "Zl": "a line separator",
+    "Zp": "a paragraph separator",
+}
+"""What is told of characters of these general categories."""
 
 
 def listing(problems: Iterable[str], headline: str) -> UserError:

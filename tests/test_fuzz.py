@@ -5,22 +5,40 @@ and inputs made by hand that once ended in a traceback or not at all.
 """
 
 import copy
+import json
 import random
 import signal
 import struct
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import pytest
 from ruamel.yaml import YAML
 
-from pipeline import data, fetch, params, paths, records, tables
-from pipeline.errors import UserError
+from pipeline import (
+    charts,
+    data,
+    fetch,
+    forget,
+    metrics,
+    overlap,
+    page,
+    params,
+    paths,
+    records,
+    report,
+    sentences,
+    tables,
+)
+from pipeline.errors import UserError, without_passwords
 from tests.conftest import ROOT
 from tests.test_fetch import write_gguf
+from tests.test_report import comparison
 
 SECONDS = 10
 """What one input may take at most; each takes milliseconds."""
@@ -244,6 +262,109 @@ class TestRows:
         assert "train.jsonl:1: id = '\\ud800': holds half of a surrogate pair" in told(
             lambda: read(file, section("aclsum"))
         )
+
+
+UNITS = (
+    ".", ". ", ".  ", "...x ", ".'", ".''", ". ''", "'", '"', "”", " ”", ")", " ", "\t", "\n", " \n", "\xa0", "\x0c", "\x1c",
+    "\u2028", "<", "<p", "<br ", "</a", "<!--", "&", "&a", "&#1", "&lt;", "&amp;amp;", "www.", "://", "//", "//a:", "@", "?a=",
+    "&key=", "#", "_", "\\", "`", "a.a.", "A.", "A. ", "1", "1. ", "0", "[", "{", "] ", "-\n", "-", "a", "y", "ing ", "ab ",
+    "some words. go on. ", "\u0301", "a\u0301", "\u0915\u094d", "\u732b", "\u732b. ", "\u3002", "\U0001f600", "\u0130", "\ufffe", "\0",
+)  # fmt: skip
+
+
+def scored(name: str, **change: Any) -> Callable[[str], object]:
+    given = evaluation(name, **change)
+    return lambda text: metrics.chosen(given)[0].statistics([text, "a short text"], [["a short text"], [text]])
+
+
+def marks(name: str, **change: Any) -> Callable[[str], object]:
+    split = overlap.splitter(name, evaluation(name, **change))
+
+    def of(text: str) -> None:
+        found = split(text)
+        overlap.closest(found, [found, []])
+        page.marked(text, overlap.shared(found, found)[0])
+
+    return of
+
+
+def evaluation(name: str, **change: Any) -> params.Evaluate:
+    content = YAML(typ="safe", pure=True).load(TEXT)["evaluate"]
+    return params.Evaluate.model_validate(content | {"metrics": [name]} | change)
+
+
+class TestText:
+    """However long a run of whatever is, time grows as the text does: doubled three times, it would be 64 times as long
+    if it grew with the square."""
+
+    @pytest.mark.parametrize(
+        "read",
+        [sentences.sentences, sentences.lead, sentences.words, forget.without_tags, report.markdown, report.html,
+         page.shown, page.embedded, data._plain, lambda text: data.Overlap([text], 0.5).kind(f"{text} more"),
+         without_passwords],
+        ids=["sentences", "lead", "words", "without_tags", "markdown", "html", "shown", "embedded", "plain", "overlap",
+             "without_passwords"],
+    )  # fmt: skip
+    def test_a_long_run(self, read: Callable[[str], object]) -> None:
+        with soon():
+            for unit in UNITS:
+                for before, behind in (("", ""), ("A.", ".x"), ("<p>", "&")):
+                    read(before + unit * (50_000 // len(unit)) + behind)
+
+    @pytest.mark.parametrize(
+        "read",
+        [scored("rouge1"), scored("rouge2", use_stemmer=True), scored("rougeLsum"), scored("chrf"), scored("bleu"),
+         scored("rougeL", use_stemmer=False, rouge_tokenizer="unicode"), scored("bleu", bleu_tokenizer="intl"),
+         scored("bleu", bleu_tokenizer="zh"), scored("bleu", bleu_tokenizer="char"), marks("rouge1"), marks("bleu"),
+         marks("chrf")],
+        ids=["rouge1", "stemmed", "rougeLsum", "chrf", "bleu", "unicode", "intl", "zh", "char", "marks", "marks-bleu",
+             "marks-chrf"],
+    )  # fmt: skip
+    def test_scores_and_marks_of_a_long_run(self, read: Callable[[str], object]) -> None:
+        with soon():
+            for unit in UNITS:
+                read("A." + unit * (10_000 // len(unit)) + ".x")
+
+    def test_many_words_that_the_text_does_not_have(self) -> None:
+        """BLEU's tokenizer takes out a hyphen at a line's end: no such word is found in the text."""
+        with soon():
+            marks("bleu")(" ".join(f"a{i}-\nb" for i in range(40_000)))
+
+
+class TestLabels:
+    PARTS = (
+        "a", "B", "word", " ", "  ", "-", "_", ".", "/", "\\", "'", '"', "`", "<b>", "&amp;", "|", "\n", "\t", "\r", "\0",
+        "\x1b[31m", "\x7f", "\x85", "\ufffe", "\uffff", "\U0001ffff", "\ufdd0", "\ud800", "\u2028", "\u2029", "\u202e",
+        "\u2066", "\u200b", "\u200f", "\ufeff", "\u0301", "\u732b", "\U0001f600", "\U0001f468\u200d\U0001f469", "\U000e0041",
+        "constructor", "__proto__", "toString", "null", "${x}", "{{x}}", "]]>", "=1+1", "\u0378", "\ue000", "x" * 150,
+        "\U0001f600" * 40, "\ufdfd" * 40,
+    )  # fmt: skip
+
+    def test_any_label_is_refused_or_can_be_drawn(self, tmp_path: Path) -> None:
+        draw = random.Random(6)
+        file = tmp_path / "train.jsonl"
+        content = YAML(typ="safe", pure=True).load(TEXT)["data"]
+        columns = {"source": "text", "target": "summary", "id": "id", "group": "by", "aspect": "aspect"}
+        given = params.Data.model_validate(content | {"format": "table", "columns": columns})
+        taken: dict[str, None] = {}
+        refused = 0
+        labels = [*self.PARTS, *("".join(draw.choices(self.PARTS, k=draw.choice((1, 2, 5)))) for _ in range(600))]
+        for label in labels:
+            column = draw.choice(("id", "by", "aspect"))
+            row = {"text": "a", "summary": "b", "id": "i", "by": "g", "aspect": "x"} | {column: label}
+            file.write_text(json.dumps(row))
+            if said := told(lambda: read(file, given)):
+                assert said.startswith(f"train.jsonl:1: {column} ")
+                assert said.isprintable()
+                refused += 1
+            else:
+                taken[label.strip()] = None
+        assert refused > 200
+        assert len(taken) > 150
+        one = comparison().aspects[0]
+        drawn = replace(comparison(), aspects=[replace(one, name=label[:200]) for label in taken])
+        chart = charts.drawn(charts._aspects(drawn, charts.FILE), charts.FILE)
+        assert len(list(ElementTree.fromstring(chart).iter())) > len(taken)
 
 
 class TestCatalogues:
