@@ -230,7 +230,7 @@ def _aspects(comparison: Comparison, look: Look) -> Any:
 
 
 def _drawn(aspect: str, number: int) -> str:
-    """What a chart shows of an aspect: the aspect itself, unless Vega fails at it, which then is told apart by a number.
+    """What a chart shows of an aspect: the aspect itself; where Vega would fail at it, with a number, and cut.
 
     Vega keeps names as properties of an object that has some already. It cuts what is too long between the halves of a
     character that JavaScript stores as two.

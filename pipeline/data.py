@@ -557,8 +557,8 @@ def _judge(splits: Mapping[str, Split], data: params.Data) -> None:
     if len(aspects) > MOST_ASPECTS:
         raise UserError(
             f"data.columns.aspect: the test split has {len(aspects):,} aspects, such as "
-            f"{', '.join(list(aspects)[:EXAMPLES_SHOWN])}, more than {MOST_ASPECTS}: an aspect is a kind of task, which "
-            "many rows share"
+            f"{', '.join(list(aspects)[:EXAMPLES_SHOWN])}, more than {MOST_ASPECTS}: an aspect is a kind of task, "
+            "which many rows share"
         )
     for split in splits.values():
         if not split.rows:

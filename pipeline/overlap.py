@@ -16,7 +16,7 @@ from pipeline.params import Evaluate
 WORD, PAIR = 1, 2
 """Levels of a mark: a shared word, and shared words side by side in both texts (ROUGE-2 counts such pairs)."""
 FAR_SEARCHES = 100
-"""So many words of a text may be missing from it before others are looked for close by alone, which keeps time linear."""
+"""After so many words that the text does not have, words are looked for close by alone: this keeps time linear."""
 NEAR = 1000
 """Characters."""
 

@@ -19,9 +19,9 @@ character counts as a word."""
 MAX_FOREIGN_SHARE = 0.5
 """Share of letters outside a-z above which ROUGE's own tokenizer sees too little of a text to score."""
 
-# A run of full stops, what closes the sentence behind them, and white space: as much of each as there is. Possessive, so
-# that time is linear; `_ends` looks for an earlier end where no white space follows. Quotes that also open are taken as
-# closing only where they touch the full stop.
+# A run of full stops, what closes the sentence behind them, and white space: as much of each as there is. Possessive,
+# so that time is linear; `_ends` looks for an earlier end where no white space follows. Quotes that also open are taken
+# as closing only where they touch the full stop.
 _STOPS = re.compile(r"""[.!?…](?:\s?[.!?…])*+["']*+(?:\s?(?:''|[”’»)\]]))*+\s*+""")
 _ABBREVIATION = re.compile(
     r"""(?:^|[^\w.])
