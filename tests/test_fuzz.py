@@ -7,6 +7,7 @@ and inputs made by hand that once ended in a traceback or not at all.
 import copy
 import json
 import random
+import re
 import signal
 import struct
 from collections.abc import Callable, Iterator
@@ -30,10 +31,14 @@ from pipeline import (
     page,
     params,
     paths,
+    progress,
     records,
     report,
     sentences,
+    source,
+    store,
     tables,
+    trial,
 )
 from pipeline.errors import UserError, without_passwords
 from tests.conftest import ROOT
@@ -366,6 +371,97 @@ class TestLabels:
         drawn = replace(comparison(), aspects=[replace(one, name=label[:200]) for label in taken])
         chart = charts.drawn(charts._aspects(drawn, charts.FILE), charts.FILE)
         assert len(list(ElementTree.fromstring(chart).iter())) > len(taken)
+
+
+class TestAddresses:
+    """A secret is a run of letters that no other part of an address has, so that any part of it is found."""
+
+    SECRETS = (
+        "qzx{}", "QZX{}", "qzx%40{}", "qzx@{}", "@qzx{}@", "qzx:{}", "qzx'{}", 'qzx"{}', "qzx/{}", "qzx?{}", "qzx#{}",
+        "qzx&{}", "qzx={}", "qzx%2F{}", "qzx+{}/==", "hf_qzx{}", "qzx{}" * 30, "qzx({})", "qzx,{};", "qzx\u00e9{}",
+    )  # fmt: skip
+    SCHEMES = (
+        "http", "https", "postgresql", "postgresql+psycopg2", "mysql", "mssql+pyodbc", "s3", "ftp", "redis", "ssh",
+        "git+https", "ray", "hdfs", "x-y.z",
+    )  # fmt: skip
+    HOSTS = ("host", "host.example", "host:5000", "127.0.0.1", "[::1]:5000", "localhost")
+    PATHS = ("", "/", "/simple/demo", "/a@b", "/api/2.0/mlflow/runs/search", "/db")
+    NAMES = (
+        "token", "access_token", "api_key", "apikey", "key", "password", "pwd", "PASSWD", "secret", "auth", "code",
+        "client_secret", "sig", "sv", "se", "X-Amz-Signature", "X-Amz-Credential", "X-Amz-Security-Token", "Signature",
+        "AWSAccessKeyId", "Expires", "odbc_connect", "a", "", "%74oken", "next", "amp;token",
+    )  # fmt: skip
+    AROUND = (
+        "{}", "'{}'", '"{}"', "({})", "<{}>", "see {}, then", "{}: refused", "a {} b {} c@d", "line\n{}\n", "{},{}",
+        '{{"uri":"{}","more":1}}', "url: {}.", "`{}`",
+    )  # fmt: skip
+
+    def address(self, draw: random.Random) -> str:
+        secret = draw.choice(self.SECRETS).replace("{}", "jvw")
+        address, query = f"{draw.choice(self.SCHEMES)}://", ""
+        match draw.randrange(4):
+            case 0:
+                address += f"user:{secret}@"
+            case 1:
+                # A name alone, such as a token: nothing in it is taken for the end of the host.
+                address = address.replace("ssh", "http") + secret.translate(dict.fromkeys(map(ord, "/?#:"))) + "@"
+            case 2:
+                # What ends a value is no part of it.
+                query = draw.choice("?#") + draw.choice(("", "mode=ro&", "a=1&"))
+                query += f"{draw.choice(self.NAMES)}={secret.translate(dict.fromkeys(map(ord, '&#')))}"
+            case 3:
+                address += f":{secret}@"
+        return address + draw.choice(self.HOSTS) + draw.choice(self.PATHS) + query
+
+    def test_no_secret_of_any_address_is_told(self) -> None:
+        draw = random.Random(7)
+        for _ in range(3000):
+            text = draw.choice(self.AROUND).format(*(self.address(draw) for _ in range(2)))
+            told = str(UserError(text))
+            assert not re.search("qzx|jvw", told, re.IGNORECASE), (text, told)
+            assert without_passwords(told) == told, text
+
+    def test_an_address_with_a_secret_is_refused_wherever_parameters_have_one(self) -> None:
+        draw = random.Random(8)
+        content = YAML(typ="safe", pure=True).load(TEXT)
+        for _ in range(300):
+            address = self.address(draw)
+            changed = copy.deepcopy(content)
+            changed["tracking"]["uri"] = address
+            for said in (
+                told(lambda changed=changed: params.check(changed, "params.yaml")),  # type: ignore[misc]
+                *(told(lambda address=address, key=key: source.check(address, None, key)) for key in ("data", "model")),  # type: ignore[misc]
+            ):
+                assert said
+                assert not re.search("qzx|jvw", said, re.IGNORECASE), (address, said)
+
+    @pytest.mark.parametrize(
+        "text",
+        [
+            "sqlite:///.mlflow/mlflow.db", "http://127.0.0.1:5000", "https://host/x and a@b, //a b@c, hf:a/b@main",
+            "postgresql://host:5432/db?sslmode=require&connect_timeout=10", "sqlite:///x.db?timeout=30&mode=ro",
+            "git@host:a/b", "ssh://git@host/a/b.git", "http://[::1]:5000/a@b", "file:///home/a@b/c:d", "C:/me@x",
+            "dvc exp apply a && git add -u && git commit -m 'a: b'", "data.columns.id = 'a': no such column; did you?",
+            "the store http://host:5000 refused: a@b", "postgresql://h/d?options=-csearch_path%3Dx", "pip:a==1.0/b@c",
+        ],
+    )  # fmt: skip
+    def test_what_holds_no_secret_stays_as_it_is(self, text: str) -> None:
+        assert without_passwords(text) == text
+
+    def test_what_other_programs_print_is_told_without_it(
+        self, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """git's own error quotes the address; a trial's log does; and the store's address is shown at the end."""
+        with pytest.raises(UserError, match="git clone") as caught:
+            trial._git(tmp_path, "clone", "http://user:qzxjvw@127.0.0.1:9/a?token=qzxjvw", "b")
+        progress.say("pip: Looking in indexes: https://user:qzxjvw@host/simple?key=qzxjvw, https://other/simple")
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", "https://user:qzxjvw@host/?token=qzxjvw")
+        print(store.address(params.Tracking(uri=None, experiment="a")))
+        printed = capfd.readouterr()
+        assert "https://host/simple?key=..., https://other/simple\nhttps://host/?token=...\n" in printed.out
+        assert "qzx" not in str(caught.value) + printed.out + printed.err
+        pip = source._why_pip_failed("a==1", "ERROR: no https://user:qzxjvw@host/simple?sig=qzxjvw for a", "data")
+        assert "qzx" not in str(UserError(pip))
 
 
 class TestCatalogues:
