@@ -66,6 +66,13 @@ PAGE = Look(
     tuple(f"var(--seed-{i})" for i in range(1, 7)),
 )
 
+OF_OBJECTS = {
+    "constructor", "hasOwnProperty", "isPrototypeOf", "propertyIsEnumerable", "toLocaleString", "toString", "valueOf",
+    "__defineGetter__", "__defineSetter__", "__lookupGetter__", "__lookupSetter__", "__proto__",
+}  # fmt: skip
+"""What every object of JavaScript has."""
+UNCUT = 6
+"""So many characters of any script fit into a label."""
 MOST_POINTS = 400
 """A longer training curve is drawn as the means of this many stretches."""
 BINS = 40
@@ -74,15 +81,15 @@ BINS = 40
 
 def svg(comparison: Comparison, look: Look) -> str:
     """The chart as an SVG document."""
-    import vl_convert
+    import altair
 
-    return str(vl_convert.vegalite_to_svg(_specification(comparison, look)))
+    metrics = [LABELS[name] for name in comparison.results]
+    parts = _scores(comparison, look, metrics), _differences(comparison, look, metrics)
+    return drawn(altair.vconcat(*parts, spacing=28), look)
 
 
 def figures(comparison: Comparison, rows: Sequence[Row], seeds: Sequence[int], look: Look) -> dict[str, str]:
     """Every figure by name, as an SVG document; `aspects` is left out where the rows have none."""
-    import vl_convert
-
     metrics = [LABELS[name] for name in comparison.results]
     charts = {
         "differences": _differences(comparison, look, metrics),
@@ -93,26 +100,20 @@ def figures(comparison: Comparison, rows: Sequence[Row], seeds: Sequence[int], l
         "lengths": _lengths(rows, look),
         "endings": _endings(comparison, look),
     }
-    return {
-        name: str(vl_convert.vegalite_to_svg(_configured(chart, look).to_dict()))
-        for name, chart in charts.items()
-        if chart is not None
-    }
+    return {name: drawn(chart, look) for name, chart in charts.items() if chart is not None}
+
+
+def drawn(chart: Any, look: Look) -> str:
+    """A chart as an SVG document."""
+    import vl_convert
+
+    return str(vl_convert.vegalite_to_svg(_configured(chart, look).to_dict()))
 
 
 def inline(document: str) -> str:
     """An SVG document as it stands inside HTML: without namespaces, which are addresses, and without a fixed height."""
     document = re.sub(r'\sxmlns(:\w+)?="[^"]*"', "", document)
     return re.sub(r'(<svg[^>]*?)\sheight="[^"]*"', r"\1", document, count=1)
-
-
-def _specification(comparison: Comparison, look: Look) -> dict[str, Any]:
-    import altair
-
-    metrics = [LABELS[name] for name in comparison.results]
-    chart = altair.vconcat(_scores(comparison, look, metrics), _differences(comparison, look, metrics), spacing=28)
-    specification: dict[str, Any] = _configured(chart, look).to_dict()
-    return specification
 
 
 def _configured(chart: Any, look: Look) -> Any:
@@ -208,12 +209,12 @@ def _aspects(comparison: Comparison, look: Look) -> Any:
 
     if not comparison.aspects:
         return None
-    names = [aspect.name for aspect in comparison.aspects]
+    names = [_drawn(aspect.name, number) for number, aspect in enumerate(comparison.aspects, start=1)]
     panels = []
     for metric in comparison.decide_by:
         rows = [
-            {"aspect": one.name, "value": found.diff.value, "low": found.deciding.low, "high": found.deciding.high}
-            for one in comparison.aspects
+            {"aspect": name, "value": found.diff.value, "low": found.deciding.low, "high": found.deciding.high}
+            for name, one in zip(names, comparison.aspects, strict=True)
             for found in [one.results[metric]]
         ]
         y = altair.Y("aspect:N", sort=names, title=None, axis=altair.Axis(labelLimit=140))
@@ -226,6 +227,19 @@ def _aspects(comparison: Comparison, look: Look) -> Any:
             ).properties(width=look.width, height=28 * len(names), title=f"{LABELS[metric]}, tuned − base")
         )
     return altair.vconcat(*panels, spacing=20).resolve_scale(x="shared")
+
+
+def _drawn(aspect: str, number: int) -> str:
+    """What a chart shows of an aspect: the aspect itself; where Vega would fail at it, with a number, and cut.
+
+    Vega keeps names as properties of an object that has some already. It cuts what is too long between the halves of a
+    character that JavaScript stores as two.
+    """
+    if aspect in OF_OBJECTS:
+        return f"{number}. {aspect}"
+    if len(aspect) > UNCUT and max(aspect) > "\uffff":
+        return f"{number}. {aspect[:UNCUT]}…"
+    return aspect
 
 
 def _zero(look: Look) -> Any:

@@ -33,7 +33,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline import params, paths, progress, records, significance, tables
-from pipeline.errors import UserError, listing
+from pipeline.errors import LONGEST_LABEL, UserError, label_fault, listing
 from pipeline.records import Example
 from pipeline.sentences import MAX_FOREIGN_SHARE, foreign_share, lead, words
 from pipeline.source import mounted
@@ -42,6 +42,10 @@ from pipeline.tables import ABSENT, File, Located, Record
 ASPECTS = ("challenge", "approach", "outcome")
 SHINGLE_WORDS = 8
 EXAMPLES_SHOWN = 5
+LONGEST_ID = 1000
+"""Characters of an id or a group, which may be an address; an aspect has fewer, since charts show it."""
+MOST_ASPECTS = 500
+"""Each is a row of the report with intervals of its own; no chart of 2,000 can be drawn."""
 # What transcripts call who speaks: {role, content} of the chat templates, {from, value} of ShareGPT.
 ROLES = {"system": "system", "user": "user", "assistant": "assistant", "human": "user", "gpt": "assistant"}
 
@@ -166,6 +170,8 @@ def _read(data: params.Data, there: Mapping[str, File], split: str) -> Split:
     to_examples = {"aclsum": _papers, "table": _table, "chat": _conversations}[data.format]
     rows: list[Example] = []
     for file in files:
+        if fault := label_fault(file.name, LONGEST_ID):
+            raise UserError(f"data.files.{split}: the name of the file {reprlib.repr(file.name)} {fault}")
         rows += to_examples(data, split, list(tables.records(file, data.encoding)), file, len(rows))
     names = files[0].name if len(files) == 1 else f"{files[0].name} and {len(files) - 1} more"
     if not rows:
@@ -192,7 +198,7 @@ def _papers(_: params.Data, __: str, found: Sequence[Located], ___: File, ____: 
         name, abstract, summary = paper.get("id"), _in(paper.get("sentences"), "abstract"), paper.get("summary")
         if not isinstance(name, str) or not name:
             raise UserError(f"{where}: id must be a string; is this ACLSum's format? Else use data.format: table")
-        name = _string(name, f"{where}: id")
+        name = _name(name, f"{where}: id")
         if not isinstance(abstract, list) or not all(isinstance(sentence, str) for sentence in abstract):
             raise UserError(f"{where}: sentences.abstract must be a list of strings")
         source = _string(" ".join(abstract), f"{where}: sentences.abstract")
@@ -217,7 +223,7 @@ def _table(data: params.Data, split: str, found: Sequence[Located], file: File, 
         targets = _targets(_cell(record, columns.target), f"{where}: {columns.target}")
         name = f"{split}-{number}" if columns.id is None else _label(record, columns.id, where)
         group = "" if columns.group is None else _label(record, columns.group, where)
-        aspect = "default" if columns.aspect is None else _label(record, columns.aspect, where)
+        aspect = "default" if columns.aspect is None else _label(record, columns.aspect, where, LONGEST_LABEL)
         rows.append(Example(name, group, aspect, source, targets[0], lead(source), targets))
     return rows
 
@@ -269,12 +275,19 @@ def _targets(value: Any, where: str) -> list[str]:
     return list(dict.fromkeys(text for text in texts if text)) or [""]
 
 
-def _label(record: Record, column: str, where: str) -> str:
+def _label(record: Record, column: str, where: str, longest: int = LONGEST_ID) -> str:
     """An id, a group or an aspect: a string, or an integer in digits."""
     value = _cell(record, column)
-    name = str(value) if type(value) is int else _string(value, f"{where}: {column}")
+    name = _name(str(value) if type(value) is int else value, f"{where}: {column}", longest)
     if not name:
         raise UserError(f"{where}: {column} is empty: fill it in every row, or do without the column")
+    return name
+
+
+def _name(value: Any, where: str, longest: int = LONGEST_ID) -> str:
+    name = _string(value, where)
+    if fault := label_fault(name, longest):
+        raise UserError(f"{where} = {reprlib.repr(name)} {fault}; charts and tables show it as it is")
     return name
 
 
@@ -539,6 +552,13 @@ def _judge(splits: Mapping[str, Split], data: params.Data) -> None:
             [*problems, "mend the data, or raise data.max_dropped_share if these losses are meant"],
             f"{train.dropped_rows} of {train.read} training rows are unusable, more than the share "
             f"data.max_dropped_share = {data.max_dropped_share}",
+        )
+    aspects = Counter(row.aspect for row in splits["test"].rows)
+    if len(aspects) > MOST_ASPECTS:
+        raise UserError(
+            f"data.columns.aspect: the test split has {len(aspects):,} aspects, such as "
+            f"{', '.join(list(aspects)[:EXAMPLES_SHOWN])}, more than {MOST_ASPECTS}: an aspect is a kind of task, "
+            "which many rows share"
         )
     for split in splits.values():
         if not split.rows:

@@ -1,8 +1,12 @@
 """The one error a user is meant to see: what is wrong, with which value, and what to do about it."""
 
 import re
+import unicodedata
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+
+LONGEST_LABEL = 200
+"""Characters. An instruction is a parameter `prompt.instructions.<aspect>` in MLflow, whose names have 250 at most."""
 
 
 class UserError(Exception):
@@ -17,9 +21,75 @@ class UserError(Exception):
 
 
 def without_passwords(text: str) -> str:
-    """`text`, its addresses without the user name and password that they may hold."""
-    text = re.sub(r"//[^/@\s]*@", "//", text)
-    return re.sub(r"(?i)([?&](?:password|passwd|token|secret)=)[^&\s'\"]+", r"\1...", text)
+    """`text`, its addresses without the user name and password that they may hold, and without values that may be keys.
+
+    Of "?name=value&name=value", and the same behind "#", only values stay whose names are known to be of no secret:
+    what services call their tokens, keys and signatures has no end. The user name of a login by ssh stays.
+    """
+    text = _UNQUOTED.sub(r"\1", _LOGIN.sub(_without_login, text))
+    return _VALUE.sub(_without_value, text)
+
+
+# `pathlib` makes one slash of two, JSON may write "\/".
+_LOGIN = re.compile(r"(//|(?<=\w\w:)/|\\/\\/)([^\s/?#]*)@")
+# A password that was to be percent-encoded and is not, as in "//me:a/b c@host"; a number is a port instead.
+_UNQUOTED = re.compile(
+    r"""(?<!/)(//|(?<=\w\w:)/)(?!/)[^\s/?#@:\[]*:(?!\d+(?:[/?#\s,;:)\]}>'"]|$))\S[^\n@]{0,2000}@(?:\S*@)?"""
+)
+_VALUE = re.compile(r"([?&#])([^\s=?&#]*)=([^\s&#]*)")
+_HARMLESS = re.compile(
+    r"""user|username|host|port|database|dbname|schema|warehouse|region|driver|plugin|charset|collation|encoding
+        |ssl|ssl_?mode|ssl_?root_?cert|encrypt|trust_?server_?certificate|trusted_connection|mode|cache|uri|timeout
+        |\w+_timeout|application_name|options|unix_socket|local_infile|isolation_level|check_same_thread
+        |revision|ref|branch|page|limit|format|version""",
+    re.IGNORECASE | re.VERBOSE,
+)
+"""Names that databases, their drivers and hubs give to what is no secret."""
+
+
+def _without_login(found: re.Match[str]) -> str:
+    by_ssh = found.string[max(0, found.start() - 4) : found.start()].lower() == "ssh:" and ":" not in found[2]
+    return found[0] if by_ssh else found[1]
+
+
+def _without_value(found: re.Match[str]) -> str:
+    mark, name, value = found.groups()
+    plain = value.rstrip("'\")]}>,.;:")
+    if not plain or (_HARMLESS.fullmatch(name) and re.fullmatch(r"[\w.:/%+,=~-]*", plain)):
+        return found[0]
+    return f"{mark}{name}=...{value[len(plain) :]}"
+
+
+def label_fault(text: str, longest: int = LONGEST_LABEL) -> str | None:
+    """Why a text cannot be a label (an id, a group, an aspect, a name), None where it can.
+
+    Labels stand in charts, tables, file formats and terminals. Some of these end the process at a control character or
+    a noncharacter, and half of a surrogate pair cannot be written; line breaks and bidirectional controls show a label
+    as what it is not.
+    """
+    if len(text) > longest:
+        return f"has {len(text):,} characters, more than {longest:,}: shorten it"
+    for character in text:
+        code, category = ord(character), unicodedata.category(character)
+        if category in _NO_LABEL:
+            what = _NO_LABEL[category]
+        elif 0x202A <= code <= 0x202E or 0x2066 <= code <= 0x2069:
+            what = "a bidirectional control"
+        elif 0xFDD0 <= code <= 0xFDEF or code & 0xFFFE == 0xFFFE:
+            what = "which is no character"
+        else:
+            continue
+        return f"holds U+{code:04X}, {what}: take it out"
+    return None
+
+
+_NO_LABEL = {
+    "Cc": "a control character",
+    "Cs": "half of a surrogate pair, which is no character",
+    "Zl": "a line separator",
+    "Zp": "a paragraph separator",
+}
+"""What is told of characters of these general categories."""
 
 
 def listing(problems: Iterable[str], headline: str) -> UserError:

@@ -167,9 +167,18 @@ def _column(file: tables.File, forget: params.Forget) -> list[Text]:
 
 def without_tags(text: str) -> str:
     """HTML as plain text: paragraphs and breaks as new lines, other tags as nothing, entities as their characters."""
-    text = re.sub(r"(?i)<(br|/?p)\b[^>]*>", "\n", text)
-    text = html.unescape(re.sub(r"</?[A-Za-z][^>]*>", "", text))
-    return re.sub(r"\s*\n\s*", "\n", re.sub(r"[ \t\xa0]+", " ", text)).strip()
+    text = _tags(r"(?i)<(?:br|/?p)\b[^>]*>", "\n", text)
+    text = _tags(r"</?[A-Za-z][^>]*>", "", text)
+    # `html.unescape` takes no number of thousands of digits; whatever has more than eight is no character.
+    text = html.unescape(re.sub(r"&#0*([0-9]{8})[0-9]*", r"&#\1", text))
+    text = re.sub(r"[ \t\xa0]+", " ", text)
+    return re.sub(r"\s{2,}", lambda found: "\n" if "\n" in found[0] else found[0], text).strip()
+
+
+def _tags(pattern: str, instead: str, text: str) -> str:
+    """`text` with the tags replaced. What follows the last ">" holds none: each "<" there would be read to the end."""
+    before, last, rest = text.rpartition(">")
+    return re.sub(pattern, instead, before + last) + rest
 
 
 def windows(tokenizer: Any, texts: Sequence[Text], tokens: int, length: int) -> list[Window]:

@@ -15,6 +15,10 @@ from pipeline.params import Evaluate
 
 WORD, PAIR = 1, 2
 """Levels of a mark: a shared word, and shared words side by side in both texts (ROUGE-2 counts such pairs)."""
+FAR_SEARCHES = 100
+"""After so many words that the text does not have, words are looked for close by alone: this keeps time linear."""
+NEAR = 1000
+"""Characters."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,8 +64,10 @@ def shared(text: Sequence[Word], reference: Sequence[Word]) -> tuple[list[Mark],
 def closest(text: Sequence[Word], references: Sequence[Sequence[Word]]) -> int:
     """Index of the reference with which `text` shares most: the best F1 of single words, the first of equals."""
 
+    counts = Counter(word.key for word in text)
+
     def f1(reference: Sequence[Word]) -> float:
-        common = (Counter(word.key for word in text) & Counter(word.key for word in reference)).total()
+        common = (Counter(word.key for word in reference) & counts).total()
         return 2 * common / max(1, len(text) + len(reference))
 
     return max(range(len(references)), key=lambda i: f1(references[i]))
@@ -100,10 +106,12 @@ def _places(text: str, tokens: Sequence[str], fold: bool) -> list[tuple[int, int
     searched = text.lower() if fold else text
     at = [i for i, character in enumerate(text) for _ in (character.lower() if fold else character)]
     places: list[tuple[int, int] | None] = []
-    position = 0
+    position = missing = 0
     for token in tokens:
-        found = searched.find(token, position)
+        # A search for what is not there goes to the end of the text: of many such, only the first few do.
+        found = searched.find(token, position, None if missing < FAR_SEARCHES else position + len(token) + NEAR)
         if found < 0:
+            missing += 1
             places.append(None)
             continue
         position = found + len(token)

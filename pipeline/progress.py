@@ -11,6 +11,8 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
+from pipeline.errors import without_passwords
+
 SECONDS_BETWEEN_LINES = 10.0
 
 VALIDATIONS = "LORA_REPRO_VALIDATIONS"
@@ -18,8 +20,11 @@ VALIDATIONS = "LORA_REPRO_VALIDATIONS"
 
 
 def say(message: str) -> None:
-    """One line to the user, at once: stages run under DVC, which shows their output as it comes."""
-    print(message, flush=True)
+    """One line to the user, at once: stages run under DVC, which shows their output as it comes.
+
+    It may quote what another program printed, so it is shown without passwords.
+    """
+    print(without_passwords(message), flush=True)
 
 
 def publish_validation(seed: int, step: int, loss: float) -> None:

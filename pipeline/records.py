@@ -18,6 +18,7 @@ from typing import Any, TypeVar
 from pipeline.errors import UserError
 
 T = TypeVar("T")
+FORMULA = ("=", "+", "-", "@", "\t", "\r")
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,12 +111,23 @@ def write_rows(path: Path, rows: Iterable[Any]) -> None:
 
 
 def csv_text(header: Sequence[str], rows: Iterable[Iterable[Any]]) -> str:
-    """A table as CSV with line feeds; None is an empty cell."""
+    """A table as CSV with line feeds; None is an empty cell, and no text is a formula where a spreadsheet opens it."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(header)
-    writer.writerows(rows)
+    writer.writerows(map(_cell, row) for row in (header, *rows))
     return text.getvalue()
+
+
+def _cell(value: Any) -> Any:
+    """The value; a text that begins as a formula does, and is not a number, behind an apostrophe, as OWASP advises."""
+    if not isinstance(value, str):
+        return value
+    text = value.replace("\r\n", "\n").replace("\r", "\n")  # `csv` writes "\r" unquoted, and readers end the row there
+    try:
+        float(text)
+    except ValueError:
+        return f"'{text}" if value.startswith(FORMULA) else text
+    return text
 
 
 def json_line(row: Any) -> str:

@@ -304,7 +304,7 @@ def markdown(text: str) -> str:
     text = printable(text).strip().replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
     text = re.sub(r"([\\`*_\[\]|~$])", r"\\\1", text)
     text = re.sub(r"://|(?<=www)\.|@", lambda found: "".join(f"&#{ord(c)};" for c in found[0]), text, flags=re.I)
-    return re.sub(r"\s*\n\s*", "<br>", text) or "*(empty)*"
+    return re.sub(r"\s+", lambda found: "<br>" if "\n" in found[0] else found[0], text) or "*(empty)*"
 
 
 def html(text: str) -> Markup:

@@ -19,7 +19,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from pipeline import lockfile, params, paths, provenance, records, space, store, sweep, track, trial
-from pipeline.errors import UserError, without_passwords
+from pipeline.errors import UserError
 from pipeline.progress import say
 from pipeline.space import Search
 from pipeline.study import Judge, Study, hydra
@@ -175,7 +175,7 @@ def _test_winner(study: Study, runner: Runner, tracking: params.Tracking, table:
     if earlier:
         names = ", ".join(one.name for one in earlier)
         say(f"an earlier winner of this sweep was tested too, {names}: the test split was looked at more than once\n")
-    say(f"  record  run {run} in {without_passwords(str(tracking.uri))}; it holds the table of the trials")
+    say(f"  record  run {run} in {tracking.uri}; it holds the table of the trials")
     say(f"  take it dvc exp apply {tested.name} && {runner.then}git add -u && git commit -m '{study.name}: {job.name}'")
     return 0
 

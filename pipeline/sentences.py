@@ -19,8 +19,10 @@ character counts as a word."""
 MAX_FOREIGN_SHARE = 0.5
 """Share of letters outside a-z above which ROUGE's own tokenizer sees too little of a text to score."""
 
-# Quotes that also open are taken as closing only where they touch the full stop.
-_END = re.compile(r"""[.!?…](?:\s?[.!?…])*["']*(?:\s?(?:''|[”’»)\]]))*\s+""")
+# A run of full stops, what closes the sentence behind them, and white space: as much of each as there is. Possessive,
+# so that time is linear; `_ends` looks for an earlier end where no white space follows. Quotes that also open are taken
+# as closing only where they touch the full stop.
+_STOPS = re.compile(r"""[.!?…](?:\s?[.!?…])*+["']*+(?:\s?(?:''|[”’»)\]]))*+\s*+""")
 _ABBREVIATION = re.compile(
     r"""(?:^|[^\w.])
         (?:e\.\s?g|i\.\s?e|et\s?al|cf|vs|approx|resp|ca|viz|pp|figs?|eqs?|secs?|sects?|tabs?|refs?|chap|vol
@@ -63,18 +65,38 @@ def lead(text: str) -> str:
 
 def _each(text: str) -> Iterator[str]:
     for line in text.splitlines():
-        start = 0
-        for end in _END.finditer(line):
-            before, following = line[start : end.end()].rstrip(), line[end.end() : end.end() + 1]
-            if following and not (following.islower() or following in ",;:)]}") and not _is_open(before):
-                yield before.lstrip()
-                start = end.end()
+        start = seen = 0  # of the sentence, the part before `seen` is searched for letters
+        letters = False
+        for stop, end in _ends(line):
+            following = line[end : end + 1]
+            if not following or following.islower() or following in ",;:)]}":
+                continue
+            letters = letters or any(map(str.isalpha, line[seen:stop]))
+            seen = stop
+            if letters and not _is_open(line[max(start, stop - _LONGEST_ABBREVIATION) : stop]):
+                yield line[start:stop].lstrip()
+                start = seen = end
+                letters = False
         if rest := line[start:].strip():
             yield rest
 
 
-def _is_open(before: str) -> bool:
-    """Whether the full stop at the end of `before` closes no sentence."""
-    tail = before[-_LONGEST_ABBREVIATION:]
+def _ends(line: str) -> Iterator[tuple[int, int]]:
+    """Where sentences may end: the place behind the last full stop and what closes it, and behind the white space.
+
+    Where no white space follows, the last within them is taken: "a . .b" may end behind its first full stop.
+    """
+    position = 0
+    while found := _STOPS.search(line, position):
+        text = found[0]
+        end = found.end() if text[-1].isspace() else found.end() - len(text.split()[-1])
+        position = found.end()
+        if end > found.start():
+            yield found.start() + len(line[found.start() : end].rstrip()), end
+            position = end
+
+
+def _is_open(tail: str) -> bool:
+    """Whether the full stop at the end of `tail`, the last characters of a sentence, closes none."""
     initial = _INITIAL.search(tail) and tail[-2].isupper()
-    return bool(initial or _ABBREVIATION.search(tail)) or not any(map(str.isalpha, before))
+    return bool(initial or _ABBREVIATION.search(tail))

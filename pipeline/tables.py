@@ -106,11 +106,15 @@ def _matching(there: Mapping[str, File], pattern: PurePosixPath) -> list[str]:
 
 
 def _matches(parts: tuple[str, ...], pattern: tuple[str, ...]) -> bool:
-    if not pattern or not parts:
-        return not parts and all(part == "**" for part in pattern)
-    if pattern[0] == "**":
-        return _matches(parts, pattern[1:]) or _matches(parts[1:], pattern)
-    return fnmatchcase(parts[0], pattern[0]) and _matches(parts[1:], pattern[1:])
+    # Which beginnings of the path, by their number of parts, the pattern matches so far. Trying all ways of sharing the
+    # parts out among several `**` would take for ever.
+    ends = {0}
+    for wanted in pattern:
+        if wanted == "**":
+            ends = set(range(min(ends, default=len(parts) + 1), len(parts) + 1))
+        else:
+            ends = {end + 1 for end in ends if end < len(parts) and fnmatchcase(parts[end], wanted)}
+    return len(parts) in ends
 
 
 def _near(there: Mapping[str, File], wanted: PurePosixPath) -> str:

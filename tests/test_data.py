@@ -1,16 +1,19 @@
 """Preparing the data: formats, cleaning, the leakage guard, limits, the card, and one clear error for each mistake."""
 
 import json
+import re
+import reprlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from pipeline import params, paths, significance
+from pipeline import data, params, paths, significance
 from pipeline.data import Overlap, _places, prepare
 from pipeline.errors import UserError
 from pipeline.records import Example, read_rows, sha256_file, sha256_tree
+from tests.conftest import soon
 
 Files = Mapping[str, str | bytes]
 Prepare = Callable[..., dict[str, Any]]
@@ -329,6 +332,90 @@ def test_ids_must_be_names(run: Prepare, value: Any, told: str) -> None:
         {**GOOD, "train.jsonl": train},
         columns={**COLUMNS, "id": "id"},
     )
+
+
+@pytest.mark.parametrize(
+    ("label", "told"),
+    [
+        ("\x1b[31mred", "holds U+001B, a control character: take it out"),
+        ("a\0b", "holds U+0000, a control character"),
+        ("a\nb", "holds U+000A, a control character"),
+        ("a\tb", "holds U+0009, a control character"),
+        ("a\x85b", "holds U+0085, a control character"),
+        ("a\u2028b", "holds U+2028, a line separator"),
+        ("a\u2029b", "holds U+2029, a paragraph separator"),
+        ("a\u202eb", "holds U+202E, a bidirectional control"),
+        ("a\u2067b", "holds U+2067, a bidirectional control"),
+        ("\ufffe", "holds U+FFFE, which is no character"),
+        ("\U0010ffff", "holds U+10FFFF, which is no character"),
+        ("\ufdd0", "holds U+FDD0, which is no character"),
+        ("x" * 1001, "has 1,001 characters, more than "),
+    ],
+)
+@pytest.mark.parametrize("column", ["id", "group", "aspect"])
+def test_labels_that_cannot_be_shown_are_refused(run: Prepare, column: str, label: str, told: str) -> None:
+    train = lines(row(words(0), id="x"), row(words(100), id=label))
+    said = fails(run, re.escape(told), {**GOOD, "train.jsonl": train}, columns={**COLUMNS, column: "id"})
+    assert said.startswith(f"train.jsonl:2: id = {reprlib.repr(label)} ")
+    assert said.isprintable()
+
+
+def test_an_aspect_is_shorter_than_an_id_may_be(run: Prepare) -> None:
+    train = lines(row(words(0), id="x" * 201))
+    run({**GOOD, "train.jsonl": train}, columns={**COLUMNS, "id": "id", "group": "id"})
+    with pytest.raises(UserError, match=r"train\.jsonl:1: id = 'x.* has 201 characters, more than 200: shorten it"):
+        run({**GOOD, "train.jsonl": train}, columns={**COLUMNS, "aspect": "id"})
+
+
+@pytest.mark.parametrize(
+    "label", ["a", "ça va?", "\u732b", "\u0645\u200f", "a | `b` <c>", "\U0001f600", "constructor", "a b"]
+)
+def test_labels_of_any_script_are_taken(run: Prepare, label: str) -> None:
+    train = lines(row(words(0), id=label))
+    run({**GOOD, "train.jsonl": train}, columns={**COLUMNS, "id": "id", "group": "id", "aspect": "id"})
+    [found] = rows_of("train")
+    assert (found.id, found.group, found.aspect) == (label, label, label)
+
+
+def test_labels_of_papers_and_conversations_are_refused_as_well(run: Prepare) -> None:
+    paper = {"id": "a\x1b", "sentences": {"abstract": ["A ."]}, "summary": {}}
+    fails(
+        run,
+        r"train\.jsonl:1: id = 'a\\x1b' holds U\+001B",
+        {"train.jsonl": lines(paper)},
+        format="aclsum",
+        columns=None,
+    )
+    spoken = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    for key in ("id", "group"):
+        train = lines({"messages": spoken, key: "a\x1b"})
+        told = rf"train\.jsonl:1: {key} = 'a\\x1b' holds U\+001B"
+        fails(run, told, {"train.jsonl": train}, format="chat", columns=None)
+
+
+def test_a_file_whose_name_cannot_be_shown_is_refused(run: Prepare) -> None:
+    files = {**GOOD, "more/a\x1bb.jsonl": GOOD["train.jsonl"]}
+    names = {"train": "more/*.jsonl", "validation": "validation.jsonl", "test": "test.jsonl"}
+    said = fails(
+        run, r"data\.files\.train: the name of the file 'more/a\\x1bb\.jsonl' holds U\+001B", files, files=names
+    )
+    assert said.isprintable()
+
+
+def test_more_aspects_than_a_chart_can_hold_are_refused(run: Prepare) -> None:
+    many = [row(words(3000 + 100 * i), part=f"part {i}") for i in range(data.MOST_ASPECTS + 1)]
+    told = "the test split has 501 aspects, such as part 0, part 1, part 2, part 3, part 4, more than 500: an aspect"
+    fails(run, told, {**GOOD, "test.jsonl": lines(*many)}, columns={**COLUMNS, "aspect": "part"})
+    run({**GOOD, "test.jsonl": lines(*many[1:])}, columns={**COLUMNS, "aspect": "part"})
+
+
+def test_full_stops_without_end_take_no_time(run: Prepare) -> None:
+    """The leaders of a table of contents, as one line."""
+    leaders = [row(f"{number} Introduction {'.' * 20_000}{number} {words(100 * number)}") for number in range(9)]
+    with soon():
+        card = run({**GOOD, "train.jsonl": lines(*leaders)})
+    assert card["splits"]["train"]["rows"] == 9
+    assert rows_of("train")[1].lead == f"1 Introduction {'.' * 20_000}1 {words(100)}"
 
 
 # Cleaning

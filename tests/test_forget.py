@@ -1,6 +1,9 @@
 """Forgetting: the sums are those of two plain forward passes; texts and windows are what the parameters say."""
 
+import html
 import json
+import random
+import re
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -164,6 +167,30 @@ def test_another_encoding_is_told_by_the_key_that_sets_it(folder: Path) -> None:
     with pytest.raises(UserError, match=r"a.txt:1 is not UTF-8 .*: set forget.encoding to the encoding"):
         texts(folder, "a.txt")
     assert texts(folder, "a.txt", encoding="cp1252") == ["caf\u00e9"]
+
+
+TAGS = (
+    "<", "<p", "</p", "<BR", "<br/", "p", "a", "<a", " href='x'", ">", "/", ">", " ", "  ", "\t", "\n", "\xa0",
+    "\u2028", "\x0c", "\x1c", "&", "&lt;", "&lt", "&gt;", "&#", "&#x", "0", "00000", "1", "65", "6", "123456789",
+    "&#65;", ";", "&#0000000000065;", "&#99999999;", "&#1114112;", "&#0;", "&#x41;", "x", "&nbsp;", "&amp;lt;", "é",
+)  # fmt: skip
+
+
+def test_the_text_of_html_is_that_of_the_plain_expressions() -> None:
+    def plain(text: str) -> str:
+        text = re.sub(r"(?i)<(br|/?p)\b[^>]*>", "\n", text)
+        text = html.unescape(re.sub(r"</?[A-Za-z][^>]*>", "", text))
+        return re.sub(r"\s*\n\s*", "\n", re.sub(r"[ \t\xa0]+", " ", text)).strip()
+
+    draw = random.Random(0)
+    for _ in range(50_000):
+        text = "".join(draw.choices(TAGS, k=draw.randrange(16)))
+        assert forget.without_tags(text) == plain(text), text
+
+
+def test_a_character_of_thousands_of_digits_is_none() -> None:
+    assert forget.without_tags("a&#" + "9" * 10_000 + ";b") == "a\ufffdb"
+    assert forget.without_tags("a&#" + "0" * 10_000 + "65;b") == "aAb"
 
 
 # The stage

@@ -10,17 +10,39 @@ import random
 import re
 import struct
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import pytest
 from ruamel.yaml import YAML
 
-from pipeline import data, fetch, lockfile, params, paths, records, tables, trial
-from pipeline.errors import UserError
+from pipeline import (
+    charts,
+    data,
+    fetch,
+    forget,
+    lockfile,
+    metrics,
+    overlap,
+    page,
+    params,
+    paths,
+    progress,
+    records,
+    report,
+    sentences,
+    source,
+    store,
+    tables,
+    trial,
+)
+from pipeline.errors import UserError, without_passwords
 from tests.conftest import ROOT, soon
 from tests.test_fetch import write_gguf
+from tests.test_report import comparison
 
 TEXT = (ROOT / "params.yaml").read_text(encoding="utf-8")
 
@@ -277,6 +299,201 @@ class TestRows:
         assert "train.jsonl:1: id = '\\ud800': holds half of a surrogate pair" in told(
             lambda: read(file, section("aclsum"))
         )
+
+
+UNITS = (
+    ".", ". ", ".  ", "...x ", ".'", ".''", ". ''", "'", '"', "”", " ”", ")", " ", "\t", "\n", " \n", "\xa0", "\x0c",
+    "\x1c", "\u2028", "<", "<p", "<br ", "</a", "<!--", "&", "&a", "&#1", "&lt;", "&amp;amp;", "www.", "://", "//",
+    "//a:", "@", "?a=", "&key=", "#", "_", "\\", "`", "a.a.", "A.", "A. ", "1", "1. ", "0", "[", "{", "] ", "-\n",
+    "-", "a", "y", "ing ", "ab ", "some words. go on. ", "\u0301", "a\u0301", "\u0915\u094d", "\u732b", "\u732b. ",
+    "\u3002", "\U0001f600", "\u0130", "\ufffe", "\0",
+)  # fmt: skip
+
+
+def scored(name: str, **change: Any) -> Callable[[str], object]:
+    given = evaluation(name, **change)
+    return lambda text: metrics.chosen(given)[0].statistics([text, "a short text"], [["a short text"], [text]])
+
+
+def marks(name: str, **change: Any) -> Callable[[str], object]:
+    split = overlap.splitter(name, evaluation(name, **change))
+
+    def of(text: str) -> None:
+        found = split(text)
+        overlap.closest(found, [found, []])
+        page.marked(text, overlap.shared(found, found)[0])
+
+    return of
+
+
+def evaluation(name: str, **change: Any) -> params.Evaluate:
+    content = YAML(typ="safe", pure=True).load(TEXT)["evaluate"]
+    return params.Evaluate.model_validate(content | {"metrics": [name]} | change)
+
+
+class TestText:
+    """However long a run of whatever is, time grows as the text does: doubled three times, it would be 64 times as long
+    if it grew with the square."""
+
+    @pytest.mark.parametrize(
+        "read",
+        [sentences.sentences, sentences.lead, sentences.words, forget.without_tags, report.markdown, report.html,
+         page.shown, page.embedded, data._plain, lambda text: data.Overlap([text], 0.5).kind(f"{text} more"),
+         without_passwords],
+        ids=["sentences", "lead", "words", "without_tags", "markdown", "html", "shown", "embedded", "plain", "overlap",
+             "without_passwords"],
+    )  # fmt: skip
+    def test_a_long_run(self, read: Callable[[str], object]) -> None:
+        with soon():
+            for unit in UNITS:
+                for before, behind in (("", ""), ("A.", ".x"), ("<p>", "&")):
+                    read(before + unit * (50_000 // len(unit)) + behind)
+
+    @pytest.mark.parametrize(
+        "read",
+        [scored("rouge1"), scored("rouge2", use_stemmer=True), scored("rougeLsum"), scored("chrf"), scored("bleu"),
+         scored("rougeL", use_stemmer=False, rouge_tokenizer="unicode"), scored("bleu", bleu_tokenizer="intl"),
+         scored("bleu", bleu_tokenizer="zh"), scored("bleu", bleu_tokenizer="char"), marks("rouge1"), marks("bleu"),
+         marks("chrf")],
+        ids=["rouge1", "stemmed", "rougeLsum", "chrf", "bleu", "unicode", "intl", "zh", "char", "marks", "marks-bleu",
+             "marks-chrf"],
+    )  # fmt: skip
+    def test_scores_and_marks_of_a_long_run(self, read: Callable[[str], object]) -> None:
+        with soon():
+            for unit in UNITS:
+                read("A." + unit * (10_000 // len(unit)) + ".x")
+
+    def test_many_words_that_the_text_does_not_have(self) -> None:
+        """BLEU's tokenizer takes out a hyphen at a line's end: no such word is found in the text."""
+        with soon():
+            marks("bleu")(" ".join(f"a{i}-\nb" for i in range(40_000)))
+
+
+class TestLabels:
+    PARTS = (
+        "a", "B", "word", " ", "  ", "-", "_", ".", "/", "\\", "'", '"', "`", "<b>", "&amp;", "|", "\n", "\t", "\r",
+        "\0", "\x1b[31m", "\x7f", "\x85", "\ufffe", "\uffff", "\U0001ffff", "\ufdd0", "\ud800", "\u2028", "\u2029",
+        "\u202e", "\u2066", "\u200b", "\u200f", "\ufeff", "\u0301", "\u732b", "\U0001f600",
+        "\U0001f468\u200d\U0001f469", "\U000e0041", "constructor", "__proto__", "toString", "null", "${x}", "{{x}}",
+        "]]>", "=1+1", "\u0378", "\ue000", "x" * 150, "\U0001f600" * 40, "\ufdfd" * 40,
+    )  # fmt: skip
+
+    def test_any_label_is_refused_or_can_be_drawn(self, tmp_path: Path) -> None:
+        draw = random.Random(6)
+        file = tmp_path / "train.jsonl"
+        content = YAML(typ="safe", pure=True).load(TEXT)["data"]
+        columns = {"source": "text", "target": "summary", "id": "id", "group": "by", "aspect": "aspect"}
+        given = params.Data.model_validate(content | {"format": "table", "columns": columns})
+        taken: dict[str, None] = {}
+        refused = 0
+        labels = [*self.PARTS, *("".join(draw.choices(self.PARTS, k=draw.choice((1, 2, 5)))) for _ in range(600))]
+        for label in labels:
+            column = draw.choice(("id", "by", "aspect"))
+            row = {"text": "a", "summary": "b", "id": "i", "by": "g", "aspect": "x"} | {column: label}
+            file.write_text(json.dumps(row))
+            if said := told(lambda: read(file, given)):
+                assert said.startswith(f"train.jsonl:1: {column} ")
+                assert said.isprintable()
+                refused += 1
+            else:
+                taken[label.strip()] = None
+        assert refused > 200
+        assert len(taken) > 150
+        one = comparison().aspects[0]
+        drawn = replace(comparison(), aspects=[replace(one, name=label[:200]) for label in taken])
+        chart = charts.drawn(charts._aspects(drawn, charts.FILE), charts.FILE)
+        assert len(list(ElementTree.fromstring(chart).iter())) > len(taken)
+
+
+class TestAddresses:
+    """A secret is a run of letters that no other part of an address has, so that any part of it is found."""
+
+    SECRETS = (
+        "qzx{}", "QZX{}", "qzx%40{}", "qzx@{}", "@qzx{}@", "qzx:{}", "qzx'{}", 'qzx"{}', "qzx/{}", "qzx?{}", "qzx#{}",
+        "qzx&{}", "qzx={}", "qzx%2F{}", "qzx+{}/==", "hf_qzx{}", "qzx{}" * 30, "qzx({})", "qzx,{};", "qzx\u00e9{}",
+    )  # fmt: skip
+    SCHEMES = (
+        "http", "https", "postgresql", "postgresql+psycopg2", "mysql", "mssql+pyodbc", "s3", "ftp", "redis", "ssh",
+        "git+https", "ray", "hdfs", "x-y.z",
+    )  # fmt: skip
+    HOSTS = ("host", "host.example", "host:5000", "127.0.0.1", "[::1]:5000", "localhost")
+    PATHS = ("", "/", "/simple/demo", "/a@b", "/api/2.0/mlflow/runs/search", "/db")
+    NAMES = (
+        "token", "access_token", "api_key", "apikey", "key", "password", "pwd", "PASSWD", "secret", "auth", "code",
+        "client_secret", "sig", "sv", "se", "X-Amz-Signature", "X-Amz-Credential", "X-Amz-Security-Token", "Signature",
+        "AWSAccessKeyId", "Expires", "odbc_connect", "a", "", "%74oken", "next", "amp;token",
+    )  # fmt: skip
+    AROUND = (
+        "{}", "'{}'", '"{}"', "({})", "<{}>", "see {}, then", "{}: refused", "a {} b {} c@d", "line\n{}\n", "{},{}",
+        '{{"uri":"{}","more":1}}', "url: {}.", "`{}`",
+    )  # fmt: skip
+
+    def address(self, draw: random.Random) -> str:
+        secret = draw.choice(self.SECRETS).replace("{}", "jvw")
+        address, query = f"{draw.choice(self.SCHEMES)}://", ""
+        match draw.randrange(4):
+            case 0:
+                address += f"user:{secret}@"
+            case 1:
+                # A name alone, such as a token: nothing in it is taken for the end of the host.
+                address = address.replace("ssh", "http") + secret.translate(dict.fromkeys(map(ord, "/?#:"))) + "@"
+            case 2:
+                # What ends a value is no part of it.
+                query = draw.choice("?#") + draw.choice(("", "mode=ro&", "a=1&"))
+                query += f"{draw.choice(self.NAMES)}={secret.translate(dict.fromkeys(map(ord, '&#')))}"
+            case 3:
+                address += f":{secret}@"
+        return address + draw.choice(self.HOSTS) + draw.choice(self.PATHS) + query
+
+    def test_no_secret_of_any_address_is_told(self) -> None:
+        draw = random.Random(7)
+        for _ in range(3000):
+            text = draw.choice(self.AROUND).format(*(self.address(draw) for _ in range(2)))
+            told = str(UserError(text))
+            assert not re.search("qzx|jvw", told, re.IGNORECASE), (text, told)
+            assert without_passwords(told) == told, text
+
+    def test_an_address_with_a_secret_is_refused_wherever_parameters_have_one(self) -> None:
+        draw = random.Random(8)
+        content = YAML(typ="safe", pure=True).load(TEXT)
+        for _ in range(300):
+            address = self.address(draw)
+            changed = copy.deepcopy(content)
+            changed["tracking"]["uri"] = address
+            for said in (
+                told(lambda changed=changed: params.check(changed, "params.yaml")),  # type: ignore[misc]
+                *(told(lambda address=address, key=key: source.check(address, None, key)) for key in ("data", "model")),  # type: ignore[misc]
+            ):
+                assert said
+                assert not re.search("qzx|jvw", said, re.IGNORECASE), (address, said)
+
+    @pytest.mark.parametrize(
+        "text",
+        [
+            "sqlite:///.mlflow/mlflow.db", "http://127.0.0.1:5000", "https://host/x and a@b, //a b@c, hf:a/b@main",
+            "postgresql://host:5432/db?sslmode=require&connect_timeout=10", "sqlite:///x.db?timeout=30&mode=ro",
+            "git@host:a/b", "ssh://git@host/a/b.git", "http://[::1]:5000/a@b", "file:///home/a@b/c:d", "C:/me@x",
+            "dvc exp apply a && git add -u && git commit -m 'a: b'", "data.columns.id = 'a': no such column; did you?",
+            "the store http://host:5000 refused: a@b", "postgresql://h/d?options=-csearch_path%3Dx", "pip:a==1.0/b@c",
+        ],
+    )  # fmt: skip
+    def test_what_holds_no_secret_stays_as_it_is(self, text: str) -> None:
+        assert without_passwords(text) == text
+
+    def test_what_other_programs_print_is_told_without_it(
+        self, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """git's own error quotes the address; a trial's log does; and the store's address is shown at the end."""
+        with pytest.raises(UserError, match="git clone") as caught:
+            trial._git(tmp_path, "clone", "http://user:qzxjvw@127.0.0.1:9/a?token=qzxjvw", "b")
+        progress.say("pip: Looking in indexes: https://user:qzxjvw@host/simple?key=qzxjvw, https://other/simple")
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", "https://user:qzxjvw@host/?token=qzxjvw")
+        print(store.address(params.Tracking(uri=None, experiment="a")))
+        printed = capfd.readouterr()
+        assert "https://host/simple?key=..., https://other/simple\nhttps://host/?token=...\n" in printed.out
+        assert "qzx" not in str(caught.value) + printed.out + printed.err
+        pip = source._why_pip_failed("a==1", "ERROR: no https://user:qzxjvw@host/simple?sig=qzxjvw for a", "data")
+        assert "qzx" not in str(UserError(pip))
 
 
 class TestCatalogues:

@@ -75,6 +75,14 @@ def test_a_token_that_stands_nowhere_is_left_out() -> None:
     assert [word for word, _ in marked("say &quot;hi&quot; twice", 'say "hi" twice', "bleu")] == ["say", "hi", "twice"]
 
 
+def test_after_many_missing_tokens_others_are_looked_for_close_by() -> None:
+    split = overlap.splitter("bleu", given())
+    far = " near" + " " * 2 * overlap.NEAR + "far"
+    assert [word.key for word in split(far)] == ["near", "far"]
+    found = [word.key for word in split("&lt;x" + " &quot;y" * overlap.FAR_SEARCHES + far)]
+    assert found == ["x", *["y"] * overlap.FAR_SEARCHES, "near"]
+
+
 def test_the_closest_reference() -> None:
     split = overlap.splitter("rouge1", given())
     others = [split(one) for one in ("nothing here", "a cat sat", "a cat sat down long ago")]

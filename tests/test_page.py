@@ -11,6 +11,7 @@ from html.parser import HTMLParser
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import pytest
 
@@ -457,6 +458,30 @@ def test_tables_hold_all_digits() -> None:
     assert tables["guards"] == [{"rules_out": "a <doubled> BOS", "measured": "600 prompts | 1 BOS at most"}]
     [reference, *_] = tables["outputs"]
     assert (reference["variant"], reference["words"], reference["empty"]) == ("references", 22.2, None)
+
+
+def test_no_text_but_an_aspect_is_in_a_figure() -> None:
+    """A control character in one would end the process, so here it would fail every test."""
+    nasty = "word \x1b\0\ufffe\ud800\u2028 constructor" * 9
+    one = row(nasty, text=nasty, seeds=2)
+    whole = replace(one.example, group=nasty, source=nasty, target=nasty, lead=nasty, references=[nasty, nasty])
+    made = several_seeds()
+    lines = [replace(made.lines[0], about=nasty)]
+    made = replace(made, lines=lines, best=[], worst=[], published=[Published(metric="rouge1", value=1, about="a")])
+    figures = charts.figures(made, [replace(one, example=whole)], [17, 18], charts.FILE)
+    assert len(figures) == 7
+    assert not [name for name, figure in figures.items() if "word" in re.sub("words", "", figure)]
+
+
+def test_aspects_that_vega_cannot_draw_are_told_apart() -> None:
+    made = comparison()
+    names = ["constructor", "__proto__", "\U0001f600" * 50, "\U0001f600" * 51, "\U0001f600", "a" * 200, "plain"]
+    aspects = [replace(made.aspects[0], name=name) for name in names]
+    figure = charts.figures(replace(made, aspects=aspects), [row("p")], [17], charts.FILE)["aspects"]
+    shown = "".join(ElementTree.fromstring(figure).itertext())
+    face = "\U0001f600"
+    for label in ("1. constructor", "2. __proto__", f"3. {face * 6}…", f"4. {face * 6}…", f"{face}", "plain"):
+        assert label in shown
 
 
 def test_figures_of_extreme_rows() -> None:

@@ -1,5 +1,7 @@
 """Files: written whole or not at all, equal bytes for equal content, and errors that name the line."""
 
+import csv
+import io
 import os
 import socket
 from pathlib import Path
@@ -26,6 +28,21 @@ def test_rows_survive_a_round_trip_with_every_kind_of_line_break(tmp_path: Path)
     rows = [Example("1", "g", "x", "a\nb\u2028c\u0085d\r\n", 'q"\\', "\t")]
     records.write_rows(tmp_path / "r.jsonl", rows)
     assert records.read_rows(tmp_path / "r.jsonl", Example) == rows
+
+
+@pytest.mark.parametrize("start", ["=", "+", "-", "@", "\t", "\r"])
+def test_a_text_is_no_formula_in_a_spreadsheet(start: str) -> None:
+    text = f"{start}HYPERLINK('x')"
+    table = records.csv_text([text, "b"], [[text, f" {text}"], [f"a{text}", f"{text}\n,"], ["a\r=b", "c\r\n=d"]])
+    shown = text.replace("\r", "\n")
+    assert list(csv.reader(io.StringIO(table, newline=""))) == [
+        [f"'{shown}", "b"], [f"'{shown}", f" {shown}"], [f"a{shown}", f"'{shown}\n,"], ["a\n=b", "c\n=d"],
+    ]  # fmt: skip
+
+
+def test_numbers_stay_numbers_in_a_table() -> None:
+    row = [-1, -0.5, "-1", "-1e-05", "+2.5", "-inf", None, True, "− 3", "-"]
+    assert records.csv_text(["a"], [row]) == "a\n-1,-0.5,-1,-1e-05,+2.5,-inf,,True,− 3,'-\n"
 
 
 def test_a_row_that_does_not_fit_is_named_by_its_line(tmp_path: Path) -> None:

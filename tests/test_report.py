@@ -2,6 +2,7 @@
 page is tests/test_page.py's."""
 
 import json
+import random
 import re
 from collections.abc import Iterator
 from dataclasses import replace
@@ -253,6 +254,14 @@ def test_metrics_hold_numbers_only() -> None:
 def test_a_number_that_is_none_stops_the_report() -> None:
     with pytest.raises(ValueError, match="not JSON compliant"):
         report.write(comparison(reference_words=float("nan")), GUARDS)
+
+
+def test_line_breaks_are_replaced_as_the_plain_expression_does() -> None:
+    draw = random.Random(0)
+    for _ in range(20_000):
+        text = "".join(draw.choices(("a", "|", " ", "   ", "\t", "\n", "\r\n", "\u2028", "\xa0", "\x1c", "\x00"), k=9))
+        once = report.printable(text).strip().replace("|", r"\|")
+        assert report.markdown(text) == (re.sub(r"\s*\n\s*", "<br>", once) or "*(empty)*"), text
 
 
 def test_markdown_keeps_foreign_text_in_its_cell() -> None:

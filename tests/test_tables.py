@@ -2,6 +2,7 @@
 
 import random
 import struct
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import pytest
 from pipeline import tables
 from pipeline.errors import UserError
 from pipeline.tables import ABSENT, File
+from tests.conftest import soon
 
 HEADER = 'msgid ""\nmsgstr "Content-Type: text/plain; charset=UTF-8\\n"\n\n'
 
@@ -60,6 +62,25 @@ def there(tmp_path: Path) -> dict[str, File]:
         written(tmp_path / "root", name, "")
     written(tmp_path, "outside.csv", "")
     return tables.files({"root": tmp_path / "root"}, several=False)
+
+
+def test_a_pattern_matches_as_trying_all_ways_does() -> None:
+    def tried(parts: tuple[str, ...], pattern: tuple[str, ...]) -> bool:
+        if not pattern or not parts:
+            return not parts and all(part == "**" for part in pattern)
+        if pattern[0] == "**":
+            return tried(parts, pattern[1:]) or tried(parts[1:], pattern)
+        return fnmatchcase(parts[0], pattern[0]) and tried(parts[1:], pattern[1:])
+
+    draw, matching = random.Random(0), 0
+    for _ in range(20_000):
+        parts = tuple(draw.choices(("a", "b", "ab"), k=draw.randrange(6)))
+        pattern = tuple(draw.choices(("a", "**", "*", "b*"), k=draw.randrange(6)))
+        assert tables._matches(parts, pattern) == tried(parts, pattern), (parts, pattern)
+        matching += tables._matches(parts, pattern)
+    assert matching > 1000
+    with soon():
+        assert not tables._matches(("a",) * 100, ("**", "a") * 25 + ("x",))
 
 
 @pytest.mark.parametrize(
