@@ -10,6 +10,7 @@ import typer
 from typer.core import TyperGroup
 
 from pipeline.errors import UserError
+from pipeline.progress import say
 
 
 class Commands(TyperGroup):
@@ -64,8 +65,8 @@ def show(run: RUN = None) -> None:
 
         lineage.show(run, given.tracking)
         return
-    print(report.closing_lines(store.address(given.tracking), page.describe(given.seeds)))
-    print(f"  run      {track.describe(given.seeds, given.tracking)}")
+    say(report.closing_lines(store.address(given.tracking), page.describe(given.seeds)))
+    say(f"  run      {track.describe(given.seeds, given.tracking)}")
 
 
 Recompute = Annotated[bool, typer.Option("--recompute", help="Compute everything anew in a copy, and compare.")]
@@ -102,7 +103,7 @@ def compare(names: Names) -> None:
     if len(names) < 2:
         raise UserError(f"compare needs two experiments at least, such as: lora-repro compare workspace {names[0]}")
     found = [experiments.find(name, given.tracking) for name in names]
-    print(experiments.page(found, experiments.rank(found, given.compare), given.compare))
+    say(experiments.page(found, experiments.rank(found, given.compare), given.compare))
 
 
 GgufTypes = Annotated[

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from pipeline import params, paths, records, stage
-from pipeline.errors import UserError
+from pipeline.errors import UserError, printable
 from pipeline.progress import VALIDATIONS, say
 
 if TYPE_CHECKING:
@@ -163,7 +163,8 @@ def _require_success(codes: Sequence[int | None], folder: Path) -> None:
     code = codes[number] or 0
     for name in (f"{number}.stderr", f"{number}.traceback"):
         if (folder / name).is_file():
-            print((folder / name).read_text(encoding="utf-8", errors="replace"), file=sys.stderr, flush=True)
+            told = (folder / name).read_text(encoding="utf-8", errors="replace")
+            print(printable(told), file=sys.stderr, flush=True)
     how = f"was killed ({signal.Signals(-code).name})" if code < 0 else f"failed with exit code {code}"
     memory = "; if it was the system for want of memory, lower runtime.processes" if code == -signal.SIGKILL else ""
     raise UserError(

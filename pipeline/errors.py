@@ -12,12 +12,24 @@ LONGEST_LABEL = 200
 class UserError(Exception):
     """A mistake in the parameters, the data, the model or the environment that the user can mend.
 
-    Entry points print it without a traceback and exit with code 1; anything else that escapes is a defect of ours. Its
-    text goes into logs, so addresses that other people's errors quote lose their passwords here.
+    Entry points print it without a traceback and exit with code 1; anything else that escapes is a defect of ours. It
+    may quote what strangers have written, so it is made `printable` here.
     """
 
     def __init__(self, message: str) -> None:
-        super().__init__(without_passwords(message))
+        super().__init__(printable(message))
+
+
+def printable(text: str) -> str:
+    """`text` as it may be printed and logged: without passwords, and with U+FFFD for what a terminal would obey.
+
+    That are control characters, line feeds and tabs aside, and those that turn the direction of writing: a name could
+    hide with them what stands before it. `text` may be of several lines.
+    """
+    return _OBEYED.sub("\ufffd", without_passwords(text))
+
+
+_OBEYED = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
 
 
 def without_passwords(text: str) -> str:

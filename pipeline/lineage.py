@@ -1,12 +1,14 @@
 """From an MLflow run back to the commit, the outputs and the commands that restore them."""
 
 import json
+import shlex
 import subprocess
 import tempfile
 from pathlib import Path
 
-from pipeline import lockfile, params, paths, records, store, track
+from pipeline import lockfile, params, paths, provenance, records, store, track
 from pipeline.errors import UserError, listing
+from pipeline.progress import say
 
 STAGED = ("exec", "stash", "apply", "celery")
 """Folders under refs/exps that hold no experiment of a user's."""
@@ -20,10 +22,10 @@ def show(name: str, tracking: params.Tracking) -> None:
     """
     run = named(name, tracking)
     tags = run.tags
-    print(f"run      {run.name} ({run.run_id}), {run.status}")
-    print(f"commit   {tags.get(store.COMMIT, 'none')}{', with changes' if tags.get('git.dirty') == 'true' else ''}")
-    print(f"digest   {tags[store.DIGEST]}")
-    print(f"verdict  {tags.get(store.NOTE, '').replace('**', '')}")
+    say(f"run      {run.name} ({run.run_id}), {run.status}")
+    say(f"commit   {tags.get(store.COMMIT, 'none')}{', with changes' if tags.get('git.dirty') == 'true' else ''}")
+    say(f"digest   {tags[store.DIGEST]}")
+    say(f"verdict  {tags.get(store.NOTE, '').replace('**', '')}")
     with tempfile.TemporaryDirectory(prefix="lora-repro-") as folder:
         held = store.read_back(tracking, run.run_id, Path(folder))
         faults = store.spoilt(run, held, Path(folder)) if run.status == "FINISHED" else ["it is half-written"]
@@ -33,9 +35,9 @@ def show(name: str, tracking: params.Tracking) -> None:
     if faults:
         remedy = "it cannot be trusted; apply its experiment, and record that anew:"
         raise listing(faults, f"run {run.run_id} is not what was written, {remedy} `{track.COMMAND}`")
-    print("restore")
+    say("restore")
     for command in restoring(run, seeds):
-        print(f"  {command}")
+        say(f"  {command}")
 
 
 def named(name: str, tracking: params.Tracking) -> store.Stored:
@@ -51,7 +53,11 @@ def named(name: str, tracking: params.Tracking) -> store.Stored:
     raise UserError(
         f"{name} is a trial of the sweep {trial.tags[store.SWEEP]} ({trial.tags['trial.state']}): it was validated and "
         "not tested, so it has no result to show or compare"
-        + (f"; `dvc exp apply {trial.name}` and `dvc repro` test it" if trial.tags["trial.state"] == "complete" else "")
+        + (
+            f"; `dvc exp apply {shlex.quote(trial.name)}` and `dvc repro` test it"
+            if trial.tags["trial.state"] == "complete"
+            else ""
+        )
     )
 
 
@@ -81,7 +87,7 @@ def _adapters(folder: Path, lock: Path, seeds: list[int]) -> list[str]:
         if records.dvc_md5(logged) != outs.get(str(paths.adapter(seed))):
             faults.append(f"artifacts/adapter/{seed} is not the adapter that the run's dvc.lock has")
         else:
-            print(f"adapter  {seed}: sha256 {records.sha256_tree(logged)}, the one in dvc.lock")
+            say(f"adapter  {seed}: sha256 {records.sha256_tree(logged)}, the one in dvc.lock")
     return faults
 
 
@@ -89,7 +95,7 @@ def restoring(run: store.Stored, seeds: list[int]) -> list[str]:
     """The commands that bring the outputs of a run back to the working directory: by its commit, else by its DVC
     experiment, else by the files in the run itself."""
     digest = run.tags[store.DIGEST]
-    seen = [sha for sha in run.tags.get(store.COMMITS, "").split(", ") if sha]
+    seen = [sha for sha in run.tags.get(store.COMMITS, "").split(", ") if provenance.is_commit(sha)]
     # The commit that a run started from rarely holds its result, which is committed afterwards.
     later = _git("log", "--format=%H", "--exclude=refs/exps/*", "--all", "--", paths.DVC_LOCK.as_posix()).split()
     for sha in dict.fromkeys([*seen, *later]):
@@ -99,12 +105,12 @@ def restoring(run: store.Stored, seeds: list[int]) -> list[str]:
         sha, _, ref = line.partition(" ")
         parts = ref.split("/")
         if parts[2] not in STAGED and _holds(sha, digest, seeds):
-            return [f"dvc exp apply {parts[-1]}"]
-    fetch = f"{store.COMMAND} artifacts download --run-id {run.run_id} --dst-path . --artifact-path"
-    base = run.tags.get(store.COMMIT)
+            return [f"dvc exp apply {shlex.quote(parts[-1])}"]
+    fetch = f"{store.COMMAND} artifacts download --run-id {shlex.quote(run.run_id)} --dst-path . --artifact-path"
+    base = run.tags.get(store.COMMIT, "")
     # `dvc repro` last: it fills what the cache has lost, and finds nothing to do otherwise.
     return [
-        *([f"git checkout {base}"] if base else []),
+        *([f"git checkout {base}"] if provenance.is_commit(base) else []),
         *(f"{fetch} {path}" for path in (paths.PARAMS, paths.DVC_LOCK)),
         "dvc checkout",
         "dvc repro",

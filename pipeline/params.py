@@ -28,7 +28,7 @@ from pydantic import (
 )
 
 from pipeline import paths, yaml12
-from pipeline.errors import UserError, listing, without_passwords
+from pipeline.errors import UserError, label_fault, listing, without_passwords
 
 Share = Annotated[float, Field(ge=0, le=1)]
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
@@ -74,6 +74,16 @@ def codec(name: str) -> str:
     if not of_files:
         raise ValueError(f"'{name}' is no encoding of text files, such as utf-8, cp1252 or gb18030")
     return name
+
+
+def _label(text: str) -> str:
+    if fault := label_fault(text):
+        raise ValueError(f"{text!r} {fault}")
+    return text
+
+
+Label = Annotated[str, Field(min_length=1), AfterValidator(_label)]
+"""A name that charts, tables and MLflow show as it is."""
 
 
 class Files(Section):
@@ -180,7 +190,7 @@ class Prompt(Section):
     key = "prompt"
     style: Literal["chat", "plain"]
     template: str
-    instructions: dict[str, str]
+    instructions: dict[Label, str]
     max_tokens: Annotated[int, Field(ge=16)]
     truncate_source: bool
 
@@ -286,7 +296,7 @@ class Published(Section):
 
     metric: Metric
     value: Annotated[float, Field(ge=0, le=100)]
-    about: Annotated[str, Field(min_length=1)]
+    about: Label
 
 
 class Compare(Section):
@@ -322,7 +332,7 @@ def _without_password(uri: str | None) -> str | None:
 class Tracking(Section):
     key = "tracking"
     uri: Annotated[str | None, AfterValidator(_without_password)]
-    experiment: Annotated[str, Field(min_length=1)]
+    experiment: Label
 
 
 class Params(Section):

@@ -151,7 +151,7 @@ def parity(given: params.Params, types: Sequence[str], rows: int | None, merged:
     records.write_json(paths.PARITY_JSON, found)
     page = markdown(found, given.compare.decide_by)
     records.write_text(paths.PARITY_MD, page)
-    print(page)
+    say(page)
     return any(one["loses"] for one in found["llama.cpp"].values())
 
 

@@ -14,6 +14,7 @@ from pipeline import forget as reading
 from pipeline import memory, optimizer, params, paths, recipes
 from pipeline.errors import UserError
 from pipeline.memory import GB, Device, Parts, total
+from pipeline.progress import say
 from pipeline.shape import Shape
 
 CARDS = (24, 48, 80)
@@ -105,7 +106,7 @@ def show(recipe: str | None) -> None:
         stated = recipes.stated_shape(recipe)
     shape = stated or _shape(given)
     for line in lines(name, given, shape):
-        print(line)
+        say(line)
 
 
 def _shape(given: params.Params) -> Shape:

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
-from pipeline.errors import without_passwords
+from pipeline.errors import printable
 
 SECONDS_BETWEEN_LINES = 10.0
 
@@ -22,9 +22,9 @@ VALIDATIONS = "LORA_REPRO_VALIDATIONS"
 def say(message: str) -> None:
     """One line to the user, at once: stages run under DVC, which shows their output as it comes.
 
-    It may quote what another program printed, so it is shown without passwords.
+    It may quote what strangers or other programs have written, so it is made `printable`.
     """
-    print(without_passwords(message), flush=True)
+    print(printable(message), flush=True)
 
 
 def publish_validation(seed: int, step: int, loss: float) -> None:

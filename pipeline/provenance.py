@@ -2,6 +2,7 @@
 
 import os
 import platform
+import re
 import subprocess
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -36,6 +37,11 @@ def versions() -> dict[str, str]:
         except PackageNotFoundError:
             continue
     return found
+
+
+def is_commit(text: str) -> bool:
+    """Whether a text is the whole name of a commit, by SHA-1 or SHA-256: nothing else of a stranger's is given to git."""
+    return re.fullmatch(r"[0-9a-f]{40}|[0-9a-f]{64}", text) is not None
 
 
 def commit(folder: Path) -> tuple[str | None, bool]:

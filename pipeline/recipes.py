@@ -32,7 +32,8 @@ from rich.text import Text
 from ruamel.yaml.nodes import MappingNode, ScalarNode, SequenceNode
 
 from pipeline import params, paths, records, yaml12
-from pipeline.errors import UserError, listing
+from pipeline.errors import UserError, listing, printable
+from pipeline.progress import say
 from pipeline.shape import Shape
 
 DEFAULT = Path("params.default.yaml")
@@ -111,8 +112,8 @@ def show() -> None:
     names, needs = max(map(len, wants)), max(map(len, wants.values()))
     for choice in choices:
         mark = "*" if choice.content == here else " "
-        print(f"{mark} {choice.name:{names}}  {wants[choice.name]:{needs}}  {choice.recipe.about}")
-    print("\n* what params.yaml holds now. `lora-repro use <name>` writes it; --dry-run shows what would change.")
+        say(f"{mark} {choice.name:{names}}  {wants[choice.name]:{needs}}  {choice.recipe.about}")
+    say("\n* what params.yaml holds now. `lora-repro use <name>` writes it; --dry-run shows what would change.")
 
 
 def use(name: str, force: bool = False, dry_run: bool = False) -> None:
@@ -129,16 +130,16 @@ def use(name: str, force: bool = False, dry_run: bool = False) -> None:
         raise lost
     _print_diff(now.text if now else "", text, choice.name)
     if now and text == now.text:
-        print(f"params.yaml is what recipe {choice.name} gives: nothing changes")
+        say(f"params.yaml is what recipe {choice.name} gives: nothing changes")
     elif dry_run:
-        print("nothing was written (--dry-run)" + (f"; it would be refused: {lost}" if lost else ""))
+        say("nothing was written (--dry-run)" + (f"; it would be refused: {lost}" if lost else ""))
     else:
         records.write_text(paths.PARAMS, text)
-        print(f"params.yaml is now recipe {choice.name}: {choice.recipe.about}")
+        say(f"params.yaml is now recipe {choice.name}: {choice.recipe.about}")
     for line in _needs_at_length(choice):
-        print(line)
+        say(line)
     if not dry_run:
-        print("next   dvc repro")
+        say("next   dvc repro")
 
 
 def experiment(name: str, machine: params.Params) -> params.Params:
@@ -473,7 +474,7 @@ def _print_diff(old: str, new: str, name: str) -> None:
     colours = {"+": "green", "-": "red", "@": "cyan"}
     title = f"{paths.PARAMS} (recipe {name})"
     for line in difflib.unified_diff(old.splitlines(), new.splitlines(), str(paths.PARAMS), title, lineterm=""):
-        console.print(Text(line, style=colours.get(line[0], "")))
+        console.print(Text(printable(line), style=colours.get(line[0], "")))
 
 
 def _sources(content: Content) -> dict[str, list[str]]:

@@ -23,6 +23,7 @@ from pipeline.compare import Result
 from pipeline.errors import UserError, listing
 from pipeline.experiments import Experiment
 from pipeline.metrics import LABELS
+from pipeline.progress import say
 
 ALIAS = "champion"
 SEED = "seed"
@@ -77,10 +78,10 @@ def promote(name: str | None, model: str | None, given: params.Params, dry_run: 
     one = _candidate(_run(name, given, runs), tracking)
     base = experiments.gain(one.scored, None, given.compare)
     settle = _planned if dry_run else _settled
-    print(f"adapter   {one}")
-    print(f"base      {_figures(base)}: {_word(base)} ({100 * given.compare.confidence:g} % intervals)")
+    say(f"adapter   {one}")
+    say(f"base      {_figures(base)}: {_word(base)} ({100 * given.compare.confidence:g} % intervals)")
     for line in settle(one, base, model, runs, given):
-        print(line)
+        say(line)
 
 
 def _planned(

@@ -19,7 +19,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from pipeline import lockfile, params, paths, provenance, records, space, store, sweep, track, trial
-from pipeline.errors import UserError
+from pipeline.errors import UserError, printable
 from pipeline.progress import say
 from pipeline.space import Search
 from pipeline.study import Judge, Study, hydra
@@ -229,5 +229,5 @@ def _header(study: Study) -> list[str]:
 def _print_table(study: Study, total: int) -> None:
     table = Table(*_header(study)[:-1], box=None, pad_edge=False)
     for row in _rows(study, total):
-        table.add_row(*map(escape, row[:-1]))
+        table.add_row(*(escape(printable(cell)) for cell in row[:-1]))
     Console(soft_wrap=True, width=1000).print(table)  # as wide as the names are

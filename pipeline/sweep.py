@@ -23,7 +23,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from pipeline import params, paths, yaml12
-from pipeline.errors import UserError, listing
+from pipeline.errors import UserError, listing, printable
 from pipeline.progress import say
 
 SECONDS_BETWEEN_LOOKS = 1.0
@@ -251,7 +251,7 @@ def _dvc(*arguments: str) -> str:
 def _print_table(names: dict[str, Combination], states: dict[str, str]) -> None:
     table = Table("experiment", "parameters", "status", box=None, pad_edge=False)
     for name, combination in names.items():
-        table.add_row(name, escape(str(combination)), states[name].lower())
+        table.add_row(*(escape(printable(cell)) for cell in (name, str(combination), states[name].lower())))
     Console(soft_wrap=True).print(table)
 
 

@@ -18,6 +18,7 @@ from typing import Any
 from pipeline import lockfile, params, paths, records, source, store, track, yaml12
 from pipeline import page as pages
 from pipeline.errors import UserError, listing
+from pipeline.progress import say
 from stages import compare
 
 ABOVE = "# what is said above"
@@ -53,11 +54,11 @@ def verify() -> bool:
     found = 0
     for check in (cache, outputs, pipeline, chain, reports, record, page, wheels):
         outcome = check(project)
-        print(f"{outcome.name}: {outcome.compared}", flush=True)
+        say(f"{outcome.name}: {outcome.compared}")
         for one in outcome.findings:
-            print(f"  {one.place}: {one.wrong}\n    mend: {one.remedy}", flush=True)
+            say(f"  {one.place}: {one.wrong}\n    mend: {one.remedy}")
         found += len(outcome.findings)
-    print(f"{found} to mend, from the top" if found else "all agreed", flush=True)
+    say(f"{found} to mend, from the top" if found else "all agreed")
     return not found
 
 
@@ -317,14 +318,12 @@ def record(project: lockfile.Project) -> Outcome:
         own = run.tags[store.DIGEST] == now.digest
         outcome.find(
             f"run {run.name} ({run.run_id})", f"half-written, its status is {run.status}",
-            track.COMMAND if own else f"{store.COMMAND} runs delete --run-id {run.run_id}",
+            track.COMMAND if own else _deleting(run),
         )  # fmt: skip
     others = [run for run in runs if run.tags[store.DIGEST] != now.digest and run.status == "FINISHED"]
     for run in others:
         for fault in _faults(tracking, run)[1]:
-            remedy = (
-                f"{store.COMMAND} runs delete --run-id {run.run_id}  # `dvc exp apply` and `dvc repro` record it anew"
-            )
+            remedy = f"{_deleting(run)}  # `dvc exp apply` and `dvc repro` record it anew"
             outcome.find(f"run {run.name} ({run.run_id})", fault, remedy)
     finished = [run for run in runs if run.tags[store.DIGEST] == now.digest and run.status == "FINISHED"]
     if not finished:
@@ -332,12 +331,12 @@ def record(project: lockfile.Project) -> Outcome:
         return outcome
     for run in finished[1:]:
         wrong = f"a second record of the experiment that {finished[0].run_id} holds"
-        delete = f"{store.COMMAND} runs delete --run-id {run.run_id}"
+        delete = _deleting(run)
         outcome.find(f"run {run.name} ({run.run_id})", wrong, delete)
     count = 0
     for run in finished:
         place = f"run {run.name} ({run.run_id})"
-        remedy = f"{store.COMMAND} runs delete --run-id {run.run_id} && {track.COMMAND}"
+        remedy = f"{_deleting(run)} && {track.COMMAND}"
         held, faults = _faults(tracking, run)
         for fault in faults:
             outcome.find(place, fault, remedy)
@@ -352,6 +351,11 @@ def record(project: lockfile.Project) -> Outcome:
         f"{_word(outcome, 'one is as written and, of this experiment, as here')}"
     )
     return outcome
+
+
+def _deleting(run: store.Stored) -> str:
+    """The command that deletes a run from the store, for a shell."""
+    return f"{store.COMMAND} runs delete --run-id {shlex.quote(run.run_id)}"
 
 
 def page(project: lockfile.Project) -> Outcome:
