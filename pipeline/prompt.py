@@ -263,9 +263,12 @@ class _Apart:
             pass
         return process.returncode
 
-    def _lost(self, task: str, status: int) -> Exception:
+    def _lost(self, task: str, status: int) -> UserError:
         if status >= 0:
-            return RuntimeError(f"{apart.__file__} ended with {status}")
+            return UserError(
+                f"the process that tries chat templates and tokenizers ended with {status}: what it printed says why; "
+                "try again, or install this environment anew"
+            )
         what, instead = "tokenizer", INSTEAD
         if task == "render":
             what, instead = "chat template", f"{INSTEAD}, or set prompt.style to plain"

@@ -8,7 +8,7 @@ from typing import Any
 import psutil
 import pytest
 
-from pipeline import model, params, prompt
+from pipeline import apart, model, params, prompt
 from pipeline.errors import UserError
 from pipeline.prompt import Encoder, rendered
 from pipeline.records import Example
@@ -237,3 +237,13 @@ def test_templates_run_apart_without_the_secrets_of_the_environment(
     assert prompt._apart.process
     assert "planted0secret" not in str(psutil.Process(prompt._apart.process.pid).environ())
     assert prompt._apart.end() == 0
+
+
+def test_an_environment_in_which_templates_cannot_be_tried_is_one_error(
+    tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prompt._apart.end()
+    (tmp_path / "broken.py").write_text("raise SystemExit(3)\n")
+    monkeypatch.setattr(apart, "__file__", str(tmp_path / "broken.py"))
+    with soon(), pytest.raises(UserError, match="the process that tries chat templates and tokenizers ended with 3"):
+        Encoder(tokenizer, section(), 512)

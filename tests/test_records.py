@@ -79,6 +79,16 @@ def test_the_digest_of_an_ordinary_folder_stays_what_it_is(tmp_path: Path) -> No
     assert records.sha256_tree(tmp_path) == "ee3d64e09eadf20f63653350d9b7e5f986a68fc3eb5281462cacbe7aa9701a0f"
 
 
+def test_a_link_to_a_file_counts_as_the_file(tmp_path: Path) -> None:
+    """As of outputs that DVC links into its cache; of a source, `pipeline.source` refuses those that lead out."""
+    (tmp_path / "cache").write_text("1")
+    for name in ("plain", "linked"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "plain" / "x").write_text("1")
+    (tmp_path / "linked" / "x").symlink_to(tmp_path / "cache")
+    assert records.sha256_tree(tmp_path / "linked") == records.sha256_tree(tmp_path / "plain")
+
+
 def planted(folder: Path, kind: str) -> None:
     """Something in a folder that can be followed or opened, and that no digest covers."""
     odd = folder / "odd"
