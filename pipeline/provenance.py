@@ -40,7 +40,7 @@ def versions() -> dict[str, str]:
 
 
 def is_commit(text: str) -> bool:
-    """Whether a text is the whole name of a commit, by SHA-1 or SHA-256: nothing else of a stranger's is given to git."""
+    """Whether a text is the whole name of a commit, in SHA-1 or SHA-256: git is given nothing else of a stranger's."""
     return re.fullmatch(r"[0-9a-f]{40}|[0-9a-f]{64}", text) is not None
 
 
