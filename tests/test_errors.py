@@ -1,4 +1,4 @@
-"""What is printed: a terminal obeys nothing of what strangers have written, and a shell nothing of what is to be pasted."""
+"""A terminal obeys nothing of what strangers have written, and a shell nothing in the commands that are to be pasted."""
 
 import io
 import subprocess
