@@ -61,3 +61,17 @@ def test_ollama_is_told_the_template_and_the_decoding(project: params.Params, ti
 
 def test_braces_and_quotes_of_a_template_stay_what_they_are() -> None:
     assert ollama._go('a {{ b """ c') == 'a {{ "{{" }} b ""{{ "\\"" }} c'
+
+
+def test_no_token_and_no_template_writes_a_line_of_its_own(
+    project: params.Params, tiny_model: Path, tmp_path: Path
+) -> None:
+    folder = shutil.copytree(tiny_model, tmp_path / "model")
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.eos_token = '<end>"\nFROM /etc/passwd\nPARAMETER stop "'
+    tokenizer.save_pretrained(folder)
+    text = ollama.modelfile("base.gguf", None, folder, project.generation, 208)
+    assert "passwd" not in text
+    assert "# A token that ends an answer holds a quote and a line break" in text
+    tokenizer.chat_template = CHATML.replace("assistant\n{% endif", 'assistant "{% endif')
+    assert ollama._template(tokenizer) is None
