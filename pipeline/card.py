@@ -244,7 +244,7 @@ def _transformers(content: Content) -> str:
         where, quantized = '"base"', ""
         if not content.base:
             found, method = hub(content.given.model.source), content.given.quantize.method
-            where = f'"{found[0]}", revision="{found[1]}"' if found else '"<folder of the base>"'
+            where = f"{_python(found[0])}, revision={_python(found[1])}" if found else '"<folder of the base>"'
             if method != "none":
                 names = [*names[:2], "BitsAndBytesConfig", names[2]]
                 quantized = f", quantization_config={_quantization(content.given)}"
@@ -289,17 +289,24 @@ def _quantization(given: params.Params) -> str:
 def _text(prompt: params.Prompt) -> list[str]:
     """The text of a prompt, from the template of the run and the first of its instructions."""
     lines = ['source = "Here stands the text that the task is about."']
-    text = f"{json.dumps(prompt.template, ensure_ascii=False)}"
+    text = _python(prompt.template)
     if prompt.instructions and "{instruction}" in prompt.template:
         first = next(iter(prompt.instructions))
         lines += [
-            f"instructions = {json.dumps(prompt.instructions, ensure_ascii=False, indent=4)}",
+            f"instructions = {_python(prompt.instructions)}",
             f"text = {text}",
-            f'text = text.replace("{{instruction}}", instructions[{json.dumps(first, ensure_ascii=False)}])',
+            f'text = text.replace("{{instruction}}", instructions[{_python(first)}])',
             'text = text.replace("{source}", source)',
         ]
         return lines
     return [*lines, f'text = {text}.replace("{{source}}", source)']
+
+
+def _python(value: str | dict[str, str]) -> str:
+    """A string, or a dictionary of strings, as Python has it: JSON has it so as well. What is not seen is escaped, such
+    as bidirectional controls, which show code as what it is not; a dictionary's own line breaks stay."""
+    text = json.dumps(value, ensure_ascii=False, indent=4)
+    return "".join(one if one.isprintable() or one == "\n" else one.encode("unicode_escape").decode() for one in text)
 
 
 def _prompt(prompt: params.Prompt) -> list[str]:
@@ -325,13 +332,13 @@ def _llama_cpp(content: Content) -> str:
         "import xllamacpp",
         "",
         "settings = xllamacpp.CommonParams()",
-        f"settings.model.path = {json.dumps(model)}",
+        f"settings.model.path = {_python(model)}",
         "settings.n_parallel = 1",
         f"settings.n_ctx = {tokens}",
     ]
     for name in adapters:
         lines += [
-            f"settings.lora_adapters = [xllamacpp.CommonAdapterLoraInfo({json.dumps(name)}, 1.0)]",
+            f"settings.lora_adapters = [xllamacpp.CommonAdapterLoraInfo({_python(name)}, 1.0)]",
         ]
     lines += ["server = xllamacpp.Server(settings)", "", *_text(given.prompt)]
     if given.prompt.style == "chat":

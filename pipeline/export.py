@@ -247,20 +247,28 @@ def _command(asked: Asked, seed: int) -> str:
 
 @contextmanager
 def _written(destination: Path) -> Iterator[Path]:
-    """A folder beside the destination that takes its place if, and only if, the block succeeds."""
+    """A folder beside the destination that takes its place if, and only if, the block succeeds.
+
+    It and what is in it have the modes that the umask gives: libraries make some files for their owner alone.
+    """
     try:
         place = destination.resolve()  # where a link leads, which stays
         place.parent.mkdir(parents=True, exist_ok=True)
         made = Path(mkdtemp(prefix=f".{place.name}.", dir=place.parent))
+        folder, usual = made / "export", made / "usual"
+        folder.mkdir()
+        usual.touch()
     except (OSError, RuntimeError) as error:
         raise _unwritable(destination, error) from None
     try:
-        yield made
+        yield folder
         try:
-            made.chmod(0o755)
+            for file in folder.rglob("*"):
+                if file.is_file():
+                    file.chmod(usual.stat().st_mode)
             if place.exists():
                 shutil.rmtree(place)
-            made.replace(place)
+            folder.replace(place)
         except OSError as error:
             raise _unwritable(destination, error) from None
     finally:

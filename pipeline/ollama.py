@@ -1,5 +1,6 @@
 """Ollama's Modelfile for exported GGUF files: the chat template in ollama's language (Go's), and how to decode."""
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +44,13 @@ def modelfile(base: str, adapter: str | None, checkpoint: Path, generation: para
     ]
     config = records.read_json(checkpoint / "config.json")
     stops = [tokenizer.convert_ids_to_tokens(one) for one in gguf_file.stops(checkpoint, config, tokenizer)]
-    lines += [f'PARAMETER stop "{stop}"' for stop in stops]  # whatever stands between the first and the last quote
+    for stop in stops:
+        # Whatever stands between the first and the last quote; behind a quote, a line break ends it.
+        lines.append(
+            "# A token that ends an answer holds a quote and a line break, which a Modelfile cannot tell."
+            if '"' in stop and re.search(r"[\r\n]", stop)
+            else f'PARAMETER stop "{stop}"'
+        )
     return "\n".join(lines) + "\n"
 
 
@@ -63,13 +70,14 @@ def _template(tokenizer: Any) -> str | None:
     bos = tokenizer.bos_token if tokenizer.bos_token and tokenizer("a").input_ids[0] == tokenizer.bos_token_id else ""
     told = {name: _go(text) for name, text in pieces.items()}
     default, system = _go(pieces["default"].removeprefix(bos)), _go(pieces["system"].removeprefix(bos))
-    return (
+    template = (
         "{{ if not .System }}" + default + "{{ end }}{{ range .Messages }}"
         '{{ if eq .Role "system" }}' + system + "{{ .Content }}" + told["after_system"]
         + '{{ else if eq .Role "user" }}' + told["user"] + "{{ .Content }}" + told["after_user"]
         + '{{ else if eq .Role "assistant" }}' + told["assistant"] + "{{ .Content }}" + told["after_assistant"]
         + "{{ end }}{{ end }}" + told["answer"]
     )  # fmt: skip
+    return None if template.endswith('"') else template  # the first three quotes in a row end it
 
 
 _CONVERSATIONS: list[list[dict[str, str]]] = [

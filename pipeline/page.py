@@ -347,7 +347,7 @@ def _first(marks: tuple[list[Mark], list[Mark]], nearest: int, reference: str) -
 
 def shown(text: str) -> str:
     """A text as the page shows it: control characters, and halves of characters, as U+FFFD."""
-    return re.sub("[\ud800-\udfff]", "\ufffd", report.printable(text)).strip()
+    return report.printable(text).strip()
 
 
 def _data(content: Content, held: Iterable[int], split: Splitter) -> dict[str, Any]:

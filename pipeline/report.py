@@ -307,6 +307,12 @@ def markdown(text: str) -> str:
     return re.sub(r"\s+", lambda found: "<br>" if "\n" in found[0] else found[0], text) or "*(empty)*"
 
 
+def code(text: str) -> str:
+    """Any text as code within a line of Markdown, which may be a table's: a code span, or what shows as one."""
+    shown = printable(text).strip()
+    return f"`{shown}`" if shown and not re.search(r"[`|\n]", shown) else f"<code>{markdown(shown)}</code>"
+
+
 def html(text: str) -> Markup:
     """Any text as HTML: escaped, and with no address in it that a careless reader or tool takes for a link."""
     safe = str(escape(printable(text).strip())).replace("://", "&#58;//")
@@ -314,8 +320,8 @@ def html(text: str) -> Markup:
 
 
 def printable(text: str) -> str:
-    """Control characters, line breaks and tabs aside, as U+FFFD; all line breaks as newlines."""
-    return re.sub(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]", "\ufffd", "\n".join(text.splitlines()))
+    """Control characters, line breaks and tabs aside, and halves of characters as U+FFFD; line breaks as newlines."""
+    return re.sub(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff]", "\ufffd", "\n".join(text.splitlines()))
 
 
 def environment(folder: Path = TEMPLATES) -> Environment:
@@ -330,6 +336,19 @@ def environment(folder: Path = TEMPLATES) -> Environment:
     )
     made.filters |= {
         function.__name__: function
-        for function in (points, signed, span, share, probability, nats, change, change_span, epochs, markdown, html)
+        for function in (
+            points,
+            signed,
+            span,
+            share,
+            probability,
+            nats,
+            change,
+            change_span,
+            epochs,
+            markdown,
+            code,
+            html,
+        )
     }
     return made

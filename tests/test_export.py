@@ -8,13 +8,17 @@ import inspect
 import io
 import json
 import math
+import os
 import re
 import warnings
+from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 from huggingface_hub import ModelCard
+from markdown_it import MarkdownIt
 from typer.testing import CliRunner
 
 from pipeline import card, cli, export, licence, params, paths, records
@@ -269,6 +273,21 @@ def test_what_is_not_the_run_s_is_not_exported(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("umask", [0o022, 0o077, 0o002])
+def test_the_modes_are_those_that_the_umask_gives(umask: int, tmp_path: Path) -> None:
+    before = os.umask(umask)
+    try:
+        run("adapter", str(tmp_path / "adapter"))
+        run("gguf", str(tmp_path / "gguf"))
+    finally:
+        os.umask(before)
+    found = list(tmp_path.rglob("*"))
+    assert {path.stat().st_mode & 0o777 for path in found if path.is_dir()} == {0o777 & ~umask}
+    modes = {str(path): path.stat().st_mode & 0o777 for path in found if path.is_file()}
+    assert modes == dict.fromkeys(modes, 0o666 & ~umask)
+    assert {path.name for path in found if path.is_dir()} == {"adapter", "base", "gguf"}
+
+
 REVISION = "0123456789" * 4
 
 
@@ -300,3 +319,80 @@ def test_local_sources_are_named_without_their_path() -> None:
     assert card.shown("pip:toy==1.0/toy") == "pip:toy==1.0/toy"
     assert json.dumps(card.hub(f"hf:a/b@{REVISION}")) == f'["a/b", "{REVISION}"]'
     assert card.hub(f"hf:a/b@{REVISION}/part") is None
+
+
+NASTY = (
+    "a`b", "a``b`", "`", "a\n```\n# heading", "a\n---\nlicense: mit", "a | b |", "[x](http://evil.example)", "# a",
+    "<script>x</script>", "![x](//evil.example)", "www.evil.example", "a\u2028b \u202ec", "\ud800x", "a\\", "<!-- a",
+    "a\0\x1b[31mb", "*a* _b_ ~~c~~", "'\"\"\"{{ a }}{% b %}", "&lt;b&gt;", "a\r\n\r\n    b", "1\n- 2\n> 3",
+    "\u00e9 \U0001f600",
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def exported(copied: Path, tmp_path_factory: pytest.TempPathFactory) -> card.Content:
+    """What the card of an export is made of."""
+    found: list[card.Content] = []
+
+    def render(content: card.Content) -> str:
+        found.append(content)
+        return "a card"
+
+    with contextlib.chdir(copied), pytest.MonkeyPatch.context() as patched, warnings.catch_warnings():
+        warnings.filterwarnings("ignore", module=r"mlflow(\.|$)")
+        for name, value in environment().items():
+            patched.setenv(name, value)
+        patched.setattr(card, "render", render)
+        export.export(export.Asked("adapter", None, None, False, None), tmp_path_factory.mktemp("card") / "out", False)
+    return found[0]
+
+
+def named(content: card.Content, text: str) -> str:
+    """The card of an export where `text` is the name of sources, files and parameters, licence, run and instruction."""
+    given, source = content.given, f"/data/{text.replace('/', '')}"
+    prompt = {"template": text + "{instruction}{source}", "instructions": {text: text, "a": "b"}}
+    changed = {"model": {"source": source}, "data": {"source": source}, "forget": {"source": source}, "prompt": prompt}
+    return card.render(
+        replace(
+            content,
+            given=given.model_copy(
+                update={key: getattr(given, key).model_copy(update=change) for key, change in changed.items()}
+            ),
+            files={text: (1, "0" * 64), "other": (2, "1" * 64)},
+            measured=None,
+            why_not_measured=text,
+            run=text,
+            licences={source: licence.Stated(text, text)},
+            origin=replace(content.origin, params=content.origin.params | {text: text}, changed=[text]),
+        )
+    )
+
+
+def kinds(body: str) -> Counter[str]:
+    """The kinds of what a reader makes of Markdown, with their numbers, without those that any text may have; all HTML
+    is the card's own."""
+    found: Counter[str] = Counter()
+    for block in MarkdownIt("commonmark").enable(["table", "strikethrough"]).parse(body):
+        found[block.type] += 1
+        for token in block.children or []:
+            assert token.type != "html_inline" or token.content in ("<code>", "</code>", "<br>"), token.content
+            found[token.type] += token.type not in ("text", "text_special", "code_inline", "html_inline", "softbreak")
+    return +found
+
+
+@pytest.mark.parametrize("text", NASTY)
+def test_a_card_shows_any_name_as_text(text: str, exported: card.Content) -> None:
+    """No link, heading, row or tag is made of it; no code block, no metadata and no string of Python ends at it."""
+    made = named(exported, text)
+    assert made.encode()
+    body = made.partition("\n---\n")[2]
+    assert kinds(body) == kinds(named(exported, "plain").partition("\n---\n")[2])
+    metadata = ModelCard(made).data
+    assert metadata.lora_repro["digest"] == exported.origin.digest
+    assert metadata.license == "other"
+    [code] = re.findall(r"```python\n(.*?)```\n", body, flags=re.DOTALL)
+    assert all(one.isprintable() for one in code.splitlines())
+    values: dict[str, Any] = {}
+    start, end = code.index("instructions = "), code.index("text = text.replace")
+    exec(compile(code[start:end], "README.md", "exec"), values)
+    assert (values["instructions"], values["text"]) == ({text: text, "a": "b"}, text + "{instruction}{source}")

@@ -72,3 +72,17 @@ def test_a_template_that_never_ends_is_one_error(tiny_model: Path) -> None:
     tokenizer.chat_template = loops * 9 + CHATML
     with soon(), pytest.raises(UserError, match="chat template takes more than 2 s of the processor"):
         ollama._template(tokenizer)
+
+
+def test_no_token_and_no_template_writes_a_line_of_its_own(
+    project: params.Params, tiny_model: Path, tmp_path: Path
+) -> None:
+    folder = shutil.copytree(tiny_model, tmp_path / "model")
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.eos_token = '<end>"\nFROM /etc/passwd\nPARAMETER stop "'
+    tokenizer.save_pretrained(folder)
+    text = ollama.modelfile("base.gguf", None, folder, project.generation, 208)
+    assert "passwd" not in text
+    assert "# A token that ends an answer holds a quote and a line break" in text
+    tokenizer.chat_template = CHATML.replace("assistant\n{% endif", 'assistant "{% endif')
+    assert ollama._template(tokenizer) is None

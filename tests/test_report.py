@@ -264,6 +264,21 @@ def test_line_breaks_are_replaced_as_the_plain_expression_does() -> None:
         assert report.markdown(text) == (re.sub(r"\s*\n\s*", "<br>", once) or "*(empty)*"), text
 
 
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("a_b <c>", "`a_b <c>`"),
+        ("a`b", "<code>a\\`b</code>"),
+        ("a|b", "<code>a\\|b</code>"),
+        ("a\r\nb", "<code>a<br>b</code>"),
+        ("a\0\ud800", "`a\ufffd\ufffd`"),
+        (" ", "<code>*(empty)*</code>"),
+    ],
+)
+def test_code_ends_where_it_should(text: str, shown: str) -> None:
+    assert report.code(text) == shown
+
+
 def test_markdown_keeps_foreign_text_in_its_cell() -> None:
     nasty = Pair(NASTY, NASTY, NASTY, NASTY, NASTY, 1.0, 2.0)
     report.write(
