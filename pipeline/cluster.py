@@ -7,14 +7,15 @@ and a record is written once, because a trial is known by its content.
 
 import contextlib
 import os
+import re
 import subprocess
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from pipeline import trial
-from pipeline.errors import UserError
+from pipeline import bounds, trial
+from pipeline.errors import UserError, without_passwords
 from pipeline.progress import say
 from pipeline.space import Search
 from pipeline.study import Judge
@@ -22,7 +23,7 @@ from pipeline.study import Judge
 RETRIES = 3
 """How often a task is run again whose worker died."""
 
-LOCAL = "local"
+SSH = ("ssh", "git+ssh", "ssh+git")
 
 
 class Cluster:
@@ -101,6 +102,12 @@ def shared(here: trial.Source) -> trial.Source:
     url = _git("remote", "get-url", "origin")
     if not url:
         problems.append("git has no remote origin: `git remote add origin <url>`, then push")
+    elif _holds_secret(url):
+        problems.append(
+            f"the address of the git remote origin, {without_passwords(url)}, holds a password or a token, and would "
+            "travel to every node: take it out with `git remote set-url origin <address>`, and let git's credential "
+            "helper, or an SSH key, give it on each node"
+        )
     else:
         if Path(url).is_dir():
             url = str(Path(url).resolve())
@@ -115,9 +122,24 @@ def shared(here: trial.Source) -> trial.Source:
         problems.append(
             f"the MLflow store {uri} is a file of this machine: set MLFLOW_TRACKING_URI or tracking.uri to a server"
         )
+    elif _holds_secret(uri):
+        problems.append(
+            f"the address of the MLflow store, {without_passwords(uri)}, holds a password or a token, and would travel "
+            "to every node: set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD on each node instead, and there "
+            "MLFLOW_TRACKING_URI as well"
+        )
     if problems:
         raise UserError("\n".join(["the nodes of a cluster could not share:", *(f"  - {one}" for one in problems)]))
     return replace(here, url=url, remote=True)
+
+
+def _holds_secret(address: str) -> bool:
+    """Whether an address holds a password, or a user name, which may be a token; over SSH a name alone is neither."""
+    scheme, _, rest = address.partition("://")
+    user, at, _ = re.split(r"[/?#]", rest)[0].rpartition("@")
+    query = address[address.find("?") :] if "?" in address else ""
+    named = bool(at) and (":" in user or scheme.lower() not in SSH)
+    return named or without_passwords(query) != query
 
 
 def _trial(source: trial.Source, job: trial.Job, folder: str, judge: Judge) -> trial.Outcome:
@@ -134,10 +156,13 @@ def _on_node(source: trial.Source, folder: str, call: Callable[[trial.Source, Pa
     place = Path(folder).expanduser()
     place.mkdir(parents=True, exist_ok=True)
     os.chdir(place)
-    os.environ["MLFLOW_TRACKING_URI"] = str(source.tracking.uri)
     # Ray sets it to the CPUs of the task; rounding depends on threads, and runtime.threads says how many there are.
     os.environ.pop("OMP_NUM_THREADS", None)
+    address = str(source.tracking.uri)
     try:
+        if os.environ.get("MLFLOW_TRACKING_URI") != address:  # passwords of this node are for what this node names
+            bounds.require_unsigned(address, f"the MLflow store of this sweep is {address}")
+        os.environ["MLFLOW_TRACKING_URI"] = address
         return call(replace(source, cache=str(place / "cache")), place / "trials" / source.commit[:12])
     except UserError as error:
         return trial.Outcome(trial.FAILED, log=str(error))

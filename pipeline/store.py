@@ -11,6 +11,7 @@ import math
 import os
 import posixpath
 import re
+import shlex
 import tempfile
 import time
 import warnings
@@ -21,7 +22,7 @@ from typing import Any
 
 from filelock import FileLock
 
-from pipeline import params, provenance, records
+from pipeline import bounds, params, provenance, records
 from pipeline.errors import UserError, listing, without_passwords
 
 DIGEST = "dvc.digest"
@@ -120,13 +121,13 @@ def write(found: Sequence[Record], tracking: params.Tracking) -> list[tuple[Any,
     """
     with opened(tracking) as client:
         experiment_id = experiment(client, tracking)
-        return [_written(client, experiment_id, record) for record in found]
+        return [_written(client, experiment_id, record, _bounds(tracking)) for record in found]
 
 
-def _written(client: Any, experiment_id: str, record: Record) -> tuple[Any, str]:
-    run = _finished(client, experiment_id, record)
+def _written(client: Any, experiment_id: str, record: Record, own: bounds.Bounds) -> tuple[Any, str]:
+    run = _finished(client, experiment_id, record, own)
     if run is None:
-        return _write(client, experiment_id, record), "recorded"
+        return _write(client, experiment_id, record, own), "recorded"
     _seen_again(client, run, record.tags)
     return run, "already recorded"
 
@@ -138,6 +139,7 @@ def crown(tracking: params.Tracking, digest: str, sweep: str, table: Path) -> st
         experiment_id = experiment(client, tracking)
         for run in runs(client, experiment_id, DIGEST, digest):
             if run.info.status == "FINISHED":
+                _bounds(tracking).require_run(run.info.artifact_uri)
                 _add(client, run, WINNER, sweep)
                 client.log_artifact(run.info.run_id, str(table), "sweep")
                 return str(run.info.run_id)
@@ -147,15 +149,18 @@ def crown(tracking: params.Tracking, digest: str, sweep: str, table: Path) -> st
 def tracking_uri(tracking: params.Tracking) -> str:
     """The store's address: the user's MLFLOW_TRACKING_URI, else `tracking.uri`, else SQLite in the main repository.
 
-    Relative files are relative to the main repository, wherever an experiment runs. To be read before MLflow is told
-    an address: it exports that as MLFLOW_TRACKING_URI into its own process.
+    Relative files are relative to the main repository, wherever an experiment runs. UserError where params.yaml names
+    what it may not (`bounds.require_address`).
     """
     root = provenance.main_repository()
-    uri = os.environ.get("MLFLOW_TRACKING_URI") or tracking.uri or "sqlite:///.mlflow/mlflow.db"
+    own = os.environ.get("MLFLOW_TRACKING_URI")
+    uri = own or tracking.uri or "sqlite:///.mlflow/mlflow.db"
     if file := re.fullmatch(r"sqlite:///([^?]+)(\?.*)?", uri):
-        return f"sqlite:///{(root / file[1]).as_posix()}{file[2] or ''}"
-    if re.match(r"[\w+.\-]+:", uri) is None and uri != "databricks":
-        return (root / uri).as_uri()
+        uri = f"sqlite:///{(root / file[1]).as_posix()}{file[2] or ''}"
+    elif re.match(r"[\w+.\-]+:", uri) is None and uri != "databricks":
+        uri = (root / uri).as_uri()
+    if tracking.uri and not own:
+        bounds.require_address(uri, root)
     return uri
 
 
@@ -174,6 +179,10 @@ def _home(tracking: params.Tracking) -> Path:
     """The folder for what belongs to a store on this machine: beside its database, or `.mlflow`."""
     file = database(tracking)
     return file.parent if file else provenance.main_repository() / ".mlflow"
+
+
+def _bounds(tracking: params.Tracking) -> bounds.Bounds:
+    return bounds.Bounds(tracking_uri(tracking), _home(tracking) / "artifacts", database(tracking))
 
 
 @contextlib.contextmanager
@@ -203,38 +212,41 @@ def opened(tracking: params.Tracking) -> Iterator[Any]:
                 # Whole or not at all: a process killed in the migrations would leave one that none can open again.
                 with records.replacing(file) as temporary:
                     MlflowClient(tracking_uri=f"sqlite:///{temporary.as_posix()}").search_experiments()
-            yield MlflowClient(tracking_uri=uri)
+            with _bounds(tracking).confined():
+                yield MlflowClient(tracking_uri=uri)
         except MlflowException as error:
             raise UserError(
-                f"the MLflow store {uri} refused: {str(error).splitlines()[0]}\n"
+                f"the MLflow store {uri} refused: {str(error).partition(chr(10))[0]}\n"
                 "Nothing computed is lost: mend the store or its address, and run `dvc repro` again"
             ) from error
 
 
 def experiment(client: Any, tracking: params.Tracking) -> str:
-    """Id of the MLflow experiment, created at need.
+    """Id of the MLflow experiment, created at need; UserError where its artifacts are kept where they may not be.
 
     A database leaves artifacts to its clients, whose default is a folder of the working directory: hence an absolute
     one. A server has its own.
     """
     from mlflow.exceptions import MlflowException
 
+    own = _bounds(tracking)
     experiment = client.get_experiment_by_name(tracking.experiment)
     if experiment is None:
-        served = tracking_uri(tracking).startswith(("http:", "https:", "databricks"))
-        location = None if served else (_home(tracking) / "artifacts").as_uri()
+        location = None if bounds.served(own.store) else own.root.as_uri()
         try:
-            return str(client.create_experiment(tracking.experiment, artifact_location=location))
+            client.create_experiment(tracking.experiment, artifact_location=location)
         except MlflowException as error:
             # The lock is this machine's: another one may have created it on a server meanwhile.
             if error.error_code != "RESOURCE_ALREADY_EXISTS":
                 raise
-            experiment = client.get_experiment_by_name(tracking.experiment)
+        experiment = client.get_experiment_by_name(tracking.experiment)
     if experiment.lifecycle_stage != "active":
+        restore = f"mlflow experiments restore --experiment-id {shlex.quote(experiment.experiment_id)}"
         raise UserError(
-            f"the MLflow experiment {tracking.experiment} was deleted: restore it with "
-            f"`mlflow experiments restore --experiment-id {experiment.experiment_id}`, or change tracking.experiment"
+            f"the MLflow experiment {tracking.experiment} was deleted: restore it with `{restore}`, or change "
+            "tracking.experiment"
         )
+    own.require_experiment(experiment.artifact_location)
     return str(experiment.experiment_id)
 
 
@@ -244,33 +256,26 @@ def runs(client: Any, experiment_id: str, key: str, digest: str) -> list[Any]:
     return list(found)
 
 
-def _finished(client: Any, experiment_id: str, record: Record) -> Any:
+def _finished(client: Any, experiment_id: str, record: Record, own: bounds.Bounds) -> Any:
     """The finished run of a digest, or None; half-written ones, which a killed process left, are deleted."""
     finished = None
     for run in runs(client, experiment_id, record.key, record.digest):
         if run.info.status == "FINISHED":
             finished = finished or run
         else:
-            _delete(client, run)
+            client.delete_run(run.info.run_id)
+            own.delete(run)
     return finished
 
 
-def _delete(client: Any, run: Any) -> None:
-    from mlflow.exceptions import MlflowException
-    from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
-
-    client.delete_run(run.info.run_id)
-    # Not every artifact store can delete: what is left there then belongs to a deleted run.
-    with contextlib.suppress(MlflowException, NotImplementedError, OSError):
-        get_artifact_repository(run.info.artifact_uri).delete_artifacts()
-
-
-def _write(client: Any, experiment_id: str, record: Record) -> Any:
+def _write(client: Any, experiment_id: str, record: Record, own: bounds.Bounds) -> Any:
     """Write one run whole; whatever interrupts it, the run is not FINISHED."""
     from mlflow.entities import Metric, Param
 
-    run_id = client.create_run(experiment_id, run_name=record.name, tags=record.tags).info.run_id
+    run = client.create_run(experiment_id, run_name=record.name, tags=record.tags)
+    run_id = run.info.run_id
     try:
+        own.require_run(run.info.artifact_uri)
         given = [Param(key, value) for key, value in record.params.items()]
         for at in range(0, len(given), MAX_PARAMS_A_BATCH):
             client.log_batch(run_id, params=given[at : at + MAX_PARAMS_A_BATCH])
@@ -430,6 +435,7 @@ def read_back(tracking: params.Tracking, run_id: str, folder: Path) -> dict[str,
     """What `manifest` says, of a run as it is in the store now; its artifacts are copied to `folder`."""
     with opened(tracking) as client:
         run = client.get_run(run_id)
+        _bounds(tracking).require_run(run.info.artifact_uri)
         # An artifact store that has nothing of the run answers in its own way: then all files are missing.
         with contextlib.suppress(OSError):
             client.download_artifacts(run_id, "", str(folder))

@@ -224,9 +224,10 @@ def claims_base(project: params.Params, tiny_model: Path, monkeypatch: pytest.Mo
 def empty_database(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A store just created: its migrations take seconds, so the tests that are not about them start from a copy."""
     folder = tmp_path_factory.mktemp("store")
-    tracking = params.Tracking(uri=f"sqlite:///{folder.as_posix()}/mlflow.db", experiment="none")
-    with store.opened(tracking) as client:
-        client.search_experiments()
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{folder.as_posix()}/mlflow.db")
+        with store.opened(params.Tracking(uri=None, experiment="none")) as client:
+            client.search_experiments()
     return folder / "mlflow.db"
 
 

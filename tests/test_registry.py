@@ -85,8 +85,10 @@ class Project:
             predictions={"id": [row.id for row in rows], "reference": [row.target for row in rows], **texts},
             files=files,
         )
-        with store.opened(self.given.tracking) as client:
-            return str(store._write(client, store.experiment(client, self.given.tracking), record).info.run_id)
+        tracking = self.given.tracking
+        with store.opened(tracking) as client:
+            run = store._write(client, store.experiment(client, tracking), record, store._bounds(tracking))
+            return str(run.info.run_id)
 
     def promote(self, name: str, **change: Any) -> None:
         registry.promote(name, change.get("model"), self.given, change.get("dry_run", False))

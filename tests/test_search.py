@@ -25,7 +25,7 @@ from bench.kills import environment
 from pipeline import cluster, experiments, lineage, params, paths, provenance, search, space, store, study, track, trial
 from pipeline.errors import UserError
 from pipeline.study import Study
-from tests.conftest import ROOT
+from tests.conftest import ROOT, SECRET
 from tests.test_track import DVC_YAML, STAGE
 
 TRAINING = """\
@@ -409,6 +409,8 @@ def source(project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tr
     monkeypatch.setenv("LOG", str(log(project)))
     commit, _ = provenance.commit(project)
     assert commit is not None
+    # As of a server, which is no part of the project.
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/server/mlflow.db")
     tracking = params.Tracking(uri=f"sqlite:///{tmp_path}/server/mlflow.db", experiment="toy")
     return trial.Source(f"{tmp_path}/origin.git", commit, "", "", True, tracking, "rates", ("a", "a@example.org"))
 
@@ -453,6 +455,87 @@ def test_all_that_nodes_could_not_share_is_named(tmp_path: Path, monkeypatch: py
         cluster.connected(space.Search.model_validate(RANDOM), here, "local"),
     ):
         pass
+
+
+@pytest.fixture
+def bare(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A git repository with one commit as the working directory, from which SSH leads nowhere."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("GIT_SSH_COMMAND", "false")
+    for command in ("git init -q", "git commit -q --allow-empty -m start", "dvc init -q"):
+        subprocess.run(command.split(), cwd=tmp_path, check=True, env=environment(tmp_path))
+    return tmp_path
+
+
+def shared_by(uri: str, origin: str) -> str:
+    """What stands in the way of sharing a store and an origin with the nodes of a cluster."""
+    subprocess.run(["git", "remote", "add", "origin", origin], check=True)
+    tracking = params.Tracking.model_construct(uri=uri, experiment="toy")
+    here = trial.Source(str(Path.cwd()), "HEAD", "", "", False, tracking, "rates", ("a", "a@example.org"))
+    with pytest.raises(UserError) as caught:
+        cluster.shared(here)
+    return str(caught.value)
+
+
+@pytest.mark.usefixtures("bare")
+@pytest.mark.parametrize(
+    "origin",
+    [f"https://me:{SECRET}@127.0.0.1:9/a.git", f"https://{SECRET}@127.0.0.1:9/a.git", f"ssh://me:{SECRET}@host/a.git",
+     f"HTTP://{SECRET}:x-oauth-basic@127.0.0.1:9/a.git"],
+)  # fmt: skip
+def test_a_password_in_the_address_of_the_origin_does_not_travel_to_the_nodes(origin: str) -> None:
+    problems = shared_by("http://127.0.0.1:9", origin)
+    assert "the git remote origin" in problems
+    assert "holds a password or a token" in problems
+    assert SECRET not in problems
+
+
+@pytest.mark.usefixtures("bare")
+@pytest.mark.parametrize(
+    "uri",
+    [f"http://me:{SECRET}@127.0.0.1:9", f"https://{SECRET}@127.0.0.1:9/x", f"postgresql://me:{SECRET}@127.0.0.1/db",
+     f"postgresql://127.0.0.1/db?user=me&password={SECRET}"],
+)  # fmt: skip
+def test_a_password_in_the_address_of_the_store_does_not_travel_to_the_nodes(uri: str) -> None:
+    problems = shared_by(uri, "/nowhere")
+    assert "the MLflow store" in problems
+    assert "holds a password or a token" in problems
+    assert SECRET not in problems
+
+
+@pytest.mark.usefixtures("bare")
+@pytest.mark.parametrize(
+    "origin", ["git@host:me/a.git", "ssh://git@host/a.git", "https://127.0.0.1:9/a@b/c.git", "file:///nowhere/a.git"]
+)
+def test_a_user_name_alone_is_no_password(origin: str) -> None:
+    problems = shared_by("http://127.0.0.1:9", origin)
+    assert "the commit is not at the git remote origin" in problems
+    assert "password" not in problems
+
+
+def test_a_nodes_own_passwords_are_not_sent_where_the_node_does_not_name(
+    bare: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The machine that began the sweep told the address, and can have it out of a stranger's params.yaml."""
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9/mine")
+    tracking = params.Tracking(uri="http://127.0.0.1:9/theirs", experiment="toy")
+    here = trial.Source("/nowhere", "0" * 40, "", "", True, tracking, "rates", ("a", "a@example.org"))
+    told: list[str] = []
+
+    def note(*_: object) -> trial.Outcome:
+        told.append(store.tracking_uri(params.Tracking(uri=None, experiment="toy")))
+        return trial.Outcome(trial.COMPLETE)
+
+    monkeypatch.setenv("MLFLOW_TRACKING_TOKEN", SECRET)
+    outcome = cluster._on_node(here, str(bare / "node"), note)
+    assert (outcome.state, told) == (trial.FAILED, [])
+    assert "set MLFLOW_TRACKING_URI=http://127.0.0.1:9/theirs if you trust it" in outcome.log
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9/theirs")
+    assert cluster._on_node(here, str(bare / "node"), note).state == trial.COMPLETE
+    monkeypatch.delenv("MLFLOW_TRACKING_TOKEN")
+    monkeypatch.delenv("MLFLOW_TRACKING_URI")
+    assert cluster._on_node(here, str(bare / "node"), note).state == trial.COMPLETE
+    assert told == ["http://127.0.0.1:9/theirs"] * 2
 
 
 def test_ray_gives_back_how_a_task_ended(tmp_path: Path) -> None:

@@ -629,7 +629,9 @@ class TestStore:
         monkeypatch.chdir(copy)
         monkeypatch.setenv("DVC_ROOT", str(toy.folder))
         wanted = expected.format(root=toy.folder.as_posix(), root_uri=toy.folder.as_uri())
-        assert store.tracking_uri(params.Tracking(uri=uri, experiment="toy")) == wanted
+        if uri is not None:
+            monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+        assert store.tracking_uri(params.Tracking(uri=None, experiment="toy")) == wanted
 
     def test_an_experiment_in_a_copy_is_recorded_in_the_main_repository(
         self, toy: Toy, monkeypatch: pytest.MonkeyPatch
@@ -656,7 +658,8 @@ class TestStore:
     ) -> None:
         tracking = params.Tracking(uri=f"sqlite:///{toy.database.as_posix()}", experiment="at once")
         with store.opened(tracking) as client:
-            found = client.create_experiment(tracking.experiment)
+            location = (toy.database.parent / "artifacts").as_uri()
+            found = client.create_experiment(tracking.experiment, artifact_location=location)
             answers = iter([None, client.get_experiment_by_name(tracking.experiment)])
             monkeypatch.setattr(client, "get_experiment_by_name", lambda _: next(answers))
             assert store.experiment(client, tracking) == found
