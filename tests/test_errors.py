@@ -1,4 +1,4 @@
-"""A terminal obeys nothing of what strangers have written, and a shell nothing in the commands that are to be pasted."""
+"""A terminal obeys nothing that strangers have written, and a shell nothing in commands that are to be pasted."""
 
 import io
 import subprocess

@@ -387,7 +387,7 @@ def test_a_card_shows_any_name_as_text(text: str, exported: card.Content) -> Non
     assert made.encode()
     body = made.partition("\n---\n")[2]
     assert kinds(body) == kinds(named(exported, "plain").partition("\n---\n")[2])
-    metadata = ModelCard(made).data
+    metadata: Any = ModelCard(made).data
     assert metadata.lora_repro["digest"] == exported.origin.digest
     assert metadata.license == "other"
     [code] = re.findall(r"```python\n(.*?)```\n", body, flags=re.DOTALL)
