@@ -1,5 +1,6 @@
 """The register of claims: what it refuses, and what evidence makes of a claim."""
 
+import copy
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -96,7 +97,7 @@ def test_what_a_gain_s_conditions_name_is_what_its_recipe_scores() -> None:
 
 def test_a_claim_that_is_not_there_is_named_with_those_that_are(tmp_path: Path) -> None:
     file = tmp_path / "claims.yaml"
-    YAML().dump({"claims": {"sum": EXACT, "product": EXACT}}, file)
+    YAML().dump({"claims": {name: copy.deepcopy(EXACT) for name in ("sum", "product")}}, file)
     assert register.one("sum", file).claim == "twice two"
     with pytest.raises(UserError, match="there is no claim quotient, but sum, product"):
         register.one("quotient", file)

@@ -30,7 +30,7 @@ def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         "seeds": {**SCALED, "reproduced_when": [{"value": "gain", "above": 0.0}]},
         "large": {**SCALED, "kind": "FULL", "needs": {"gpu_gb": 24.0}, "recipe": "samsum-7b"},
     }
-    YAML().dump({"claims": claims}, register.FILE)
+    YAML().dump({"claims": json.loads(json.dumps(claims))}, register.FILE)  # without aliases
     evidence.write("product", Evidence({"product": 4}, ["counted twice"]))
     evidence.write("wrong", Evidence({"product": 4}))
     evidence.write("seeds", Evidence({"gain": [1.0, -1.0, 2.0], "ratio": Interval(1.5, 1.0, 2.0)}))

@@ -363,7 +363,7 @@ def test_members_of_one_machine_listen_to_it_alone(folder: Path, monkeypatch: py
     monkeypatch.setenv("MASTER_ADDR", "0.0.0.0")
     body = "import psutil\nd.join(cpu_only=True)\nd.gather(None)\n"
     body += "found = [one.laddr.ip for one in psutil.Process().net_connections() if one.status == 'LISTEN']\n"
-    body += "return {'found': d.gather(found)}"
+    body += "told = d.gather(found)\nd._end()\nreturn {'found': told}"
     given: Any = distributed.launch(program(body), 2, folder)
     assert [set(addresses) for addresses in given["found"]] == [{"127.0.0.1"}] * 2
 

@@ -138,6 +138,7 @@ def test_beam_search_with_a_shared_base(packed: Params) -> None:
 def test_processes_agree_that_nothing_is_measured(packed: Params) -> None:
     nothing = packed.forget.model_copy(update={"source": None})
     edit(forget={"source": None}, runtime={"processes": 2})
+    paths.adapter(17).mkdir(parents=True)
     assert members(packed.model_copy(update={"forget": nothing}), untold) == [0, 0]
     assert records.read_json(paths.forgetting(17))["source"] is None
 
