@@ -27,7 +27,8 @@ import psutil
 from ruamel.yaml import YAML
 
 from bench import kills, sweeps
-from pipeline import params, store
+from pipeline.core import params
+from pipeline.record import store
 from tests.conftest import ROOT
 
 SECRETS = {"AWS_ACCESS_KEY_ID": "a", "AWS_SECRET_ACCESS_KEY": "b", "AWS_DEFAULT_REGION": "us-east-1"}

@@ -15,11 +15,17 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from pipeline import adapter, backend_transformers, decode, fused, generate, pack, params, paths, records, source
-from pipeline import device as devices
-from pipeline import model as models
-from pipeline import train as training
-from pipeline.prompt import Encoder, Row
+from pipeline.core import params, paths, records
+from pipeline.infer import backend_transformers
+from pipeline.infer import infer as generate
+from pipeline.infer import scheduler as decode
+from pipeline.lora import adapter
+from pipeline.lora import train as training
+from pipeline.model import checkpoint, fused, pack, packed
+from pipeline.model import device as devices
+from pipeline.model import load as models
+from pipeline.model.prompt import Encoder, Row
+from pipeline.sources import source
 
 WARM_UP = 2
 """Steps that are not timed."""
@@ -45,7 +51,7 @@ class Task:
         self.params = params.load()
         self.device = devices.choose(self.params.runtime)
         self.threads = torch.get_num_threads()
-        self.tokenizer = models.tokenizer()
+        self.tokenizer = checkpoint.tokenizer()
         self.facts = records.read_json(paths.QUANTIZED_FACTS)
         self.encoder = Encoder(self.tokenizer, self.params.prompt, self.facts["context"])
 
@@ -60,11 +66,9 @@ class Task:
         """As transformers loads it: its own attention and layers; `dense` unpacks the 4-bit weights."""
         from transformers import AutoModelForCausalLM
 
-        from pipeline import quantize
-
         model = AutoModelForCausalLM.from_pretrained(paths.QUANTIZED, attn_implementation="sdpa")
         if dense:
-            quantize.dequantize(model)
+            packed.dequantize(model)
         return model.requires_grad_(False).eval()
 
 

@@ -17,10 +17,13 @@ import gguf
 import numpy as np
 
 from claims import bits
-from pipeline import backend_llamacpp, gguf_file, params, parity, paths, records
-from pipeline import device as devices
-from pipeline import model as models
-from pipeline.prompt import Encoder, Row
+from pipeline import gguf as gguf_file
+from pipeline.core import params, paths, records
+from pipeline.export import parity
+from pipeline.infer import backend_llamacpp
+from pipeline.model import checkpoint
+from pipeline.model import device as devices
+from pipeline.model.prompt import Encoder, Row
 
 BASES = {"in NF4": paths.QUANTIZED, "as fetched": paths.BASE}
 
@@ -32,7 +35,7 @@ def main() -> None:
     given = parser.parse_args()
     devices.quieten()
     context = records.read_json(paths.QUANTIZED_FACTS)["context"]
-    rows = parity.references(Encoder(models.tokenizer(), params.load().prompt, context), given.rows)
+    rows = parity.references(Encoder(checkpoint.tokenizer(), params.load().prompt, context), given.rows)
     print(f"perplexity of {sum(len(row.completion) for row in rows)} tokens in {len(rows)} references")
     print("| type | " + " | ".join(f"base {name} | tuned" for name in BASES) + " |")
     for kind in given.types:
@@ -52,7 +55,7 @@ def main() -> None:
 
 
 def perplexity(folder: Path, adapted: bool, kind: str, rows: list[Row]) -> float:
-    tokenizer = models.tokenizer()
+    tokenizer = checkpoint.tokenizer()
     tokens = max(len(row.prompt) + len(row.completion) for row in rows) + 2
     with tempfile.TemporaryDirectory(prefix="gguf-") as name:
         base, adapter = Path(name) / "base.gguf", Path(name) / "adapter.gguf"

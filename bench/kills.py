@@ -8,7 +8,7 @@ was at the start of the stage in progress; `dvc repro` starts in a process group
 the moment, what DVC left torn is removed (`lora-repro mend`), and `dvc repro` runs again to its end. Everything DVC
 locked, every file in `out/` and `reports/` but the costs, and the MLflow runs must be equal.
 
-The project's copy of `pipeline/train.py` writes a checkpoint after each step instead of each minute: the whole
+The project's copy of `pipeline/lora/train.py` writes a checkpoint after each step instead of each minute: the whole
 training takes seconds.
 """
 
@@ -27,7 +27,7 @@ from pathlib import Path
 
 from ruamel.yaml import YAML
 
-from pipeline import paths, records
+from pipeline.core import paths, records
 from tests import conftest
 from tests.conftest import make_clone, tiny_model
 
@@ -103,7 +103,7 @@ class Trial:
         began = [line.split("'")[1] for line in printed.splitlines() if line.startswith("Running stage")]
         hit = began[-1] if began else "dvc before a stage"
         torn = subprocess.run(
-            [sys.executable, "-c", "from pipeline.mend import mend; mend()"], cwd=self.project, check=True,
+            [sys.executable, "-c", "from pipeline.commands.mend import mend; mend()"], cwd=self.project, check=True,
             env=environment(self.project), capture_output=True, text=True,
         ).stdout  # fmt: skip
         done = run(self.project, "repro")
@@ -121,10 +121,10 @@ def make_project(folder: Path, project: Path) -> None:
     `folder`."""
     (folder / "data").mkdir()
     make_clone(project, folder / "data", inspect.unwrap(tiny_model)(Beside(folder)))
-    code = (project / "pipeline/train.py").read_text()
+    code = (project / "pipeline/lora/train.py").read_text()
     if code.count(EVERY_MINUTE) != 1:
-        raise SystemExit(f"pipeline/train.py has no line {EVERY_MINUTE!r} to change")
-    (project / "pipeline/train.py").write_text(code.replace(EVERY_MINUTE, EVERY_STEP))
+        raise SystemExit(f"pipeline/lora/train.py has no line {EVERY_MINUTE!r} to change")
+    (project / "pipeline/lora/train.py").write_text(code.replace(EVERY_MINUTE, EVERY_STEP))
     content = YAML(typ="safe", pure=True).load((project / paths.PARAMS).read_text())
     content["lora"] |= {"dropout": 0.1}
     content["train"] |= {"epochs": 8}

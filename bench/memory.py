@@ -1,4 +1,5 @@
-"""Predicted against measured memory: `pipeline.memory` beside the peaks of the default experiment's model on a CPU.
+"""Predicted against measured memory: `pipeline.model.memory` beside the peaks of the default experiment's model on a
+CPU.
 
     python -m bench.memory                 measures every setting anew: bench/memory.json, and docs/memory.md by it
     python -m bench.memory --again         docs/memory.md by the measurements that bench/memory.json holds
@@ -15,11 +16,15 @@ from pathlib import Path
 from typing import Any
 
 from bench.engines import Task, peak_mb
-from pipeline import adapter, loss, memory, pack, params, paths, quantize, recipes
-from pipeline import model as models
-from pipeline import train as training
-from pipeline.prompt import Row
-from pipeline.shape import Shape
+from pipeline import quantize
+from pipeline.commands import use as recipes
+from pipeline.core import params, paths
+from pipeline.lora import adapter
+from pipeline.lora import train as training
+from pipeline.model import checkpoint, loss, memory, pack, packed
+from pipeline.model import load as models
+from pipeline.model.prompt import Row
+from pipeline.model.shape import Shape
 
 MEASURED = Path("bench/memory.json")
 PAGE = Path("docs/memory.md")
@@ -98,13 +103,13 @@ def _answer(setting: Setting) -> int:
 def quantizing(setting: Setting) -> None:
     """What the stage quantize holds; nothing is written."""
     task = Task()
-    base = models.pretrained(paths.BASE, task.device)
+    base = checkpoint.pretrained(paths.BASE, task.device)
     windows = [list(range(100, 100 + quantize.WINDOW))] * 2
     loss.perplexity(base, windows, "before")
     config = quantize._config(_of(task.params.quantize, setting), base.dtype)
-    quantized = models.pretrained(paths.BASE, task.device, quantization_config=config)
+    quantized = checkpoint.pretrained(paths.BASE, task.device, quantization_config=config)
     quantize._reconstruction(base, quantized)
-    quantize.keep_unpacked(quantized)
+    packed.keep_unpacked(quantized)
     loss.perplexity(quantized, windows, "after")
 
 

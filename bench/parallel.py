@@ -22,7 +22,7 @@ from tests.conftest import ROOT
 from tests.test_track import DVC_YAML, STAGE
 
 FAILING_RANK = 5
-SWEEP = "import sys; from pipeline.sweep import sweep; sys.exit(sweep(sys.argv[2:], int(sys.argv[1])))"
+SWEEP = "import sys; from pipeline.search.grid import sweep; sys.exit(sweep(sys.argv[2:], int(sys.argv[1])))"
 
 
 def main() -> int:

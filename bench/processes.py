@@ -23,9 +23,12 @@ from typing import Any
 
 from ruamel.yaml import YAML
 
-from pipeline import device as devices
-from pipeline import distributed, params, paths, quantize, records, yaml12
-from pipeline import model as models
+from pipeline import quantize
+from pipeline.core import params, paths, records, yaml12
+from pipeline.model import checkpoint
+from pipeline.model import device as devices
+from pipeline.model import load as models
+from pipeline.model import processes as distributed
 
 ROOT = Path(__file__).parent.parent
 TOLERANCE = 1e-4
@@ -195,7 +198,7 @@ def _text() -> Any:
     import torch
 
     source = records.read_rows(paths.split("test"), records.Example)[0].source
-    return torch.tensor([models.tokenizer()(source).input_ids])
+    return torch.tensor([checkpoint.tokenizer()(source).input_ids])
 
 
 def to_float32() -> None:

@@ -16,7 +16,7 @@ import sys
 from typing import Any
 
 from bench.engines import PROMPTS
-from pipeline import paths, records
+from pipeline.core import paths, records
 
 LOSS_TOLERANCE = 0.01
 """Relative difference of the mean loss over all steps."""

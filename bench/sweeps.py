@@ -24,7 +24,7 @@ from typing import Any
 from ruamel.yaml import YAML
 
 from bench import kills
-from pipeline import paths
+from pipeline.core import paths
 from tests.conftest import ROOT, make_clone
 
 TRIALS = 8
@@ -108,10 +108,10 @@ def make_project(folder: Path, default: bool) -> Path:
         YAML().dump(content, project / paths.PARAMS)
     else:
         kills.make_project(folder, project)
-    stage = project / "pipeline/stage.py"
+    stage = project / "pipeline/core/stage.py"
     code = stage.read_text()
     if code.count(LEFTOVERS) != 1:
-        raise SystemExit(f"pipeline/stage.py has no line {LEFTOVERS!r} to change")
+        raise SystemExit(f"pipeline/core/stage.py has no line {LEFTOVERS!r} to change")
     stage.write_text(code.replace(LEFTOVERS, LEFTOVERS + LINE))
     YAML().dump(PLAN, project / "rates.yaml")
     for command in ("git add -A", "git commit -qm search", "dvc repro", "git add -A", "git commit -qm base"):
@@ -129,7 +129,7 @@ def start(project: Path, *arguments: str, **variables: str) -> "subprocess.Popen
     """`lora-repro` in a process of its own."""
     own = kills.environment(project) | {"PYTHONPATH": str(ROOT), "BENCH_LOG": str(log(project))} | variables
     return subprocess.Popen(
-        [sys.executable, "-c", "from pipeline.cli import app; app()", *arguments], cwd=project, env=own,
+        [sys.executable, "-c", "from pipeline.commands.cli import app; app()", *arguments], cwd=project, env=own,
         stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
     )  # fmt: skip
 

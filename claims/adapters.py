@@ -13,8 +13,9 @@ import numpy as np
 from claims import arms, evidence, lab, resampling
 from claims.arms import Look, Result
 from claims.evidence import Evidence, Value
-from pipeline import params, significance
-from pipeline.significance import Interval
+from pipeline.core import params
+from pipeline.score import significance
+from pipeline.score.significance import Interval
 
 
 def qlora_recovers() -> Evidence:
@@ -127,7 +128,8 @@ def difference(here: Result, there: Result, compare: params.Compare) -> Interval
 
 def mean_difference(here: Result, there: Result, compare: params.Compare) -> Interval:
     """By how much one arm's loss is above another's in the mean of the seeds, with its interval for both kinds of
-    chance, of texts and of seeds (`pipeline.significance.over_seeds`). Both are paired: all models read the same texts,
+    chance, of texts and of seeds (`pipeline.score.significance.over_seeds`). Both are paired: all models read the
+    same texts,
     and two of one seed have seen the same rows in the same order."""
     sums_n, other_n = (np.mean([run.sums for run in result.runs.values()], axis=0) for result in (here, there))
     sums_bx2, _ = significance.resampled_sums(

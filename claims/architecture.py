@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Any
 
 from claims import evidence, lab
 from claims.evidence import Evidence
-from pipeline import device as devices
-from pipeline import model as models
-from pipeline import params
+from pipeline.core import params
+from pipeline.model import checkpoint
+from pipeline.model import device as devices
 
 if TYPE_CHECKING:
     import torch
@@ -100,7 +100,7 @@ class Reader:
 
     def heads(self, layer: str, kind: str) -> "torch.Tensor":
         """HxLxD or KxLxD, float64: what q_proj, k_proj or v_proj gave, before rotation."""
-        size = models.architecture(self.model)["head_dim"]
+        size = checkpoint.architecture(self.model)["head_dim"]
         states_LxHD = self.gave[f"{layer}.self_attn.{kind}_proj"].double()
         states_HxLxD: torch.Tensor = states_LxHD.unflatten(-1, (-1, size)).transpose(0, 1)
         return states_HxLxD
@@ -116,7 +116,7 @@ def base() -> Any:
     import torch
 
     runtime = params.load().runtime.model_copy(update={"device": "cpu"})
-    return models.pretrained(lab.BASE, devices.choose(runtime), dtype=torch.float32).requires_grad_(False)
+    return checkpoint.pretrained(lab.BASE, devices.choose(runtime), dtype=torch.float32).requires_grad_(False)
 
 
 def theta(model: Any) -> float:
@@ -128,7 +128,7 @@ def ids() -> "torch.Tensor":
     """TEXT, 1xL."""
     import torch
 
-    return torch.tensor([models.tokenizer(lab.BASE)(TEXT, add_special_tokens=False).input_ids])
+    return torch.tensor([checkpoint.tokenizer(lab.BASE)(TEXT, add_special_tokens=False).input_ids])
 
 
 def _read(implementation: str | None = None) -> Reader:
@@ -294,7 +294,7 @@ def gqa_groups() -> Evidence:
     import torch
 
     reader = _read()
-    facts = models.architecture(reader.model)
+    facts = checkpoint.architecture(reader.model)
     heads, kv_heads = facts["attention_heads"], facts["key_value_heads"]
     group = heads // kv_heads
     formula, other = [], []
@@ -368,7 +368,7 @@ def parallel_attention() -> Evidence:
     import torch
 
     reader = _read()
-    facts = models.architecture(reader.model)
+    facts = checkpoint.architecture(reader.model)
     heads, size = facts["attention_heads"], facts["head_dim"]
     group = heads // facts["key_value_heads"]
     concatenated, summed = [], []

@@ -1,6 +1,7 @@
 """Stage arm: one way of tuning, once a seed, and what its models are worth: `out/claims/arms/<arm>.json`.
 
-The training step is the pipeline's own (`pipeline.train.Trainer`), and so is how rows become batches. All arms see the
+The training step is the pipeline's own (`pipeline.lora.train.Trainer`), and so is how rows become batches. All arms
+see the
 same rows in the same order for the same seed. That order is drawn from the seed itself, where the pipeline draws from a
 hash of seed and epoch: with its order no figure measured so far could be compared, and the learning rates, which were
 chosen with this one, would have to be chosen anew. What is reported are sums of losses for each group of validation
@@ -17,11 +18,14 @@ from typing import Any
 from claims import full_tuning, lab, training
 from claims.evidence import OUT
 from claims.training import Arm, Cut
-from pipeline import adapter, checkpoint, forget, loss, pack, params, paths, records, stage, train
-from pipeline import device as devices
-from pipeline import model as models
-from pipeline.progress import bar, say
-from pipeline.prompt import Encoder, Row
+from pipeline import forget
+from pipeline.core import params, paths, records, stage
+from pipeline.core.progress import bar, say
+from pipeline.lora import adapter, train
+from pipeline.model import checkpoint, loss, pack, resume
+from pipeline.model import device as devices
+from pipeline.model import load as models
+from pipeline.model.prompt import Encoder, Row
 
 RESULT = Path("arm.json")
 """What an arm writes, in its lab."""
@@ -113,7 +117,7 @@ def run(name: str) -> None:
             "rows": records.sha256_tree(paths.DATA),
             "code": code,
         }
-        with checkpoint.folder(f"arm-{name}", identity) as scratch:
+        with resume.folder(f"arm-{name}", identity) as scratch:
             for seed in seeds:
                 if not (scratch / f"{seed}.json").exists():
                     records.write_json(scratch / f"{seed}.json", asdict(tuned(bench, seed)))
@@ -133,7 +137,7 @@ def prepared(
     arm: Arm, cut: Cut, experiment: params.Params, examples: dict[str, list[records.Example]]
 ) -> tuple[Bench, list[str]]:
     """The arm's bench, and the names of the validation groups; UserError for rows that do not fit."""
-    tokenizer = models.tokenizer()
+    tokenizer = checkpoint.tokenizer()
     encoder = Encoder(tokenizer, experiment.prompt, records.read_json(paths.QUANTIZED_FACTS)["context"])
     rows: dict[str, list[Row]] = {split: [encoder.row(one) for one in some] for split, some in examples.items()}
     for split, some in rows.items():

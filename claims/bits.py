@@ -11,13 +11,13 @@ import torch
 
 from claims import evidence, lab, resampling
 from claims.evidence import Evidence
-from pipeline import device as devices
-from pipeline import fused, loss, pack, params, records
-from pipeline import model as models
-from pipeline.progress import bar
-from pipeline.prompt import Row
-from pipeline.records import Example
-from pipeline.significance import Floats, Interval
+from pipeline.core import params, records
+from pipeline.core.progress import bar
+from pipeline.core.records import Example
+from pipeline.model import checkpoint, fused, loss, pack
+from pipeline.model import device as devices
+from pipeline.model.prompt import Row
+from pipeline.score.significance import Floats, Interval
 
 BLOCK = 64
 """Values that share a constant in QLoRA (section 3)."""
@@ -131,8 +131,8 @@ def gguf() -> Evidence:
 
     experiment = lab.experiment()
     device = devices.choose(experiment.runtime)
-    model = models.pretrained(lab.BASE, device)
-    linear = models.linear_layers(model)
+    model = checkpoint.pretrained(lab.BASE, device)
+    linear = checkpoint.linear_layers(model)
     exact = {
         name: layer.weight.data.float().cpu().numpy().copy()
         for name, layer in model.named_modules()
@@ -140,7 +140,7 @@ def gguf() -> Evidence:
     }
     parameters = sum(weight.size for weight in exact.values())
     fused.apply(model)
-    tokenizer = models.tokenizer(lab.BASE)
+    tokenizer = checkpoint.tokenizer(lab.BASE)
     rows = records.read_rows(lab.data("default") / "validation.jsonl", Example)
     texts = [tokenizer(text, add_special_tokens=False).input_ids for text in dict.fromkeys(row.source for row in rows)]
     counts_n = np.array([len(text) - 1 for text in texts], np.float64)

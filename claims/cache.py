@@ -11,10 +11,11 @@ import torch
 
 from claims import evidence, lab, timing
 from claims.evidence import Evidence
-from pipeline import decode, fused, records
-from pipeline import device as devices
-from pipeline import model as models
-from pipeline.records import Example
+from pipeline.core import records
+from pipeline.core.records import Example
+from pipeline.infer import scheduler as decode
+from pipeline.model import checkpoint, fused
+from pipeline.model import device as devices
 
 TEXTS = 3
 ROWS, CONTEXT = 8, 1024
@@ -26,15 +27,15 @@ SEED = 17
 def grouped_query() -> Evidence:
     """The default base beside the same model with as many key-value heads as query heads."""
     device = devices.choose(lab.experiment().runtime)
-    grouped = models.pretrained(lab.BASE, device)
+    grouped = checkpoint.pretrained(lab.BASE, device)
     expanded = expand(grouped)
     values: dict[str, evidence.Value] = {}
     for name, model in {"grouped": grouped, "expanded": expanded}.items():
-        values[f"bytes_per_token_{name}"] = models.architecture(model)["kv_bytes_per_token"]
+        values[f"bytes_per_token_{name}"] = checkpoint.architecture(model)["kv_bytes_per_token"]
         values[f"held_bytes_per_token_{name}"] = held_bytes(model)
-        values[f"parameters_{name}"] = models.architecture(model)["parameters"]
+        values[f"parameters_{name}"] = checkpoint.architecture(model)["parameters"]
         model.float()
-    tokenizer = models.tokenizer(lab.BASE)
+    tokenizer = checkpoint.tokenizer(lab.BASE)
     rows = records.read_rows(lab.data("default") / "test.jsonl", Example)
     texts = list(dict.fromkeys(row.source for row in rows))[:TEXTS]
     values["logit_difference"] = evidence.largest(

@@ -14,8 +14,8 @@ from typing import Any
 
 import numpy as np
 
-from pipeline import paths, records, stage
-from pipeline.significance import Interval
+from pipeline.core import paths, records, stage
+from pipeline.score.significance import Interval
 
 OUT = paths.OUT / "claims"
 """Everything that the claims' pipeline computes."""

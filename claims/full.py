@@ -9,8 +9,9 @@ from pathlib import Path
 
 from claims import evidence, register
 from claims.evidence import Evidence
-from pipeline import paths, recipes, records, stage
-from pipeline.progress import say
+from pipeline.commands import use as recipes
+from pipeline.core import paths, records, stage
+from pipeline.core.progress import say
 
 SECONDS_FOR_THE_HUB = 10.0
 

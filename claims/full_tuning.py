@@ -1,7 +1,9 @@
 """Full fine-tuning: every weight of the unquantized base is trained, beside a copy of it that stays what it was.
 
-For `pipeline.train.Trainer`, which trains what requires a gradient: masters, gradients' sums and AdamW's moments in
-float32, forward and backward pass in the model's dtype. The layers are transformers' own: those of `pipeline.fused`
+For `pipeline.lora.train.Trainer`, which trains what requires a gradient: masters, gradients' sums and AdamW's moments
+in
+float32, forward and backward pass in the model's dtype. The layers are transformers' own: those of
+`pipeline.model.fused`
 give no gradient to weights.
 """
 
@@ -9,8 +11,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from pipeline import model as models
-from pipeline import paths, records
+from pipeline.core import paths, records
+from pipeline.model import checkpoint
 
 if TYPE_CHECKING:
     import torch
@@ -45,7 +47,7 @@ class Both:
 
 def load(device: "torch.device") -> Both:
     """The unquantized base twice, all weights of one trainable; UserError when it is not what was written."""
-    models.require_intact(paths.QUANTIZED, records.read_json(paths.QUANTIZED_FACTS))
-    tuned, base = (models.pretrained(paths.QUANTIZED, device).eval() for _ in range(2))
+    checkpoint.require_intact(paths.QUANTIZED, records.read_json(paths.QUANTIZED_FACTS))
+    tuned, base = (checkpoint.pretrained(paths.QUANTIZED, device).eval() for _ in range(2))
     base.requires_grad_(False)
     return Both(tuned.requires_grad_(True), base)

@@ -1,6 +1,7 @@
 """Claims about the gain: what the base and the tuned models write, scored and compared as the pipeline does it.
 
-Intervals are for both kinds of chance, of test examples and of training seeds (`pipeline.significance.over_seeds`).
+Intervals are for both kinds of chance, of test examples and of training seeds
+(`pipeline.score.significance.over_seeds`).
 """
 
 from collections.abc import Callable, Sequence
@@ -12,10 +13,12 @@ import numpy as np
 
 from claims import evidence, lab, training, variants
 from claims.evidence import Evidence, Value
-from pipeline import compare, metrics, records, scores
-from pipeline.compare import Table
-from pipeline.errors import listing
-from pipeline.records import Decoding, Example, Prediction
+from pipeline.core import records
+from pipeline.core.errors import listing
+from pipeline.core.records import Decoding, Example, Prediction
+from pipeline.score import compare, metrics
+from pipeline.score import evaluate as scores
+from pipeline.score.compare import Table
 
 
 def measure(task: str) -> Evidence:

@@ -3,7 +3,10 @@
 import argparse
 
 from claims import lab
-from pipeline import data, fetch, params, paths, quantize, stage
+from pipeline import quantize
+from pipeline.core import params, paths, stage
+from pipeline.fetch import fetch
+from pipeline.prepare import prepare as data
 
 
 def fetch_base() -> None:

@@ -5,8 +5,8 @@ from dataclasses import asdict
 from pathlib import Path
 
 from claims import evidence, register
-from pipeline import records, stage
-from pipeline.progress import say
+from pipeline.core import records, stage
+from pipeline.core.progress import say
 
 
 def path(claim: str) -> Path:

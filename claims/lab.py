@@ -1,6 +1,6 @@
 """The pipeline's own functions at work on a claim: in a project folder of its own, with the project's own recipes.
 
-The stages' functions read and write fixed places below the working directory (`pipeline.paths`). A lab is such a
+The stages' functions read and write fixed places below the working directory (`pipeline.core.paths`). A lab is such a
 directory below `.scratch/`, in which those places are links to what other stages of the claims' pipeline have written.
 """
 
@@ -11,7 +11,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from claims.evidence import OUT
-from pipeline import params, paths, recipes, records
+from pipeline.commands import use as recipes
+from pipeline.core import params, paths, records
 
 BASE, BASE_FACTS = OUT / "models" / "base", OUT / "models" / "base.json"
 """The default experiment's base, as `fetch` of the claims' pipeline has written it."""
@@ -34,8 +35,8 @@ def experiment(recipe: str = "default") -> params.Params:
 
 @contextmanager
 def lab(name: str, given: Mapping[Path, Path], results: Mapping[Path, Path]) -> Iterator[None]:
-    """Work in the lab `name`. `given`: places of `pipeline.paths`, and what they are there. `results`: places of
-    `pipeline.paths`, and where what lies there at the end belongs in the project.
+    """Work in the lab `name`. `given`: places of `pipeline.core.paths`, and what they are there. `results`: places of
+    `pipeline.core.paths`, and where what lies there at the end belongs in the project.
 
     A lab that a killed process has left is gone on in, with its checkpoints.
     """

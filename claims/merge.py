@@ -13,11 +13,14 @@ import torch
 
 from claims import evidence, lab, timing
 from claims.evidence import Evidence
-from pipeline import adapter, backend_transformers, fused, generate, params, quantize, records
-from pipeline import device as devices
-from pipeline import model as models
-from pipeline.prompt import Encoder
-from pipeline.records import Example
+from pipeline.core import params, records
+from pipeline.core.records import Example
+from pipeline.infer import backend_transformers
+from pipeline.infer import infer as generate
+from pipeline.lora import adapter
+from pipeline.model import checkpoint, fused, packed
+from pipeline.model import device as devices
+from pipeline.model.prompt import Encoder
 
 SPREAD = 0.0044
 """Standard deviation of B's values: what training leaves in the default experiment, with rank 16 and alpha 32."""
@@ -33,8 +36,8 @@ def merged() -> Evidence:
     """The float32 base alone, with an adapter of the default experiment's form beside it, and with that merged in."""
     experiment = lab.experiment()
     device = devices.choose(experiment.runtime)
-    base = models.pretrained(lab.BASE, device, dtype=torch.float32)
-    tokenizer, facts = models.tokenizer(lab.BASE), records.read_json(lab.BASE_FACTS)
+    base = checkpoint.pretrained(lab.BASE, device, dtype=torch.float32)
+    tokenizer, facts = checkpoint.tokenizer(lab.BASE), records.read_json(lab.BASE_FACTS)
     encoder = Encoder(tokenizer, experiment.prompt, facts["context"])
     rows = records.read_rows(lab.data("default") / "test.jsonl", Example)
     papers = list(dict.fromkeys(row.group for row in rows))[:PAPERS]
@@ -73,12 +76,12 @@ def merged() -> Evidence:
         values[f"{name}_over_base_time"] = timing.ratio(taken[name], taken["base"], SEED)
     rounded = logits(base, texts[0])
     del base, beside, within, calls
-    exact = models.pretrained(lab.BASE, device, dtype=torch.float64)
+    exact = checkpoint.pretrained(lab.BASE, device, dtype=torch.float64)
     pair = twins(exact, experiment.lora)
     values["logit_difference_float64"] = difference(*(logits(model, texts[0]) for model in pair))
     values["logit_rounding_of_base"] = difference(rounded, logits(exact, texts[0]))
     del exact, pair
-    values |= into_4bit(models.pretrained(lab.quantized("nf4"), device), experiment.lora, texts)
+    values |= into_4bit(checkpoint.pretrained(lab.quantized("nf4"), device), experiment.lora, texts)
     return Evidence(
         values,
         [
@@ -116,7 +119,7 @@ def adapt(model: Any, lora: params.Lora) -> Any:
 @torch.no_grad()
 def into_4bit(model: Any, lora: params.Lora, texts: Sequence[Sequence[int]]) -> dict[str, evidence.Value]:
     """What merging into a 4-bit base loses, since the sum is quantized again."""
-    quantize.keep_unpacked(model)
+    packed.keep_unpacked(model)
     adapted = adapt(model, lora)
     before = [logits(adapted, ids, 1) for ids in texts]
     with adapted.disable_adapter():
@@ -132,7 +135,7 @@ def into_4bit(model: Any, lora: params.Lora, texts: Sequence[Sequence[int]]) -> 
                 layer.merge()
                 lost += float((_unpacked(layer) - wanted).square().sum())
                 updates += float(update.square().sum())
-    quantize.keep_unpacked(model)
+    packed.keep_unpacked(model)
     after = [logits(adapted, ids, 1) for ids in texts]
     return {
         "nf4_update_lost": (lost / updates) ** 0.5,

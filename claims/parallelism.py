@@ -16,8 +16,8 @@ from typing import Any
 from claims import architecture, evidence, lab
 from claims.architecture import attended, rms_norm, rotated, swiglu
 from claims.evidence import Evidence
-from pipeline import model as models
-from pipeline.errors import UserError
+from pipeline.core.errors import UserError
+from pipeline.model import checkpoint
 
 PROCESSES = 3
 """The default experiment's base has 9 query heads and 3 key-value heads."""
@@ -44,7 +44,7 @@ def model_parallelism() -> Evidence:
     import torch
 
     model, ids_1xL = architecture.base(), architecture.ids()
-    facts = models.architecture(model)
+    facts = checkpoint.architecture(model)
     divided = {name: facts[name] for name in ("attention_heads", "key_value_heads", "intermediate_size")}
     if uneven := [f"{name} = {count}" for name, count in divided.items() if count % PROCESSES]:
         raise UserError(f"the base cannot be divided over {PROCESSES} processes: {', '.join(uneven)}")

@@ -14,12 +14,14 @@ import numpy as np
 
 from claims import evidence, lab, resampling
 from claims.evidence import Evidence
-from pipeline import device as devices
-from pipeline import forget, params, recipes
-from pipeline import model as models
-from pipeline.errors import UserError
-from pipeline.progress import bar
-from pipeline.significance import Floats, Interval
+from pipeline import forget
+from pipeline.commands import use as recipes
+from pipeline.core import params
+from pipeline.core.errors import UserError
+from pipeline.core.progress import bar
+from pipeline.model import checkpoint
+from pipeline.model import device as devices
+from pipeline.score.significance import Floats, Interval
 
 if TYPE_CHECKING:
     import torch
@@ -90,7 +92,7 @@ def _reading(experiment: params.Params, device: "torch.device") -> Reading:
     given = experiment.forget
     if given.source is None:
         raise UserError("forget.source is null: the text that perplexity is taken on is that section's")
-    tokenizer, texts = models.tokenizer(lab.BASE), forget.texts(given, given.source)
+    tokenizer, texts = checkpoint.tokenizer(lab.BASE), forget.texts(given, given.source)
     enough = 4 * WINDOWS * WINDOW  # shorter ones, the ends of texts, are among them
     whole = [one for one in forget.windows(tokenizer, texts, enough, WINDOW) if len(one.ids) == WINDOW][:WINDOWS]
     if len(whole) < WINDOWS:
@@ -110,7 +112,7 @@ def llm_int8() -> Evidence:
     experiment = lab.experiment()
     device, threshold = devices.choose(experiment.runtime), experiment.quantize.int8_threshold
     reading = _reading(experiment, device)
-    model = models.pretrained(lab.BASE, device)
+    model = checkpoint.pretrained(lab.BASE, device)
     reading.read("float", model)
     for name, row, column in (("absmax", False, False), ("row_wise", True, False), ("vector_wise", True, True)):
         for layer in _layers(model):
@@ -118,7 +120,7 @@ def llm_int8() -> Evidence:
         reading.read(name, model)
     del model
     config = BitsAndBytesConfig(load_in_8bit=True, llm_int8_threshold=threshold)
-    model = models.pretrained(lab.BASE, device, quantization_config=config)
+    model = checkpoint.pretrained(lab.BASE, device, quantization_config=config)
     seen = count_outliers(_layers(model), threshold)
     reading.read("llm_int8", model)
     return Evidence(
@@ -189,7 +191,7 @@ def nf4_beats_fp4() -> Evidence:
     experiment = lab.experiment()
     device = devices.choose(experiment.runtime)
     reading = _reading(experiment, device)
-    model = models.pretrained(lab.BASE, device)
+    model = checkpoint.pretrained(lab.BASE, device)
     reading.read("float", model)
     exact = {layer: layer.weight.data for layer in _layers(model)}
     forms: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
@@ -242,7 +244,7 @@ def nearest(weight: "torch.Tensor", codes: list[float]) -> "torch.Tensor":
 
 def _layers(model: Any) -> Iterable[Any]:
     """The linear layers that quantization changes: all but the head."""
-    names = models.linear_layers(model)
+    names = checkpoint.linear_layers(model)
     return [layer for name, layer in model.named_modules() if name.rpartition(".")[2] in names]
 
 

@@ -15,10 +15,10 @@ from typing import Annotated, Literal, Self, get_args
 from pydantic import Field, model_validator
 
 from claims.evidence import Evidence, Value, numbers
-from pipeline import params, yaml12
-from pipeline.errors import UserError, listing
-from pipeline.recipes import Needs
-from pipeline.significance import Interval
+from pipeline.commands.use import Needs
+from pipeline.core import params, yaml12
+from pipeline.core.errors import UserError, listing
+from pipeline.score.significance import Interval
 
 FILE = Path("claims/claims.yaml")
 

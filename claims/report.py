@@ -9,10 +9,13 @@ from typing import Any
 from claims import evidence, judge, register
 from claims.evidence import Evidence, Value
 from claims.register import Claim, Finding, Judgment
-from pipeline import page, params, paths, provenance, records, report, stage, store
-from pipeline.progress import say
-from pipeline.significance import Interval
-from pipeline.store import Point, Record
+from pipeline.core import params, paths, records, stage
+from pipeline.core.progress import say
+from pipeline.record import provenance, store
+from pipeline.record.store import Point, Record
+from pipeline.report import page
+from pipeline.report import words as report
+from pipeline.score.significance import Interval
 
 TEMPLATE = "claims.md.jinja"
 MARKDOWN = paths.REPORTS / "claims.md"

@@ -1,4 +1,5 @@
-"""How sure a measured value is, as far as the choice of texts goes: the pipeline's bootstrap (`pipeline.significance`).
+"""How sure a measured value is, as far as the choice of texts goes: the pipeline's bootstrap
+(`pipeline.score.significance`).
 
 Dimensions: n rows, k columns, b resamples.
 """
@@ -9,8 +10,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline import params, significance
-from pipeline.significance import Floats, Interval
+from pipeline.core import params
+from pipeline.score import significance
+from pipeline.score.significance import Floats, Interval
 
 
 def over_texts(

@@ -9,10 +9,11 @@ import numpy as np
 
 from claims import evidence, lab, resampling
 from claims.evidence import Evidence
-from pipeline import metrics, records
-from pipeline.params import Evaluate
-from pipeline.records import Example
-from pipeline.sentences import sentences
+from pipeline.core import records
+from pipeline.core.params import Evaluate
+from pipeline.core.records import Example
+from pipeline.core.text import sentences
+from pipeline.score import metrics
 
 Words = tuple[str, ...]
 

@@ -5,8 +5,8 @@ from collections.abc import Callable, Mapping
 
 import numpy as np
 
-from pipeline import significance
-from pipeline.significance import Interval
+from pipeline.score import significance
+from pipeline.score.significance import Interval
 
 RESAMPLES = 2000
 CONFIDENCE = 0.95

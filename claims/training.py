@@ -6,9 +6,9 @@ from typing import Annotated, Literal, Self, TypeVar
 
 from pydantic import Field, model_validator
 
-from pipeline import params, yaml12
-from pipeline.errors import UserError
-from pipeline.records import Example
+from pipeline.core import params, yaml12
+from pipeline.core.errors import UserError
+from pipeline.core.records import Example
 
 T = TypeVar("T")
 

@@ -9,7 +9,9 @@ from pathlib import Path
 
 from claims import lab, training
 from claims.evidence import OUT
-from pipeline import adapter, generate, params, paths, records, stage, train
+from pipeline.core import params, paths, records, stage
+from pipeline.infer import infer as generate
+from pipeline.lora import adapter, train
 
 BASE = "base"
 """Instead of a seed, for what is not tuned."""

@@ -16,12 +16,16 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from pipeline import adapter, distributed, loss, memory, pack, params, paths, prompt, records, shard, source, tables
-from pipeline import device as devices
-from pipeline import model as models
-from pipeline.errors import UserError
-from pipeline.progress import bar, say
-from pipeline.prompt import Row
+from pipeline.core import params, paths, records
+from pipeline.core.errors import UserError
+from pipeline.core.progress import bar, say
+from pipeline.lora import adapter
+from pipeline.model import checkpoint, loss, memory, pack, prompt, shard
+from pipeline.model import device as devices
+from pipeline.model import load as models
+from pipeline.model import processes as distributed
+from pipeline.model.prompt import Row
+from pipeline.sources import source, tables
 
 TOGETHER = 512
 """Tokens computed at once: the logits of all of them are held, twice, in the model's dtype."""
@@ -83,7 +87,7 @@ def forget(seed: int, forget: params.Forget, runtime: params.Runtime) -> None:
         return
     if forget.window > facts["context"]:
         raise UserError(f"forget.window = {forget.window}, but the model's context is {facts['context']} tokens")
-    chosen = windows(models.tokenizer(), texts(forget, forget.source), forget.tokens, forget.window)
+    chosen = windows(checkpoint.tokenizer(), texts(forget, forget.source), forget.tokens, forget.window)
     if len(chosen) < FEWEST:
         raise UserError(
             f"forget.source = {forget.source!r} gives {len(chosen)} windows of text, too few for an interval: "

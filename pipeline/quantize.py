@@ -9,11 +9,10 @@ evaluation alone; in training, int8 layers compute with their weights' values an
 import shutil
 from typing import TYPE_CHECKING, Any
 
-from pipeline import device as devices
-from pipeline import loss, memory, params, paths, records
-from pipeline import model as models
-from pipeline.errors import UserError
-from pipeline.progress import say
+from pipeline.core import params, paths, records
+from pipeline.core.progress import say
+from pipeline.model import checkpoint, loss, memory, packed
+from pipeline.model import device as devices
 
 if TYPE_CHECKING:
     import torch
@@ -25,12 +24,12 @@ def quantize(quantize: params.Quantize, runtime: params.Runtime) -> None:
     """Write `out/models/quantized` and its facts; with method none, the base as it is."""
     device = devices.choose(runtime)
     base_facts = records.read_json(paths.BASE_FACTS)
-    models.require_intact(paths.BASE, base_facts)
+    checkpoint.require_intact(paths.BASE, base_facts)
     devices.require(device, base_facts["dtype"])
     wanted = {"method": quantize.method, "double_quantization": quantize.double_quantization}
     home = memory.require_quantizing(device, memory.base(paths.BASE, base_facts | wanted))
     windows = _windows(quantize.perplexity_tokens)
-    base = models.pretrained(paths.BASE, home)
+    base = checkpoint.pretrained(paths.BASE, home)
     before = loss.perplexity(base, windows, "perplexity before")
     facts: dict[str, Any] = dict(wanted)
     if home != device:
@@ -43,11 +42,11 @@ def quantize(quantize: params.Quantize, runtime: params.Runtime) -> None:
         after, measured = before, {"bits_per_parameter": 8.0 * base.dtype.itemsize, "layers": {}, "quantized_layers": 0}
     else:
         config = _config(quantize, base.dtype)
-        quantized = models.pretrained(paths.BASE, device, quantization_config=config)
+        quantized = checkpoint.pretrained(paths.BASE, device, quantization_config=config)
         measured = _reconstruction(base, quantized)
         quantized.save_pretrained(paths.QUANTIZED)
-        models.tokenizer(paths.BASE).save_pretrained(paths.QUANTIZED)
-        keep_unpacked(quantized)
+        checkpoint.tokenizer(paths.BASE).save_pretrained(paths.QUANTIZED)
+        packed.keep_unpacked(quantized)
         after = loss.perplexity(quantized, windows, "perplexity after")
     facts |= {
         **measured,
@@ -66,83 +65,6 @@ def quantize(quantize: params.Quantize, runtime: params.Runtime) -> None:
         f"quantize: {quantize.method}, {facts['bits_per_parameter']:.3f} bits a parameter in "
         f"{facts['quantized_layers']} layers, perplexity {before:.3f} -> {after:.3f}"
     )
-
-
-def require_effective(model: Any, facts: dict[str, Any]) -> None:
-    """UserError unless the loaded model is quantized as its facts say."""
-    methods = [
-        *(str(layer.weight.quant_type) for _, layer in _linear4bit(model)),
-        *("int8" for _ in _linear8bit(model)),
-    ]
-    found, wanted = set(methods), set() if facts["method"] == "none" else {facts["method"]}
-    if found != wanted or len(methods) != facts["quantized_layers"]:
-        raise UserError(
-            f"quantize.method = {facts['method']!r} with {facts['quantized_layers']} layers was asked for, but the "
-            f"loaded model has {len(methods)} layers of {found or 'no quantized type'}: "
-            f"run `dvc repro --force quantize`"
-        )
-    thresholds = {layer.state.threshold for _, layer in _linear8bit(model)}
-    if thresholds and thresholds != {facts["int8_threshold"]}:
-        raise UserError(
-            f"quantize.int8_threshold = {facts['int8_threshold']} was asked for, but the loaded model has "
-            f"{', '.join(map(str, sorted(thresholds)))}: run `dvc repro --force quantize`"
-        )
-
-
-def dequantize(model: Any) -> None:
-    """Replace 4-bit layers by plain ones that hold the same values in the model's dtype: 2 bytes a parameter more.
-
-    8-bit layers stay: they quantize what they are given as well, so plain ones would compute other numbers.
-    """
-    import torch
-    from bitsandbytes.functional import dequantize_4bit
-
-    names = [name for name, _ in _linear4bit(model)]
-    for name in names:
-        layer = model.get_submodule(name)
-        weight = dequantize_4bit(layer.weight.data, layer.weight.quant_state).to(model.dtype)
-        plain = torch.nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta")
-        plain.weight = torch.nn.Parameter(weight, requires_grad=False)
-        plain.bias = layer.bias
-        model.set_submodule(name, plain)
-        del layer  # the packed weights go as the unpacked ones come
-    if names:
-        # Without this mark transformers and PEFT would still take the layers for 4-bit ones.
-        model.is_loaded_in_4bit = model.is_quantized = False
-        model.quantization_method = None
-
-
-def keep_unpacked(model: Any) -> None:
-    """Stop bitsandbytes from repacking weights on the CPU.
-
-    On CPUs with AVX-512 BF16 the first evaluation forward repacks them for speed; gradients through packed weights are
-    silently wrong, and the packed product rounds differently.
-    """
-    for _, layer in _linear4bit(model):
-        layer.support_avx512bf16_for_cpu = False
-
-
-def repacked(model: Any) -> int:
-    """How many layers bitsandbytes has repacked: none, or UserError, since gradients through them were wrong."""
-    count = sum(bool(getattr(layer.quant_state, "packing_format_for_cpu", False)) for _, layer in _linear4bit(model))
-    if count:
-        raise UserError(
-            f"{count} 4-bit layers were repacked for the CPU during training, so gradients were wrong: "
-            f"set runtime.keep_dequantized to true"
-        )
-    return count
-
-
-def _linear4bit(model: Any) -> Any:
-    from bitsandbytes.nn import Linear4bit
-
-    return ((name, layer) for name, layer in model.named_modules() if isinstance(layer, Linear4bit))
-
-
-def _linear8bit(model: Any) -> Any:
-    from bitsandbytes.nn import Linear8bitLt
-
-    return ((name, layer) for name, layer in model.named_modules() if isinstance(layer, Linear8bitLt))
 
 
 def _config(quantize: params.Quantize, dtype: "torch.dtype") -> Any:
@@ -172,10 +94,10 @@ def _reconstruction(base: Any, quantized: Any) -> dict[str, Any]:
         bits += sum(8 * tensor.numel() * tensor.itemsize for tensor in stored)
         parameters += exact.numel()
 
-    for name, layer in _linear4bit(quantized):
+    for name, layer in packed.linear4bit(quantized):
         weight, state = layer.weight.data, layer.weight.quant_state
         measure(name, [weight, *_block_constants(state)], dequantize_4bit(weight, state))
-    for name, layer in _linear8bit(quantized):
+    for name, layer in packed.linear8bit(quantized):
         # One constant a row; the first forward pass moves them to the layer's state.
         weight, scale = layer.weight.data, layer.state.SCB if layer.weight.SCB is None else layer.weight.SCB
         measure(name, [weight, scale], int8_vectorwise_dequant(weight, scale))
@@ -189,7 +111,7 @@ def _block_constants(state: Any) -> list["torch.Tensor"]:
 
 def _windows(tokens: int) -> list[list[int]]:
     """The validation sources, one after another, in windows of WINDOW tokens."""
-    tokenizer = models.tokenizer(paths.BASE)
+    tokenizer = checkpoint.tokenizer(paths.BASE)
     ids: list[int] = []
     for text in dict.fromkeys(row.source for row in records.read_rows(paths.split("validation"), records.Example)):
         ids += tokenizer(text + "\n", add_special_tokens=False).input_ids

@@ -1,6 +1,7 @@
 """Stage check: the parameters are sound; else DVC starts nothing."""
 
-from pipeline import check, params, stage
+from pipeline.core import params, stage
+from pipeline.record import check
 
 
 def main(_: params.Declared) -> None:

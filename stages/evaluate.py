@@ -1,6 +1,7 @@
 """Stage evaluate@base: the base's predictions scored."""
 
-from pipeline import params, paths, scores, stage
+from pipeline.core import params, paths, stage
+from pipeline.score import evaluate as scores
 
 if __name__ == "__main__":
     stage.run("evaluate", lambda declared: scores.evaluate(paths.variant(None), declared[params.Evaluate]))

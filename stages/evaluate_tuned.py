@@ -1,6 +1,7 @@
 """Stage evaluate-tuned@<seed>: one seed's predictions scored."""
 
-from pipeline import params, paths, scores, stage
+from pipeline.core import params, paths, stage
+from pipeline.score import evaluate as scores
 
 if __name__ == "__main__":
     seed = stage.seed(__doc__)

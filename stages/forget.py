@@ -1,6 +1,8 @@
 """Stage forget: what one seed's adapter does to general text, against the base."""
 
-from pipeline import distributed, forget, params, paths, stage
+from pipeline import forget
+from pipeline.core import params, paths, stage
+from pipeline.model import processes as distributed
 
 
 def main(declared: params.Declared, seed: int) -> None:

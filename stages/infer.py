@@ -1,6 +1,8 @@
 """Stage infer@base: what the base writes for the test split. Depends on nothing of LoRA or training."""
 
-from pipeline import distributed, generate, params, paths
+from pipeline.core import params, paths
+from pipeline.infer import infer as generate
+from pipeline.model import processes as distributed
 
 
 def main(declared: params.Declared) -> None:

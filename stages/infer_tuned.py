@@ -1,6 +1,9 @@
 """Stage infer-tuned@<seed>: what the base with one seed's adapter writes for the same prompts."""
 
-from pipeline import adapter, distributed, generate, params, paths, stage
+from pipeline.core import params, paths, stage
+from pipeline.infer import infer as generate
+from pipeline.lora import adapter
+from pipeline.model import processes as distributed
 
 
 def main(declared: params.Declared, seed: int) -> None:

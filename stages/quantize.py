@@ -1,6 +1,7 @@
 """Stage quantize: the base becomes the quantized base, and what that costs is measured."""
 
-from pipeline import params, paths, quantize, stage
+from pipeline import quantize
+from pipeline.core import params, paths, stage
 
 if __name__ == "__main__":
     stage.run(

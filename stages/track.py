@@ -1,6 +1,8 @@
 """Stage track: the report as a page, and the whole experiment as one MLflow run that holds it."""
 
-from pipeline import page, params, stage, track
+from pipeline.core import params, stage
+from pipeline.record import track
+from pipeline.report import page
 
 
 def main(declared: params.Declared) -> None:

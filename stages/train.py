@@ -1,6 +1,8 @@
 """Stage train: one LoRA adapter for one seed, on the quantized base."""
 
-from pipeline import distributed, params, paths, stage, train
+from pipeline.core import params, paths, stage
+from pipeline.lora import train
+from pipeline.model import processes as distributed
 
 
 def main(declared: params.Declared, seed: int) -> None:

@@ -21,7 +21,8 @@ from filelock import FileLock
 from ruamel.yaml import YAML
 
 from claims import lab
-from pipeline import params, paths, records, store, yaml12
+from pipeline.core import params, paths, records, yaml12
+from pipeline.record import store
 
 # Before torch is imported: the models here are so small that threads only wait for each other.
 os.environ.setdefault("OMP_NUM_THREADS", "1")

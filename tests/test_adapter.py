@@ -9,8 +9,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from pipeline import adapter, attention, params
-from pipeline.errors import UserError
+from pipeline.core import params
+from pipeline.core.errors import UserError
+from pipeline.lora import adapter
+from pipeline.model import attention
 
 
 def lora(**changes: Any) -> params.Lora:

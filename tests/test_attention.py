@@ -8,8 +8,8 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import Gemma2Config, Gemma2ForCausalLM
 
-from pipeline import attention
-from pipeline.errors import UserError
+from pipeline.core.errors import UserError
+from pipeline.model import attention
 
 
 def states(batch: int, queries: int, columns: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

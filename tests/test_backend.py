@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 
-from pipeline import adapter, params, paths, records
-from pipeline.errors import UserError
+from pipeline.core import params, paths, records
+from pipeline.core.errors import UserError
+from pipeline.lora import adapter
 from tests.conftest import edit
 from tests.test_backend_llamacpp import infer, quantized, trained
 

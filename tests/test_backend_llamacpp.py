@@ -7,10 +7,14 @@ from typing import Any
 import pytest
 import torch
 
-from pipeline import adapter, backend_llamacpp, generate, params, paths, quantize, records
-from pipeline import model as models
-from pipeline.errors import UserError
-from pipeline.records import Prediction
+from pipeline import quantize
+from pipeline.core import params, paths, records
+from pipeline.core.errors import UserError
+from pipeline.core.records import Prediction
+from pipeline.infer import backend_llamacpp
+from pipeline.infer import infer as generate
+from pipeline.lora import adapter
+from pipeline.model import load as models
 from tests import conftest
 from tests.test_families import made
 

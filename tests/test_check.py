@@ -8,8 +8,13 @@ from typing import Any
 import pytest
 from ruamel.yaml import YAML
 
-from pipeline import check, lockfile, params, paths, recipes, records, space, stage, sweep, trial, yaml12
-from pipeline.errors import UserError
+from pipeline.commands import use as recipes
+from pipeline.core import params, paths, records, stage, yaml12
+from pipeline.core.errors import UserError
+from pipeline.record import check, lockfile
+from pipeline.search import grid as sweep
+from pipeline.search import spec as space
+from pipeline.search import trial
 from tests.conftest import ROOT, Finished, environment, make_clone
 
 RUNS = "17; touch ran #"

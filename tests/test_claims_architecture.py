@@ -11,8 +11,9 @@ from transformers.models.llama import modeling_llama
 
 from claims import architecture, lab, parallelism, register
 from claims.evidence import Evidence
-from pipeline import attention, params
-from pipeline.errors import UserError
+from pipeline.core import params
+from pipeline.core.errors import UserError
+from pipeline.model import attention
 
 ROOT = Path(__file__).parent.parent
 MEASUREMENTS: dict[str, Callable[[], Evidence]] = {

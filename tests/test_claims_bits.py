@@ -10,9 +10,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from claims import bits, lab, register
-from pipeline import model as models
-from pipeline import params, quantize
-from pipeline.significance import Interval
+from pipeline import quantize
+from pipeline.core import params
+from pipeline.model import checkpoint
+from pipeline.score.significance import Interval
 from tests.conftest import ROOT
 
 REGISTER = register.load(ROOT / register.FILE)
@@ -22,7 +23,7 @@ REGISTER = register.load(ROOT / register.FILE)
 def quantized(claims_base: params.Params) -> Path:
     """The base in NF4 with double quantization, written by the libraries."""
     config = quantize._config(params.Quantize(**claims_base.quantize.model_dump() | {"method": "nf4"}), torch.float32)
-    model = models.pretrained(lab.BASE, torch.device("cpu"), quantization_config=config)
+    model = checkpoint.pretrained(lab.BASE, torch.device("cpu"), quantization_config=config)
     model.save_pretrained(lab.quantized("nf4"))
     return lab.quantized("nf4") / "model.safetensors"
 

@@ -7,9 +7,9 @@ import torch
 
 from claims import cache, lab, register
 from claims.evidence import Evidence
-from pipeline import model as models
-from pipeline import params
-from pipeline.significance import Interval
+from pipeline.core import params
+from pipeline.model import checkpoint
+from pipeline.score.significance import Interval
 from tests.conftest import ROOT
 
 CPU = torch.device("cpu")
@@ -43,14 +43,14 @@ def test_heads_in_another_order_are_noticed(claims_base: params.Params, monkeypa
 
     monkeypatch.setattr(torch.Tensor, "repeat_interleave", interleaved)
     assert claims_base.runtime.device == "cpu"
-    model = models.pretrained(lab.BASE, CPU)
+    model = checkpoint.pretrained(lab.BASE, CPU)
     assert cache.logit_difference(model, cache.expand(model), torch.arange(5, 20)[None]) > 1e-3
 
 
 def test_a_step_decodes_behind_the_whole_context(claims_base: params.Params) -> None:
     """Its logit is that of the same text computed at once."""
     assert claims_base.seeds
-    model = models.pretrained(lab.BASE, CPU)
+    model = checkpoint.pretrained(lab.BASE, CPU)
     draw = torch.Generator().manual_seed(cache.SEED)
     ids_1xL = torch.randint(3, model.config.vocab_size, (1, 32), generator=draw)
     with torch.inference_mode():

@@ -7,9 +7,10 @@ import pytest
 import torch
 
 from claims import lab, merge, register
-from pipeline import model as models
-from pipeline import params, quantize
-from pipeline.significance import Interval
+from pipeline import quantize
+from pipeline.core import params
+from pipeline.model import checkpoint
+from pipeline.score.significance import Interval
 from tests.conftest import ROOT
 
 REGISTER = register.load(ROOT / register.FILE)
@@ -26,7 +27,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
 def placed(claims_base: params.Params) -> params.Params:
     """The claims' base, and the same in NF4."""
     config = quantize._config(params.Quantize(**claims_base.quantize.model_dump() | {"method": "nf4"}), torch.float32)
-    model = models.pretrained(lab.BASE, torch.device("cpu"), quantization_config=config)
+    model = checkpoint.pretrained(lab.BASE, torch.device("cpu"), quantization_config=config)
     model.save_pretrained(lab.quantized("nf4"))
     return claims_base
 

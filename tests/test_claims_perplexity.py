@@ -10,10 +10,11 @@ import torch
 
 from claims import lab, perplexity, register
 from claims.evidence import Evidence
-from pipeline import model as models
-from pipeline import params, quantize
-from pipeline.errors import UserError
-from pipeline.significance import Interval
+from pipeline import quantize
+from pipeline.core import params
+from pipeline.core.errors import UserError
+from pipeline.model import checkpoint, packed
+from pipeline.score.significance import Interval
 
 ROOT = Path(__file__).parent.parent
 CPU = torch.device("cpu")
@@ -89,7 +90,7 @@ def test_outliers_are_columns_in_which_a_value_reaches_the_threshold() -> None:
 
 def test_losses_are_those_of_each_token_after_the_first(experiment: params.Params) -> None:
     reading = perplexity._reading(experiment, CPU)
-    model = models.pretrained(lab.BASE, CPU)
+    model = checkpoint.pretrained(lab.BASE, CPU)
     reading.read("float", model)
     ids_nxW = reading.ids_nxW
     assert ids_nxW.shape == (12, 16)
@@ -128,9 +129,9 @@ def test_a_ratio_is_paired(experiment: params.Params) -> None:
 def test_four_bits_are_those_of_the_stage_quantize(experiment: params.Params, kind: str, double: bool) -> None:
     given = experiment.quantize.model_dump() | {"method": kind, "double_quantization": double}
     config = quantize._config(params.Quantize(**given), torch.float32)
-    theirs = models.pretrained(lab.BASE, CPU, quantization_config=config)
-    quantize.dequantize(theirs)
-    base = models.pretrained(lab.BASE, CPU)
+    theirs = checkpoint.pretrained(lab.BASE, CPU, quantization_config=config)
+    packed.dequantize(theirs)
+    base = checkpoint.pretrained(lab.BASE, CPU)
     layers = list(perplexity._layers(base))
     assert len(layers) == 14
     for name, layer in base.named_modules():

@@ -11,9 +11,10 @@ from ruamel.yaml import YAML
 from claims import evidence, full, gain, register
 from claims.evidence import Evidence
 from claims.register import Claim, Finding
-from pipeline import params, recipes
-from pipeline.errors import UserError
-from pipeline.significance import Interval
+from pipeline.commands import use as recipes
+from pipeline.core import params
+from pipeline.core.errors import UserError
+from pipeline.score.significance import Interval
 
 ROOT = Path(__file__).parent.parent
 

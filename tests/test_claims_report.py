@@ -9,8 +9,9 @@ from ruamel.yaml import YAML
 
 from claims import evidence, judge, register, report
 from claims.evidence import Evidence
-from pipeline import params, paths, records, store
-from pipeline.significance import Interval
+from pipeline.core import params, paths, records
+from pipeline.record import store
+from pipeline.score.significance import Interval
 from tests.test_claims_register import EXACT
 
 ROOT = Path(__file__).parent.parent

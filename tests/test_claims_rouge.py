@@ -5,8 +5,9 @@ from typing import Any
 import pytest
 
 from claims import register, rouge
-from pipeline import metrics, params
-from pipeline.significance import Interval
+from pipeline.core import params
+from pipeline.score import metrics
+from pipeline.score.significance import Interval
 from tests.conftest import ROOT
 
 REGISTER = register.load(ROOT / register.FILE)

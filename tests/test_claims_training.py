@@ -13,11 +13,14 @@ from ruamel.yaml import YAML
 from claims import adapters, arms, full_tuning, gain, inputs, lab, register, training, variants
 from claims.arms import Look, Result, Run
 from claims.evidence import Evidence
-from pipeline import adapter, compare, device, forget, pack, params, paths, records, train
-from pipeline import model as models
-from pipeline.errors import UserError
-from pipeline.prompt import Encoder
-from pipeline.significance import Interval
+from pipeline import forget
+from pipeline.core import params, paths, records
+from pipeline.core.errors import UserError
+from pipeline.lora import adapter, train
+from pipeline.model import checkpoint, device, pack
+from pipeline.model.prompt import Encoder
+from pipeline.score import compare
+from pipeline.score.significance import Interval
 from tests.conftest import ROOT
 
 REGISTER = register.load(ROOT / register.FILE)
@@ -159,7 +162,7 @@ def test_full_tuning_trains_every_weight_and_leaves_the_base(monkeypatch: pytest
     assert {run.parameters for run in found.runs.values()} == {sum(one.numel() for one in both.base.parameters())}
     for (name, here), there in zip(both.tuned.named_parameters(), both.base.parameters(), strict=True):
         assert not torch.equal(here, there), name
-    untouched = models.pretrained(lab.quantized("none"), torch.device("cpu"))
+    untouched = checkpoint.pretrained(lab.quantized("none"), torch.device("cpu"))
     assert all(torch.equal(*pair) for pair in zip(both.base.parameters(), untouched.parameters(), strict=True))
     (before,) = arms.read("untuned").losses()
     assert all(loss < before for loss in found.losses())
@@ -170,10 +173,10 @@ def test_full_tuning_trains_every_weight_and_leaves_the_base(monkeypatch: pytest
 
 def test_sums_are_the_trainer_s_loss(inputs_made: params.Params) -> None:
     with lab.lab("loss", {paths.QUANTIZED: lab.quantized("none"), paths.DATA: lab.data("default")}, {}):
-        encoder = Encoder(models.tokenizer(), inputs_made.prompt, 512)
+        encoder = Encoder(checkpoint.tokenizer(), inputs_made.prompt, 512)
         rows = [encoder.row(one) for one in records.read_rows(paths.split("validation"), records.Example)]
         trees = pack.trees(rows)
-        base = models.pretrained(paths.QUANTIZED, torch.device("cpu")).requires_grad_(False).eval()
+        base = checkpoint.pretrained(paths.QUANTIZED, torch.device("cpu")).requires_grad_(False).eval()
         trainer = train.Trainer(adapter.attach(base, inputs_made.lora, 17), inputs_made.train, 17, 1)
         found = arms.sums(trainer.model, trees, 64)
         assert sum(found) / sum(tree.supervised for tree in trees) == pytest.approx(trainer.loss(trees, "all"))

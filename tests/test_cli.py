@@ -8,8 +8,12 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from pipeline import cli, page, params, report, track
-from pipeline.errors import UserError
+from pipeline.commands import cli
+from pipeline.core import params
+from pipeline.core.errors import UserError
+from pipeline.record import track
+from pipeline.report import page
+from pipeline.report import words as report
 
 PARAMS = Path(__file__).parents[1] / "params.yaml"
 
@@ -68,7 +72,7 @@ def test_version_of_what_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> No
 def test_help_imports_nothing_heavy() -> None:
     code = (
         "import sys\n"
-        "from pipeline.cli import app\n"
+        "from pipeline.commands.cli import app\n"
         "try:\n    app(['--help'])\nexcept SystemExit as exit:\n    assert not exit.code\n"
         "heavy = {'torch', 'transformers', 'mlflow', 'numpy', 'pandas', 'dvc', 'pydantic'} & set(sys.modules)\n"
         "assert not heavy, heavy\n"

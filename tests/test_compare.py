@@ -10,12 +10,14 @@ from typing import Any
 import pytest
 import sacrebleu
 
-from pipeline import compare, paths, records, scores
-from pipeline.compare import Comparison
-from pipeline.errors import UserError
-from pipeline.params import Compare, Evaluate
-from pipeline.records import Decoding, Example, Prediction
-from pipeline.significance import Interval
+from pipeline.core import paths, records
+from pipeline.core.errors import UserError
+from pipeline.core.params import Compare, Evaluate
+from pipeline.core.records import Decoding, Example, Prediction
+from pipeline.score import compare
+from pipeline.score import evaluate as scores
+from pipeline.score.compare import Comparison
+from pipeline.score.significance import Interval
 
 EVALUATE = Evaluate(
     metrics=["rouge1", "rouge2", "rougeL"],

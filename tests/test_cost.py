@@ -6,7 +6,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from pipeline import cost, params, paths, records
+from pipeline.core import params, paths, records
+from pipeline.score import side_effects as cost
 from tests.test_compare import COMPARE, training
 
 

@@ -9,10 +9,12 @@ from typing import Any
 
 import pytest
 
-from pipeline import data, params, paths, significance
-from pipeline.data import Overlap, _places, prepare
-from pipeline.errors import UserError
-from pipeline.records import Example, read_rows, sha256_file, sha256_tree
+from pipeline.core import params, paths
+from pipeline.core.errors import UserError
+from pipeline.core.records import Example, read_rows, sha256_file, sha256_tree
+from pipeline.prepare import prepare as data
+from pipeline.prepare.prepare import Overlap, _places, prepare
+from pipeline.score import significance
 from tests.conftest import soon
 
 Files = Mapping[str, str | bytes]

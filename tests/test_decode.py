@@ -7,7 +7,8 @@ import pytest
 import torch
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 
-from pipeline import attention, decode
+from pipeline.infer import scheduler as decode
+from pipeline.model import attention
 
 STOPS = [7, 30, 61, 83, 111, 140, 170, 200, 222, 250]
 VOCABULARY = 261

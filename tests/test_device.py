@@ -7,8 +7,9 @@ import accelerate
 import pytest
 import torch
 
-from pipeline import device, params
-from pipeline.errors import UserError
+from pipeline.core import params
+from pipeline.core.errors import UserError
+from pipeline.model import device
 from tests import conftest
 
 

@@ -20,21 +20,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from pipeline import (
-    adapter,
-    device,
-    distributed,
-    generate,
-    memory,
-    model,
-    page,
-    params,
-    paths,
-    records,
-    stage,
-    train,
-)
-from pipeline.errors import UserError
+from pipeline.core import params, paths, records, stage
+from pipeline.core.errors import UserError
+from pipeline.infer import infer as generate
+from pipeline.lora import adapter, train
+from pipeline.model import device, memory
+from pipeline.model import load as model
+from pipeline.model import processes as distributed
+from pipeline.report import page
 from tests.conftest import ROOT, edit, environment, runtime
 from tests.test_kills import SPAWNING
 
@@ -330,7 +323,7 @@ def test_the_cores_are_divided_and_a_number_of_threads_is_each_processes_own(mon
 
 # A stage and its members
 
-HEAD = "import os, sys, time\nfrom pipeline import distributed as d\nfrom pipeline.errors import UserError\n"
+HEAD = "import os, sys, time\nfrom pipeline import distributed as d\nfrom pipeline.core.errors import UserError\n"
 HEAD += "d._leave_with_the_starter()\n"
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from pipeline import energy, params, paths, records, stage
+from pipeline.core import energy, params, paths, records, stage
 
 FAKE = """
 from types import SimpleNamespace

@@ -7,8 +7,11 @@ from pathlib import Path
 import pytest
 from ruamel.yaml import YAML
 
-from pipeline import lineage, params, paths, progress, recipes, store
-from pipeline.errors import UserError, printable
+from pipeline.commands import show as lineage
+from pipeline.commands import use as recipes
+from pipeline.core import params, paths, progress
+from pipeline.core.errors import UserError, printable
+from pipeline.record import store
 from tests.conftest import ROOT, environment
 
 OBEYED = ("\x1b[2J", "\x07", "\r", "\x9b31m", "\x1b]0;title\x07", "\x00", "\x7f", "\u202e", "\u2066", "\b")

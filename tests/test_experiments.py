@@ -6,10 +6,12 @@ from pathlib import Path
 
 import pytest
 
-from pipeline import experiments, params, paths, records, scores
-from pipeline.errors import UserError
-from pipeline.experiments import Experiment
-from pipeline.records import Example, Prediction
+from pipeline.commands import compare as experiments
+from pipeline.commands.compare import Experiment
+from pipeline.core import params, paths, records
+from pipeline.core.errors import UserError
+from pipeline.core.records import Example, Prediction
+from pipeline.score import evaluate as scores
 from tests.test_compare import COMPARE, examples, plant
 
 GIVEN = {

@@ -21,8 +21,10 @@ from huggingface_hub import ModelCard
 from markdown_it import MarkdownIt
 from typer.testing import CliRunner
 
-from pipeline import card, cli, export, licence, params, paths, records
-from pipeline.errors import UserError
+from pipeline.commands import cli
+from pipeline.core import params, paths, records
+from pipeline.core.errors import UserError
+from pipeline.export import card, export, licence
 from tests.conftest import Finished, environment
 
 pytestmark = pytest.mark.usefixtures("mlflow_calls_what_its_dependencies_deprecate")

@@ -9,10 +9,15 @@ import torch
 from peft import PeftModel
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-from pipeline import adapter, decode, fetch, loss, pack, params, paths, quantize, records
-from pipeline import model as models
-from pipeline.errors import UserError
-from pipeline.prompt import Row
+from pipeline import quantize
+from pipeline.core import params, paths, records
+from pipeline.core.errors import UserError
+from pipeline.fetch import fetch
+from pipeline.infer import scheduler as decode
+from pipeline.lora import adapter
+from pipeline.model import load as models
+from pipeline.model import loss, pack, packed
+from pipeline.model.prompt import Row
 from tests.conftest import runtime
 
 CPU = torch.device("cpu")
@@ -65,7 +70,7 @@ def as_it_comes(method: str) -> Any:
     """The same weights in transformers' own layers, with its own attention; 4-bit ones unpacked by `quantize`."""
     model = AutoModelForCausalLM.from_pretrained(paths.QUANTIZED, attn_implementation="sdpa").eval()
     if method != "none":
-        quantize.dequantize(model)
+        packed.dequantize(model)
     return model.requires_grad_(False)
 
 

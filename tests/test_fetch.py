@@ -12,8 +12,10 @@ import torch
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
-from pipeline import apart, fetch, params, paths, records
-from pipeline.errors import UserError
+from pipeline.core import params, paths, records
+from pipeline.core.errors import UserError
+from pipeline.fetch import fetch
+from pipeline.model import apart
 from tests import test_meta, test_prompt
 from tests.conftest import soon, trained_words
 from tests.test_families import made

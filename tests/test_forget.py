@@ -13,11 +13,14 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from pipeline import adapter, attention, forget, loss, pack, params, paths, records
-from pipeline import model as models
-from pipeline.errors import UserError
+from pipeline import forget
+from pipeline.core import params, paths, records
+from pipeline.core.errors import UserError
 from pipeline.forget import Text, Window
-from pipeline.prompt import Row
+from pipeline.lora import adapter
+from pipeline.model import attention, loss, pack
+from pipeline.model import load as models
+from pipeline.model.prompt import Row
 
 LORA = params.Lora(r=4, alpha=8.0, rslora=False, dropout=0.0, target_modules="all-linear")
 

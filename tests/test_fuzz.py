@@ -19,27 +19,20 @@ from xml.etree import ElementTree
 import pytest
 from ruamel.yaml import YAML
 
-from pipeline import (
-    charts,
-    data,
-    fetch,
-    forget,
-    lockfile,
-    metrics,
-    overlap,
-    page,
-    params,
-    paths,
-    progress,
-    records,
-    report,
-    sentences,
-    source,
-    store,
-    tables,
-    trial,
-)
-from pipeline.errors import UserError, without_passwords
+from pipeline import forget
+from pipeline.core import params, paths, progress, records
+from pipeline.core import text as sentences
+from pipeline.core.errors import UserError, without_passwords
+from pipeline.fetch import fetch
+from pipeline.prepare import prepare as data
+from pipeline.record import lockfile, store
+from pipeline.report import figures as charts
+from pipeline.report import marks as overlap
+from pipeline.report import page
+from pipeline.report import words as report
+from pipeline.score import metrics
+from pipeline.search import trial
+from pipeline.sources import source, tables
 from tests.conftest import ROOT, soon
 from tests.test_fetch import write_gguf
 from tests.test_report import comparison

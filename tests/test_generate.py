@@ -7,9 +7,13 @@ from typing import Any
 import pytest
 from transformers import AutoModelForCausalLM
 
-from pipeline import backend_transformers, checkpoint, generate, model, params, paths, records
-from pipeline.errors import UserError
-from pipeline.records import Prediction
+from pipeline.core import params, paths, records
+from pipeline.core.errors import UserError
+from pipeline.core.records import Prediction
+from pipeline.infer import backend_transformers
+from pipeline.infer import infer as generate
+from pipeline.model import checkpoint, resume
+from pipeline.model import load as model
 
 
 def infer(project: params.Params, **changes: Any) -> list[Prediction]:
@@ -43,7 +47,7 @@ def test_greedy_decoding_is_the_argmax_chain(quantized: params.Params, tiny_mode
     import torch
 
     loaded = AutoModelForCausalLM.from_pretrained(tiny_model)
-    tokenizer = model.tokenizer(tiny_model)
+    tokenizer = checkpoint.tokenizer(tiny_model)
     config = generate.configuration(quantized.generation, [1], tokenizer)
     prompt = [5, 6, 7, 8]
     ids = list(prompt)
@@ -148,7 +152,7 @@ def test_examples_are_decoded_again_alone_and_counted(
 
 
 def test_two_at_once_are_refused(quantized: params.Params) -> None:
-    with checkpoint.folder("infer-base", {}), pytest.raises(UserError, match="is being computed by another process"):
+    with resume.folder("infer-base", {}), pytest.raises(UserError, match="is being computed by another process"):
         infer(quantized)
 
 

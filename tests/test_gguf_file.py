@@ -10,8 +10,11 @@ import numpy as np
 import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
-from pipeline import adapter, backend_llamacpp, gguf_file, params, paths, records
-from pipeline.errors import UserError
+from pipeline import gguf as gguf_file
+from pipeline.core import params, paths, records
+from pipeline.core.errors import UserError
+from pipeline.infer import backend_llamacpp
+from pipeline.lora import adapter
 from tests.test_backend_llamacpp import quantized, trained
 from tests.test_families import made
 

@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 from ruamel.yaml import YAML
 
-from pipeline import params
+from pipeline.core import params, records
+from pipeline.model import resume
 
 ROOT = Path(__file__).parent.parent
 STAGES: dict[str, Any] = YAML(typ="safe", pure=True).load((ROOT / "dvc.yaml").read_text())["stages"]
@@ -56,10 +57,85 @@ def closure(start: Path) -> set[str]:
     return found
 
 
+def code(definition: dict[str, Any]) -> list[str]:
+    """The files and folders of this project's code that a stage declares."""
+    mine = [dep for dep in definition["deps"] if dep.startswith(("pipeline/", "stages/", "claims/"))]
+    return [dep for dep in mine if dep.endswith(".py") or (ROOT / dep).is_dir()]
+
+
+def holds(declared: str, file: str) -> bool:
+    return file == declared or file.startswith(f"{declared}/")
+
+
 @pytest.mark.parametrize("definition", [*STAGES.values(), *CLAIMS.values()], ids=[*STAGES, *CLAIMS])
-def test_a_stage_depends_on_the_modules_it_imports(definition: dict[str, Any]) -> None:
-    declared = {dep for dep in definition["deps"] if dep.endswith(".py")}
-    assert declared == closure(script(definition))
+def test_a_stage_depends_on_what_it_imports_and_on_no_other_code(definition: dict[str, Any]) -> None:
+    imported, declared = closure(script(definition)), code(definition)
+    assert sorted(file for file in imported if not any(holds(one, file) for one in declared)) == []
+    assert [one for one in declared if not any(holds(one, file) for file in imported)] == []
+
+
+MAY_IMPORT = {
+    "core": set(),
+    "sources": {"core"},
+    "prepare": {"core", "sources", "score"},
+    "model": {"core"},
+    "gguf": {"core", "model"},
+    "quantize": {"core", "model"},
+    "fetch": {"core", "sources", "model", "gguf"},
+    "lora": {"core", "model"},
+    "infer": {"core", "model", "gguf"},
+    "forget": {"core", "sources", "model", "lora"},
+    "score": {"core"},
+    "record": {"core"},
+    "report": {"core", "score", "record"},
+    "search": {"core", "record"},
+    "export": {"core", "sources", "fetch", "model", "gguf", "lora", "infer", "score", "report", "record"},
+    "commands": {"core", "sources", "model", "forget", "lora", "score", "report", "record", "search", "export"},
+}
+"""What each room says of itself, and the modules beside them. No room is imported by one that it imports."""
+
+
+def arrows() -> dict[str, set[str]]:
+    """The modules of this package that each of them imports, at its top or inside functions."""
+    files = sorted((ROOT / "pipeline").rglob("*.py"))
+    names = {".".join(path.relative_to(ROOT).with_suffix("").parts): path for path in files if path.stem != "__init__"}
+    found: dict[str, set[str]] = {}
+    for name, path in names.items():
+        nodes = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.ImportFrom)]
+        asked = {f"{node.module}.{alias.name}" for node in nodes for alias in node.names}
+        asked |= {str(node.module) for node in nodes}
+        found[name] = asked & names.keys()
+    return found
+
+
+def room(module: str) -> str:
+    return module.split(".")[1]
+
+
+def test_rooms_import_what_they_say() -> None:
+    found: dict[str, set[str]] = {}
+    for module, imported in arrows().items():
+        found.setdefault(room(module), set()).update(room(one) for one in imported if room(one) != room(module))
+    assert found == MAY_IMPORT
+    assert {path.name for path in (ROOT / "pipeline").iterdir() if (path / "__init__.py").is_file()} < found.keys()
+
+
+def test_no_module_is_imported_by_one_that_it_imports() -> None:
+    left = arrows()
+    while free := {module for module, imported in left.items() if not imported & left.keys()}:
+        left = {module: imported for module, imported in left.items() if module not in free}
+    assert left == {}
+
+
+def test_a_checkpoint_belongs_to_the_code_that_its_stage_declares() -> None:
+    declared = {name: {dep.removeprefix("pipeline/") for dep in code(STAGES[name])} for name in STAGES}
+    assert set(resume.CODE["train"]) | {"stages/train.py"} == declared["train"]
+    assert set(resume.CODE["infer"]) | {"stages/infer_tuned.py"} == declared["infer-tuned"]
+
+
+def test_dvc_passes_over_what_digests_pass_over() -> None:
+    lines = (ROOT / ".dvcignore").read_text().splitlines()
+    assert [line for line in lines if not line.startswith(("/", "# "))] == list(records.IGNORED)
 
 
 @pytest.mark.parametrize("name", sorted(COMPUTES))

@@ -22,7 +22,7 @@ import pytest
 from ruamel.yaml import YAML
 
 from bench import kills
-from pipeline import paths, records
+from pipeline.core import paths, records
 
 Identity = tuple[str, ...]
 SCRIPTS: dict[str, Identity] = {
@@ -41,7 +41,7 @@ KILLS = dict.fromkeys(SCRIPTS, 2) | {"train@17": 5} | dict.fromkeys(("prepare", 
 SPAWNING = multiprocessing.get_context("forkserver")
 SPAWNING.set_forkserver_preload(
     ["torch", "transformers.models.llama", "peft", "bitsandbytes", "rouge_score.rouge_scorer", "altair", "pytest",
-     "scipy.stats", "pipeline.train", "pipeline.generate", "pipeline.report", "tests.test_kills"]
+     "scipy.stats", "pipeline.lora.train", "pipeline.infer.infer", "pipeline.report.words", "tests.test_kills"]
 )  # fmt: skip
 
 
@@ -51,7 +51,7 @@ def run_script(project: Path, script: Identity) -> None:
     printed = os.open(project / "printed", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(printed, 1)
     os.dup2(printed, 2)
-    from pipeline import train
+    from pipeline.lora import train
 
     train.SECONDS_BETWEEN_CHECKPOINTS = 0.0
     sys.argv = list(script)

@@ -9,7 +9,8 @@ import gguf
 import huggingface_hub
 import pytest
 
-from pipeline import licence, records
+from pipeline.core import records
+from pipeline.export import licence
 
 
 def wheel(metadata: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> licence.Stated:

@@ -13,28 +13,23 @@ import torch
 from typer.testing import CliRunner
 
 from bench import memory as bench
-from pipeline import (
-    attention,
-    cli,
-    decode,
-    fetch,
-    generate,
-    memory,
+from pipeline import quantize
+from pipeline.commands import cli, plan
+from pipeline.commands import use as recipes
+from pipeline.core import params, paths, records
+from pipeline.core.errors import UserError
+from pipeline.fetch import fetch
+from pipeline.infer import infer as generate
+from pipeline.infer import scheduler as decode
+from pipeline.lora import (
     optimizer,
-    pack,
-    params,
-    paths,
-    plan,
-    quantize,
-    recipes,
-    records,
-    train,
-)  # fmt: skip
-from pipeline import device as devices
-from pipeline import model as models
-from pipeline.errors import UserError
-from pipeline.prompt import Row
-from pipeline.shape import Shape
+    train,  # fmt: skip
+)
+from pipeline.model import attention, checkpoint, memory, pack
+from pipeline.model import device as devices
+from pipeline.model import load as models
+from pipeline.model.prompt import Row
+from pipeline.model.shape import Shape
 from tests import conftest, test_families
 from tests.conftest import ROOT
 
@@ -86,8 +81,8 @@ def test_the_parameters_of_a_stated_architecture_are_those_of_the_model(recipe: 
 
 def test_the_architecture_of_a_checkpoint_is_read_and_its_parameters_counted(tiny_model: Path) -> None:
     shape = Shape.read(tiny_model)
-    model = models.pretrained(tiny_model, torch.device("cpu"))
-    assert shape.parameters == models.architecture(model)["parameters"]
+    model = checkpoint.pretrained(tiny_model, torch.device("cpu"))
+    assert shape.parameters == checkpoint.architecture(model)["parameters"]
     assert shape.group == 2
 
 
@@ -95,7 +90,7 @@ def test_the_architecture_of_a_checkpoint_is_read_and_its_parameters_counted(tin
 def test_every_family_that_is_taken_is_counted(family: str, tiny_model: Path, tmp_path: Path) -> None:
     """All but biases and additional norms: a hundredth of these small models."""
     folder = test_families.made(family, tied=False, tiny_model=tiny_model, folder=tmp_path)
-    shape, facts = Shape.read(folder), models.architecture(models.pretrained(folder, torch.device("cpu")))
+    shape, facts = Shape.read(folder), checkpoint.architecture(checkpoint.pretrained(folder, torch.device("cpu")))
     assert shape.parameters == pytest.approx(facts["parameters"], rel=0.01)
     assert sorted(shape.linears) == facts["linear_layers"]
 
@@ -129,7 +124,7 @@ def test_activations_are_what_a_layer_keeps(tiny_model: Path, length: int) -> No
 def deeper(tiny_model: Path, layers: int) -> Any:
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from pipeline import fused
+    from pipeline.model import fused
 
     config = LlamaConfig.from_pretrained(tiny_model, num_hidden_layers=layers, max_position_embeddings=1024)
     config._attn_implementation = attention.NAME
@@ -139,13 +134,13 @@ def deeper(tiny_model: Path, layers: int) -> Any:
 
 
 def _attached(model: Any, lora: params.Lora) -> Any:
-    from pipeline import adapter
+    from pipeline.lora import adapter
 
     return adapter.attach(model, lora, 7)
 
 
 def _saved_bytes(model: Any, packed: pack.Packed) -> int:
-    from pipeline import loss
+    from pipeline.model import loss
 
     saved: dict[int, Any] = {}
 

@@ -7,8 +7,13 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
-from pipeline import adapter, fetch, merge, params, paths, quantize, records
-from pipeline import model as models
+from pipeline import quantize
+from pipeline.core import params, paths, records
+from pipeline.export import merge
+from pipeline.fetch import fetch
+from pipeline.lora import adapter
+from pipeline.model import checkpoint
+from pipeline.model import load as models
 from tests.test_families import act
 
 CPU = torch.device("cpu")
@@ -41,7 +46,7 @@ def test_the_sum_is_the_model_with_its_adapter(
     assert said == words
     plain = {name: tensor.clone() for name, tensor in base.state_dict().items()}
     merge.merged(base, paths.adapter(17)).save_pretrained(tmp_path)
-    found = merge.difference(measured, models.pretrained(tmp_path, CPU), merge.rows(project.prompt))
+    found = merge.difference(measured, checkpoint.pretrained(tmp_path, CPU), merge.rows(project.prompt))
     assert found["loss"] == pytest.approx(found["loss_measured"], rel=1e-5)
     assert found["logit_max"] < 1e-4
     assert (found["same"], found["rows"]) == (1.0, 8)

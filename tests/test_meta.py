@@ -12,8 +12,10 @@ import torch
 from sentencepiece import SentencePieceProcessor
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from pipeline import fetch, meta, params, paths, records
-from pipeline.errors import UserError
+from pipeline.core import params, paths, records
+from pipeline.core.errors import UserError
+from pipeline.fetch import fetch
+from pipeline.fetch import meta_layout as meta
 from tests.conftest import soon, trained_words
 
 SETTINGS = {

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import sacrebleu
 
-from pipeline import metrics
-from pipeline.params import Evaluate
+from pipeline.core.params import Evaluate
+from pipeline.score import metrics
 
 
 def chosen(*names: str, **changes: Any) -> Evaluate:

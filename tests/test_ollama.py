@@ -6,8 +6,9 @@ from pathlib import Path
 import pytest
 from transformers import AutoTokenizer
 
-from pipeline import ollama, params
-from pipeline.errors import UserError
+from pipeline.core import params
+from pipeline.core.errors import UserError
+from pipeline.export import ollama
 from tests.conftest import soon
 
 CHATML = (

@@ -6,8 +6,10 @@ from typing import Any
 import pytest
 import torch
 
-from pipeline import loss, optimizer, params, train
-from pipeline.errors import UserError
+from pipeline.core import params
+from pipeline.core.errors import UserError
+from pipeline.lora import optimizer, train
+from pipeline.model import loss
 from tests.test_train import LORA, fresh, section, some_trees, trainer
 
 SUMMED = loss.summed

@@ -6,9 +6,9 @@ from typing import Any
 import pytest
 from rouge_score.rouge_scorer import RougeScorer
 
-from pipeline import overlap
-from pipeline.overlap import PAIR, WORD, Mark, Word
-from pipeline.params import Evaluate
+from pipeline.core.params import Evaluate
+from pipeline.report import marks as overlap
+from pipeline.report.marks import PAIR, WORD, Mark, Word
 from tests.conftest import WORDS
 
 

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from pipeline import attention, loss, pack
-from pipeline.prompt import Row
+from pipeline.model import attention, loss, pack
+from pipeline.model.prompt import Row
 
 CPU = torch.device("cpu")
 

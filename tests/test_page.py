@@ -15,13 +15,20 @@ from xml.etree import ElementTree
 
 import pytest
 
-from pipeline import appendix, charts, compare, examples, page, paths, report, scores
-from pipeline.compare import Comparison
-from pipeline.cost import Cost
-from pipeline.examples import Row, Written
-from pipeline.page import Content, Origin, Spent
-from pipeline.params import Evaluate, Published
-from pipeline.records import Decoding, Example, Prediction, write_json, write_rows
+from pipeline.core import paths
+from pipeline.core.params import Evaluate, Published
+from pipeline.core.records import Decoding, Example, Prediction, write_json, write_rows
+from pipeline.report import csv_tables as appendix
+from pipeline.report import figures as charts
+from pipeline.report import page
+from pipeline.report import words as report
+from pipeline.report.page import Content, Origin, Spent
+from pipeline.score import compare
+from pipeline.score import evaluate as scores
+from pipeline.score import side_by_side as examples
+from pipeline.score.compare import Comparison
+from pipeline.score.side_by_side import Row, Written
+from pipeline.score.side_effects import Cost
 from tests.test_report import FIRST, GUARDS, NASTY, comparison, several_seeds
 
 EVALUATE = Evaluate(

@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 from ruamel.yaml import YAML
 
-from pipeline import params
-from pipeline.errors import UserError
+from pipeline.core import params
+from pipeline.core.errors import UserError
 
 ROOT = Path(__file__).parent.parent
 

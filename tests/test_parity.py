@@ -7,9 +7,13 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
-from pipeline import backend_llamacpp, cli, params, parity, paths, records
-from pipeline.compare import Table
-from pipeline.errors import UserError
+from pipeline.commands import cli
+from pipeline.core import params, paths, records
+from pipeline.core.errors import UserError
+from pipeline.export import parity
+from pipeline.infer import backend_llamacpp
+from pipeline.model import checkpoint
+from pipeline.score.compare import Table
 from tests.test_backend_llamacpp import quantized, trained
 
 
@@ -102,12 +106,12 @@ def test_losses_are_those_of_transformers_token_by_token(project: params.Params,
     import torch
     from transformers import AutoModelForCausalLM
 
-    from pipeline import backend, generate
-    from pipeline import model as models
+    from pipeline.infer import backend
+    from pipeline.infer import infer as generate
 
     quantized(project, tiny_model)
     generation = project.generation.model_copy(update={"backend": "llama.cpp", "gguf_type": "F32"})
-    config = generate.configuration(generation, [1], models.tokenizer())
+    config = generate.configuration(generation, [1], checkpoint.tokenizer())
     facts = records.read_json(paths.QUANTIZED_FACTS)
     engine = backend_llamacpp.load(backend.Setup(facts, config, generation, project.runtime, None, 64))
     prompt, completion = [5, 6, 7], [*range(150, 162), 1]  # bytes of half characters among them

@@ -13,7 +13,9 @@ from typing import Any
 
 import pytest
 
-from pipeline import page, paths, records, track
+from pipeline.core import paths, records
+from pipeline.record import track
+from pipeline.report import page
 from tests.conftest import ASPECTS, SECRET, SPLIT_GROUPS, Finished, environment, make_clone
 
 pytestmark = pytest.mark.usefixtures("mlflow_calls_what_its_dependencies_deprecate")
@@ -168,7 +170,7 @@ def test_going_back_computes_nothing_and_records_nothing_twice(clone: Path, dvc:
 
 def lora_repro(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-c", "from pipeline.cli import app; app()", *arguments],
+        [sys.executable, "-c", "from pipeline.commands.cli import app; app()", *arguments],
         cwd=cwd, env=environment(), stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
     )  # fmt: skip

@@ -12,8 +12,10 @@ from typing import Any
 import pytest
 from ruamel.yaml import YAML
 
-from pipeline import paths, plots, records, viewer
-from pipeline.errors import UserError
+from pipeline.core import paths, records
+from pipeline.core.errors import UserError
+from pipeline.report import dvc_page as viewer
+from pipeline.report import dvc_plots as plots
 from tests.conftest import ROOT, environment
 from tests.test_compare import examples, plant, run, training
 from tests.test_report import several_seeds

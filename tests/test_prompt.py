@@ -8,10 +8,11 @@ from typing import Any
 import psutil
 import pytest
 
-from pipeline import apart, model, params, prompt
-from pipeline.errors import UserError
-from pipeline.prompt import Encoder, rendered
-from pipeline.records import Example
+from pipeline.core import params
+from pipeline.core.errors import UserError
+from pipeline.core.records import Example
+from pipeline.model import apart, checkpoint, prompt
+from pipeline.model.prompt import Encoder, rendered
 from tests.conftest import soon
 
 EXAMPLE = Example("a/what", "a", "what", "red cat runs {fast} here.", "blue dog", "red cat")
@@ -19,7 +20,7 @@ EXAMPLE = Example("a/what", "a", "what", "red cat runs {fast} here.", "blue dog"
 
 @pytest.fixture
 def tokenizer(tiny_model: Path) -> Any:
-    return model.tokenizer(tiny_model)
+    return checkpoint.tokenizer(tiny_model)
 
 
 def section(**changes: Any) -> params.Prompt:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline import provenance
+from pipeline.record import provenance
 
 
 @pytest.fixture(autouse=True)

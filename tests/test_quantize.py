@@ -9,9 +9,12 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-from pipeline import adapter, attention, loss, memory, pack, params, paths, quantize, records
-from pipeline.errors import UserError
-from pipeline.prompt import Row
+from pipeline import quantize
+from pipeline.core import params, paths, records
+from pipeline.core.errors import UserError
+from pipeline.lora import adapter
+from pipeline.model import attention, loss, memory, pack, packed
+from pipeline.model.prompt import Row
 
 CPU = torch.device("cpu")
 ROWS = [Row("a", "a", list(range(20, 40)), [50, 51, 52, 1]), Row("b", "b", list(range(60, 75)), [80, 81, 1])]
@@ -52,8 +55,8 @@ def cosine(a: torch.Tensor, b: torch.Tensor) -> float:
 def adapted_pair(folder: Path) -> tuple[Any, Any]:
     """The same adapter, B not zero, on NF4 weights and on the same weights unpacked."""
     packed, plain = nf4(folder), nf4(folder)
-    quantize.keep_unpacked(packed)
-    quantize.dequantize(plain)
+    packed.keep_unpacked(packed)
+    packed.dequantize(plain)
     pair = adapter.attach(packed, LORA, 1), adapter.attach(plain, LORA, 1)
     generator = torch.Generator().manual_seed(3)
     noise = {name: torch.randn(t.shape, generator=generator) * 0.05 for name, t in adapter.tensors(pair[0]).items()}
@@ -76,8 +79,8 @@ def test_gradients_on_nf4_equal_those_on_the_dequantized_weights_also_after_an_e
 @pytest.mark.parametrize("double", [True, False])
 def test_both_ways_of_holding_the_weights_give_the_same_logits(tiny_model: Path, double: bool) -> None:
     on_the_fly, kept = nf4(tiny_model, double), nf4(tiny_model, double)
-    quantize.keep_unpacked(on_the_fly)
-    quantize.dequantize(kept)
+    packed.keep_unpacked(on_the_fly)
+    packed.dequantize(kept)
     ids = torch.tensor([[7, 8, 9, 10, 11]])
     with torch.no_grad():
         assert torch.equal(on_the_fly.eval()(ids).logits, kept.eval()(ids).logits)
@@ -99,7 +102,7 @@ def test_the_stage_writes_a_checkpoint_that_loads_as_it_is_and_its_facts(
     assert 0.05 < max(facts["layers"].values()) < 0.15
     assert facts["perplexity_after"] != facts["perplexity_before"]
     loaded = AutoModelForCausalLM.from_pretrained(paths.QUANTIZED)
-    quantize.require_effective(loaded, facts)
+    packed.require_effective(loaded, facts)
     assert facts["sha256"] == records.sha256_tree(paths.QUANTIZED)
 
 
@@ -115,22 +118,22 @@ def test_a_base_that_has_changed_on_the_disk_is_refused(project: params.Params, 
 
 def test_a_silent_downgrade_is_refused(tiny_model: Path) -> None:
     facts = {"method": "nf4", "quantized_layers": 14}
-    quantize.require_effective(nf4(tiny_model), facts)
+    packed.require_effective(nf4(tiny_model), facts)
     unquantized = AutoModelForCausalLM.from_pretrained(tiny_model)
     with pytest.raises(UserError, match="quantize.method = 'nf4' with 14 layers was asked for, but .* has 0 layers"):
-        quantize.require_effective(unquantized, facts)
+        packed.require_effective(unquantized, facts)
     with pytest.raises(UserError, match="of {'nf4'}"):
-        quantize.require_effective(nf4(tiny_model), facts | {"method": "fp4"})
+        packed.require_effective(nf4(tiny_model), facts | {"method": "fp4"})
 
 
 def test_layers_that_were_repacked_are_noticed(tiny_model: Path) -> None:
     model = nf4(tiny_model)
-    quantize.keep_unpacked(model)
+    packed.keep_unpacked(model)
     evaluate(model)
-    assert quantize.repacked(model) == 0
+    assert packed.repacked(model) == 0
     model.model.layers[0].mlp.up_proj.weight.quant_state.packing_format_for_cpu = True
     with pytest.raises(UserError, match="1 4-bit layers were repacked"):
-        quantize.repacked(model)
+        packed.repacked(model)
 
 
 def test_damaged_weights_fail_the_perplexity(tiny_model: Path) -> None:
@@ -177,7 +180,7 @@ def test_gradients_on_int8_are_those_of_plain_weights_also_after_an_evaluation(t
 
 @pytest.mark.filterwarnings("ignore:MatMul8bitLt:UserWarning")
 def test_int8_is_written_with_its_facts_and_stays_int8(project: params.Params, tiny_model: Path) -> None:
-    from pipeline import model as models
+    from pipeline.model import load as models
 
     shutil.copytree(tiny_model, paths.BASE)
     of_base = {"context": 512, "dtype": "bfloat16", "stop_ids": [1], "sha256": records.sha256_tree(paths.BASE)}
@@ -194,9 +197,9 @@ def test_int8_is_written_with_its_facts_and_stays_int8(project: params.Params, t
         loaded = models.load(CPU, keep_dequantized=keep)
         assert {layer.state.threshold for layer in loaded.modules() if type(layer).__name__ == "Linear8bitLt"} == {4.0}
     with pytest.raises(UserError, match=r"int8_threshold = 6.0 was asked for, but the loaded model has 4.0"):
-        quantize.require_effective(loaded, facts | {"int8_threshold": 6.0})
+        packed.require_effective(loaded, facts | {"int8_threshold": 6.0})
     with pytest.raises(UserError, match="with 14 layers was asked for, but the loaded model has 14 layers of {'int8'}"):
-        quantize.require_effective(loaded, facts | {"method": "nf4"})
+        packed.require_effective(loaded, facts | {"method": "nf4"})
 
 
 def test_a_base_in_main_memory_gives_the_same_facts_and_says_so(

@@ -15,8 +15,12 @@ from datasets import Dataset
 from ruamel.yaml import YAML
 from typer.testing import CliRunner, Result
 
-from pipeline import cli, data, params, paths, recipes, records, source
-from pipeline.errors import UserError
+from pipeline.commands import cli
+from pipeline.commands import use as recipes
+from pipeline.core import params, paths, records
+from pipeline.core.errors import UserError
+from pipeline.prepare import prepare as data
+from pipeline.sources import source
 from tests.conftest import ROOT, environment
 
 RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from pipeline import records
-from pipeline.errors import UserError
-from pipeline.records import Example
+from pipeline.core import records
+from pipeline.core.errors import UserError
+from pipeline.core.records import Example
 from tests.conftest import soon
 
 
@@ -80,7 +80,8 @@ def test_the_digest_of_an_ordinary_folder_stays_what_it_is(tmp_path: Path) -> No
 
 
 def test_a_link_to_a_file_counts_as_the_file(tmp_path: Path) -> None:
-    """As of outputs that DVC links into its cache; of a source, `pipeline.source` refuses those that lead out."""
+    """As of outputs that DVC links into its cache; of a source, `pipeline.sources.source` refuses those that lead
+    out."""
     (tmp_path / "cache").write_text("1")
     for name in ("plain", "linked"):
         (tmp_path / name).mkdir()

@@ -13,9 +13,12 @@ import pytest
 from ruamel.yaml import YAML
 from typer.testing import CliRunner
 
-from pipeline import cli, params, paths, records, registry, store
-from pipeline.errors import UserError
-from pipeline.records import Example, Prediction
+from pipeline.commands import cli
+from pipeline.commands import promote as registry
+from pipeline.core import params, paths, records
+from pipeline.core.errors import UserError
+from pipeline.core.records import Example, Prediction
+from pipeline.record import store
 from tests.conftest import ROOT
 from tests.test_compare import COMPARE, examples, plant
 
@@ -157,7 +160,7 @@ def test_the_champion_moves_on_a_significant_gain_only(project: Project, capsys:
 
 
 def test_it_says_why_with_the_figures_of_the_same_rows(project: Project, capsys: pytest.CaptureFixture[str]) -> None:
-    from pipeline import scores
+    from pipeline.score import evaluate as scores
 
     project.record("good", {1: 0.7})
     before = scores.read("tuned-1").corpus["rouge1"]

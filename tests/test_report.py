@@ -11,13 +11,16 @@ from typing import Any
 
 import pytest
 
-from pipeline import charts, paths, report, track
-from pipeline.compare import Aspect, Comparison, Line, Output, Pair, Result, Spread
-from pipeline.cost import Cost, Forgetting, Training
-from pipeline.errors import UserError
-from pipeline.guards import Guard
-from pipeline.params import Published
-from pipeline.significance import Interval
+from pipeline.core import paths
+from pipeline.core.errors import UserError
+from pipeline.core.params import Published
+from pipeline.record import track
+from pipeline.report import figures as charts
+from pipeline.report import words as report
+from pipeline.score.compare import Aspect, Comparison, Line, Output, Pair, Result, Spread
+from pipeline.score.guard_record import Guard
+from pipeline.score.side_effects import Cost, Forgetting, Training
+from pipeline.score.significance import Interval
 
 GUARDS = [Guard("a <doubled> BOS", "600 prompts | 1 BOS at most")]
 NASTY = (

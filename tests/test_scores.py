@@ -9,10 +9,12 @@ from pathlib import Path
 import pytest
 import sacrebleu
 
-from pipeline import metrics, paths, records, scores
-from pipeline.errors import UserError
-from pipeline.params import Evaluate
-from pipeline.records import Decoding, Example, Prediction
+from pipeline.core import paths, records
+from pipeline.core.errors import UserError
+from pipeline.core.params import Evaluate
+from pipeline.core.records import Decoding, Example, Prediction
+from pipeline.score import evaluate as scores
+from pipeline.score import metrics
 
 ALL = Evaluate(
     metrics=["rouge1", "rouge2", "rougeL", "rougeLsum"],
@@ -126,6 +128,6 @@ def test_scores_of_another_form_are_refused(tmp_path: Path, monkeypatch: pytest.
 def test_importing_is_cheap() -> None:
     """No torch where scores are computed, and nothing slow before it is needed."""
     slow = "{'torch', 'nltk', 'altair', 'vl_convert', 'sacrebleu', 'py3langid', 'scipy'}"
-    code = f"import sys, pipeline.report, pipeline.scores; print({slow} & {{*sys.modules}})"
+    code = f"import sys, pipeline.report.words, pipeline.score.evaluate; print({slow} & {{*sys.modules}})"
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert found.stdout.strip() == "set()"

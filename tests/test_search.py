@@ -22,16 +22,22 @@ import pytest
 from ruamel.yaml import YAML
 
 from bench.kills import environment
-from pipeline import cluster, experiments, lineage, params, paths, provenance, search, space, store, study, track, trial
-from pipeline.errors import UserError
-from pipeline.study import Study
+from pipeline.commands import compare as experiments
+from pipeline.commands import show as lineage
+from pipeline.core import params, paths
+from pipeline.core.errors import UserError
+from pipeline.record import provenance, store, track
+from pipeline.search import cluster, study, trial
+from pipeline.search import run as search
+from pipeline.search import spec as space
+from pipeline.search.study import Study
 from tests.conftest import ROOT, SECRET
 from tests.test_track import DVC_YAML, STAGE
 
 TRAINING = """\
     elif stage == "train":
         import os, time
-        from pipeline.progress import publish_validation
+        from pipeline.core.progress import publish_validation
         r, rate = p["lora"]["r"], p["train"]["learning_rate"]
         assert r != 5, "rank 5 is planted to fail"
         goal = round(2 + abs(r - 8) / 10 + rate, 6)
@@ -107,7 +113,7 @@ def make_project(folder: Path) -> Path:
 
 def start(project: Path, *arguments: str, hold: str = "") -> "subprocess.Popen[str]":
     return subprocess.Popen(
-        [sys.executable, "-c", "from pipeline.cli import app; app()", *arguments], cwd=project,
+        [sys.executable, "-c", "from pipeline.commands.cli import app; app()", *arguments], cwd=project,
         env=environment(project) | {"PYTHONPATH": str(ROOT), "LOG": str(log(project)), "HOLD": hold},
         stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
     )  # fmt: skip
@@ -545,7 +551,7 @@ import json, sys
 from dataclasses import asdict
 from pathlib import Path
 from pipeline import cluster, params, space, study, trial
-from pipeline.errors import UserError
+from pipeline.core.errors import UserError
 plan = space.Search.model_validate({{**json.loads(sys.argv[1]),
     "cluster": {{"cpus": 1, "gpus": 0, "folder": {str(tmp_path / "node")!r}}}}})
 here = trial.Source({str(tmp_path / "nowhere.git")!r}, "0" * 40, "", "", True,

@@ -5,7 +5,7 @@ import re
 
 import pytest
 
-from pipeline.sentences import _ABBREVIATION, _INITIAL, foreign_share, lead, sentences, words
+from pipeline.core.text import _ABBREVIATION, _INITIAL, foreign_share, lead, sentences, words
 
 
 @pytest.mark.parametrize(

@@ -14,26 +14,17 @@ from safetensors.torch import load_file
 from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from pipeline import (
-    adapter,
-    distributed,
-    fetch,
-    forget,
-    fused,
-    generate,
-    loss,
-    pack,
-    params,
-    paths,
-    quantize,
-    records,
-    shard,
-    train,
-)
-from pipeline import model as models
-from pipeline.errors import UserError
-from pipeline.params import Params
-from pipeline.prompt import Row
+from pipeline import forget, quantize
+from pipeline.core import params, paths, records
+from pipeline.core.errors import UserError
+from pipeline.core.params import Params
+from pipeline.fetch import fetch
+from pipeline.infer import infer as generate
+from pipeline.lora import adapter, train
+from pipeline.model import checkpoint, fused, loss, pack, shard
+from pipeline.model import load as models
+from pipeline.model import processes as distributed
+from pipeline.model.prompt import Row
 from tests import test_families
 from tests.conftest import edit
 from tests.test_distributed import inferred, members
@@ -263,10 +254,10 @@ def learning(project: Params) -> None:
 
     for family in fetch.FAMILIES:
         folder = Path(family)
-        whole = models.pretrained(folder, CPU)
+        whole = checkpoint.pretrained(folder, CPU)
         fused.apply(whole)
         expected, gradients = learned(whole)
-        divided = models.pretrained(folder, CPU).requires_grad_(False)
+        divided = checkpoint.pretrained(folder, CPU).requires_grad_(False)
         shard.apply(divided, CPU, mesh)
         fused.apply(divided)
         found, others = learned(divided)

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from pipeline import significance
-from pipeline.errors import UserError
-from pipeline.significance import Interval
+from pipeline.core.errors import UserError
+from pipeline.score import significance
+from pipeline.score.significance import Interval
 
 
 def generator(seed: int = 0) -> np.random.Generator:

@@ -17,10 +17,11 @@ import pytest
 from filelock import FileLock
 from huggingface_hub import constants, errors
 
-from pipeline import records, source
-from pipeline.errors import UserError
-from pipeline.records import sha256_path
-from pipeline.source import check, mounted, resolved
+from pipeline.core import records
+from pipeline.core.errors import UserError
+from pipeline.core.records import sha256_path
+from pipeline.sources import source
+from pipeline.sources.source import check, mounted, resolved
 from tests.conftest import soon
 
 REVISION = "0123456789abcdef0123456789abcdef01234567"
@@ -172,7 +173,7 @@ def test_a_second_process_waits_for_the_download(wheel: Path, tmp_path: Path) ->
     wheels = tmp_path / "cache" / "wheels"
     wheels.mkdir(parents=True)
     program = (
-        "import sys; from pipeline.source import resolved\n"
+        "import sys; from pipeline.sources.source import resolved\n"
         "with resolved(sys.argv[1], sys.argv[2], kind='dataset', key='data') as file: print(file.read_text())"
     )
     command = [sys.executable, "-u", "-c", program, pip_source("demo/sets/a.txt"), sha256(wheel)]

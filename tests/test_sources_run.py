@@ -16,8 +16,9 @@ import torch
 from sentencepiece import SentencePieceProcessor
 from transformers import AutoModelForCausalLM
 
-from pipeline import adapter, paths, records
-from pipeline import model as models
+from pipeline.core import paths, records
+from pipeline.lora import adapter
+from pipeline.model import checkpoint
 from tests import test_meta
 from tests.conftest import ROOT, SPLIT_GROUPS, edit, trained_words
 from tests.test_families import made
@@ -87,7 +88,7 @@ def pieces(words: Path) -> list[int]:
 
 
 def ids_by(folder: Path) -> list[int]:
-    ids: list[int] = models.tokenizer(folder)(TEXT, add_special_tokens=False).input_ids
+    ids: list[int] = checkpoint.tokenizer(folder)(TEXT, add_special_tokens=False).input_ids
     return ids
 
 
@@ -193,7 +194,7 @@ def test_what_a_later_stage_would_refuse_is_refused_before_the_weights_are_read(
     path = source(tmp_path / "m", tiny_model)
     edit(model={"source": str(path), "sha256": records.sha256_path(path)}, **sections)
     monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", None)
-    monkeypatch.setattr("pipeline.meta._whole", None)
+    monkeypatch.setattr("pipeline.fetch.meta_layout._whole", None)
     with pytest.raises(SystemExit, match="1"):
         run(monkeypatch, "fetch")
     assert message in capsys.readouterr().err

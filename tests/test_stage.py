@@ -10,12 +10,16 @@ from pathlib import Path
 import psutil
 import pytest
 
-from pipeline import checkpoint, distributed, mend, params, paths, stage
-from pipeline.errors import UserError
+from pipeline.commands import mend
+from pipeline.core import params, paths, stage
+from pipeline.core.errors import UserError
+from pipeline.model import processes as distributed
+from pipeline.model import resume
 from tests.conftest import ROOT
 
 HOLD = (
-    "import sys; from pipeline.stage import alone\nwith alone('train@17'): print('held', flush=True); sys.stdin.read()"
+    "import sys; from pipeline.core.stage import alone\n"
+    "with alone('train@17'): print('held', flush=True); sys.stdin.read()"
 )
 
 
@@ -72,7 +76,7 @@ def test_half_written_files_of_dead_processes_are_removed(tmp_path: Path, monkey
 
 def test_what_another_stage_removes_meanwhile_is_no_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    names = [checkpoint.key("train-17", number) for number in range(2)]
+    names = [resume.key("train-17", number) for number in range(2)]
     for name in names:
         (paths.SCRATCH / name).mkdir(parents=True)
         (paths.SCRATCH / name / ".state.pt.1.part").touch()
@@ -86,7 +90,7 @@ def test_what_another_stage_removes_meanwhile_is_no_error(tmp_path: Path, monkey
         stage.remove_leftovers()
     assert not paths.SCRATCH.exists()
     monkeypatch.setattr(Path, "iterdir", lambda folder: (folder / name for name in names))
-    with checkpoint.folder("train-17", 2):
+    with resume.folder("train-17", 2):
         pass
 
 
@@ -96,18 +100,18 @@ def test_checkpoints_of_other_parameters_stay_up_to_a_number(
     monkeypatch.chdir(tmp_path)
 
     def interrupted(number: int) -> None:
-        with pytest.raises(ZeroDivisionError), checkpoint.folder("train-17", number) as scratch:
+        with pytest.raises(ZeroDivisionError), resume.folder("train-17", number) as scratch:
             os.utime(scratch, (number, number))
             raise ZeroDivisionError
 
-    for number in range(checkpoint.KEPT + 3):
+    for number in range(resume.KEPT + 3):
         interrupted(number)
     kept = {path.name for path in paths.SCRATCH.iterdir() if path.is_dir()}
-    assert kept == {checkpoint.key("train-17", number) for number in range(2, checkpoint.KEPT + 3)}
+    assert kept == {resume.key("train-17", number) for number in range(2, resume.KEPT + 3)}
     assert capsys.readouterr().out.count("removing the checkpoint") == 2
-    with checkpoint.folder("train-17", 3):
+    with resume.folder("train-17", 3):
         pass
-    kept.remove(checkpoint.key("train-17", 3))
+    kept.remove(resume.key("train-17", 3))
     assert {path.name for path in paths.SCRATCH.iterdir() if path.is_dir()} == kept
 
 
@@ -115,7 +119,7 @@ def test_a_member_that_comes_first_has_its_folder(tmp_path: Path, monkeypatch: p
     """On a machine of its own it may be the only one that makes `.scratch` at all."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(distributed, "rank", lambda: 1)
-    with checkpoint.folder("train-17", 1) as scratch:
+    with resume.folder("train-17", 1) as scratch:
         assert scratch.is_dir()
 
 
@@ -141,10 +145,35 @@ def test_other_versions_than_those_that_the_results_are_locked_with_do_not_compu
     assert len(called) == 1
 
 
+@pytest.fixture
+def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A copy of the package, in the place of the one whose code checkpoints belong to."""
+    shutil.copytree(resume.HOME, tmp_path / "pipeline", ignore=shutil.ignore_patterns("__pycache__"))
+    monkeypatch.setattr(resume, "HOME", tmp_path / "pipeline")
+    return tmp_path / "pipeline"
+
+
+@pytest.mark.parametrize("edited", ["core/records.py", "model/loss.py", "lora/train.py"])
+def test_a_checkpoint_does_not_survive_an_edit_of_its_stages_code(edited: str, package: Path) -> None:
+    before = resume.key("train-17", {})
+    (package / edited).write_text((package / edited).read_text() + "# edited\n")
+    assert resume.key("train-17", {}) != before
+
+
+@pytest.mark.parametrize(
+    "edited", ["report/page.py", "report/templates/page.css", "score/metrics.py", "model/.DS_Store", "model/loss.py~"]
+)
+def test_a_checkpoint_survives_an_edit_of_other_code_and_what_editors_leave(edited: str, package: Path) -> None:
+    before = resume.key("train-17", {})
+    with (package / edited).open("a") as file:
+        file.write("edited")
+    assert resume.key("train-17", {}) == before
+
+
 def test_a_checkpoint_belongs_to_the_versions_that_compute(monkeypatch: pytest.MonkeyPatch) -> None:
-    before = checkpoint.key("train", {})
-    monkeypatch.setattr(checkpoint, "version", lambda _: "0")
-    assert checkpoint.key("train", {}) != before
+    before = resume.key("train", {})
+    monkeypatch.setattr(resume, "version", lambda _: "0")
+    assert resume.key("train", {}) != before
 
 
 LOCK = """\

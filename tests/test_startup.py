@@ -13,7 +13,7 @@ SLOW = {
     "optuna", "ray",
 }  # fmt: skip
 
-LIGHT = [*sorted(f"stages.{file.stem}" for file in (REPO / "stages").glob("[a-z]*.py")), "pipeline.cli"]
+LIGHT = [*sorted(f"stages.{file.stem}" for file in (REPO / "stages").glob("[a-z]*.py")), "pipeline.commands.cli"]
 
 
 def imported(code: str) -> set[str]:
@@ -30,6 +30,6 @@ def test_a_stage_imports_nothing_slow_before_it_knows_what_to_do(module: str) ->
 
 
 def test_help_imports_nothing_slow() -> None:
-    seen = imported("from pipeline.cli import app; app(['--help'])")
+    seen = imported("from pipeline.commands.cli import app; app(['--help'])")
     assert "pipeline" in seen
     assert not seen & SLOW

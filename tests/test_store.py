@@ -18,8 +18,10 @@ from urllib.parse import parse_qs, urlsplit
 import pytest
 from typer.testing import CliRunner
 
-from pipeline import cli, params, store
-from pipeline.errors import UserError
+from pipeline.commands import cli
+from pipeline.core import params
+from pipeline.core.errors import UserError
+from pipeline.record import store
 from tests.conftest import ROOT, SECRET
 
 OWN = params.Tracking(uri=None, experiment="toy")

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from bench import kills, parallel
-from pipeline import sweep
-from pipeline.errors import UserError
+from pipeline.core.errors import UserError
+from pipeline.search import grid as sweep
 from tests.conftest import ROOT
 
 

@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from pipeline import tables
-from pipeline.errors import UserError
-from pipeline.tables import ABSENT, File
+from pipeline.core.errors import UserError
+from pipeline.sources import tables
+from pipeline.sources.tables import ABSENT, File
 from tests.conftest import soon
 
 HEADER = 'msgid ""\nmsgstr "Content-Type: text/plain; charset=UTF-8\\n"\n\n'

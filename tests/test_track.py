@@ -18,8 +18,9 @@ from typing import Any
 import pytest
 from ruamel.yaml import YAML
 
-from pipeline import params, provenance, store, track
-from pipeline.errors import UserError, without_passwords
+from pipeline.core import params
+from pipeline.core.errors import UserError, without_passwords
+from pipeline.record import provenance, store, track
 
 ROOT = Path(__file__).parents[1]
 

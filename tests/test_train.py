@@ -9,9 +9,11 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from pipeline import adapter, attention, device, pack, params, paths, records, train
-from pipeline.errors import UserError
-from pipeline.prompt import Row
+from pipeline.core import params, paths, records
+from pipeline.core.errors import UserError
+from pipeline.lora import adapter, train
+from pipeline.model import attention, device, pack
+from pipeline.model.prompt import Row
 
 LORA = params.Lora(r=4, alpha=8.0, rslora=False, dropout=0.1, target_modules="all-linear")
 

@@ -17,9 +17,13 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from pipeline import cli, lineage, lockfile, params, paths, provenance, recompute, records, source, store, verify
-from pipeline import page as pages
-from pipeline.errors import UserError
+from pipeline.commands import cli, recompute, verify
+from pipeline.commands import show as lineage
+from pipeline.core import params, paths, records
+from pipeline.core.errors import UserError
+from pipeline.record import current, lockfile, provenance, store
+from pipeline.report import page as pages
+from pipeline.sources import source
 from tests.conftest import Finished, environment
 
 pytestmark = pytest.mark.usefixtures("mlflow_calls_what_its_dependencies_deprecate")
@@ -81,7 +85,7 @@ def git(*arguments: str) -> str:
     return done.stdout.strip()
 
 
-def places(check: Callable[[lockfile.Project], verify.Outcome]) -> list[str]:
+def places(check: Callable[[lockfile.Project], current.Outcome]) -> list[str]:
     return [f"{one.place}: {one.wrong}" for one in check(lockfile.read()).findings]
 
 
@@ -227,11 +231,11 @@ class TestOutputs:
     def test_changed_inputs(self) -> None:
         text = Path("params.yaml").read_text()
         Path("params.yaml").write_text(text.replace("learning_rate: 0.01", "learning_rate: 0.02"))
-        with flipped(Path("pipeline/loss.py")):
-            found = places(verify.pipeline)
+        with flipped(Path("pipeline/model/loss.py")):
+            found = places(current.pipeline)
         Path("params.yaml").write_text(text)
-        assert "stage train@17: changed since it ran: train, pipeline/loss.py" in found
-        assert "stage fetch: changed since it ran: pipeline/loss.py" in found
+        assert "stage train@17: changed since it ran: train, pipeline/model" in found
+        assert "stage fetch: changed since it ran: pipeline/model" in found
         assert not any(one.startswith(("stage prepare", "stage compare")) for one in found)
 
 
@@ -459,7 +463,7 @@ class TestShow:
         git("checkout", "params.yaml")
         mend("".join(f"    mend: {command}\n" for command in commands))
         assert {name: Path(name).read_text() for name in text} == text
-        assert places(verify.outputs) == []
+        assert places(current.outputs) == []
 
         # An experiment of DVC's is a commit under refs/exps.
         git("add", "dvc.lock")
@@ -536,3 +540,22 @@ def test_a_damaged_and_a_deleted_store(here: Path, capsys: pytest.CaptureFixture
     assert not Path(".mlflow").exists()
     mend(printed)
     assert "all agreed" in apart()
+
+
+def test_what_python_and_editors_leave_beside_the_code_is_no_input() -> None:
+    locked = lockfile.stages_of(lockfile.text(paths.DVC_LOCK), "dvc.lock")["train@17"]["deps"]
+    [before] = [dep["md5"] for dep in locked if dep["path"] == "pipeline/model"]
+    room = Path("pipeline/model")
+    left = [
+        room / name for name in ("__pycache__/x.pyc", "x.pyc", ".DS_Store", "loss.py~", ".loss.py.swp", ".#loss.py")
+    ]
+    for path in left:
+        path.parent.mkdir(exist_ok=True)
+        path.write_text("left")
+    assert records.dvc_md5(room) == before
+    status = subprocess.run(["dvc", "status"], capture_output=True, text=True, check=True)
+    assert "up to date" in status.stdout
+    for path in left:
+        path.unlink()
+    with flipped(room / "loss.py"):
+        assert records.dvc_md5(room) != before

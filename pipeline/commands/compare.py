@@ -1,0 +1,405 @@
+"""Any experiments side by side: the working directory, DVC experiments, git revisions and MLflow runs.
+
+Scores and predictions come out of the DVC cache by what `dvc.lock` says of a commit, or out of the MLflow run; nothing
+is computed but the statistics. Test sets and signatures must be the same, prompts, models and adapters need not.
+"""
+
+import json
+import re
+import subprocess
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from pipeline.commands import show as lineage
+from pipeline.core import params, paths, records
+from pipeline.core.errors import UserError, listing
+from pipeline.record import lockfile, store, track
+from pipeline.report import words as report
+from pipeline.score import compare, metrics, significance
+from pipeline.score import evaluate as scores
+from pipeline.score.significance import Interval
+
+TERMINAL = 80
+"""Columns of a terminal that nobody has widened."""
+
+HERE = "workspace"
+"""What the experiment in the working directory is called, as DVC calls it."""
+
+COSTS: tuple[tuple[str, str, Callable[[list[float]], float]], ...] = (
+    ("trainable", r"(seed-\d+/)?training/trainable_parameters", max),
+    ("train s", r"cost/train-\d+_seconds", sum),
+    ("peak MB", r"cost/train-\d+_peak_mb", max),
+)
+"""What an experiment cost: the metrics in its MLflow run, and what becomes of those of several seeds."""
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """One experiment: its parameters by dotted name, and the scores of its variants.
+
+    `references` and `texts`, what the first seed's model wrote, are by the ids of the test examples. `costs` has the
+    keys of `COSTS`; what is not known, as of a training restored from a cache, is left out.
+    """
+
+    name: str
+    params: dict[str, str]
+    base: scores.Scores
+    tuned: list[scores.Scores]
+    references: dict[str, str]
+    texts: dict[str, str]
+    costs: dict[str, float]
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Two experiments in one metric: `result` is of the second against the first, `p_holm` corrected for all pairs."""
+
+    first: str
+    second: str
+    metric: str
+    result: compare.Result
+    p_holm: float
+
+
+@dataclass(frozen=True)
+class Ranking:
+    """Experiments in the order of the first metric, best first."""
+
+    names: list[str]
+    results: dict[str, dict[str, compare.Result]]
+    pairs: list[Pair]
+
+
+def find(name: str, tracking: params.Tracking) -> Experiment:
+    """The experiment that `name` means: `workspace`, a DVC experiment, a git revision, an MLflow run (id or name).
+
+    UserError for none, for a name of several runs, and where its results are neither in the cache nor in MLflow.
+    """
+    if name == HERE:
+        if not paths.DVC_LOCK.is_file():
+            raise UserError(f"{paths.DVC_LOCK} is missing: run `dvc repro`, which makes it")
+        return _from_lock(name, paths.DVC_LOCK.read_text(encoding="utf-8"), tracking)
+    if commit := _commit(name):
+        return _from_lock(name, _shown(commit), tracking)
+    return _from_run(lineage.named(name, tracking), tracking)
+
+
+def rank(found: Sequence[Experiment], settings: params.Compare) -> Ranking:
+    """Every experiment with its intervals against its own base, and every pair of experiments against each other.
+
+    UserError unless all were scored on the same test set in the same way, in the metrics of `settings.decide_by`.
+    """
+    _refuse_unequal(found)
+    chosen = _deciding(found[0], settings)
+    results = {one.name: _contrast(one, [one.base], chosen, settings) for one in found}
+    names = sorted(results, key=lambda name: -results[name][chosen[0].name].tuned.value)
+    by_name = {one.name: one for one in found}
+    contrasts = {
+        (first, second): _contrast(by_name[second], by_name[first].tuned, chosen, settings)
+        for first, second in combinations(names, 2)
+    }
+    keys = [(pair, metric.name) for pair in contrasts for metric in chosen]
+    corrected = significance.holm([contrasts[pair][metric].p for pair, metric in keys])
+    pairs = [Pair(*pair, metric, contrasts[pair][metric], p) for (pair, metric), p in zip(keys, corrected, strict=True)]
+    return Ranking(names, results, pairs)
+
+
+def gain(one: Experiment, over: Experiment | None, settings: params.Compare) -> dict[str, compare.Result]:
+    """Each metric of `settings.decide_by`: an experiment's tuned models against another's, or against its own base.
+
+    UserError as of `rank`."""
+    _refuse_unequal([one] if over is None else [over, one])
+    return _contrast(one, [one.base] if over is None else over.tuned, _deciding(one, settings), settings)
+
+
+def _deciding(one: Experiment, settings: params.Compare) -> list[metrics.Metric]:
+    evaluate = _evaluate(one)
+    if missing := sorted(set(settings.decide_by) - set(evaluate.metrics)):
+        raise UserError(f"compare.decide_by names {', '.join(missing)}, which these experiments did not compute")
+    return [metric for metric in metrics.chosen(evaluate) if metric.name in settings.decide_by]
+
+
+def _contrast(
+    one: Experiment, before: Sequence[scores.Scores], chosen: Sequence[metrics.Metric], settings: params.Compare
+) -> dict[str, compare.Result]:
+    """The tuned models of `one` against those with the scores `before`, on the same test examples."""
+    there, here = (
+        [compare.Table(chosen, [scored.of(metric) for metric in chosen]) for scored in some]
+        for some in (before, one.tuned)
+    )
+    return compare.contrast(there, here, np.array([row["group"] for row in one.base.examples]), settings)
+
+
+def page(found: Sequence[Experiment], ranking: Ranking, settings: params.Compare) -> str:
+    """The ranking as Markdown that a terminal shows as tables: what each experiment is, reached and cost, the intervals
+    of each metric, and each two experiments with their verdict. Of the longer texts no table is made."""
+    by_name = {one.name: one for one in found}
+    places = {name: f"#{place}" for place, name in enumerate(ranking.names, start=1)}
+    shown = list(next(iter(ranking.results.values())))
+    interval = f"{100 * settings.confidence:g} % interval"
+    first = found[0].base
+    lines = [f"{len(found)} experiments, {first.n} test examples of {first.groups} groups.", ""]
+    lines += _overview([by_name[name] for name in ranking.names], ranking, shown[0])
+    for metric in shown:
+        label = metrics.LABELS[metric]
+        rows = []
+        for name in ranking.names:
+            one = ranking.results[name][metric]
+            reached = (
+                f"{report.points(one.tuned.value)} ({report.points(one.tuned.low)} to {report.points(one.tuned.high)})"
+            )
+            gained = f"{report.signed(one.diff.value)} ({report.span(one.deciding)})"
+            rows.append([places[name], report.markdown(name), reached, gained])
+        lines += ["", f"{label}, with {interval}:", "", *_table(["", "experiment", label, "tuned − its base"], rows)]
+        rows = [
+            [
+                f"{places[pair.first]} − {places[pair.second]}",
+                f"{report.signed(-pair.result.diff.value)} ({_reversed(pair.result.deciding)})",
+                report.probability(pair.p_holm),
+                f"{round(-pair.result.effect, 2) + 0.0:.2f}".replace("-", "−"),  # zero has no sign
+                _verdict(pair, settings),
+            ]
+            for pair in ranking.pairs
+            if pair.metric == metric
+        ]
+        lines += ["", *_table(["", "difference", "p", "d", f"verdict in {label}"], rows)]
+    lines += [
+        "",
+        f"p is two-sided and corrected for all {len(ranking.pairs)} comparisons (Holm); d is the mean over "
+        "the standard deviation of the groups' differences.",
+        f"Signature: `{first.signature}`",
+    ]
+    if any(len(one.tuned) == 1 for one in found):
+        lines += ["With one seed, an interval covers the choice of test examples, not that of the seed."]
+    lines += _apart(by_name[ranking.names[0]], by_name[ranking.names[1]], shown[0], settings.examples)
+    return "\n".join(lines)
+
+
+def _overview(ranked: Sequence[Experiment], ranking: Ranking, metric: str) -> list[str]:
+    """What each experiment is, reached and cost; parameters that make the table too wide for a terminal go below it."""
+    differing = _differing(ranked)
+    seeds = ["seeds"] if any(len(one.tuned) > 1 for one in ranked) else []
+
+    def rows(names: Sequence[str]) -> list[list[str]]:
+        return [
+            [
+                f"#{place}",
+                report.markdown(one.name),
+                *(report.markdown(one.params.get(key, "—")) for key in names),
+                *(str(len(one.tuned)) for _ in seeds),
+                report.points(ranking.results[one.name][metric].tuned.value),
+                *(f"{one.costs[key]:,.0f}" if key in one.costs else "n/a" for key, _, _ in COSTS),
+            ]
+            for place, one in enumerate(ranked, start=1)
+        ]
+
+    costs = [key for key, _, _ in COSTS]
+    for names in (differing, []):
+        table = _table(["", "experiment", *names, *seeds, metrics.LABELS[metric], *costs], rows(names))
+        if len(table[0]) <= TERMINAL:
+            break
+    if names == differing:
+        return table
+    given = [
+        (f"#{place}", [f"{key} = {one.params.get(key, '—')}" for key in differing])
+        for place, one in enumerate(ranked, 1)
+    ]
+    return [*table, "", *(f"- {place}: {report.markdown(', '.join(values))}" for place, values in given)]
+
+
+def _reversed(interval: Interval) -> str:
+    """The interval of the difference taken the other way round."""
+    return f"{report.signed(-interval.high)} to {report.signed(-interval.low)}"
+
+
+def _apart(first: Experiment, second: Experiment, metric: str, count: int) -> list[str]:
+    """The examples on which the first seeds of two experiments are furthest apart, at most `count` for either."""
+    here, there = ({row["id"]: row[metric] for row in one.tuned[0].examples} for one in (first, second))
+    order = sorted(here, key=lambda name: (there[name] - here[name], name))
+    chosen = [name for name in order[:count] if here[name] > there[name]]
+    chosen += [name for name in order[::-1][:count] if here[name] < there[name]]
+    if not chosen:
+        return []
+    lines = [
+        "",
+        f"Where #1 and #2 are furthest apart in {metrics.LABELS[metric]}, chosen as extremes (first seeds):",
+        "",
+    ]
+    for name in chosen:
+        lines += [
+            f"- {report.markdown(name)}",
+            f"  - reference: {report.markdown(first.references[name])}",
+            f"  - #1, {report.points(here[name])}: {report.markdown(first.texts[name])}",
+            f"  - #2, {report.points(there[name])}: {report.markdown(second.texts[name])}",
+        ]
+    return lines
+
+
+def _verdict(pair: Pair, settings: params.Compare) -> str:
+    if pair.p_holm > 1 - settings.confidence:
+        return "no difference shown"
+    better = pair.second if pair.result.diff.value > 0 else pair.first
+    return f"{report.markdown(better)} is better"
+
+
+def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    """A Markdown table whose columns are as wide as their cells, so that a terminal shows it as one."""
+    widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
+
+    def line(cells: Sequence[str]) -> str:
+        return "| " + " | ".join(cell.ljust(width) for cell, width in zip(cells, widths, strict=True)) + " |"
+
+    return [line(header), "|" + "|".join("-" * (width + 2) for width in widths) + "|", *map(line, rows)]
+
+
+def _differing(found: Sequence[Experiment]) -> list[str]:
+    """The parameters, by dotted name, in which the experiments are not all the same; seeds are shown by number."""
+    names = sorted({name for one in found for name in one.params} - {"seeds"})
+    return [name for name in names if len({one.params.get(name) for one in found}) > 1]
+
+
+def _refuse_unequal(found: Sequence[Experiment]) -> None:
+    first, problems = found[0], []
+    if repeated := sorted({one.name for one in found if sum(other.name == one.name for other in found) > 1}):
+        problems.append(f"{', '.join(repeated)} is named twice")
+    for one in found:
+        if one.base.test_sha256 != first.base.test_sha256:
+            counts = "" if one.base.n == first.base.n else f" ({one.base.n}, not {first.base.n})"
+            problems.append(f"{one.name} was tested on other examples than {first.name}{counts}")
+        if one.base.signature != first.base.signature:
+            problems.append(f"{one.name} is scored as {one.base.signature}, {first.name} as {first.base.signature}")
+        problems.extend(
+            f"{one.name}: {seed.variant} was scored otherwise than its base"
+            for seed in one.tuned
+            if (seed.test_sha256, seed.signature) != (one.base.test_sha256, one.base.signature)
+        )
+    if problems:
+        raise listing(problems, "these experiments cannot be compared:")
+
+
+def _evaluate(one: Experiment) -> params.Evaluate:
+    """The section `evaluate` of an experiment, out of its parameters by dotted name."""
+    given = {key.removeprefix("evaluate."): value for key, value in one.params.items() if key.startswith("evaluate.")}
+    fields = params.Evaluate.model_fields
+    content = {key: value if fields[key].annotation is str else _loaded(value) for key, value in given.items()}
+    return params.Evaluate.model_validate(content)
+
+
+def _loaded(text: str) -> Any:
+    """A value as `track` writes parameters: JSON, or a string as it is."""
+    try:
+        return json.loads(text)
+    except ValueError:
+        return text
+
+
+# Where experiments are
+
+
+def _commit(name: str) -> str | None:
+    """The commit of a DVC experiment or of a git revision; None where git knows neither."""
+    for line in _git("for-each-ref", "--format=%(objectname) %(refname)", "refs/exps").splitlines():
+        sha, _, ref = line.partition(" ")
+        parts = ref.split("/")
+        if parts[2] not in lineage.STAGED and parts[-1] == name:
+            return sha
+    return _git("rev-parse", "--verify", "--quiet", "--end-of-options", f"{name}^{{commit}}").strip() or None
+
+
+def _shown(commit: str) -> str:
+    lock = _git("show", f"{commit}:./{paths.DVC_LOCK}")
+    if not lock:
+        raise UserError(f"{commit[:12]} holds no {paths.DVC_LOCK}: nothing was run there")
+    return lock
+
+
+def _from_lock(name: str, lock: str, tracking: params.Tracking) -> Experiment:
+    """The experiment that the text of a `dvc.lock` holds: its scores from the cache, else from its MLflow run."""
+    stages = lockfile.stages_of(lock, f"the {paths.DVC_LOCK} of {name}")
+    try:
+        seeds: list[int] = stages["compare"]["params"]["params.yaml"]["seeds"]
+    except (KeyError, TypeError):
+        raise UserError(
+            f"{name}: its {paths.DVC_LOCK} holds no finished comparison (a trial of a sweep is validated, not tested): "
+            "run `dvc repro` there"
+        ) from None
+    try:
+        digest, given = track.digest_of(lock, seeds), track.params_of(lock, seeds)
+    except UserError as error:
+        raise UserError(f"{name}: {error}") from None
+    run = next((run for run in store.stored(tracking) if run.tags.get(store.DIGEST) == digest), None)
+    objects = lockfile.cache_folder(Path()) / "files" / "md5"
+    md5: dict[str, str] = {out["path"]: out["md5"] for stage in stages.values() for out in stage.get("outs", [])}
+
+    def cached(path: Path) -> Path:
+        name = md5[str(path)]
+        return objects / name[:2] / name[2:]
+
+    files = [cached(paths.scores(variant)) for variant in (paths.variant(None), *map(paths.variant, seeds))]
+    data = dict(lockfile.listing_of(objects, md5[str(paths.DATA)])).get(paths.split("test").name, "")
+    test, written = objects / data[:2] / data[2:], cached(paths.predictions(paths.variant(seeds[0])))
+    if all(file.is_file() for file in [*files, test, written]):
+        references = {row.id: row.target for row in records.read_rows(test, records.Example)}
+        texts = {row.id: row.text for row in records.read_rows(written, records.Prediction)}
+        one = _of(name, given, [scores.load(file) for file in files], references, texts, run)
+        if (summary := cached(paths.training_summary(seeds[0]))).is_file():
+            one.costs["trainable"] = records.read_json(summary)["trainable_parameters"]
+        return one
+    if run is None:
+        raise UserError(
+            f"{name}: its results are neither in the cache nor in MLflow; fetch them with `dvc exp pull <git remote> "
+            f"{name}` (an experiment) or `dvc fetch --all-commits`"
+        )
+    return replace(_from_run(run, tracking), name=name)
+
+
+def _from_run(run: store.Stored, tracking: params.Tracking) -> Experiment:
+    with tempfile.TemporaryDirectory(prefix="lora-repro-") as folder:
+        store.read_back(tracking, run.run_id, Path(folder))
+        return of_artifacts(run, Path(folder))
+
+
+def of_artifacts(run: store.Stored, folder: Path) -> Experiment:
+    """The experiment of a run whose artifacts were copied to `folder`; UserError where they hold no scores."""
+    files = sorted((folder / paths.SCORES.name).glob("*.json"))
+    found = [scores.load(file) for file in files]
+    if not found:
+        raise UserError(f"run {run.name} holds no scores: it was recorded by an earlier version; run it again")
+    table = records.read_json(folder / "tables" / "predictions.json")
+    columns = dict(zip(table["columns"], zip(*table["data"], strict=True), strict=True))
+    first = json.loads(run.params["seeds"])[0]
+    texts = columns["tuned"] if "tuned" in columns else columns[paths.variant(first)]
+    references = dict(zip(columns["id"], columns["reference"], strict=True))
+    return _of(run.name, run.params, found, references, dict(zip(columns["id"], texts, strict=True)), run)
+
+
+def _of(
+    name: str,
+    given: Mapping[str, str],
+    found: Sequence[scores.Scores],
+    references: dict[str, str],
+    texts: dict[str, str],
+    run: store.Stored | None,
+) -> Experiment:
+    base = [one for one in found if one.variant == paths.variant(None)]
+    tuned = [one for one in found if one.variant != paths.variant(None)]
+    costs: dict[str, float] = {}
+    for key, pattern, combine in COSTS:
+        logged = run.metrics if run else {}
+        if values := [value for metric, value in logged.items() if re.fullmatch(pattern, metric)]:
+            costs[key] = combine(values)
+    return Experiment(name, dict(given), base[0], tuned, references, texts, costs)
+
+
+def _git(*arguments: str) -> str:
+    """What git printed; nothing where it failed, as for a name that is not here."""
+    try:
+        return subprocess.run(["git", *arguments], capture_output=True, text=True, check=True).stdout
+    except (OSError, subprocess.CalledProcessError):
+        return ""

@@ -1,0 +1,211 @@
+"""What `lora-repro plan` prints: the memory that each stage of an experiment is predicted to take, and what fits.
+
+Before rows are read, the longest are taken to be as long as the parameters allow: `prompt.max_tokens`, and for each
+instruction an answer of `generation.max_new_tokens`. A stage knows its rows and counts them (`pipeline.model.memory`).
+"""
+
+import json
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from pipeline import forget as reading
+from pipeline.commands import use as recipes
+from pipeline.core import params, paths
+from pipeline.core.errors import UserError
+from pipeline.core.progress import say
+from pipeline.lora import optimizer
+from pipeline.model import memory
+from pipeline.model.memory import GB, Device, Parts, total
+from pipeline.model.shape import Shape
+
+CARDS = (24, 48, 80)
+"""GPUs, in GB of 10^9 bytes: what a card of that name has at least, or nearly."""
+MEMORY = ("keep_dequantized", "gradient_checkpointing", "sharding")
+"""Of `runtime`, what decides the memory of a process."""
+MOST = 131_072
+"""Settings above are not looked at."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """An experiment's parameters and its model's architecture, on one kind of device."""
+
+    given: params.Params
+    shape: Shape
+    device: Device
+    keep_dequantized: bool
+
+    @property
+    def base(self) -> memory.Base:
+        quantize, dtype = self.given.quantize, self.given.model.dtype
+        base = memory.Base(self.shape, dtype, quantize.method, quantize.double_quantization, False)
+        runtime = self.given.runtime.model_copy(update={"keep_dequantized": self.keep_dequantized})
+        return memory.loaded(base, runtime, self.device)
+
+    @property
+    def prompt(self) -> int:
+        """Tokens of the longest prompt."""
+        return min(self.given.prompt.max_tokens, self.shape.context)
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest group of rows."""
+        aspects = max(1, len(self.given.prompt.instructions)) if self._shares else 1
+        return self.prompt + aspects * self.given.generation.max_new_tokens
+
+    @property
+    def _shares(self) -> bool:
+        columns = self.given.data.columns
+        return self.given.data.format == "aclsum" or bool(columns and columns.group)
+
+    def quantize(self) -> Parts:
+        return memory.quantizing(self.base, self.device)
+
+    def quantize_alone(self) -> Parts:
+        """With the unquantized base in main memory."""
+        return memory.quantizing(self.base, self.device, base_elsewhere=self.given.quantize.method != "none")
+
+    def train(self, micro_batch_tokens: int | None = None) -> Parts:
+        tokens = max(micro_batch_tokens or self.given.train.micro_batch_tokens, self.longest)
+        load = memory.Load(tokens, round(memory.ANSWERS * tokens), self.longest)
+        recomputed = self.given.runtime.gradient_checkpointing
+        return memory.training(self.base, self.given.lora, self.given.train, load, self.device, recomputed)
+
+    def infer(self, batch_tokens: int | None = None) -> Parts:
+        limits = self.given.generation
+        if batch_tokens is not None:
+            limits = limits.model_copy(update={"batch_tokens": batch_tokens})
+        return memory.inference(self.base, limits, self.prompt, self._added, self.device)
+
+    def forget(self) -> Parts:
+        tokens = max(reading.TOGETHER, self.given.forget.window)
+        return memory.reading(self.base, tokens, self._added, self.device)
+
+    @property
+    def _added(self) -> int:
+        return memory.adapter_parameters(self.shape, self.given.lora)
+
+    def stages(self) -> dict[str, Parts]:
+        stages = {"quantize": self.quantize(), "train": self.train(), "infer": self.infer()}
+        return stages if self.given.forget.source is None else {**stages, "forget": self.forget()}
+
+
+def gpu_gb(given: params.Params, shape: Shape) -> int:
+    """The GB of a GPU that runs every stage, with 4 bits unpacked on the fly and the unquantized base where it fits."""
+    plan = Plan(given, shape, "cuda", keep_dequantized=False)
+    needed = {**plan.stages(), "quantize": plan.quantize_alone()}
+    return math.ceil(max(map(total, needed.values())) / GB)
+
+
+def show(recipe: str | None) -> None:
+    """Print the plan of a recipe, or of `params.yaml`."""
+    here = params.load()
+    if recipe is None:
+        name, given, stated = str(paths.PARAMS), here, None
+    else:
+        name, given = f"recipe {recipe}", recipes.experiment(recipe, here)
+        stated = recipes.stated_shape(recipe)
+    shape = stated or _shape(given)
+    for line in lines(name, given, shape):
+        say(line)
+
+
+def _shape(given: params.Params) -> Shape:
+    """The architecture of the model: of the fetched one, of a local folder, or as a recipe states it."""
+    if paths.BASE_FACTS.is_file():
+        facts = json.loads(paths.BASE_FACTS.read_text(encoding="utf-8"))
+        if facts["source"] == given.model.source:
+            return Shape.read(paths.BASE)
+    local = Path(given.model.source).expanduser()
+    if (local / "config.json").is_file():
+        return Shape.read(local)
+    if found := recipes.shape_of(given.model.source):
+        return found
+    raise UserError(
+        f"the architecture of {given.model.source} is not known before it is fetched: `dvc repro fetch` does that; or "
+        f"a recipe states it as needs.model (keys: {', '.join(Shape.model_fields)})"
+    )
+
+
+def lines(name: str, given: params.Params, shape: Shape) -> Iterator[str]:
+    keep = given.runtime.keep_dequantized
+    plan = Plan(given, shape, "cuda", keep)
+    adapter = memory.adapter_parameters(shape, given.lora)
+    yield (
+        f"{name}: {shape.family}, {shape.parameters / 1e6:,.0f} M parameters, {given.model.dtype}; "
+        f"{given.quantize.method}; adapter of rank {given.lora.r}, {adapter / 1e6:,.1f} M; {given.train.optimizer}"
+    )
+    yield f"{_runtime(given.runtime)}; GB of 10^9 bytes"
+    yield ""
+    stages = plan.stages()
+    names = list(dict.fromkeys(part for parts in stages.values() for part in parts))
+    yield f"{'predicted peak on CUDA':30}" + "".join(f"{stage:>10}" for stage in stages)
+    for part in names:
+        cells = (f"{parts[part] / GB:.2f}" if part in parts else "" for parts in stages.values())
+        yield f"{part:30}" + "".join(f"{cell:>10}" for cell in cells)
+    yield f"{'total':30}" + "".join(f"{total(parts) / GB:>10.2f}" for parts in stages.values())
+    yield ""
+    here = memory.main_memory() + memory.LIBRARIES["cpu"]
+    cards: list[tuple[str, float, Device]] = [(f"{card} GB", card * GB, "cuda") for card in CARDS]
+    yield from _fitting(given, shape, [*cards, (f"CPU, {here / GB:.0f} GB", here, "cpu")])
+    yield ""
+    yield (
+        f"Assumed: prompts of {plan.prompt} tokens, groups of {plan.longest}; at most "
+        f"{memory.ANSWERS:.0%} of a micro-batch are answers. A stage counts its own rows before it loads the model."
+    )
+    yield "Predictions were compared with peaks on a CPU (docs/memory.md); on CUDA and MPS nothing has been measured."
+
+
+def _runtime(runtime: params.Runtime) -> str:
+    """What of it decides memory."""
+    settings = [f"runtime.{name}: {str(getattr(runtime, name)).lower()}" for name in MEMORY]
+    divided = f", over {runtime.processes} devices" if runtime.sharding != "none" else ""
+    return ", ".join(settings) + divided
+
+
+def _fitting(given: params.Params, shape: Shape, devices: list[tuple[str, float, Device]]) -> Iterator[str]:
+    """What fits on each device: whether the stages do, and the largest settings."""
+    yield f"{'largest that fits':36}" + "".join(f"{name:>18}" for name, _, _ in devices)
+    either = given.runtime.sharding == "none" and Plan(given, shape, "cpu", True).base.packed
+    modes = [True, False] if either else [given.runtime.keep_dequantized]
+
+    def row(label: str, cell: Callable[[Plan, float], str], keep: bool = False) -> str:
+        cells = (cell(Plan(given, shape, device, keep), room) for _, room, device in devices)
+        return f"{label:36}" + "".join(f"{one:>18}" for one in cells)
+
+    yield row("quantize", _quantize)
+    for keep in modes:
+        behind = f", {'unpacked' if keep else 'packed'}" if len(modes) > 1 else ""
+        yield row(f"train.micro_batch_tokens{behind}", _train, keep)
+        yield row(f"generation.batch_tokens{behind}", _infer, keep)
+        if given.forget.source is not None:
+            yield row(f"forget{behind}", lambda plan, room: "yes" if total(plan.forget()) <= room else "no", keep)
+    if len(modes) > 1:
+        yield "unpacked, packed: runtime.keep_dequantized true, false"
+
+
+def _quantize(plan: Plan, room: float) -> str:
+    if memory.demand(plan.quantize()) <= room:
+        return "yes"
+    if plan.device == "cuda" and total(plan.quantize_alone()) <= room and plan.given.quantize.method != "none":
+        return f"with {plan.base.dense_bytes * (1 + memory.MARGIN) / GB:.0f} GB RAM"
+    return "no"
+
+
+def _train(plan: Plan, room: float) -> str:
+    if plan.device not in optimizer.DEVICES[plan.given.train.optimizer]:
+        return "other optimizer"
+    return _tokens(memory.largest(plan.train, room, memory.TILE, MOST), plan.longest)
+
+
+def _infer(plan: Plan, room: float) -> str:
+    return _tokens(memory.largest(plan.infer, room, memory.TILE, MOST), 0)
+
+
+def _tokens(fits: int | None, longest: int) -> str:
+    """What is below the longest group takes as much as that one, which is computed alone."""
+    if fits is None:
+        return "no"
+    return f">= {fits:,}" if fits == MOST else f"{max(fits, longest):,}"

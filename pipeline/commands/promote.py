@@ -1,0 +1,317 @@
+"""Adapters as versions of a registered model in MLflow, the best of which bears the alias `champion`.
+
+A version is one adapter, that which would be deployed: of several seeds the one with the lowest loss on the validation
+rows, since a choice by test scores would flatter the chosen. So adapters are compared, not ways to make them, which is
+what `lora-repro compare` does. The alias moves only to an adapter that is shown to be better than its own base and than
+the champion before it, paired on the same test examples, in every metric of `compare.decide_by`.
+
+The files of a version are those of its run (`adapter/<seed>`), which are sealed and which `lora-repro verify` checks:
+`mlflow.register_model` wants a model with an `MLmodel` file there, and PEFT wants none.
+"""
+
+import json
+import re
+import shlex
+import tempfile
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from pipeline.commands import compare as experiments
+from pipeline.commands import show as lineage
+from pipeline.commands.compare import Experiment
+from pipeline.core import params, paths, records
+from pipeline.core.errors import UserError, listing
+from pipeline.core.progress import say
+from pipeline.record import store, track
+from pipeline.report import words as report
+from pipeline.score import compare
+from pipeline.score.compare import Result
+from pipeline.score.metrics import LABELS
+
+ALIAS = "champion"
+SEED = "seed"
+TEST = "test_sha256"
+ADAPTER = "adapter_sha256"
+AGAINST = "against_champion"
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """An adapter of a run, with the scores of that adapter alone, and its loss on the validation rows."""
+
+    run: store.Stored
+    seed: int
+    seeds: int
+    loss: float
+    sha256: str
+    scored: Experiment
+
+    @property
+    def test(self) -> str:
+        return self.scored.base.test_sha256
+
+    def __str__(self) -> str:
+        chosen = f", the lowest of {self.seeds} seeds" if self.seeds > 1 else ""
+        return f"seed {self.seed} of run {self.run.name} ({self.run.run_id}), validation loss {self.loss:.4f}{chosen}"
+
+
+@dataclass(frozen=True, slots=True)
+class Decision:
+    """Whether the alias moves, in words why, and the comparison with the champion where there was one."""
+
+    moves: bool
+    why: str
+    against: str | None = None
+
+    def told(self) -> Iterator[str]:
+        if self.against:
+            yield f"champion  {self.against}"
+
+
+def promote(name: str | None, model: str | None, given: params.Params, dry_run: bool) -> None:
+    """Register the adapter of a run as a version, unless it is one, move the alias if that is earned, and say why.
+
+    `name` is a run as `lineage.find` takes it, else that of the working directory; `model` a registered model, else one
+    named as `tracking.experiment`. UserError for a run that is none, not finished or not what was written, and where
+    the champion was not tested on the same examples in the same way.
+    """
+    tracking = given.tracking
+    model = _named(tracking.experiment if model is None else model)
+    runs = store.stored(tracking)
+    one = _candidate(_run(name, given, runs), tracking)
+    base = experiments.gain(one.scored, None, given.compare)
+    settle = _planned if dry_run else _settled
+    say(f"adapter   {one}")
+    say(f"base      {_figures(base)}: {_word(base)} ({100 * given.compare.confidence:g} % intervals)")
+    for line in settle(one, base, model, runs, given):
+        say(line)
+
+
+def _planned(
+    one: Candidate, base: Mapping[str, Result], model: str, runs: list[store.Stored], given: params.Params
+) -> Iterator[str]:
+    """What `_settled` would do, in words."""
+    with store.opened(given.tracking) as client:
+        champion, versions = _champion(client, model), _listed(client, model)
+    decision = _decide(one, base, champion, runs, given)
+    version = next((f"version {known.version}" for known in versions if _is(one, known)), "a new version")
+    yield from decision.told()
+    yield f"version   {'it is' if version != 'a new version' else 'it would be'} {version} of {model}"
+    if decision.moves:
+        yield f"result    {ALIAS} would move to {version}: {decision.why}"
+    else:
+        yield f"result    {_stays(champion)}: {decision.why}"
+
+
+def _settled(
+    one: Candidate, base: Mapping[str, Result], model: str, runs: list[store.Stored], given: params.Params
+) -> Iterator[str]:
+    """Register and move the alias, in words; again from the start if another process has moved it meanwhile."""
+    while True:
+        with store.opened(given.tracking) as client:
+            before = _champion(client, model)
+        decision = _decide(one, base, before, runs, given)
+        with store.opened(given.tracking) as client:
+            champion = _champion(client, model)
+            if (champion and champion.version) == (before and before.version):
+                versions = _listed(client, model)
+                version = next((known for known in versions if _is(one, known)), None)
+                new = version is None
+                version = version or _register(client, model, one, base)
+                if decision.against:
+                    client.set_model_version_tag(model, version.version, AGAINST, decision.against)
+                if decision.moves:
+                    client.set_registered_model_alias(model, ALIAS, version.version)
+                break
+    yield from decision.told()
+    yield f"version   {version.version} of {model}, {'new' if new else 'registered before'}"
+    tried = {known.tags.get(store.DIGEST) for known in [*versions, version] if known.tags.get(TEST) == one.test}
+    if len(tried) > 1:
+        yield f"tried     {len(tried)} experiments on this test set: the more, the likelier one gains by chance"
+    if decision.moves:
+        yield f"result    {ALIAS} moves to version {version.version}: {decision.why}"
+    else:
+        yield f"result    {_stays(champion)}: {decision.why}"
+    if champion or decision.moves:
+        uri = shlex.quote(f"models:/{model}@{ALIAS}")
+        yield f"fetch     {store.COMMAND} artifacts download --artifact-uri {uri} --dst-path {ALIAS}"
+
+
+def _stays(champion: Any) -> str:
+    return f"{ALIAS} stays version {champion.version}" if champion else f"there is no {ALIAS}"
+
+
+# What is compared
+
+
+def _run(name: str | None, given: params.Params, runs: list[store.Stored]) -> store.Stored:
+    if name is not None:
+        run = lineage.find(name, runs)
+        if run.status != "FINISHED" or store.DIGEST not in run.tags:
+            raise UserError(f"run {run.name} ({run.run_id}) is no finished experiment, its status is {run.status}")
+        return run
+    if not paths.DVC_LOCK.is_file():
+        raise UserError(f"{paths.DVC_LOCK} is missing: run `dvc repro`, which makes it, or name a run")
+    digest = track.digest_of(paths.DVC_LOCK.read_text(encoding="utf-8"), given.seeds)
+    if (found := _of_digest(digest, runs)) is None:
+        raise UserError("the experiment of this folder is not recorded: run `dvc repro`, or name a run")
+    return found
+
+
+def _of_digest(digest: str | None, runs: list[store.Stored]) -> store.Stored | None:
+    found = (run for run in runs if run.tags.get(store.DIGEST) == digest and run.status == "FINISHED")
+    return next(found, None) if digest else None
+
+
+def _candidate(run: store.Stored, tracking: params.Tracking, seed: int | None = None) -> Candidate:
+    """The adapter of a run that is a version or would be one: of `seed`, else of the lowest validation loss."""
+    with tempfile.TemporaryDirectory(prefix="lora-repro-") as name:
+        folder = Path(name)
+        held = store.read_back(tracking, run.run_id, folder)
+        if faults := store.spoilt(run, held, folder):
+            raise listing(faults, f"run {run.name} ({run.run_id}) is not what was written, so it cannot be trusted:")
+        scored = experiments.of_artifacts(run, folder)
+        seeds: list[int] = json.loads(run.params["seeds"])
+        losses = {one: _loss(folder / "training" / f"{one}.json") for one in seeds}
+        if seed is None:
+            seed = min(losses, key=lambda one: losses[one])
+        sha256 = records.sha256_tree(folder / "adapter" / str(seed))
+    tuned = [item for item in scored.tuned if item.variant == paths.variant(seed)]
+    # Two runs may have one name, and two of one run are no two experiments.
+    scored = replace(scored, name=f"run {run.name} ({run.run_id})", tuned=tuned)
+    return Candidate(run, seed, len(seeds), losses[seed], sha256, scored)
+
+
+def _loss(summary: Path) -> float:
+    """The loss on the validation rows of the adapter that was kept: with early stopping not always the last one's."""
+    facts = records.read_json(summary)
+    return float(facts.get("kept_loss", facts["validation"][-1]["loss"]))
+
+
+def _decide(
+    one: Candidate, base: Mapping[str, Result], champion: Any, runs: list[store.Stored], given: params.Params
+) -> Decision:
+    if champion is not None and _is(one, champion):
+        return Decision(False, "it is this adapter")
+    if _verdict(base) != "better":
+        return Decision(False, f"the adapter is not shown to be better than its base ({_word(base)})")
+    if champion is None:
+        return Decision(True, "it is better than its base, and there was none")
+    if (champion.tags.get(store.DIGEST), champion.tags.get(SEED)) == (one.run.tags[store.DIGEST], str(one.seed)):
+        return Decision(True, f"it is the adapter of version {champion.version}, whose run was recorded anew")
+    before = _candidate_of(champion, runs, given.tracking)
+    try:
+        gained = experiments.gain(one.scored, before.scored, given.compare)
+    except UserError as error:
+        elsewhere = f"\nAdapters of another test set belong to another registered model: --model {champion.name}-2"
+        raise UserError(f"{error}{elsewhere}") from None
+    against = f"version {champion.version} (run {before.run.name}): {_figures(gained)}: {_word(gained)}"
+    if _verdict(gained) == "better":
+        return Decision(True, f"it is better than version {champion.version}", against)
+    why = {
+        "none": f"no difference from version {champion.version} is shown",
+        "worse": f"it is worse than version {champion.version}",
+        "mixed": f"the metrics disagree about it and version {champion.version}",
+    }
+    return Decision(False, why[_verdict(gained)], against)
+
+
+def _candidate_of(champion: Any, runs: list[store.Stored], tracking: params.Tracking) -> Candidate:
+    """The champion with its scores, out of its run, or of the run that has replaced that."""
+    run = next((run for run in runs if run.run_id == champion.run_id), None)
+    run = run or _of_digest(champion.tags.get(store.DIGEST), runs)
+    seed = champion.tags.get(SEED, "")
+    if run is None or not seed.isdecimal():
+        raise UserError(
+            f"{ALIAS} is version {champion.version} of {champion.name}, and no run here holds its scores: "
+            "restore its run, or take the alias away (in MLflow's page of the model), then the next one is the first"
+        )
+    return _candidate(run, tracking, int(seed))
+
+
+def _verdict(results: Mapping[str, Result]) -> compare.Verdict:
+    return compare.verdict([one.deciding for one in results.values()])
+
+
+def _word(results: Mapping[str, Result]) -> str:
+    words = {"better": "better", "worse": "worse", "mixed": "the metrics disagree", "none": "no difference shown"}
+    return words[_verdict(results)]
+
+
+def _figures(results: Mapping[str, Result]) -> str:
+    return ", ".join(
+        f"{LABELS[name]} {report.points(one.base.value)} → {report.points(one.tuned.value)} "
+        f"({report.signed(one.deciding.value)}, {report.span(one.deciding)})"
+        for name, one in results.items()
+    )
+
+
+# The registry
+
+
+def _named(model: str) -> str:
+    if not re.fullmatch(r"[^/:'\"]+", model) or model != model.strip():
+        raise UserError(f"{model!r} is no name for a registered model (no / : or quotes): give one with --model")
+    return model
+
+
+def _listed(client: Any, model: str) -> list[Any]:
+    """All versions of a registered model, the oldest first; none where it does not exist."""
+    found, token = [], None
+    while True:
+        page = client.search_model_versions(f"name = '{model}'", page_token=token)
+        found += list(page)
+        token = page.token
+        if not token:
+            return sorted(found, key=lambda version: int(version.version))
+
+
+def _champion(client: Any, model: str) -> Any:
+    """The version that bears the alias; None for none."""
+    from mlflow.exceptions import MlflowException
+
+    try:
+        return client.get_model_version_by_alias(model, ALIAS)
+    except MlflowException as error:
+        if error.error_code in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):  # no such model; no such alias
+            return None
+        raise
+
+
+def _is(one: Candidate, version: Any) -> bool:
+    """Whether a version is this very adapter, of this very run: a run that was recorded anew has files of its own."""
+    return bool(version.run_id == one.run.run_id and version.tags.get(SEED) == str(one.seed))
+
+
+def _register(client: Any, model: str, one: Candidate, base: Mapping[str, Result]) -> Any:
+    """A new version with all its tags, in one step: a killed process leaves none at all, or a whole one."""
+    from mlflow.exceptions import MlflowException
+
+    about = (
+        f"LoRA adapters in PEFT's format. The alias `{ALIAS}` moves only on a significant gain (`lora-repro promote`)."
+    )
+    try:
+        client.create_registered_model(model, description=about)
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_ALREADY_EXISTS":
+            raise
+    tags = {
+        "verdict": _verdict(base),
+        "validation_loss": f"{one.loss:.6f}",
+        SEED: str(one.seed),
+        "base_model": one.run.params.get("model.source", "n/a"),
+        "quantization": one.run.params.get("quantize.method", "n/a"),
+        "signature": one.scored.base.signature,
+        store.DIGEST: one.run.tags[store.DIGEST],
+        TEST: one.test,
+        ADAPTER: one.sha256,
+    }
+    return client.create_model_version(
+        model,
+        source=f"runs:/{one.run.run_id}/adapter/{one.seed}",
+        run_id=one.run.run_id,
+        tags=tags,
+        description=one.run.tags.get(store.NOTE, "").replace("**", ""),
+    )

@@ -1,0 +1,600 @@
+"""`params.yaml`: its schema, its only reader, and its error messages.
+
+A stage is given only the sections that `dvc.yaml` declares for it, so that nothing undeclared can enter a result;
+`runtime` and `tracking`, which no stage declares, are open to all. The whole file is checked every time, and every
+mistake is reported at once.
+"""
+
+import codecs
+import difflib
+import importlib.util
+import os
+import re
+import reprlib
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar, get_args
+
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Discriminator,
+    Field,
+    Tag,
+    ValidationError,
+    model_validator,
+)
+
+from pipeline.core import paths, yaml12
+from pipeline.core.errors import UserError, label_fault, listing, without_passwords
+
+Share = Annotated[float, Field(ge=0, le=1)]
+Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+GgufType = Literal["F32", "BF16", "F16", "Q8_0", "Q5_1", "Q5_0", "Q4_1", "Q4_0"]
+GGUF_TYPES: tuple[str, ...] = get_args(GgufType)
+Metric = Literal["rouge1", "rouge2", "rougeL", "rougeLsum", "chrf", "bleu"]
+
+
+class Section(BaseModel):
+    """One section of `params.yaml`: frozen, typed without coercion, unknown keys are errors."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+    key: ClassVar[str]
+
+
+S = TypeVar("S", bound=Section)
+T = TypeVar("T")
+
+BRANCHES = ("a value", "a list")
+"""Pydantic names the branch of a union in an error's location; chosen beforehand, there is one error, not two."""
+
+
+def _branch(given: Any) -> str:
+    return BRANCHES[isinstance(given, list)]
+
+
+OneOrSeveral = Annotated[
+    Annotated[T, Tag(BRANCHES[0])] | Annotated[list[T], Field(min_length=1), Tag(BRANCHES[1])], Discriminator(_branch)
+]
+
+
+NOT_OF_FILES = ("idna", "punycode", "undefined", "unicode_escape", "raw_unicode_escape")
+"""What Python calls encodings of text as well: of host names, and of its own source code."""
+
+
+def codec(name: str) -> str:
+    """`name`, if it is an encoding that a text file can have; else ValueError."""
+    try:
+        "a".encode(name)
+        of_files = codecs.lookup(name).name.replace("-", "_") not in NOT_OF_FILES
+    except (LookupError, ValueError):
+        of_files = False
+    if not of_files:
+        raise ValueError(f"'{name}' is no encoding of text files, such as utf-8, cp1252 or gb18030")
+    return name
+
+
+def _label(text: str) -> str:
+    if fault := label_fault(text):
+        raise ValueError(f"{text!r} {fault}")
+    return text
+
+
+Label = Annotated[str, Field(min_length=1), AfterValidator(_label)]
+"""A name that charts, tables and MLflow show as it is."""
+
+
+class Files(Section):
+    train: OneOrSeveral[str]
+    validation: OneOrSeveral[str] | None
+    test: OneOrSeveral[str] | None
+
+
+class Holdout(Section):
+    validation: Annotated[float, Field(ge=0, le=0.5)]
+    test: Annotated[float, Field(ge=0, le=0.5)]
+
+
+class Columns(Section):
+    source: str
+    target: str
+    id: str | None
+    group: str | None
+    aspect: str | None
+
+
+class Limits(Section):
+    train: Annotated[int, Field(ge=1)] | None
+    validation: Annotated[int, Field(ge=1)] | None
+    test: Annotated[int, Field(ge=1)] | None
+
+
+class Words(Section):
+    min: Annotated[int, Field(ge=1)]
+    max: Annotated[int, Field(ge=1)] | None
+
+    @model_validator(mode="after")
+    def some_length_is_left(self) -> Self:
+        if self.max is not None and self.max < self.min:
+            raise ValueError(f"max = {self.max} is below min = {self.min}: no row would be left")
+        return self
+
+
+class Data(Section):
+    key = "data"
+    source: OneOrSeveral[str]
+    sha256: OneOrSeveral[Sha256 | None]
+    format: Literal["aclsum", "table", "chat"]
+    encoding: Annotated[str, AfterValidator(codec)]
+    files: Files
+    holdout: Holdout
+    columns: Columns | None
+    merge_references: bool
+    words: Words
+    drop_copies: bool
+    limits: Limits
+    overlap_threshold: Annotated[float, Field(gt=0, le=1)]
+    max_dropped_share: Share
+
+    @property
+    def pinned(self) -> list[tuple[str, str | None]]:
+        """Each source with its digest."""
+        sources = self.source if isinstance(self.source, list) else [self.source]
+        digests = self.sha256 if isinstance(self.sha256, list) else [self.sha256]
+        return list(zip(sources, digests, strict=True))
+
+    @model_validator(mode="after")
+    def parts_agree(self) -> Self:
+        problems = []
+        if (self.format == "table") != (self.columns is not None):
+            problems.append("columns must be given with format table, and be null otherwise")
+        if isinstance(self.source, list):
+            if not isinstance(self.sha256, list) or len(self.sha256) != len(self.source):
+                problems.append(f"sha256 must be a list of {len(self.source)}, a digest or null for each source")
+        elif isinstance(self.sha256, list):
+            problems.append("sha256 must be one digest, as source is one")
+        problems += [
+            f"files.{split} is null and holdout.{split} is 0: name a file, or hold out a share of the training data"
+            for split in ("validation", "test")
+            if getattr(self.files, split) is None and getattr(self.holdout, split) == 0
+        ]
+        if problems:
+            raise ValueError("; ".join(problems))
+        return self
+
+
+class Model(Section):
+    key = "model"
+    source: str
+    sha256: Sha256 | None
+    dtype: Literal["bfloat16", "float16", "float32"]
+
+
+class Quantize(Section):
+    key = "quantize"
+    method: Literal["nf4", "fp4", "int8", "none"]
+    double_quantization: bool
+    int8_threshold: Annotated[float, Field(ge=0, le=100)]
+    perplexity_tokens: Annotated[int, Field(ge=256, le=1_000_000)]
+
+    @model_validator(mode="after")
+    def constants_of_blocks_alone_are_quantized_twice(self) -> Self:
+        if self.method in ("int8", "none") and self.double_quantization:
+            raise ValueError(f"double_quantization must be false with method {self.method}")
+        return self
+
+
+class Prompt(Section):
+    key = "prompt"
+    style: Literal["chat", "plain"]
+    template: str
+    instructions: dict[Label, str]
+    max_tokens: Annotated[int, Field(ge=16)]
+    truncate_source: bool
+
+    @model_validator(mode="after")
+    def template_is_known(self) -> Self:
+        names = set(re.findall(r"\{(\w*)\}", self.template))
+        if "source" not in names or names - {"source", "instruction"}:
+            raise ValueError("template must hold {source}, may hold {instruction}, and no other name in braces")
+        return self
+
+
+class Lora(Section):
+    key = "lora"
+    r: Annotated[int, Field(ge=1, le=1024)]
+    alpha: Annotated[float, Field(ge=1, le=4096)]
+    rslora: bool
+    dropout: Annotated[float, Field(ge=0, lt=1)]
+    target_modules: Literal["all-linear"] | Annotated[list[str], Field(min_length=1)]
+
+
+class Train(Section):
+    key = "train"
+    epochs: Annotated[int, Field(ge=1, le=1000)]
+    batch_size: Annotated[int, Field(ge=1, le=4096)]
+    micro_batch_tokens: Annotated[int, Field(ge=64, le=1_000_000)]
+    optimizer: Literal["adamw", "adamw8bit", "paged-adamw8bit"]
+    learning_rate: Annotated[float, Field(gt=0, le=1)]
+    schedule: Literal["linear", "cosine", "constant"]
+    warmup: Annotated[float, Field(ge=0, lt=1)]
+    weight_decay: Share
+    beta2: Annotated[float, Field(gt=0, lt=1)]
+    max_grad_norm: Annotated[float, Field(gt=0, le=1000)]
+    max_dropped_share: Share
+    validate_every: Annotated[int, Field(ge=0, le=1_000_000)]
+    early_stopping: Annotated[int, Field(ge=0, le=1000)]
+
+
+class Forget(Section):
+    key = "forget"
+    source: str | None
+    sha256: Sha256 | None
+    files: OneOrSeveral[str]
+    encoding: Annotated[str, AfterValidator(codec)]
+    column: str | None
+    html: bool
+    tokens: Annotated[int, Field(ge=64, le=10_000_000)]
+    window: Annotated[int, Field(ge=16, le=32768)]
+
+
+class Generation(Section):
+    key = "generation"
+    backend: Literal["transformers", "llama.cpp", "vllm"]
+    gguf_type: GgufType
+    max_new_tokens: Annotated[int, Field(ge=1, le=32768)]
+    num_beams: Annotated[int, Field(ge=1, le=64)]
+    length_penalty: float
+    repetition_penalty: Annotated[float, Field(ge=1, le=2)]
+    no_repeat_ngram_size: Annotated[int, Field(ge=0, le=32)]
+    batch_size: Annotated[int, Field(ge=1, le=1024)]
+    batch_tokens: Annotated[int, Field(ge=64, le=100_000_000)]
+    recheck: Annotated[int, Field(ge=0, le=1_000_000)]
+
+    @model_validator(mode="after")
+    def length_penalty_is_for_beams(self) -> Self:
+        if self.num_beams == 1 and self.length_penalty != 1.0:
+            raise ValueError("length_penalty acts on beam search only: set num_beams above 1, or length_penalty to 1.0")
+        return self
+
+    @model_validator(mode="after")
+    def transformers_alone_searches_and_penalizes(self) -> Self:
+        plain = {"num_beams": 1, "repetition_penalty": 1.0, "no_repeat_ngram_size": 0}
+        asked = [f"{name} = {getattr(self, name)}" for name, value in plain.items() if getattr(self, name) != value]
+        if self.backend != "transformers" and asked:
+            raise ValueError(
+                f"{', '.join(asked)}: backend {self.backend!r} decodes greedily alone; set backend to transformers"
+            )
+        return self
+
+
+class Evaluate(Section):
+    key = "evaluate"
+    metrics: Annotated[list[Metric], Field(min_length=1)]
+    use_stemmer: bool
+    rouge_tokenizer: Literal["latin", "unicode"]
+    bleu_tokenizer: Literal["13a", "intl", "zh", "char"]
+    language: Annotated[str, Field(pattern=r"^[a-z]{2}$")] | None
+
+    @model_validator(mode="after")
+    def stemming_is_for_latin_words(self) -> Self:
+        if self.use_stemmer and self.rouge_tokenizer == "unicode":
+            raise ValueError("use_stemmer must be false with rouge_tokenizer unicode: Porter's stemmer knows English")
+        return self
+
+    @model_validator(mode="after")
+    def no_metric_twice(self) -> Self:
+        if len(set(self.metrics)) < len(self.metrics):
+            raise ValueError("metrics must differ")
+        return self
+
+
+class Published(Section):
+    """A figure that somebody has published, in points, and where it stands."""
+
+    metric: Metric
+    value: Annotated[float, Field(ge=0, le=100)]
+    about: Label
+
+
+class Compare(Section):
+    key = "compare"
+    bootstrap_samples: Annotated[int, Field(ge=1000, le=1_000_000)]
+    confidence: Annotated[float, Field(ge=0.5, le=0.999)]
+    seed: Annotated[int, Field(ge=0, lt=2**32)]
+    decide_by: Annotated[list[Metric], Field(min_length=1)]
+    examples: Annotated[int, Field(ge=0, le=100)]
+    explorer: Annotated[int, Field(ge=1, le=100_000)]
+    published: list[Published]
+
+
+class Runtime(Section):
+    key = "runtime"
+    device: Literal["auto", "cpu", "cuda", "mps"]
+    threads: Annotated[int, Field(ge=0, le=1024)]
+    processes: Annotated[int, Field(ge=1, le=1024)]
+    sharding: Literal["none", "fsdp", "tensor"]
+    gradient_checkpointing: bool
+    keep_dequantized: bool
+
+
+def _without_password(uri: str | None) -> str | None:
+    if uri and without_passwords(uri) != uri:
+        raise ValueError(
+            "an address with a user name or password, and params.yaml is kept in git and in every run: give the "
+            "address as MLFLOW_TRACKING_URI, or both as MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD"
+        )
+    return uri
+
+
+class Tracking(Section):
+    key = "tracking"
+    uri: Annotated[str | None, AfterValidator(_without_password)]
+    experiment: Label
+
+
+class Params(Section):
+    """The whole file. Stages compute with none of it but what they declare (`Declared`)."""
+
+    data: Data
+    model: Model
+    quantize: Quantize
+    prompt: Prompt
+    lora: Lora
+    seeds: Annotated[list[Annotated[int, Field(ge=0, lt=2**32)]], Field(min_length=1)]
+    train: Train
+    forget: Forget
+    generation: Generation
+    evaluate: Evaluate
+    compare: Compare
+    runtime: Runtime
+    tracking: Tracking
+
+    @property
+    def sources(self) -> list[tuple[str, str | None]]:
+        """Everything that is read from outside, with its digest."""
+        general = [] if self.forget.source is None else [(self.forget.source, self.forget.sha256)]
+        return [*self.data.pinned, (self.model.source, self.model.sha256), *general]
+
+    @model_validator(mode="after")
+    def seeds_differ(self) -> Self:
+        if len(set(self.seeds)) < len(self.seeds):
+            raise ValueError("seeds must differ: the same seed twice is the same adapter twice")
+        return self
+
+    @model_validator(mode="after")
+    def verdict_rests_on_scores(self) -> Self:
+        missing = [name for name in self.compare.decide_by if name not in self.evaluate.metrics]
+        if missing:
+            raise ValueError(f"compare.decide_by names {missing}, which evaluate.metrics does not compute")
+        return self
+
+    @model_validator(mode="after")
+    def other_backends_compute_with_plain_weights(self) -> Self:
+        if self.generation.backend != "transformers" and self.quantize.method == "int8":
+            raise ValueError(
+                f"generation.backend = {self.generation.backend!r} with quantize.method = 'int8', which quantizes "
+                "activations as well: only transformers computes that"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def other_backends_compute_in_one_process(self) -> Self:
+        if self.generation.backend != "transformers" and self.runtime.processes > 1:
+            raise ValueError(
+                f"generation.backend = {self.generation.backend!r} computes in one process: set runtime.processes to 1 "
+                f"(it is {self.runtime.processes}), or generation.backend to transformers"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def a_base_is_shared_where_that_can_be_honoured(self) -> Self:
+        runtime, method = self.runtime, self.quantize.method
+        if runtime.sharding == "none":
+            return self
+        if runtime.processes == 1:
+            raise ValueError(
+                f"runtime.sharding = {runtime.sharding!r} divides the base among processes, and runtime.processes = 1: "
+                "set that to the number of devices, or sharding to none"
+            )
+        if runtime.sharding == "tensor":
+            if method != "none":
+                raise ValueError(
+                    f"runtime.sharding = 'tensor' with quantize.method = {method!r}: matrices that are packed "
+                    "in blocks cannot be cut into heads and columns; set sharding to fsdp, or quantize.method to none"
+                )
+            if self.lora.dropout:
+                raise ValueError(
+                    "runtime.sharding = 'tensor' with lora.dropout above 0: processes would drop different inputs of "
+                    "one layer; set lora.dropout to 0, or sharding to fsdp"
+                )
+            return self
+        if method == "int8":
+            raise ValueError(
+                f"runtime.sharding = {runtime.sharding!r} with quantize.method = 'int8': bitsandbytes keeps the "
+                "constants of 8-bit layers where FSDP does not see them; set quantize.method to nf4, fp4 or none"
+            )
+        if method != "none" and runtime.keep_dequantized:
+            raise ValueError(
+                f"runtime.sharding = {runtime.sharding!r} hands on weights as they are packed: set "
+                "runtime.keep_dequantized to false"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def published_figures_have_a_counterpart(self) -> Self:
+        missing = sorted({figure.metric for figure in self.compare.published}.difference(self.evaluate.metrics))
+        if missing:
+            raise ValueError(f"compare.published holds figures in {missing}, which evaluate.metrics does not compute")
+        return self
+
+
+VLLM = "0.33.0"
+"""The version that `backend_vllm` is written for. It wants another torch and other transformers than the pinned ones,
+so it has an environment of its own."""
+
+VLLM_PYTHON = "LORA_REPRO_VLLM"
+"""The environment variable that names the Python of that environment. As a parameter, a stranger's params file would
+name a program that is started."""
+
+UNDECLARED = (Runtime.key, Tracking.key)
+
+
+class Declared:
+    """The sections that one stage may read: `declared[Lora]` is the section, or an error for an undeclared one."""
+
+    def __init__(self, stage: str, params: Params, sections: frozenset[str]) -> None:
+        self._stage, self._params, self._sections = stage, params, sections
+
+    def __getitem__(self, section: type[S]) -> S:
+        self._require(section.key)
+        value = getattr(self._params, section.key)
+        assert isinstance(value, section)
+        return value
+
+    @property
+    def seeds(self) -> list[int]:
+        self._require("seeds")
+        return self._params.seeds
+
+    def _require(self, key: str) -> None:
+        if key not in self._sections:
+            raise LookupError(f"stage {self._stage} does not declare the params section {key} in dvc.yaml")
+
+
+def read(stage: str, folder: Path = Path()) -> Declared:
+    """Check `params.yaml` and return what `dvc.yaml` lets `stage` see of it."""
+    given, sections = load(folder / paths.PARAMS), sections_of(stage, folder / paths.DVC_YAML)
+    if "runtime.threads" in sections:  # it computes: nothing is trained for an inference that cannot run
+        require_backend(given)
+    return Declared(stage, given, sections)
+
+
+def require_backend(given: Params) -> None:
+    """UserError where what `generation.backend` computes with is not installed."""
+    backend, remedy = given.generation.backend, "or set generation.backend to transformers"
+    if backend == "llama.cpp" and importlib.util.find_spec("xllamacpp") is None:
+        raise UserError(
+            "generation.backend = 'llama.cpp' needs xllamacpp, which is not installed: "
+            f"pip install --require-hashes -r lock/llama-cpp.txt {remedy}"
+        )
+    if backend == "vllm" and shutil.which(python := os.environ.get(VLLM_PYTHON, "")) is None:
+        found = f"{VLLM_PYTHON} = {python!r} is not a program" if python else f"{VLLM_PYTHON} is not set"
+        raise UserError(
+            f"generation.backend = 'vllm' needs the Python of an environment with vLLM, and {found}: "
+            f"python3 -m venv .vllm && .vllm/bin/pip install vllm=={VLLM}, then "
+            f"export {VLLM_PYTHON}=$PWD/.vllm/bin/python; {remedy}"
+        )
+
+
+def load(path: Path = paths.PARAMS) -> Params:
+    """Parse and check a params file; UserError lists every mistake with its key, its value and the remedy."""
+    return check(yaml12.read(path), str(path))
+
+
+def check(content: Any, name: str) -> Params:
+    """Check parsed params; `name` heads the error."""
+    return checked(Params, content, name)
+
+
+def checked(model: type[S], content: Any, name: str) -> S:
+    """Check what a file `name` holds against a model of it; UserError as of `load`."""
+    if not isinstance(content, Mapping):
+        first, second = list(model.model_fields)[:2]
+        raise UserError(f"{name} must hold sections ({first}:, {second}:, ...), not {type(content).__name__}")
+    problems = _interpolated(content)
+    try:
+        checked = model.model_validate(content)
+    except ValidationError as error:
+        problems += [_explain(problem, model) for problem in error.errors(include_url=False)]
+    except UnicodeEncodeError as error:  # as YAML can write it: "\ud800"
+        raise UserError(f"{name}: {error.object!r} holds half a character (U+D800 to U+DFFF): remove it") from None
+    if problems:
+        raise listing(problems, f"{name}: {len(problems)} to mend")
+    return checked
+
+
+def require_plain(name: str, content: Any) -> None:
+    """UserError, headed by `name`, where a string in `content` asks for an interpolation."""
+    if problems := _interpolated(content):
+        raise listing(problems, f"{name}: {len(problems)} to mend")
+
+
+def _interpolated(content: Any) -> list[str]:
+    """The mistake of each string that holds `${`: `dvc exp run -S` would put in what it names, and keep that in git,
+    in `dvc.lock` and in the record."""
+    return [
+        f"{at} = {_shown(text)}: DVC would replace ${{...}} by what it names, such as a secret of the environment; "
+        "write the value itself"
+        for at, text in _texts(content)
+        if "${" in text
+    ]
+
+
+def _texts(content: Any) -> Iterator[tuple[str, str]]:
+    """Every string in parsed YAML, keys included, with the dotted name of its place; one of several places for what is
+    shared."""
+    waiting, seen = [("", content)], set[int]()
+    while waiting:
+        at, value = waiting.pop()
+        inner: list[tuple[Any, Any]] = []
+        if isinstance(value, str):
+            yield at, value
+        elif id(value) not in seen and isinstance(value, Mapping):
+            inner = list(value.items())
+        elif id(value) not in seen and isinstance(value, Sequence):
+            inner = list(enumerate(value))
+        for key, one in reversed(inner):
+            place = f"{at}.{key}" if at else str(key)
+            waiting += [(place, one), (place, key)]
+        if inner:
+            seen.add(id(value))
+
+
+def sections_of(stage: str, dvc_yaml: Path) -> frozenset[str]:
+    """The params sections that `dvc.yaml` declares for a stage, and those that need no declaration."""
+    declared = yaml12.read(dvc_yaml)["stages"][stage].get("params", [])
+    return frozenset([*declared, *UNDECLARED])
+
+
+def _explain(problem: Any, model: type[BaseModel]) -> str:
+    """One pydantic error as `key = value: what is wrong and what is legal`."""
+    at = ".".join(str(part) for part in problem["loc"] if not _is_branch(part))
+    kind, given = problem["type"], problem["input"]
+    if kind == "missing":
+        return f"{at}: missing; every key must be present (see the comments of the default params.yaml)"
+    if kind == "extra_forbidden":
+        return f"{at} = {_shown(given)}: unknown key{_suggestion(problem['loc'], model)}"
+    message = problem["msg"].removeprefix("Value error, ")
+    if kind == "value_error":
+        return f"{at}: {message}" if at else message
+    return f"{at} = {_shown(given)}: {message[0].lower()}{message[1:]}"
+
+
+def _shown(given: Any) -> str:
+    """A value as an error shows it: a few lines of aliases can stand for more than fits into memory."""
+    short = reprlib.Repr()
+    short.maxlevel, short.maxstring, short.maxother, short.maxlong = 2, 200, 200, 200
+    return short.repr(given)
+
+
+def _is_branch(part: str | int) -> bool:
+    """Pydantic adds the branch of a union to an error's location: not a key of the file."""
+    return isinstance(part, str) and bool(
+        part in BRANCHES or re.match(r"(literal|list|constrained|function|str|int)\b.*[\[\]]|^(str|int)$", part)
+    )
+
+
+def _suggestion(location: tuple[str | int, ...], model: Any) -> str:
+    for part in location[:-1]:
+        if isinstance(part, int):  # of a list, whose items are in view already
+            continue
+        field = model.model_fields.get(part)
+        if field is None:  # the key of a mapping, whose values the model is of
+            continue
+        options = [field.annotation, *getattr(field.annotation, "__args__", ())]
+        model = next((option for option in options if hasattr(option, "model_fields")), model)
+    close = difflib.get_close_matches(str(location[-1]), model.model_fields, n=1)
+    return f"; did you mean {close[0]}?" if close else f"; known here: {', '.join(model.model_fields)}"

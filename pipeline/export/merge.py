@@ -1,0 +1,103 @@
+"""The adapter added into the weights of the base (LoRA, arXiv 2106.09685, section 4.1: W + BA), and what that changes.
+
+It is added to the values that it was trained on: a 4-bit base is unpacked first, since adding to the original weights
+would be another model than the one that was measured. The sum is taken in float32 and rounded once, to `model.dtype`.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from pipeline.core import params, paths, records
+from pipeline.core.progress import bar
+from pipeline.lora import adapter, train
+from pipeline.model import checkpoint, loss, pack, packed
+from pipeline.model import device as devices
+from pipeline.model import load as models
+from pipeline.model.prompt import Encoder
+
+ROWS = 48
+"""Validation rows that are compared at most, evenly spread."""
+TOGETHER = 512
+"""Tokens computed at once, by two models."""
+
+
+def base() -> tuple[Any, str]:
+    """The base in plain layers on the CPU, and which values they hold, in words."""
+    import torch
+
+    facts, cpu = records.read_json(paths.QUANTIZED_FACTS), torch.device("cpu")
+    devices.quieten()
+    checkpoint.require_intact(paths.BASE, records.read_json(paths.BASE_FACTS))
+    model = checkpoint.pretrained(paths.BASE, cpu)
+    method, dtype = facts["method"], facts["dtype"]
+    if method in ("nf4", "fp4"):
+        checkpoint.require_intact(paths.QUANTIZED, facts)
+        quantized = checkpoint.pretrained(paths.QUANTIZED, cpu)
+        packed.dequantize(quantized)
+        model.load_state_dict(quantized.state_dict())
+        return model, f"the {method} values that the adapter was trained on, unpacked to {dtype}"
+    if method == "int8":
+        return model, (
+            f"the weights before quantization, in {dtype}: int8 layers quantize activations as well, which plain "
+            "weights cannot hold"
+        )
+    return model, f"the weights that the adapter was trained on, in {dtype}"
+
+
+def merged(model: Any, folder: Path) -> Any:
+    """`model`, with the adapter of a folder added to its weights in place."""
+    from peft import PeftModel
+    from peft.tuners.lora import LoraLayer
+
+    # By default PEFT holds the adapter in float32, as it was saved.
+    adapted = PeftModel.from_pretrained(model, folder)
+    for layer in (layer for layer in adapted.modules() if isinstance(layer, LoraLayer)):
+        [name] = layer.active_adapters
+        change_OxI = layer.scaling[name] * layer.lora_B[name].weight.data @ layer.lora_A[name].weight.data
+        weight = layer.get_base_layer().weight
+        weight.data = (weight.data.float() + change_OxI).to(weight.dtype)
+    return adapted.unload()
+
+
+def rows(prompt: params.Prompt) -> list[pack.Tree]:
+    """The validation rows that are compared, as training packs them."""
+    facts = records.read_json(paths.QUANTIZED_FACTS)
+    encoder = Encoder(checkpoint.tokenizer(), prompt, facts["context"])
+    examples = records.read_rows(paths.split("validation"), records.Example)
+    return train.evenly(pack.trees([encoder.row(example) for example in examples]), ROWS)
+
+
+def as_measured(seed: int, runtime: params.Runtime) -> Any:
+    """The model whose scores the report has: the quantized base, whole in this process, with the adapter beside it."""
+    facts = records.read_json(paths.QUANTIZED_FACTS)
+    model = models.load(devices.choose(runtime), runtime.keep_dequantized)
+    return adapter.Saved(paths.adapter(seed)).load(model, facts["sha256"])
+
+
+def difference(measured: Any, other: Any, trees: Sequence[pack.Tree]) -> dict[str, Any]:
+    """What `other` predicts of the answers in `trees`, beside what was measured.
+
+    Losses in nats a token; of the logits the largest and the mean absolute difference; the share of tokens at which
+    the likeliest one is the same.
+    """
+    import torch
+
+    sums = dict.fromkeys(("loss_measured", "loss", "logit_mean", "same"), 0.0)
+    largest, tokens = 0.0, 0
+    with torch.no_grad(), bar("compare", sum(tree.supervised for tree in trees), "tokens") as advance:
+        for part in pack.micro_batches(trees, TOGETHER):
+            packed, there = pack.pack(part, measured.device), pack.pack(part, other.device)
+            one_NxV = loss.logits(measured, packed)[0].float().cpu()
+            other_NxV = loss.logits(other, there)[0].float().cpu()
+            target_N = packed.target_N.cpu()
+            for name, logits_NxV in (("loss_measured", one_NxV), ("loss", other_NxV)):
+                sums[name] += float(torch.nn.functional.cross_entropy(logits_NxV, target_N, reduction="sum"))
+            apart_NxV = (one_NxV - other_NxV).abs()
+            largest = max(largest, float(apart_NxV.max()))
+            sums["logit_mean"] += float(apart_NxV.mean(dim=-1).sum())
+            sums["same"] += float((one_NxV.argmax(dim=-1) == other_NxV.argmax(dim=-1)).sum())
+            tokens += len(target_N)
+            advance(len(target_N))
+    found = {name: value / tokens for name, value in sums.items()}
+    return found | {"logit_max": largest, "tokens": tokens, "rows": sum(len(tree.branches) for tree in trees)}

@@ -1,0 +1,156 @@
+"""Ollama's Modelfile for exported GGUF files: the chat template in ollama's language (Go's), and how to decode."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+from pipeline import gguf as gguf_file
+from pipeline.core import params, records
+from pipeline.model import checkpoint, prompt
+
+
+def decodes(generation: params.Generation) -> bool:
+    """Whether llama.cpp and ollama can decode as `generation` has it."""
+    return generation.num_beams == 1 and not generation.no_repeat_ngram_size
+
+
+def modelfile(base: str, adapter: str | None, folder: Path, generation: params.Generation, tokens: int) -> str:
+    """The Modelfile for files beside it: the chat template, decoding as in `generation`, and room for a prompt and its
+    answer of `tokens` together (ollama cuts off what its own default does not hold).
+
+    The experiment's own instructions are not in it: what is sent is the user's message as it is.
+    """
+    tokenizer = checkpoint.tokenizer(folder)
+    lines = [f"FROM ./{base}"]
+    if adapter is not None:
+        lines += [
+            f"ADAPTER ./{adapter}",
+            "# Ollama from 0.34.1 on is reported to refuse ADAPTER: export with --merged.",
+        ]
+    if not tokenizer.chat_template:
+        lines.append('TEMPLATE """{{ .Prompt }}"""')
+    elif (template := _template(tokenizer)) is not None:
+        lines.append(f'TEMPLATE """{template}"""')
+    else:
+        lines.append("# The model's chat template cannot be told in ollama's language: write TEMPLATE by hand.")
+    if not decodes(generation):
+        lines.append("# Ollama has neither beam search nor a limit on n-grams: it writes other texts than were scored.")
+    lines += [
+        "PARAMETER temperature 0",
+        "PARAMETER top_k 1",
+        f"PARAMETER repeat_penalty {generation.repetition_penalty}",
+        f"PARAMETER repeat_last_n {tokens}",
+        f"PARAMETER num_ctx {tokens}",
+        f"PARAMETER num_predict {generation.max_new_tokens}",
+    ]
+    config = records.read_json(folder / "config.json")
+    stops = [tokenizer.convert_ids_to_tokens(one) for one in gguf_file.stops(folder, config, tokenizer)]
+    for stop in stops:
+        # Whatever stands between the first and the last quote; behind a quote, a line break ends it.
+        lines.append(
+            "# A token that ends an answer holds a quote and a line break, which a Modelfile cannot tell."
+            if '"' in stop and re.search(r"[\r\n]", stop)
+            else f'PARAMETER stop "{stop}"'
+        )
+    return "\n".join(lines) + "\n"
+
+
+def _template(tokenizer: Any) -> str | None:
+    """The chat template in ollama's language (Go's), put together from what stands around marked messages.
+
+    None where the pieces do not give back what the template itself renders, for several conversations.
+    """
+    try:
+        pieces = _pieces(tokenizer)
+        if pieces is None or any(
+            _compose(pieces, messages) != _render(tokenizer, messages, True) for messages in _CONVERSATIONS
+        ):
+            return None
+    except prompt.TemplateError:
+        return None
+    bos = tokenizer.bos_token if tokenizer.bos_token and tokenizer("a").input_ids[0] == tokenizer.bos_token_id else ""
+    told = {name: _go(text) for name, text in pieces.items()}
+    default, system = _go(pieces["default"].removeprefix(bos)), _go(pieces["system"].removeprefix(bos))
+    template = (
+        "{{ if not .System }}" + default + "{{ end }}{{ range .Messages }}"
+        '{{ if eq .Role "system" }}' + system + "{{ .Content }}" + told["after_system"]
+        + '{{ else if eq .Role "user" }}' + told["user"] + "{{ .Content }}" + told["after_user"]
+        + '{{ else if eq .Role "assistant" }}' + told["assistant"] + "{{ .Content }}" + told["after_assistant"]
+        + "{{ end }}{{ end }}" + told["answer"]
+    )  # fmt: skip
+    return None if template.endswith('"') else template  # the first three quotes in a row end it
+
+
+_CONVERSATIONS: list[list[dict[str, str]]] = [
+    [{"role": "user", "content": "one"}],
+    [{"role": "system", "content": "zero"}, {"role": "user", "content": "one"}],
+    [
+        {"role": "user", "content": "one"},
+        {"role": "assistant", "content": "two"},
+        {"role": "user", "content": "three"},
+    ],
+]
+
+
+def _render(tokenizer: Any, messages: list[dict[str, str]], prompted: bool) -> str:
+    return prompt.rendered(tokenizer, messages, add_generation_prompt=prompted)
+
+
+def _pieces(tokenizer: Any) -> dict[str, str] | None:
+    """What a chat template writes around messages, told apart by marks in their place; None where they are not there.
+
+    `default` stands before the first user's message where there is no system message.
+    """
+    s, u, a, v = "\u2042S", "\u2042U", "\u2042A", "\u2042V"
+    user = {"role": "user", "content": u}
+    plain, system = _render(tokenizer, [user], False), {"role": "system", "content": s}
+    prompted = _render(tokenizer, [user], True)
+    with_system = _render(tokenizer, [system, user], False)
+    turns = [user, {"role": "assistant", "content": a}, {"role": "user", "content": v}]
+    long = _render(tokenizer, turns, False)
+    if not prompted.startswith(plain) or any(text.count(u) != 1 for text in (plain, with_system, long)):
+        return None
+    if with_system.count(s) != 1 or long.count(a) != 1 or long.count(v) != 1:
+        return None
+    before_user, after_user = plain.split(u)
+    before_system, between = with_system.split(s)
+    before_answer, behind = long.split(a)
+    opening = before_answer.split(u)[1].removeprefix(after_user)
+    # Between an answer and the next message: the answer's end, which as a rule is that of a user's message, then what
+    # a user's message begins with.
+    turn, between_system = behind.split(v)[0], between.split(u)[0]
+    own_user = turn.removeprefix(after_user)
+    if not before_user.endswith(own_user):
+        own_user = _shared_end(before_user, turn)
+    if not between_system.endswith(own_user):
+        return None
+    return {
+        "default": before_user.removesuffix(own_user),
+        "system": before_system,
+        "after_system": between_system.removesuffix(own_user),
+        "user": own_user,
+        "after_user": after_user,
+        "assistant": opening,
+        "after_assistant": turn.removesuffix(own_user),
+        "answer": prompted.removeprefix(plain),
+    }
+
+
+def _shared_end(one: str, other: str) -> str:
+    length = 0
+    while length < min(len(one), len(other)) and one[-1 - length] == other[-1 - length]:
+        length += 1
+    return one[len(one) - length :]
+
+
+def _compose(pieces: dict[str, str], messages: list[dict[str, str]]) -> str:
+    """What ollama makes of the template that the pieces become."""
+    text = "" if messages[0]["role"] == "system" else pieces["default"]
+    for message in messages:
+        text += pieces[message["role"]] + message["content"] + pieces[f"after_{message['role']}"]
+    return text + pieces["answer"]
+
+
+def _go(text: str) -> str:
+    """Text as it stands in a Go template within Modelfile's triple quotes."""
+    return text.replace("{{", '{{ "{{" }}').replace('"""', '""{{ "\\"" }}')

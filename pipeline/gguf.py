@@ -1,0 +1,434 @@
+"""GGUF, the file format of llama.cpp: base, adapter and merged model written with the `gguf` library.
+
+A base that `quantize` left in 4 bits is written with the values that its layers compute with, so both backends multiply
+by the same numbers; GGUF has no type that holds NF4's. LoRA becomes an adapter file of its own, which llama.cpp scales
+by alpha / r: with rslora, whose scale is alpha / sqrt(r), the file's alpha is alpha * sqrt(r).
+
+llama.cpp rotates pairs of neighbouring dimensions where transformers' Llama rotates the two halves of a head, so the
+rows of q_proj and k_proj change places, in the adapter's B as well. Qwen's rotate as transformers does.
+
+Dimensions: O and I a layer's outputs and inputs, R the adapter's rank.
+"""
+
+import json
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pipeline.core import params, records
+from pipeline.core.errors import UserError
+from pipeline.model import checkpoint, packed
+
+if TYPE_CHECKING:
+    import torch
+
+Array = NDArray[Any]
+
+HEAD_TYPES = dict.fromkeys(("Q5_1", "Q5_0", "Q4_1", "Q4_0"), "Q8_0")
+"""What the head is written as in files of 4 and 5 bits, and with it the embedding where that is the head.
+
+llama.cpp's quantizer (src/llama-quant.cpp, `llama_tensor_get_type_impl`) takes Q6_K, or Q8_0 where rows do not fill
+blocks of 256, and leaves an embedding apart from the head in the file's type. `gguf` cannot quantize to Q6_K.
+"""
+
+ADAPTER_TYPES = ("F32", "BF16", "F16")
+"""An adapter is small: rounding it to blocks of 4 or 8 bits would cost more than it saves."""
+
+FAMILIES = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qwen3"}
+"""transformers' families that are written, and llama.cpp's names for them.
+
+Of each, tests/test_backend_llamacpp.py has llama.cpp decode a small random model, adapted and not, and compares.
+"""
+
+ROTATE_NEIGHBOURS = ("llama", "mistral")
+"""Families whose q and k rows are put in the order of llama.cpp's rotation."""
+
+WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
+REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+SPLITS = {WORDS + r"\p{N}{1,3}" + REST: "llama-bpe", WORDS + r"\p{N}" + REST: "qwen2"}
+"""The expressions that Llama 3's and Qwen 2's tokenizers split text by, and llama.cpp's names for them."""
+
+
+def write_base(folder: Path, path: Path, kind: str) -> None:
+    """Write the checkpoint in `folder`, in the hub's layout, with its tokenizer as one GGUF file.
+
+    UserError as of `refuse`, and where the layers' inputs do not fill whole blocks of `kind`.
+    """
+    _write_model(folder, path, kind, None)
+
+
+def write_merged(folder: Path, adapter: Path, path: Path, kind: str) -> None:
+    """As `write_base`, with the update of the PEFT adapter in `adapter` added to the weights in float32."""
+    _write_model(folder, path, kind, _read_lora(adapter))
+
+
+def write_adapter(adapter: Path, base: Path, path: Path, kind: str) -> None:
+    """Write the PEFT adapter in `adapter` as a GGUF adapter for the base in `base`, of which the configuration is read.
+
+    UserError for what a GGUF adapter cannot hold: see `_read_lora`.
+    """
+    import gguf
+
+    if kind not in ADAPTER_TYPES:
+        raise UserError(f"an adapter is written as {', '.join(ADAPTER_TYPES)}, not as {kind!r}")
+    checkpoint = _Checkpoint.read(base)
+    lora = _read_lora(adapter)
+    with records.replacing(path) as temporary:
+        writer = gguf.GGUFWriter(temporary, checkpoint.architecture)
+        writer.add_type(gguf.GGUFType.ADAPTER)
+        writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
+        writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, lora.scale * lora.rank)
+        tensors: list[tuple[str, Array]] = []
+        for name, (a_RxI, b_OxR) in sorted(lora.pairs.items()):
+            target = checkpoint.name(name)
+            tensors += [(f"{target}.lora_a", a_RxI), (f"{target}.lora_b", checkpoint.ordered(name, b_OxR))]
+        _write(writer, [(name, array.shape, kind) for name, array in tensors], (array for _, array in tensors))
+
+
+def stored(kind: str) -> str:
+    """A file's type in words, with what the head is written as where that is another."""
+    return f"{kind} with the output head in {HEAD_TYPES[kind]}" if kind in HEAD_TYPES else kind
+
+
+def refuse(folder: Path) -> None:
+    """UserError with the reason where the checkpoint in `folder` cannot be written; its weights are not read."""
+    checkpoint = _Checkpoint.read(folder)
+    checkpoint.rotation()
+    _vocabulary(folder, checkpoint.config)
+
+
+@dataclass(frozen=True)
+class _Checkpoint:
+    """What the configuration of a checkpoint says of its layers, in GGUF's terms."""
+
+    folder: Path
+    config: dict[str, Any]
+
+    @classmethod
+    def read(cls, folder: Path) -> "_Checkpoint":
+        """UserError for a checkpoint whose layers llama.cpp would compute otherwise."""
+        config = records.read_json(folder / "config.json")
+        family = config["model_type"]
+        if family not in FAMILIES:
+            raise UserError(
+                f"{folder} is a model of family {family!r}, of which no GGUF file is written; only of "
+                f"{', '.join(FAMILIES)}: for it, set generation.backend to transformers, and export adapter or merged"
+            )
+        if (config.get("quantization_config") or {}).get("load_in_8bit"):
+            raise UserError(
+                f"{folder} is quantized by LLM.int8(), which quantizes activations as well: a GGUF file would compute "
+                "other numbers; set quantize.method to nf4, fp4 or none"
+            )
+        if config["hidden_act"] != "silu":
+            raise UserError(f"{folder} has the activation {config['hidden_act']!r}, where llama.cpp computes silu")
+        return cls(folder, config)
+
+    @property
+    def family(self) -> str:
+        return str(self.config["model_type"])
+
+    @property
+    def architecture(self) -> str:
+        return FAMILIES[self.family]
+
+    @property
+    def heads(self) -> int:
+        return int(self.config["num_attention_heads"])
+
+    @property
+    def kv_heads(self) -> int:
+        return int(self.config.get("num_key_value_heads") or self.heads)
+
+    @property
+    def head_dim(self) -> int:
+        return int(self.config.get("head_dim") or self.config["hidden_size"] // self.heads)
+
+    def name(self, name: str) -> str:
+        """GGUF's name of one of transformers' tensors, or of a module's weight."""
+        import gguf
+
+        architecture = next(one for one, text in gguf.MODEL_ARCH_NAMES.items() if text == self.architecture)
+        names = gguf.get_tensor_name_map(architecture, self.config["num_hidden_layers"])
+        found = names.get_name(name, try_suffixes=(".weight", ".bias"))
+        if found is None:
+            raise UserError(f"{self.folder}: GGUF has no name for its tensor {name}")
+        return str(found)
+
+    def ordered(self, name: str, array_Ox: Array) -> Array:
+        """The rows of a q or k projection (weight, bias or adapter's B) in the order of llama.cpp's rotation."""
+        part = next((one for one in ("q_proj", "k_proj") if f".{one}." in name), None)
+        if part is None or self.family not in ROTATE_NEIGHBOURS:
+            return array_Ox
+        heads = self.heads if part == "q_proj" else self.kv_heads
+        halves = array_Ox.reshape(heads, 2, len(array_Ox) // heads // 2, *array_Ox.shape[1:])
+        return np.ascontiguousarray(halves.swapaxes(1, 2).reshape(array_Ox.shape))
+
+    def rotation(self) -> tuple[float, Array | None]:
+        """The base of the rotary embedding's frequencies, and Llama 3's factors of them; UserError for other scalings.
+
+        Llama 3.1 (arXiv 2407.21783) slows the low frequencies down by a factor, and the middle ones by part of it.
+        """
+        rope = self.config.get("rope_parameters") or {}
+        kind, theta = rope.get("rope_type", "default"), float(rope.get("rope_theta", 10_000.0))
+        if kind == "default":
+            return theta, None
+        if kind != "llama3":
+            raise UserError(
+                f"{self.folder} scales its rotary embedding by {kind!r}, which is not written to GGUF files; only "
+                "llama3 is, and none at all"
+            )
+        wave = 2 * math.pi * theta ** (np.arange(0, self.head_dim, 2, dtype=np.float64) / self.head_dim)
+        context, factor = rope["original_max_position_embeddings"], rope["factor"]
+        low, high = rope["low_freq_factor"], rope["high_freq_factor"]
+        share = (context / wave - low) / (high - low)
+        between = 1 / ((1 - share) / factor + share)
+        factors = np.where(wave < context / high, 1.0, np.where(wave > context / low, factor, between))
+        return theta, factors.astype(np.float32)
+
+
+@dataclass(frozen=True)
+class _Lora:
+    """An adapter: `pairs` maps a layer's weight (transformers' name) to A (RxI) and B (OxR), in float32."""
+
+    rank: int
+    scale: float
+    pairs: dict[str, tuple[Array, Array]]
+
+
+def _read_lora(adapter: Path) -> _Lora:
+    """UserError for what is no plain LoRA of the layers' linear parts with one rank and one alpha."""
+    from safetensors import safe_open
+
+    config = records.read_json(adapter / "adapter_config.json")
+    asked = (
+        "use_dora", "lora_bias", "fan_in_fan_out", "modules_to_save", "alpha_pattern", "rank_pattern",
+        "target_parameters", "use_qalora", "use_bdlora", "layer_replication", "trainable_token_indices",
+    )  # fmt: skip
+    held = [name for name in asked if config.get(name)]
+    if config.get("peft_type") != "LORA" or config.get("bias", "none") != "none" or held:
+        raise UserError(
+            f"{adapter} is no plain LoRA ({', '.join(held) or config.get('peft_type')}), and a GGUF adapter holds "
+            "nothing else"
+        )
+    rank, alpha = config["r"], config["lora_alpha"]
+    scale = alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank
+    halves: dict[str, dict[str, Array]] = {}
+    with safe_open(adapter / "adapter_model.safetensors", framework="pt") as file:
+        for key in file.keys():  # noqa: SIM118  # not a mapping
+            layer, _, half = key.removeprefix("base_model.model.").removesuffix(".weight").rpartition(".lora_")
+            halves.setdefault(f"{layer}.weight", {})[half] = values = file.get_tensor(key).float().numpy()
+            if not np.isfinite(values).all():
+                raise UserError(f"{adapter}: {key} holds NaN or infinity")
+    for name, pair in halves.items():
+        if ".layers." not in name or set(pair) != {"A", "B"}:
+            raise UserError(f"{adapter} adapts {name}, which is no linear layer of a block: a GGUF adapter cannot")
+    return _Lora(rank, scale, {name: (pair["A"], pair["B"]) for name, pair in halves.items()})
+
+
+def _write_model(folder: Path, path: Path, kind: str, lora: _Lora | None) -> None:
+    import gguf
+
+    if kind not in params.GGUF_TYPES:
+        raise UserError(f"a GGUF file is written as {', '.join(params.GGUF_TYPES)}, not as {kind!r}")
+    checkpoint = _Checkpoint.read(folder)
+    theta, factors = checkpoint.rotation()
+    vocabulary = _vocabulary(folder, checkpoint.config)
+    tensors = weights(folder)
+    pairs = lora.pairs if lora else {}
+    if unknown := sorted(set(pairs) - set(tensors)):
+        raise UserError(f"the adapter changes {unknown[0]}, which {folder} does not have")
+    config = checkpoint.config
+    with records.replacing(path) as temporary:
+        writer = gguf.GGUFWriter(temporary, checkpoint.architecture)
+        writer.add_type(gguf.GGUFType.MODEL)
+        writer.add_file_type(_file_type(kind))
+        writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+        writer.add_context_length(config["max_position_embeddings"])
+        writer.add_embedding_length(config["hidden_size"])
+        writer.add_block_count(config["num_hidden_layers"])
+        writer.add_feed_forward_length(config["intermediate_size"])
+        writer.add_head_count(checkpoint.heads)
+        writer.add_head_count_kv(checkpoint.kv_heads)
+        writer.add_key_length(checkpoint.head_dim)
+        writer.add_value_length(checkpoint.head_dim)
+        writer.add_rope_dimension_count(checkpoint.head_dim)
+        writer.add_rope_freq_base(theta)
+        writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
+        writer.add_vocab_size(config["vocab_size"])
+        vocabulary(writer)
+        head = "lm_head.weight" if "lm_head.weight" in tensors else "model.embed_tokens.weight"
+        kinds = dict.fromkeys(tensors, kind) | {head: HEAD_TYPES.get(kind, kind)}
+        listed = [(checkpoint.name(name), tuple(tensor.shape), kinds[name]) for name, tensor in tensors.items()]
+        if factors is not None:
+            listed.insert(0, ("rope_freqs.weight", factors.shape, "F32"))
+
+        def arrays() -> Iterator[Array]:
+            if factors is not None:
+                yield factors
+            for name, tensor in tensors.items():
+                array = tensor.float().numpy()
+                if lora and name in pairs:
+                    a_RxI, b_OxR = pairs[name]
+                    array = array + lora.scale * (b_OxR @ a_RxI)
+                yield checkpoint.ordered(name, array)
+
+        _write(writer, listed, arrays())
+
+
+def weights(folder: Path) -> dict[str, "torch.Tensor"]:
+    """A checkpoint's tensors as its layers compute with them; the head is left out where it is the embedding."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from pipeline.model import device as devices
+
+    devices.quieten()
+    model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=False, device_map={"": torch.device("cpu")})
+    packed.dequantize(model)
+    tied = model.get_output_embeddings().weight is model.get_input_embeddings().weight
+    return {name: tensor for name, tensor in model.state_dict().items() if not (tied and name == "lm_head.weight")}
+
+
+def _write(writer: Any, listed: Sequence[tuple[str, tuple[int, ...], str]], arrays: Iterator[Array]) -> None:
+    """Write the file: `listed` names each tensor with its shape and type, `arrays` gives them, in the same order.
+
+    Vectors stay in float32, as llama.cpp wants them. One tensor at a time is held in its new type.
+    """
+    import gguf
+
+    kinds = []
+    for name, shape, kind in listed:
+        type_ = gguf.GGMLQuantizationType[kind if len(shape) > 1 else "F32"]
+        block, size = gguf.GGML_QUANT_SIZES[type_]
+        if shape[-1] % block:
+            raise UserError(
+                f"{name} has rows of {shape[-1]} weights, which do not fill the blocks of {block} that types of 8 bits "
+                "and fewer have: take F16"
+            )
+        kinds.append(type_)
+        count = math.prod(shape) // block * size
+        writer.add_tensor_info(name, shape, np.dtype(np.float32), count, raw_dtype=type_)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_ti_data_to_file()
+    for array, type_ in zip(arrays, kinds, strict=True):
+        writer.write_tensor_data(gguf.quants.quantize(np.ascontiguousarray(array, np.float32), type_))
+    writer.close()
+
+
+def _file_type(kind: str) -> int:
+    """The number that stands for `kind` in a file's header."""
+    import gguf
+
+    return int(gguf.LlamaFileType["ALL_F32" if kind == "F32" else f"MOSTLY_{kind}"])
+
+
+def _vocabulary(folder: Path, config: dict[str, Any]) -> Callable[[Any], None]:
+    """What writes the tokenizer into a file; UserError for one that llama.cpp would not tokenize alike by.
+
+    Byte-level BPE, by the expression that it splits text by, and BPE of SentencePiece's make (Llama 2), of which the
+    order of merges becomes scores: llama.cpp joins what makes the token of the highest score.
+    """
+    import gguf
+
+    from pipeline.model import prompt
+
+    tokenizer = checkpoint.tokenizer(folder)
+    content = json.loads(tokenizer.backend_tokenizer.to_str())
+    model = content["model"]
+    kind = _pre_tokenizer(content, folder)
+    size = config["vocab_size"]
+    texts = [f"[PAD{number}]" for number in range(size)]
+    types = [gguf.TokenType.UNUSED] * size
+    for text, number in model["vocab"].items():
+        texts[number], types[number] = text, gguf.TokenType.NORMAL
+    for added in content["added_tokens"]:
+        if added["id"] < size:
+            special = added["special"]
+            texts[added["id"]] = added["content"]
+            types[added["id"]] = gguf.TokenType.CONTROL if special else gguf.TokenType.USER_DEFINED
+    merges = [pair if isinstance(pair, str) else " ".join(pair) for pair in model["merges"]]
+    scores: list[float] = []
+    if kind == "sentencepiece":
+        ranks: dict[str, int] = {}
+        for rank, pair in enumerate(model["merges"]):
+            ranks.setdefault("".join(pair.split(" ") if isinstance(pair, str) else pair), rank)
+        scores = [float(-ranks.get(text, len(merges))) for text in texts]
+        for number, text in enumerate(texts):
+            if len(text) == 6 and text.startswith("<0x") and text.endswith(">"):
+                types[number] = gguf.TokenType.BYTE
+        if model["unk_token"] is not None:
+            types[model["vocab"][model["unk_token"]]] = gguf.TokenType.UNKNOWN
+    ends = stops(folder, config, tokenizer)
+
+    def write(writer: Any) -> None:
+        writer.add_tokenizer_model("llama" if kind == "sentencepiece" else "gpt2")
+        writer.add_tokenizer_pre("default" if kind == "sentencepiece" else kind)
+        writer.add_token_list(texts)
+        writer.add_token_types(types)
+        if kind == "sentencepiece":
+            writer.add_token_scores(scores)
+            writer.add_add_space_prefix("\u2581" in "".join(tokenizer.tokenize("a")))
+        else:
+            writer.add_token_merges(merges)
+        if tokenizer.bos_token_id is not None:
+            writer.add_bos_token_id(tokenizer.bos_token_id)
+        for add, end in zip((writer.add_eos_token_id, writer.add_eot_token_id, writer.add_eom_token_id), ends):  # noqa: B905  # a model has one to three
+            add(end)
+        if tokenizer.unk_token_id is not None:
+            writer.add_unk_token_id(tokenizer.unk_token_id)
+        if tokenizer.pad_token_id is not None:
+            writer.add_pad_token_id(tokenizer.pad_token_id)
+        writer.add_add_bos_token(prompt.starts_with_bos(tokenizer))
+        if isinstance(tokenizer.chat_template, str):
+            writer.add_chat_template(tokenizer.chat_template)
+
+    return write
+
+
+def stops(folder: Path, config: dict[str, Any], tokenizer: Any) -> list[int]:
+    """The tokens that end an answer: the tokenizer's EOS, and those of the model's authors."""
+    told = folder / "generation_config.json"
+    ids = (records.read_json(told) if told.is_file() else {}).get("eos_token_id", config.get("eos_token_id"))
+    listed = [ids] if isinstance(ids, int) else ids or []
+    own = [tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else []
+    return list(dict.fromkeys([*own, *listed]))
+
+
+def _pre_tokenizer(content: dict[str, Any], folder: Path) -> str:
+    """llama.cpp's name for how a tokenizer splits text before BPE, or `sentencepiece`."""
+    model, normalizer, steps = content["model"], content["normalizer"], content["pre_tokenizer"]
+    reason = ""
+    if model["type"] != "BPE":
+        reason = f"a {model['type']} model"
+    elif model.get("byte_fallback"):
+        spaces = json.dumps([normalizer, steps], ensure_ascii=False)
+        if "\u2581" in spaces and not model.get("ignore_merges"):
+            return "sentencepiece"
+        reason = "byte fallback without SentencePiece's spaces"
+    elif normalizer not in (None, {"type": "NFC"}):
+        reason = f"the normalizer {normalizer['type']}"
+    else:
+        steps = (steps or {}).get("pretokenizers", [steps])
+        kinds = [step["type"] for step in steps if step]
+        if kinds == ["ByteLevel"] and steps[0].get("use_regex") and not steps[0].get("add_prefix_space"):
+            return "gpt-2"
+        if kinds == ["Digits", "ByteLevel"] and steps[0]["individual_digits"] and steps[1]["use_regex"]:
+            return "smollm"
+        if kinds == ["Split", "ByteLevel"] and not steps[1]["use_regex"]:
+            expression = (steps[0]["pattern"] or {}).get("Regex", "")
+            name = SPLITS.get(expression)
+            if name is not None and bool(model.get("ignore_merges")) == (name == "llama-bpe"):
+                return name
+            reason = f"the expression {expression}"
+        else:
+            reason = f"the steps {', '.join(kinds) or 'none'}"
+    raise UserError(
+        f"the tokenizer in {folder} splits text by {reason}, for which llama.cpp has no name that is known here: a "
+        "GGUF file would tokenize otherwise; set generation.backend to transformers"
+    )

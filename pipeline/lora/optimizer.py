@@ -1,0 +1,43 @@
+"""The optimizer of the adapter: AdamW (arXiv 1711.05101), its moments in float32 or, by bitsandbytes, in 8 bits.
+
+In 8 bits a moment of at least 4,096 values has one constant a block of 256 (arXiv 2110.02861); smaller ones stay in
+float32. Paged moments lie in memory that CUDA moves between device and machine (QLoRA, arXiv 2305.14314, section 3);
+after a kill they go on from the checkpoint on the device, unpaged, with the same values: `pipeline.model.memory`
+counts them
+there in any case.
+"""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from pipeline.core import params
+from pipeline.core.errors import UserError
+
+if TYPE_CHECKING:
+    import torch
+
+DEVICES = {"adamw": ("cpu", "cuda", "mps"), "adamw8bit": ("cpu", "cuda"), "paged-adamw8bit": ("cuda",)}
+"""Where bitsandbytes 0.50.2 has an update for the optimizer's states; on a CPU it would leave pages out and go on."""
+
+
+def require(name: str, device: "torch.device") -> None:
+    """UserError where the device cannot update such an optimizer."""
+    if device.type not in DEVICES[name]:
+        possible = [other for other, types in DEVICES.items() if device.type in types]
+        raise UserError(
+            f"train.optimizer = {name!r} needs {' or '.join(DEVICES[name])}, and training runs on {device.type}: "
+            f"set it to {' or '.join(possible)}"
+        )
+
+
+def build(tensors: "Sequence[torch.Tensor]", train: params.Train) -> "torch.optim.Optimizer":
+    """Over float32 tensors; the learning rate is set at each step."""
+    import torch
+
+    if train.optimizer == "adamw":
+        return torch.optim.AdamW(list(tensors), betas=(0.9, train.beta2), weight_decay=train.weight_decay)
+    from bitsandbytes.optim import AdamW8bit, PagedAdamW8bit
+
+    kind = PagedAdamW8bit if train.optimizer == "paged-adamw8bit" else AdamW8bit
+    optimizer: torch.optim.Optimizer = kind(list(tensors), betas=(0.9, train.beta2), weight_decay=train.weight_decay)
+    return optimizer

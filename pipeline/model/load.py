@@ -1,0 +1,48 @@
+"""The base as every stage that computes loads it: quantized, frozen, unpacked or shared as `runtime` says."""
+
+from typing import TYPE_CHECKING, Any
+
+from pipeline.core import paths, records
+from pipeline.model import checkpoint, packed
+
+if TYPE_CHECKING:
+    import torch
+
+
+def load(device: "torch.device", keep_dequantized: bool, sharding: str = "none") -> Any:
+    """Load the base as `quantize` left it: frozen, in evaluation mode, on `device`; with `sharding` a part of it.
+
+    With `keep_dequantized`, 4-bit layers become plain ones that hold the same values unpacked; else they unpack them
+    in every forward pass. Both give the same numbers. 8-bit layers stay what they are. Dropout that the base has of its
+    own is off: it is frozen. UserError when the checkpoint is not what was written, or not what its facts say.
+    """
+    import torch
+
+    from pipeline.model import fused, shard
+
+    facts = records.read_json(paths.QUANTIZED_FACTS)
+    checkpoint.require_intact(paths.QUANTIZED, facts)
+
+    def prepared(model: Any) -> Any:
+        packed.require_effective(model, facts)
+        if keep_dequantized:
+            packed.dequantize(model)
+        else:
+            packed.keep_unpacked(model)
+        for layer in model.modules():
+            if isinstance(layer, torch.nn.Dropout):
+                layer.p = 0.0
+        return model.requires_grad_(False).eval()
+
+    if sharding == "fsdp":
+        mesh = shard.mesh(device)
+        with shard.in_turn():
+            model = prepared(checkpoint.pretrained(paths.QUANTIZED, torch.device("cpu")))
+            shard.apply(model, device, mesh)
+        shard.rehearse(model)
+    elif sharding == "tensor":
+        model = prepared(shard.split(paths.QUANTIZED, device))
+    else:
+        model = prepared(checkpoint.pretrained(paths.QUANTIZED, device))
+    fused.apply(model)
+    return model

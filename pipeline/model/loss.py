@@ -1,0 +1,51 @@
+"""Cross-entropy where there is a label, and nowhere else; perplexity from it."""
+
+import math
+from typing import TYPE_CHECKING, Any
+
+from pipeline.core.errors import UserError
+from pipeline.core.progress import bar
+from pipeline.model import pack
+from pipeline.model.prompt import Row
+
+if TYPE_CHECKING:
+    import torch
+
+
+def logits(model: Any, packed: pack.Packed) -> "torch.Tensor":
+    """1xNxV: at the places that predict a supervised token, and nowhere else."""
+    logits_1xNxV: torch.Tensor = model(
+        input_ids=packed.input_ids_1xL,
+        # Four dimensions: transformers hands it on as it is; `attention.grouped` reads the spans instead.
+        attention_mask=packed.input_ids_1xL.new_empty(1, 1, 0, 0),
+        position_ids=packed.position_ids_1xL,
+        spans=packed.spans,
+        logits_to_keep=packed.answer_at_N,
+        use_cache=False,
+    ).logits
+    return logits_1xNxV
+
+
+def summed(model: Any, packed: pack.Packed) -> "torch.Tensor":
+    """Cross-entropy summed over the supervised tokens."""
+    import torch
+
+    logits_1xNxV = logits(model, packed)
+    return torch.nn.functional.cross_entropy(logits_1xNxV[0].float(), packed.target_N, reduction="sum")
+
+
+def perplexity(model: Any, windows: list[list[int]], label: str) -> float:
+    """exp of the mean negative log-likelihood of each token after the first of its window."""
+    import torch
+
+    total, count = 0.0, 0
+    with torch.no_grad(), bar(label, sum(map(len, windows)), "tokens") as advance:
+        for window in windows:
+            packed = pack.pack([pack.tree([Row("", "", window[:1], window[1:])])], model.device)
+            total += float(summed(model, packed))
+            count += packed.target_N.numel()
+            advance(len(window))
+    value = math.exp(total / count)
+    if not math.isfinite(value):
+        raise UserError(f"{label} is {value}: the weights are damaged, or model.dtype is too narrow for them")
+    return value

@@ -1,0 +1,547 @@
+"""How much memory a plan takes, predicted from the architecture before anything is loaded; too much is refused.
+
+A prediction is a sum of named parts, in bytes: what stays (weights, adapter, optimizer), what a micro-batch holds for
+its backward pass, what comes and goes at the peak, and a margin. Activations are counted from what the fused layers
+(`pipeline.model.fused`) keep, logits from the supervised tokens alone (`pipeline.model.loss`), keys and values from
+the columns
+that the scheduler allots (`pipeline.infer.scheduler`). It errs to the safe side: `docs/memory.md` holds predictions
+beside peaks
+that were measured (on a CPU), and `python -m bench.memory` measures them again.
+
+Letters: s bytes a value of the model's dtype, h hidden, i intermediate, a all query heads, k all key heads, r rank,
+P parameters of the adapter, N supervised tokens, V vocabulary.
+"""
+
+import itertools
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from pipeline.core import params
+from pipeline.core.errors import UserError
+from pipeline.model import pack
+from pipeline.model import processes as distributed
+from pipeline.model.shape import Shape
+
+if TYPE_CHECKING:
+    import torch
+
+GB = 1e9
+MARGIN = 0.05
+"""Of the sum: what is too small to be counted."""
+LOST = {"cpu": 0.4, "mps": 0.4, "cuda": 0.1}
+"""Of what comes and goes (activations, logits): what allocators lose between blocks. Measured on a CPU alone."""
+LOST_AGAIN = {"cpu": 1.4, "mps": 1.4, "cuda": 0.2}
+"""The same where blocks are computed again: less is kept, but as much comes and goes. Measured on a CPU alone."""
+LOST_SLOTS = {"cpu": 0.6, "mps": 0.6, "cuda": 0.1}
+"""Of keys and values, whose slots are cut anew as prompts grow shorter; CUDA's allocator gives back what it holds."""
+LIBRARIES = {"cpu": 0.65 * GB, "mps": 0.65 * GB, "cuda": 0.6 * GB}
+"""Before anything is loaded: Python with torch and transformers in main memory, or CUDA's own context on its device."""
+SPARE = 0.05
+"""Of the main memory that is available, this share is left alone: other programs ask for some meanwhile."""
+TILE = 64
+"""Packed sequences and micro-batches grow by this many tokens (`pipeline.model.pack.WHOLE`)."""
+ANSWERS = 0.5
+"""Before the rows are read, at most this share of a micro-batch is taken to be answers."""
+KEPT_WEIGHTS = 768
+"""Columns up to which attention on a CPU keeps its weights (`pipeline.model.attention.Short`)."""
+PREFILL = 1024
+"""Prompt tokens computed at once in decoding (`pipeline.infer.scheduler.PREFILL_TOKENS`)."""
+WINDOW = 256
+"""Tokens of a perplexity window (`pipeline.quantize.WINDOW`)."""
+MAPPED = "mapped file"
+PLACES = 32
+"""Places whose distributions `pipeline.forget` holds in float32 at once."""
+GATHERED = 4
+"""Blocks of a divided base: the one that computes and the next, each as it comes and as it is used."""
+BLOCK, BLOCKS = 64, 256
+"""Weights that share a constant in 4 bits, and constants that share one where they are quantized as well."""
+FUSED = frozenset({"llama"})
+"""Families whose attention is computed by one step that keeps its inputs alone (`pipeline.model.fused`)."""
+
+Device = Literal["cpu", "cuda", "mps"]
+
+
+@dataclass(frozen=True, slots=True)
+class Base:
+    """The base as it lies in memory: its architecture, dtype and quantization, whether 4 bits are kept unpacked, and
+    how it is divided among how many devices (`pipeline.model.shard`)."""
+
+    shape: Shape
+    dtype: str
+    method: str
+    double_quantization: bool
+    keep_dequantized: bool
+    sharding: str = "none"
+    devices: int = 1
+
+    @property
+    def itemsize(self) -> int:
+        return 4 if self.dtype == "float32" else 2
+
+    @property
+    def packed(self) -> bool:
+        return self.method in ("nf4", "fp4")
+
+    @property
+    def packed_bytes(self) -> float:
+        """All weights, the linear layers as the checkpoint has them."""
+        return self._packed_linears + self._constants + self.shape.other_parameters * self.itemsize
+
+    @property
+    def _packed_linears(self) -> float:
+        bytes_each = 0.5 if self.packed else 1 if self.method == "int8" else self.itemsize
+        return float(self.shape.linear_parameters * bytes_each)
+
+    @property
+    def _constants(self) -> float:
+        """Of 4 bits one a block, themselves quantized or not; of 8 bits one a row."""
+        if self.packed:
+            return self.shape.linear_parameters * (8 + 32 / BLOCKS if self.double_quantization else 32) / BLOCK / 8
+        rows = sum(outputs for _, outputs in self.shape.linears.values())
+        return 4.0 * self.shape.layers * rows if self.method == "int8" else 0.0
+
+    @property
+    def dense_bytes(self) -> float:
+        return float(self.shape.parameters * self.itemsize)
+
+    @property
+    def weights(self) -> float:
+        if self.sharding == "tensor":
+            return self.dense_bytes / self.devices
+        if self.sharding == "fsdp":
+            gathered = GATHERED * self._packed_linears / self.shape.layers
+            return self.packed_bytes - self._packed_linears * (1 - 1 / self.devices) + gathered
+        return self.dense_bytes if self.packed and self.keep_dequantized else self.packed_bytes
+
+    @property
+    def unpacking(self) -> float:
+        """What unpacking on the fly holds: gate and up by themselves and as one; int8 in training on a CPU likewise."""
+        if self.method == "none" or (self.packed and self.keep_dequantized):
+            return 0.0
+        return 4.0 * self.shape.hidden_size * self.shape.intermediate_size * self.itemsize
+
+
+def base(folder: Path, facts: Mapping[str, Any]) -> Base:
+    """Of a checkpoint and its facts (`out/models/quantized.json`), packed and on one device."""
+    return Base(Shape.read(folder), facts["dtype"], facts["method"], facts["double_quantization"], False)
+
+
+def loaded(base: Base, runtime: params.Runtime, device: Device) -> Base:
+    """The base as `runtime` has a process hold it. On a CPU a divided one counts as whole: it is, for a moment, and the
+    parts of all processes together are as large."""
+    base = replace(base, keep_dequantized=runtime.keep_dequantized)
+    return base if device == "cpu" else replace(base, sharding=runtime.sharding, devices=runtime.processes)
+
+
+@dataclass(frozen=True, slots=True)
+class Load:
+    """The largest micro-batch: its tokens, its supervised ones, and the tokens of the largest group in it."""
+
+    tokens: int
+    answers: int
+    longest: int
+
+
+def load(batches: Sequence[Sequence[pack.Tree]], micro_batch_tokens: int) -> Load:
+    """The largest micro-batch of all batches, and the largest of each of its figures."""
+    parts = [part for batch in batches for part in pack.micro_batches(batch, micro_batch_tokens)]
+    return Load(
+        tokens=max(sum(tree.tokens for tree in part) for part in parts),
+        answers=max(sum(tree.supervised for tree in part) for part in parts),
+        longest=max(tree.tokens for part in parts for tree in part),
+    )
+
+
+Parts = dict[str, float]
+
+
+def adapter_parameters(shape: Shape, lora: params.Lora) -> int:
+    """P: r (inputs + outputs) of every adapted layer."""
+    adapted = [size for name, size in shape.linears.items() if _adapted(name, lora)]
+    return shape.layers * lora.r * sum(inputs + outputs for inputs, outputs in adapted)
+
+
+def training(
+    base: Base, lora: params.Lora, train: params.Train, load: Load, device: Device, recomputed: bool = False
+) -> Parts:
+    """The parts of a training step's peak; `recomputed`: blocks keep their inputs alone (gradient checkpointing)."""
+    shape, s = base.shape, base.itemsize
+    parameters = adapter_parameters(shape, lora)
+    tokens = _whole(load.tokens)
+    parts = {
+        "weights": base.weights,
+        "adapter": float(parameters * (s + 4)),  # as it computes, and the float32 masters
+        "optimizer": parameters * _state(train.optimizer),
+        "gradients": float(parameters * (s + 4)),
+    }
+    if train.early_stopping:
+        parts["best adapter"] = 4.0 * parameters
+    full = 1 if recomputed else shape.layers
+    parts["activations"] = (
+        tokens * (full * _kept_a_token(base, lora, load.longest, device) + 2 * shape.hidden_size * s)
+        + full * _joined(shape, lora) * s
+        + (tokens * shape.layers * shape.hidden_size * s if recomputed else 0)
+    )
+    logits = float(load.answers * shape.vocabulary * 12)  # log-probabilities, their gradient and that of the logits
+    backward = float(tokens * ((4 * shape.intermediate_size + 2 * shape.hidden_size) * s + 16 * shape.hidden_size))
+    update = 8.0 * parameters if device == "cuda" and train.optimizer == "adamw" else 0.0
+    parts["logits"] = logits
+    parts["at the peak"] = max(backward + base.unpacking, update) - min(logits, backward)
+    return _with_margin(parts, device, recomputed)
+
+
+def inference(
+    base: Base, generation: params.Generation, prompt_tokens: int, adapter_parameters: int, device: Device
+) -> Parts:
+    """The parts of decoding's peak; `prompt_tokens` is the length of the longest prompt."""
+    shape, s = base.shape, base.itemsize
+    a_token = 2.0 * shape.layers * shape.keys * s
+    row = -(-(prompt_tokens + generation.max_new_tokens + 1) // 16) * 16
+    beams = generation.num_beams
+    held = max(beams * row, min(generation.batch_tokens, beams * generation.batch_size * row))
+    computed = max(PREFILL, prompt_tokens) if beams == 1 else max(held, prompt_tokens)
+    rows = max(1, held // (beams * row)) * beams
+    parts = {
+        "weights": base.weights,
+        # Read in float32, and copied into the model's dtype.
+        "adapter": float(adapter_parameters * (s + 4)),
+        "keys and values": held * a_token * (1 + 2 / shape.layers),
+        "at the peak": (
+            computed * _passing(shape, s)
+            + computed * shape.group * row * (s + 2)  # the mask, repeated for each query head of a group
+            + rows * shape.vocabulary * (s if beams == 1 else 16)
+            + base.unpacking
+        ),
+    }
+    return _with_margin(parts, device)
+
+
+def reading(base: Base, tokens: int, adapter_parameters: int, device: Device) -> Parts:
+    """The parts of the stage forget: the logits of base and tuned for `tokens` tokens of text."""
+    shape, s = base.shape, base.itemsize
+    parts = {
+        "weights": base.weights,
+        "adapter": float(adapter_parameters * (s + 4)),
+        "logits": float(2 * tokens * shape.vocabulary * s + PLACES * shape.vocabulary * 24),
+        "at the peak": tokens * (_passing(shape, s) + shape.group * tokens * (s + 2)) + base.unpacking,
+    }
+    return _with_margin(parts, device)
+
+
+def quantizing(base: Base, device: Device, base_elsewhere: bool = False) -> Parts:
+    """The parts of the stage quantize: the base beside its quantized form, unless the base lies in main memory."""
+    shape, s = base.shape, base.itemsize
+    parts = {
+        "weights": 0.0 if base_elsewhere else base.dense_bytes,
+        "quantized weights": 0.0 if base.method == "none" else base.packed_bytes,
+        "logits": float(WINDOW * shape.vocabulary * (s + 8)),
+        "at the peak": WINDOW * _passing(shape, s) + max(base.unpacking, 24.0 * _largest(shape)),
+    }
+    parts = _with_margin(parts, device)
+    # A second time, as it is read: pages of a file, which the system takes back when it needs them.
+    return parts if device == "cuda" else {**parts, MAPPED: base.dense_bytes}
+
+
+def total(parts: Mapping[str, float]) -> float:
+    return sum(parts.values())
+
+
+def demand(parts: Mapping[str, float]) -> float:
+    """What there must be room for: not for mapped files, whose pages the system takes back."""
+    return total(parts) - parts.get(MAPPED, 0.0)
+
+
+def _adapted(name: str, lora: params.Lora) -> bool:
+    return lora.target_modules == "all-linear" or name in lora.target_modules
+
+
+def _state(optimizer: str) -> float:
+    """Bytes a parameter: two moments in float32, or in 8 bits with a constant a block of 256."""
+    return 8.0 if optimizer == "adamw" else 2 * (1 + 4 / 256)
+
+
+def _kept_a_token(base: Base, lora: params.Lora, longest: int, device: Device) -> float:
+    """Bytes that one layer keeps of one token for the backward pass."""
+    shape, s = base.shape, base.itemsize
+    h, i, a, k = shape.hidden_size, shape.intermediate_size, shape.queries, shape.keys
+    adapted = {name: size for name, size in shape.linears.items() if _adapted(name, lora)}
+    read = {  # by layers that have an adapter, once for all that read the same
+        "attention": h * any(name in adapted for name in ("q_proj", "k_proj", "v_proj", "qkv_proj")),
+        "attended": a * ("o_proj" in adapted),
+        "mlp": h * any(name in adapted for name in ("gate_proj", "up_proj", "gate_up_proj")),
+        "gated": i * ("down_proj" in adapted),
+    }
+    values = (
+        2 * h  # the residual before each norm
+        + (a + 2 * k)  # projected
+        + (a + k)  # turned
+        + a  # queries, one group below another
+        + 2 * i  # gate and up
+        + lora.r * len(adapted)
+        + (0 if lora.dropout else sum(read.values()))
+    )
+    kept = float(values * s + 8)
+    # Attention's weights, or the mask in the model's dtype once for each query head of a group.
+    if device == "cpu" and longest <= KEPT_WEIGHTS:
+        kept += shape.attention_heads * longest * s
+    else:
+        kept += (a + shape.group * longest) * s
+    if lora.dropout:  # PEFT's own steps: each layer keeps an input of its own, and what was dropped of it
+        kept += sum(inputs for inputs, _ in adapted.values()) * (s + (1 if device == "cuda" else s))
+    if shape.family not in FUSED:
+        kept += 2 * (4 * h + 4) + (i + a + k) * s + 4 * h
+    return kept
+
+
+def _joined(shape: Shape, lora: params.Lora) -> float:
+    """Values that one layer keeps of adapters that read the same input, laid into one matrix each (`fused.Siblings`),
+    and of each B times its scale."""
+    adapted = {name: size for name, size in shape.linears.items() if _adapted(name, lora)}
+    values = 0.0
+    for names in (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj")):
+        several = [adapted[name] for name in names if name in adapted]
+        values += lora.r * len(several) * sum(shape.linears[name][1] for name in names if name in shape.linears)
+        values += lora.r * sum(inputs for inputs, _ in several)
+    return values + lora.r * sum(outputs for _, outputs in adapted.values())
+
+
+def _passing(shape: Shape, s: int) -> float:
+    """Bytes of one token on its way through a layer when nothing is kept."""
+    h, i, a, k = shape.hidden_size, shape.intermediate_size, shape.queries, shape.keys
+    return float((4 * h + 3 * i + 3 * a + 3 * k) * s + 12 * h)
+
+
+def _largest(shape: Shape) -> int:
+    return max(inputs * outputs for inputs, outputs in shape.linears.values())
+
+
+def _whole(tokens: int) -> int:
+    return -(-tokens // TILE) * TILE
+
+
+def _with_margin(parts: Parts, device: Device, recomputed: bool = False) -> Parts:
+    passing = sum(parts.get(name, 0.0) for name in ("activations", "logits", "at the peak"))
+    share = LOST_AGAIN[device] if recomputed else LOST[device]
+    lost = share * passing + LOST_SLOTS[device] * parts.get("keys and values", 0.0)
+    return {**parts, "margin": MARGIN * total(parts) + lost, "libraries": LIBRARIES[device]}
+
+
+# The device at hand
+
+
+def available(device: "torch.device") -> float:
+    """Bytes that this process may still take: of CUDA's free memory, of Metal's working set, of the main memory."""
+    import torch
+
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        return float(free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device))
+    if device.type == "mps":
+        metal = torch.mps.recommended_max_memory() - torch.mps.driver_allocated_memory()
+        return min(float(metal), main_memory())
+    # Members of one stage on one machine share it, and come here before any of them loads.
+    return main_memory() / distributed.local_processes()
+
+
+CGROUPS = (
+    (Path("/sys/fs/cgroup"), "memory.max", "memory.current", "inactive_file"),
+    (Path("/sys/fs/cgroup/memory"), "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+)
+"""A container's limit, what it uses, and what of that is files which give way, by version 2 and 1: the machine's memory
+says nothing of them."""
+
+
+def main_memory() -> float:
+    """Bytes of main memory that are available, but for what is left alone."""
+    import psutil
+
+    free = float(psutil.virtual_memory().available)
+    for folder, limit, used, files in CGROUPS:
+        try:
+            stat = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+            taken = float((folder / used).read_text()) - float(stat.get(files, 0))
+            free = min(free, float((folder / limit).read_text()) - taken)
+        except (OSError, ValueError):  # no such file, or `max`
+            continue
+    return (1 - SPARE) * free
+
+
+def held(base: Base, runtime: params.Runtime, device: "torch.device") -> Base:
+    """The base as `runtime` has this process hold it on `device`.
+
+    UserError where one that FSDP divides among GPUs has no room in main memory, which it is read into whole.
+    """
+    here = loaded(base, runtime, kind(device))
+    if here.sharding == "fsdp" and here.packed_bytes * (1 + MARGIN) > main_memory():
+        raise UserError(
+            f"runtime.sharding = 'fsdp' reads the base into main memory before it divides it: "
+            f"{_gb(here.packed_bytes)}, and {_gb(main_memory())} are left; take a machine with more"
+        )
+    return here
+
+
+def kind(device: "torch.device") -> Device:
+    known: dict[str, Device] = {"cpu": "cpu", "cuda": "cuda", "mps": "mps"}
+    return known[device.type]
+
+
+def largest(needed: Callable[[int], Mapping[str, float]], room: float, at_least: int, at_most: int) -> int | None:
+    """The largest number of tokens, a multiple of `TILE`, for which `needed` is within `room`; None if not even
+    `at_least` is."""
+    low, high = -(-at_least // TILE), at_most // TILE
+    if low > high or total(needed(low * TILE)) > room:
+        return None
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if total(needed(middle * TILE)) <= room else (low, middle - 1)
+    return low * TILE
+
+
+def require_training(
+    device: "torch.device", base: Base, lora: params.Lora, train: params.Train, load: Load, recomputed: bool
+) -> dict[str, float]:
+    """What training is predicted to take beside the libraries; UserError, with the largest micro-batch that fits, when
+    the device has less."""
+    here = Settings(base, train, recomputed)
+
+    def needed(tokens: int, settings: Settings = here) -> Parts:
+        share = min(1.0, tokens / load.tokens)
+        limited = Load(tokens, round(share * load.answers), load.longest)
+        return _loaded(
+            training(settings.base, lora, settings.train, limited, kind(device), settings.recomputed),
+        )
+
+    parts, room = needed(load.tokens), available(device)
+    if total(parts) <= room:
+        return parts
+    fits = largest(needed, room, load.longest, load.tokens - 1)
+    if fits is not None:
+        remedy = f"set train.micro_batch_tokens to {fits} or less (it is {train.micro_batch_tokens})"
+    else:
+        fitting = _other_settings(here, device, lambda other: total(needed(load.longest, other)) <= room)
+        remedy = f"the longest group alone has {load.longest} tokens and takes {_gb(total(needed(load.longest)))}: " + (
+            " or ".join(fitting) if fitting else f"lower prompt.max_tokens or lora.r, or {_more(base)}"
+        )
+    raise UserError(f"train takes about {_explain(parts)}, and {device.type} has {_gb(room)} left: {remedy}")
+
+
+def require_inference(
+    device: "torch.device", base: Base, generation: params.Generation, prompt_tokens: int, adapter_parameters: int
+) -> dict[str, float]:
+    """What decoding is predicted to take; UserError, with the largest `generation.batch_tokens` that fits, when the
+    device has less."""
+
+    def needed(tokens: int, base: Base = base) -> Parts:
+        limited = generation.model_copy(update={"batch_tokens": tokens})
+        return _loaded(inference(base, limited, prompt_tokens, adapter_parameters, kind(device)))
+
+    parts, room = needed(generation.batch_tokens), available(device)
+    if total(parts) <= room:
+        return parts
+    fits = largest(needed, room, TILE, generation.batch_tokens - 1)
+    if fits is not None:
+        remedy = f"set generation.batch_tokens to {fits} or less (it is {generation.batch_tokens})"
+    elif base.packed and base.keep_dequantized:
+        packed = _packed(base)
+        remedy = (
+            f"set runtime.keep_dequantized to false (then it is {_gb(total(needed(TILE, packed)))} for one example)"
+        )
+    else:
+        remedy = f"one example alone does not fit: lower prompt.max_tokens, or {_more(base)}"
+    raise UserError(f"infer takes about {_explain(parts)}, and {device.type} has {_gb(room)} left: {remedy}")
+
+
+def require_reading(device: "torch.device", base: Base, tokens: int, adapter_parameters: int) -> dict[str, float]:
+    """What the stage forget is predicted to take; UserError when the device has less."""
+    parts, room = _loaded(reading(base, tokens, adapter_parameters, kind(device))), available(device)
+    if total(parts) <= room:
+        return parts
+    remedies = ["lower forget.window (its logits are held)"] if tokens > 2 * WINDOW else []
+    if base.packed and base.keep_dequantized:
+        remedies.append("set runtime.keep_dequantized to false")
+    remedy = " or ".join(remedies) or f"{_more(base)}, or set forget.source to null"
+    raise UserError(f"forget takes about {_explain(parts)}, and {device.type} has {_gb(room)} left: {remedy}")
+
+
+def require_quantizing(device: "torch.device", base: Base) -> "torch.device":
+    """The device that the unquantized base goes to: the one at hand, else main memory beside it.
+
+    UserError when neither has room.
+    """
+    import torch
+
+    together, room = _loaded(quantizing(base, kind(device))), available(device)
+    if total(together) <= room:
+        return device
+    alone = _loaded(quantizing(base, kind(device), base_elsewhere=True))
+    main = torch.device("cpu")
+    if device.type == "cuda" and base.method != "none" and total(alone) <= room:
+        if base.dense_bytes * (1 + MARGIN) <= main_memory():
+            return main
+        raise UserError(
+            f"quantize takes about {_explain(together)}, and {device.type} has {_gb(room)} left; the base by itself, "
+            f"{_gb(base.dense_bytes)}, does not fit into the main memory beside it, which has {_gb(main_memory())} "
+            "left: take a larger machine for this stage (the others need less), or a smaller model"
+        )
+    raise UserError(
+        f"quantize takes about {_explain(together)}, and {device.type} has {_gb(room)} left: take a larger machine, or "
+        "a smaller model"
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """What decides the memory of training beside its rows."""
+
+    base: Base
+    train: params.Train
+    recomputed: bool
+
+
+def _other_settings(here: Settings, device: "torch.device", fits: Callable[[Settings], bool]) -> list[str]:
+    """The changes with which training fits, as few as possible: each of them alone, else pairs, else all."""
+    changes: list[tuple[str, Callable[[Settings], Settings]]] = []
+    if here.base.packed and here.base.keep_dequantized:
+        changes.append(("runtime.keep_dequantized to false", lambda one: replace(one, base=_packed(one.base))))
+    if not here.recomputed:
+        changes.append(("runtime.gradient_checkpointing to true", lambda one: replace(one, recomputed=True)))
+    if here.train.optimizer == "adamw" and device.type != "mps":
+        smaller = here.train.model_copy(
+            update={"optimizer": "paged-adamw8bit" if device.type == "cuda" else "adamw8bit"}
+        )
+        changes.append((f"train.optimizer to {smaller.optimizer}", lambda one: replace(one, train=smaller)))
+    for count in range(1, len(changes) + 1):
+        found = []
+        for chosen in itertools.combinations(changes, count):
+            settings = here
+            for _, change in chosen:
+                settings = change(settings)
+            if fits(settings):
+                found.append("set " + " and ".join(name for name, _ in chosen))
+        if found:
+            return found
+    return []
+
+
+def _more(base: Base) -> str:
+    return "take larger devices" if base.devices > 1 else "take a larger device or several (runtime.sharding)"
+
+
+def _packed(base: Base) -> Base:
+    return replace(base, keep_dequantized=False)
+
+
+def _loaded(parts: Parts) -> Parts:
+    """Without the libraries, which are loaded by now: what is available is so beside them; and without mapped files."""
+    return {name: value for name, value in parts.items() if name not in ("libraries", MAPPED)}
+
+
+def _explain(parts: Mapping[str, float]) -> str:
+    largest_first = sorted(parts.items(), key=lambda part: -part[1])
+    return f"{_gb(total(parts))} of memory ({', '.join(f'{name} {_gb(value)}' for name, value in largest_first[:4])})"
+
+
+def _gb(value: float) -> str:
+    return f"{value / GB:.1f} GB"

@@ -1,0 +1,84 @@
+"""Layers that bitsandbytes holds packed, in a loaded model: that they are the ones asked for, and how they compute."""
+
+from typing import Any
+
+from pipeline.core.errors import UserError
+
+
+def require_effective(model: Any, facts: dict[str, Any]) -> None:
+    """UserError unless the loaded model is quantized as its facts say."""
+    methods = [
+        *(str(layer.weight.quant_type) for _, layer in linear4bit(model)),
+        *("int8" for _ in linear8bit(model)),
+    ]
+    found, wanted = set(methods), set() if facts["method"] == "none" else {facts["method"]}
+    if found != wanted or len(methods) != facts["quantized_layers"]:
+        raise UserError(
+            f"quantize.method = {facts['method']!r} with {facts['quantized_layers']} layers was asked for, but the "
+            f"loaded model has {len(methods)} layers of {found or 'no quantized type'}: "
+            f"run `dvc repro --force quantize`"
+        )
+    thresholds = {layer.state.threshold for _, layer in linear8bit(model)}
+    if thresholds and thresholds != {facts["int8_threshold"]}:
+        raise UserError(
+            f"quantize.int8_threshold = {facts['int8_threshold']} was asked for, but the loaded model has "
+            f"{', '.join(map(str, sorted(thresholds)))}: run `dvc repro --force quantize`"
+        )
+
+
+def dequantize(model: Any) -> None:
+    """Replace 4-bit layers by plain ones that hold the same values in the model's dtype: 2 bytes a parameter more.
+
+    8-bit layers stay: they quantize what they are given as well, so plain ones would compute other numbers.
+    """
+    import torch
+    from bitsandbytes.functional import dequantize_4bit
+
+    names = [name for name, _ in linear4bit(model)]
+    for name in names:
+        layer = model.get_submodule(name)
+        weight = dequantize_4bit(layer.weight.data, layer.weight.quant_state).to(model.dtype)
+        plain = torch.nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta")
+        plain.weight = torch.nn.Parameter(weight, requires_grad=False)
+        plain.bias = layer.bias
+        model.set_submodule(name, plain)
+        del layer  # the packed weights go as the unpacked ones come
+    if names:
+        # Without this mark transformers and PEFT would still take the layers for 4-bit ones.
+        model.is_loaded_in_4bit = model.is_quantized = False
+        model.quantization_method = None
+
+
+def keep_unpacked(model: Any) -> None:
+    """Stop bitsandbytes from repacking weights on the CPU.
+
+    On CPUs with AVX-512 BF16 the first evaluation forward repacks them for speed; gradients through packed weights are
+    silently wrong, and the packed product rounds differently.
+    """
+    for _, layer in linear4bit(model):
+        layer.support_avx512bf16_for_cpu = False
+
+
+def repacked(model: Any) -> int:
+    """How many layers bitsandbytes has repacked: none, or UserError, since gradients through them were wrong."""
+    count = sum(bool(getattr(layer.quant_state, "packing_format_for_cpu", False)) for _, layer in linear4bit(model))
+    if count:
+        raise UserError(
+            f"{count} 4-bit layers were repacked for the CPU during training, so gradients were wrong: "
+            f"set runtime.keep_dequantized to true"
+        )
+    return count
+
+
+def linear4bit(model: Any) -> Any:
+    """Name and layer of each 4-bit layer of a model."""
+    from bitsandbytes.nn import Linear4bit
+
+    return ((name, layer) for name, layer in model.named_modules() if isinstance(layer, Linear4bit))
+
+
+def linear8bit(model: Any) -> Any:
+    """Name and layer of each 8-bit layer of a model."""
+    from bitsandbytes.nn import Linear8bitLt
+
+    return ((name, layer) for name, layer in model.named_modules() if isinstance(layer, Linear8bitLt))

@@ -1,0 +1,86 @@
+"""The shape of a model: its sizes, from which parameters and memory are counted (`pipeline.model.memory`).
+
+A recipe states it for a model that is not here to ask; a checkpoint in the hub's layout has it in `config.json`.
+"""
+
+import json
+from pathlib import Path
+from typing import Annotated, Any, Self
+
+from pydantic import Field
+
+from pipeline.core import params
+
+Positive = Annotated[int, Field(ge=1)]
+
+
+class Shape(params.Section):
+    """LLaMA's kind of block: attention with grouped heads, and an MLP with a gate."""
+
+    family: str
+    layers: Positive
+    hidden_size: Positive
+    intermediate_size: Positive
+    attention_heads: Positive
+    key_value_heads: Positive
+    head_dim: Positive
+    vocabulary: Positive
+    tied_embeddings: bool
+    context: Positive
+
+    @classmethod
+    def read(cls, folder: Path) -> Self:
+        """Of a checkpoint in the hub's layout."""
+        config: dict[str, Any] = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        config = config.get("text_config", config)
+        heads = config["num_attention_heads"]
+        return cls(
+            family=config["model_type"],
+            layers=config["num_hidden_layers"],
+            hidden_size=config["hidden_size"],
+            intermediate_size=config["intermediate_size"],
+            attention_heads=heads,
+            key_value_heads=config.get("num_key_value_heads") or heads,
+            head_dim=config.get("head_dim") or config["hidden_size"] // heads,
+            vocabulary=config["vocab_size"],
+            tied_embeddings=bool(config.get("tie_word_embeddings", False)),
+            context=config["max_position_embeddings"],
+        )
+
+    @property
+    def queries(self) -> int:
+        return self.attention_heads * self.head_dim
+
+    @property
+    def keys(self) -> int:
+        return self.key_value_heads * self.head_dim
+
+    @property
+    def group(self) -> int:
+        """Query heads a key-value head."""
+        return self.attention_heads // self.key_value_heads
+
+    @property
+    def linears(self) -> dict[str, tuple[int, int]]:
+        """Inputs and outputs of the linear layers of one block."""
+        h, i, a, k = self.hidden_size, self.intermediate_size, self.queries, self.keys
+        if self.family == "phi3":
+            return {"qkv_proj": (h, a + 2 * k), "o_proj": (a, h), "gate_up_proj": (h, 2 * i), "down_proj": (i, h)}
+        return {
+            **{"q_proj": (h, a), "k_proj": (h, k), "v_proj": (h, k), "o_proj": (a, h)},
+            **{"gate_proj": (h, i), "up_proj": (h, i), "down_proj": (i, h)},
+        }
+
+    @property
+    def linear_parameters(self) -> int:
+        return self.layers * sum(inputs * outputs for inputs, outputs in self.linears.values())
+
+    @property
+    def other_parameters(self) -> int:
+        """Embeddings, head and norms: what is never quantized."""
+        embeddings = self.vocabulary * self.hidden_size * (1 if self.tied_embeddings else 2)
+        return embeddings + (2 * self.layers + 1) * self.hidden_size
+
+    @property
+    def parameters(self) -> int:
+        return self.linear_parameters + self.other_parameters

@@ -1,0 +1,193 @@
+"""A project as DVC has it: the stages of `dvc.yaml` with their matrix filled in, what `dvc.lock` says of each, and the
+cache. It is read from the files themselves: DVC's own reading of them takes seconds, and trusts what is to be checked.
+"""
+
+import re
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import AfterValidator, BaseModel, Field, ValidationError
+
+from pipeline.core import params, paths, records, yaml12
+from pipeline.core.errors import UserError, listing
+
+Stages = dict[str, dict[str, Any]]
+"""The stages of a `dvc.lock` by name, as it has them: `cmd`, `deps`, `params` and `outs`."""
+
+MD5 = re.compile(r"[0-9a-f]{32}(\.dir)?")
+"""DVC's name for a content; its first two characters are a folder of the cache, so nothing else may pass for one."""
+
+
+class _Entry(BaseModel):
+    path: Annotated[str, AfterValidator(paths.relative)]
+    md5: Annotated[str, Field(pattern=f"^{MD5.pattern}$")]
+
+
+class _Locked(BaseModel):
+    cmd: str
+    deps: list[_Entry] = []
+    params: dict[str, dict[str, Any]] = {}
+    outs: list[_Entry] = []
+
+
+class _Lock(BaseModel):
+    stages: dict[str, _Locked]
+
+
+@dataclass(frozen=True, slots=True)
+class Out:
+    """An output as `dvc.lock` has it; `md5` ends in `.dir` for a folder."""
+
+    path: Path
+    md5: str
+    stage: str
+    cached: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Stage:
+    """A stage of `dvc.yaml` with its matrix and parameters filled in, and its entry in `dvc.lock` (None: never run)."""
+
+    name: str
+    command: str
+    deps: list[Path]
+    sections: list[str]
+    outs: dict[Path, bool]
+    locked: dict[str, Any] | None
+
+
+@dataclass(slots=True)
+class Project:
+    """What all checks look at; `md5` reads each file of the working directory once."""
+
+    params: params.Params
+    stages: list[Stage]
+    cache: Path
+    known: dict[Path, str | None] = field(default_factory=dict)
+
+    def outs(self) -> list[Out]:
+        """The outputs of the current stages as `dvc.lock` has them."""
+        return [
+            Out(Path(out["path"]), out["md5"], stage.name, stage.outs.get(Path(out["path"]), True))
+            for stage in self.stages
+            for out in (stage.locked or {}).get("outs", [])
+        ]
+
+    def spoilt(self) -> list[Path]:
+        """The outputs that are not what `dvc.lock` has; whatever rests on them needs no remedy of its own."""
+        return [out.path for out in self.outs() if self.md5(out.path) != out.md5]
+
+    def md5(self, path: Path) -> str | None:
+        """DVC's name for the content of a file or folder; None where there is none."""
+        if path not in self.known:
+            self.known[path] = records.dvc_md5(path)
+        return self.known[path]
+
+
+def read(folder: Path = Path()) -> Project:
+    """The pipeline in `folder` and what it is locked to."""
+    given = params.load(folder / paths.PARAMS)
+    lock = stages_of(text(folder / paths.DVC_LOCK), str(folder / paths.DVC_LOCK))
+    stages = [
+        _stage(name, definition, item, lock)
+        for name, definition in yaml12.read(folder / paths.DVC_YAML)["stages"].items()
+        for item in _items(definition, given)
+    ]
+    return Project(given, stages, cache_folder(folder))
+
+
+def missing(lock: Path) -> int:
+    """How many objects of the stages in a `dvc.lock` are not in this project's cache."""
+    objects = cache_folder(Path()) / "files" / "md5"
+    names = {out["md5"] for stage in stages_of(text(lock), str(lock)).values() for out in stage.get("outs", [])
+             if Path(out["path"]).is_relative_to(paths.OUT) and Path(out["path"]) != paths.RECEIPT}  # fmt: skip
+    names |= {content for name in names for _, content in listing_of(objects, name)}
+    return sum(not (objects / name[:2] / name[2:]).is_file() for name in names)
+
+
+def cache_folder(folder: Path) -> Path:
+    told = subprocess.run(
+        [sys.executable, "-m", "dvc", "cache", "dir"], cwd=folder, capture_output=True, text=True, check=False
+    )
+    if told.returncode:
+        raise UserError(f"`dvc cache dir` failed: {told.stderr.strip()}\nRun this in the project folder")
+    return Path(told.stdout.strip())
+
+
+def text(path: Path) -> str:
+    """The text of a `dvc.lock`; UserError where there is none."""
+    try:
+        return path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise UserError(f"{path} is missing: run `dvc repro`, which makes it") from None
+    except UnicodeDecodeError:
+        raise UserError(f"{path} is not UTF-8: restore it with `git checkout -- {path}`") from None
+
+
+def stages_of(lock: str, name: str) -> Stages:
+    """The stages that the text of a `dvc.lock` holds; `name` says in errors which lock it is.
+
+    A lock may be a stranger's, and what it names is read, compared and, in the clone of a trial, removed. UserError for
+    a text that is no lock of DVC's, for a path that leads out of the project, and for a digest that is no file's name.
+    """
+    content = yaml12.load(lock, name)
+    try:
+        _Lock.model_validate(content)
+    except ValidationError as error:
+        problems = [
+            f"{'.'.join(map(str, one['loc']))}: {one['msg'].removeprefix('Value error, ')}"
+            for one in error.errors(include_url=False)
+        ]
+        raise listing(problems, f"{name} is not a lock of this project: restore it with git, or remove it") from None
+    stages: Stages = content["stages"]
+    return stages
+
+
+def _items(definition: dict[str, Any], given: params.Params) -> Iterator[tuple[str, str] | None]:
+    """The matrix of a stage: its one key with each of its values."""
+    if "matrix" not in definition:
+        yield None
+        return
+    [(key, values)] = definition["matrix"].items()
+    if isinstance(values, str):
+        values = getattr(given, values.removeprefix("${").removesuffix("}"))
+    for value in values:
+        yield key, str(value)
+
+
+def _stage(name: str, definition: dict[str, Any], item: tuple[str, str] | None, lock: dict[str, Any]) -> Stage:
+    def fill(text: str) -> str:
+        return text.replace(f"${{item.{item[0]}}}", item[1]) if item else text
+
+    outs = {}
+    for kind in ("outs", "metrics", "plots"):
+        for entry in definition.get(kind, []):
+            path, options = (entry, {}) if isinstance(entry, str) else next(iter(entry.items()))
+            outs[Path(fill(path))] = options.get("cache", True)
+    full = f"{name}@{item[1]}" if item else name
+    deps = [Path(fill(dep)) for dep in definition.get("deps", [])]
+    return Stage(full, fill(definition["cmd"]), deps, definition.get("params", []), outs, lock.get(full))
+
+
+def listing_of(objects: Path, name: str) -> list[tuple[str, str]]:
+    """Path and md5 of the files of a cached folder; none where the listing itself is missing or spoilt."""
+    path = objects / name[:2] / name[2:]
+    if not name.endswith(".dir") or not path.is_file() or records.dvc_md5(path) != name.removesuffix(".dir"):
+        return []
+    entries = records.read_json(path)
+    return [(entry["relpath"], entry["md5"]) for entry in entries if _is_sound(entry)]
+
+
+def _is_sound(entry: Any) -> bool:
+    """Whether an entry of a folder's listing names a content by its digest and a file within the folder."""
+    if not isinstance(entry, Mapping) or not MD5.fullmatch(str(entry.get("md5"))):
+        return False
+    try:
+        paths.relative(str(entry.get("relpath")))
+    except ValueError:
+        return False
+    return True

@@ -1,0 +1,148 @@
+"""What a paper's appendix takes from a comparison: every figure as an SVG file, every table as CSV.
+
+Figures are the page's, drawn for white paper; what each example scored is in `out/scores`. Numbers have all their
+digits, shares are in [0, 1], and an empty cell is what was not computed. Equal comparisons give equal bytes.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict
+from typing import Any
+
+from pipeline.core import paths, records
+from pipeline.report import figures as charts
+from pipeline.score.compare import Comparison
+from pipeline.score.guard_record import Guard
+from pipeline.score.side_by_side import Row
+from pipeline.score.significance import Interval
+
+Table = list[dict[str, Any]]
+
+
+def write(comparison: Comparison, guards: Sequence[Guard], rows: Sequence[Row], seeds: Sequence[int]) -> None:
+    """Write `paths.FIGURES` and `paths.TABLES`, of which `reports/` gets a copy."""
+    for name, drawing in charts.figures(comparison, rows, seeds, charts.FILE).items():
+        records.write_text(paths.FIGURES / f"{name}.svg", drawing)
+    for name, table in tables(comparison, guards).items():
+        records.write_text(paths.TABLES / f"{name}.csv", text(table))
+
+
+def tables(comparison: Comparison, guards: Sequence[Guard]) -> dict[str, Table]:
+    """The tables by name; one that the report does not have is left out."""
+    found = {
+        "scores": list(_scores(comparison)),
+        "seeds": list(_seeds(comparison)),
+        "lines": list(_lines(comparison)),
+        "aspects": list(_aspects(comparison)),
+        "published": [{"metric": one.metric, "value": one.value, "about": one.about} for one in comparison.published],
+        "outputs": list(_outputs(comparison)),
+        "training": [asdict(one) for one in comparison.cost.training],
+        "forgetting": list(_forgetting(comparison)),
+        "guards": [{"rules_out": one.rules_out, "measured": one.measured} for one in guards],
+    }
+    return {name: table for name, table in found.items() if table}
+
+
+def text(table: Table) -> str:
+    """A table as CSV, with the first row's keys as header."""
+    header = list(table[0])
+    return records.csv_text(header, ([row[name] for name in header] for row in table))
+
+
+def _interval(name: str, one: Interval) -> dict[str, float]:
+    return {name: one.value, f"{name}_low": one.low, f"{name}_high": one.high}
+
+
+def _scores(comparison: Comparison) -> Iterable[dict[str, Any]]:
+    for name, one in comparison.results.items():
+        yield {
+            "metric": name,
+            **_interval("base", one.base),
+            **_interval("tuned", one.tuned),
+            "difference": one.diff.value,
+            "low": one.deciding.low,
+            "high": one.deciding.high,
+            "confidence": comparison.confidence,
+            "p": one.p,
+            "effect": one.effect,
+            "detectable": one.detectable,
+            "wins": one.wins,
+            "ties": one.ties,
+            "losses": one.losses,
+        }
+
+
+def _seeds(comparison: Comparison) -> Iterable[dict[str, Any]]:
+    for name, one in comparison.results.items():
+        if one.seeds:
+            yield {
+                "metric": name,
+                **_interval("examples", one.diff),
+                "sd_between_seeds": one.seeds.sd,
+                **_interval("both", one.seeds.both),
+            }
+
+
+def _lines(comparison: Comparison) -> Iterable[dict[str, Any]]:
+    for line in comparison.lines:
+        for name, score in line.scores.items():
+            yield {
+                "line": line.key,
+                "rows": line.n,
+                "metric": name,
+                "score": score,
+                **_interval("tuned_ahead", line.ahead[name]),
+            }
+
+
+def _aspects(comparison: Comparison) -> Iterable[dict[str, Any]]:
+    for aspect in comparison.aspects:
+        for name, one in aspect.results.items():
+            yield {
+                "aspect": aspect.name,
+                "rows": aspect.n,
+                "metric": name,
+                "base": one.base.value,
+                "tuned": one.tuned.value,
+                "difference": one.diff.value,
+                "low": one.deciding.low,
+                "high": one.deciding.high,
+                "p": one.p,
+                "p_holm": aspect.p_holm.get(name),
+            }
+
+
+def _forgetting(comparison: Comparison) -> Iterable[dict[str, Any]]:
+    found = comparison.cost.forgetting
+    if found:
+        yield {
+            "source": found.source,
+            "tokens": found.tokens,
+            "texts": found.texts,
+            "base_loss": found.base_loss,
+            "tuned_loss": found.tuned_loss,
+            **_interval("difference", found.diff),
+            "base_perplexity": found.base_perplexity,
+            "tuned_perplexity": found.tuned_perplexity,
+            **_interval("cross_entropy", found.cross_entropy),
+            **_interval("kl", found.kl),
+        }
+
+
+def _outputs(comparison: Comparison) -> Iterable[dict[str, Any]]:
+    yield {
+        "variant": "references",
+        "words": comparison.reference_words,
+        **dict.fromkeys(("stopped_by_cap", "empty", "copied")),
+        "in_language": comparison.references_in_language,
+        **dict.fromkeys(comparison.results),
+    }
+    for one in (comparison.base, *comparison.tuned):
+        yield {
+            "variant": one.variant,
+            "words": one.words,
+            "stopped_by_cap": one.stopped_by_cap,
+            "empty": one.empty,
+            "copied": one.copied,
+            "in_language": one.in_language,
+            **one.scores,
+        }

@@ -1,0 +1,407 @@
+"""The comparison as pictures: scores with their intervals and reference lines, paired differences, one by one and of
+each example, aspects, training curves, lengths of outputs and how they ended.
+
+Drawn by Vega-Lite inside `vl-convert`, so no browser, no network, and the same bytes for the same numbers.
+"""
+
+import csv
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from pipeline.core import paths, records
+from pipeline.core import text as sentences
+from pipeline.score.compare import Comparison
+from pipeline.score.metrics import LABELS
+from pipeline.score.side_by_side import Row
+
+BAND = 56
+"""Height of one metric in the upper panel, pixels; the lower panel has half of it."""
+FONT = "Liberation Sans, Arial, sans-serif"
+"""Texts are measured in the first, which is inside vl-convert: the same bytes with whatever fonts a machine has."""
+UPRIGHT = "M-0.1,-1H0.1V1H-0.1Z"
+"""The legend's sign for a reference line, as an SVG path: upright, as the line is."""
+
+
+@dataclass(frozen=True, slots=True)
+class Look:
+    """Width of the plot area and size of the letters in pixels, and colours, each anything that SVG takes as one."""
+
+    width: int
+    font: int
+    background: str
+    text: str
+    grid: str
+    base: str
+    tuned: str
+    lines: tuple[str, str, str]
+    seeds: tuple[str, ...]
+
+
+# The palette of Okabe and Ito, which people with any colour vision can tell apart.
+FILE = Look(
+    520,
+    12,
+    "#ffffff",
+    "#1f2328",
+    "#e4e7eb",
+    "#a9b4c0",
+    "#0072b2",
+    ("#e69f00", "#cc5c9a", "#009e73"),
+    ("#0072b2", "#d55e00", "#009e73", "#cc5c9a", "#e69f00", "#56b4e9"),
+)
+# The page sets these variables, for light and for dark; it is drawn narrow enough to be read on a phone.
+PAGE = Look(
+    340,
+    13,
+    "transparent",
+    "var(--text)",
+    "var(--grid)",
+    "var(--base)",
+    "var(--tuned)",
+    ("var(--line-1)", "var(--line-2)", "var(--line-3)"),
+    tuple(f"var(--seed-{i})" for i in range(1, 7)),
+)
+
+OF_OBJECTS = {
+    "constructor", "hasOwnProperty", "isPrototypeOf", "propertyIsEnumerable", "toLocaleString", "toString", "valueOf",
+    "__defineGetter__", "__defineSetter__", "__lookupGetter__", "__lookupSetter__", "__proto__",
+}  # fmt: skip
+"""What every object of JavaScript has."""
+UNCUT = 6
+"""So many characters of any script fit into a label."""
+MOST_POINTS = 400
+"""A longer training curve is drawn as the means of this many stretches."""
+BINS = 40
+"""Bins of a histogram, about: their width is a round number."""
+
+
+def svg(comparison: Comparison, look: Look) -> str:
+    """The chart as an SVG document."""
+    import altair
+
+    metrics = [LABELS[name] for name in comparison.results]
+    parts = _scores(comparison, look, metrics), _differences(comparison, look, metrics)
+    return drawn(altair.vconcat(*parts, spacing=28), look)
+
+
+def figures(comparison: Comparison, rows: Sequence[Row], seeds: Sequence[int], look: Look) -> dict[str, str]:
+    """Every figure by name, as an SVG document; `aspects` is left out where the rows have none."""
+    metrics = [LABELS[name] for name in comparison.results]
+    charts = {
+        "differences": _differences(comparison, look, metrics),
+        "scores": _scores(comparison, look, metrics),
+        "gains": _gains(comparison, rows, look),
+        "aspects": _aspects(comparison, look),
+        "training": _training(seeds, look),
+        "lengths": _lengths(rows, look),
+        "endings": _endings(comparison, look),
+    }
+    return {name: drawn(chart, look) for name, chart in charts.items() if chart is not None}
+
+
+def drawn(chart: Any, look: Look) -> str:
+    """A chart as an SVG document."""
+    import vl_convert
+
+    return str(vl_convert.vegalite_to_svg(_configured(chart, look).to_dict()))
+
+
+def inline(document: str) -> str:
+    """An SVG document as it stands inside HTML: without namespaces, which are addresses, and without a fixed height."""
+    document = re.sub(r'\sxmlns(:\w+)?="[^"]*"', "", document)
+    return re.sub(r'(<svg[^>]*?)\sheight="[^"]*"', r"\1", document, count=1)
+
+
+def _configured(chart: Any, look: Look) -> Any:
+    return (
+        chart.configure(background=look.background, font=FONT, padding=8)
+        .configure_view(stroke=None)
+        .configure_axis(
+            labelColor=look.text,
+            titleColor=look.text,
+            gridColor=look.grid,
+            domain=False,
+            ticks=False,
+            labelFontSize=look.font,
+            titleFontSize=look.font,
+            titleFontWeight="normal",
+            labelPadding=6,
+        )
+        .configure_header(labelColor=look.text, labelFontSize=look.font)
+        .configure_legend(labelColor=look.text, labelFontSize=look.font, title=None)
+        .configure_title(color=look.text, fontSize=look.font + 1, anchor="start", frame="group")
+    )
+
+
+def _scores(comparison: Comparison, look: Look, metrics: list[str]) -> Any:
+    import altair
+
+    bars = [
+        {"metric": LABELS[name], "model": model, "value": one.value, "low": one.low, "high": one.high}
+        for name, result in comparison.results.items()
+        for model, one in (("base", result.base), ("tuned", result.tuned))
+    ]
+    ticks = [
+        {"metric": LABELS[name], "line": line.label.lower(), "value": value}
+        for line in comparison.lines
+        for name, value in line.scores.items()
+    ]
+    lines = [line.label.lower() for line in comparison.lines]
+    y = altair.Y("metric:N", sort=metrics, title=None, scale=altair.Scale(paddingInner=0.3))
+    offset = altair.YOffset("model:N", sort=["base", "tuned"])
+    models = altair.Color(
+        "model:N",
+        scale=altair.Scale(domain=["base", "tuned"], range=[look.base, look.tuned]),
+        legend=altair.Legend(orient="top", direction="horizontal"),
+    )
+    bar = altair.Chart(altair.Data(values=bars)).encode(y=y, yOffset=offset)
+    kinds = altair.Color(
+        "line:N",
+        scale=altair.Scale(domain=lines, range=list(look.lines[: len(lines)])),
+        legend=altair.Legend(orient="bottom", direction="horizontal", symbolType=UPRIGHT, symbolSize=220),
+    )
+    tick = altair.Chart(altair.Data(values=ticks)).mark_tick(thickness=2.5, size=BAND * 0.78, opacity=1)
+    return (
+        altair.layer(
+            bar.mark_bar().encode(x=altair.X("value:Q", title=None), color=models),
+            tick.encode(y=y, x="value:Q", color=kinds),
+            bar.mark_rule(color=look.text, strokeWidth=1.5).encode(x="low:Q", x2="high:Q"),
+        )
+        .resolve_scale(color="independent")
+        .properties(width=look.width, height=BAND * len(metrics), title=f"Scores with {_interval(comparison)}")
+    )
+
+
+def _differences(comparison: Comparison, look: Look, metrics: list[str]) -> Any:
+    """Tuned minus base with the interval that decides; with several seeds, a tick for each."""
+    import altair
+
+    rows = [
+        {"metric": LABELS[name], "value": one.diff.value, "low": one.deciding.low, "high": one.deciding.high}
+        for name, one in comparison.results.items()
+    ]
+    base = altair.Chart(altair.Data(values=rows)).encode(y=altair.Y("metric:N", sort=metrics, title=None))
+    layers = [
+        _zero(look).encode(x="zero:Q"),
+        base.mark_rule(color=look.tuned, strokeWidth=3).encode(x=altair.X("low:Q", title=None), x2="high:Q"),
+    ]
+    if len(comparison.tuned) > 1:
+        each = [
+            {"metric": LABELS[name], "value": one.scores[name] - comparison.base.scores[name]}
+            for name in comparison.results
+            for one in comparison.tuned
+        ]
+        tick = altair.Chart(altair.Data(values=each)).mark_tick(color=look.text, thickness=1.5, size=14, opacity=1)
+        layers.append(tick.encode(y=altair.Y("metric:N", sort=metrics, title=None), x="value:Q"))
+    layers.append(base.mark_point(color=look.tuned, fill=look.tuned, size=70, opacity=1).encode(x="value:Q"))
+    return altair.layer(*layers).properties(
+        width=look.width, height=BAND * len(metrics) // 2, title=f"Tuned − base with {_interval(comparison)}"
+    )
+
+
+def _aspects(comparison: Comparison, look: Look) -> Any:
+    """The differences of each aspect's rows, a panel a deciding metric; None without aspects."""
+    import altair
+
+    if not comparison.aspects:
+        return None
+    names = [_drawn(aspect.name, number) for number, aspect in enumerate(comparison.aspects, start=1)]
+    panels = []
+    for metric in comparison.decide_by:
+        rows = [
+            {"aspect": name, "value": found.diff.value, "low": found.deciding.low, "high": found.deciding.high}
+            for name, one in zip(names, comparison.aspects, strict=True)
+            for found in [one.results[metric]]
+        ]
+        y = altair.Y("aspect:N", sort=names, title=None, axis=altair.Axis(labelLimit=140))
+        base = altair.Chart(altair.Data(values=rows)).encode(y=y)
+        panels.append(
+            altair.layer(
+                _zero(look).encode(x="zero:Q"),
+                base.mark_rule(color=look.tuned, strokeWidth=3).encode(x=altair.X("low:Q", title=None), x2="high:Q"),
+                base.mark_point(color=look.tuned, fill=look.tuned, size=70, opacity=1).encode(x="value:Q"),
+            ).properties(width=look.width, height=28 * len(names), title=f"{LABELS[metric]}, tuned − base")
+        )
+    return altair.vconcat(*panels, spacing=20).resolve_scale(x="shared")
+
+
+def _drawn(aspect: str, number: int) -> str:
+    """What a chart shows of an aspect: the aspect itself; where Vega would fail at it, with a number, and cut.
+
+    Vega keeps names as properties of an object that has some already. It cuts what is too long between the halves of a
+    character that JavaScript stores as two.
+    """
+    if aspect in OF_OBJECTS:
+        return f"{number}. {aspect}"
+    if len(aspect) > UNCUT and max(aspect) > "\uffff":
+        return f"{number}. {aspect[:UNCUT]}…"
+    return aspect
+
+
+def _zero(look: Look) -> Any:
+    import altair
+
+    return altair.Chart(altair.Data(values=[{"zero": 0}])).mark_rule(color=look.text, strokeDash=[4, 3])
+
+
+def _gains(comparison: Comparison, rows: Sequence[Row], look: Look) -> Any:
+    """How many examples gained how much in the first deciding metric; those of equal score are a bar of their own."""
+    import altair
+
+    metric = comparison.decide_by[0]
+    gains = [row.gain(metric) for row in rows]
+    step = _round_step((max(gains) - min(gains)) / BINS)
+    bars: dict[tuple[float, float], int] = {}
+    for gain in gains:
+        # Away from zero: (0, step] is the first bin of gains, [-step, 0) that of losses.
+        far = math.ceil(abs(gain) / step - 1e-9) * step
+        ends = (far - step, far) if gain > 0 else (-far, step - far)
+        if abs(gain) < 1e-9:
+            ends = (-step / 8, step / 8)
+        bars[ends] = bars.get(ends, 0) + 1
+    values = [
+        {"from": low, "to": high, "n": n, "side": "equal" if low < 0 < high else "higher" if low >= 0 else "lower"}
+        for (low, high), n in sorted(bars.items())
+    ]
+    sides = altair.Color(
+        "side:N",
+        scale=altair.Scale(domain=["lower", "equal", "higher"], range=[look.base, look.text, look.tuned]),
+        legend=altair.Legend(orient="top", direction="horizontal"),
+    )
+    bar = altair.Chart(altair.Data(values=values)).mark_rect(stroke=look.background, strokeWidth=0.5)
+    return altair.layer(
+        bar.encode(
+            x=altair.X("from:Q", title=f"{LABELS[metric]} of tuned − base, points"),
+            x2="to:Q",
+            y=altair.Y("n:Q", title="examples", axis=altair.Axis(tickMinStep=1, tickCount=5)),
+            y2=altair.datum(0),
+            color=sides,
+        ),
+        _zero(look).encode(x="zero:Q"),
+    ).properties(width=look.width, height=170, title="Gain of each example")
+
+
+def _training(seeds: Sequence[int], look: Look) -> Any:
+    """Training loss (thin) and validation loss (points) against the step, a colour a seed."""
+    import altair
+
+    train, validation = [], []
+    for seed in seeds:
+        train += [{"seed": str(seed), "step": step, "loss": loss} for step, loss in _curve(seed)]
+        entries = records.read_json(paths.training_summary(seed))["validation"]
+        validation += [{"seed": str(seed), "step": entry["step"], "loss": entry["loss"]} for entry in entries]
+    colours = [look.seeds[i % len(look.seeds)] for i in range(len(seeds))]
+    color = altair.Color(
+        "seed:N",
+        scale=altair.Scale(domain=[str(seed) for seed in seeds], range=colours),
+        legend=altair.Legend(orient="bottom", direction="horizontal", columns=6) if len(seeds) > 1 else None,
+    )
+    x = altair.X("step:Q", title="optimizer steps", axis=altair.Axis(tickMinStep=1, tickCount=6))
+    y = altair.Y("loss:Q", title="loss, nats a token", scale=altair.Scale(zero=False))
+    thin = altair.Chart(altair.Data(values=train)).mark_line(strokeWidth=1.2, opacity=0.75)
+    thick = altair.Chart(altair.Data(values=validation))
+    return altair.layer(
+        thin.encode(x=x, y=y, color=color),
+        thick.mark_line(strokeWidth=2.5, strokeDash=[6, 3]).encode(x=x, y=y, color=color),
+        thick.mark_point(filled=True, size=55, opacity=1).encode(x=x, y=y, color=color),
+    ).properties(width=look.width, height=190, title="Loss: training (line), validation (points)")
+
+
+def _curve(seed: int) -> list[tuple[float, float]]:
+    """Step and training loss, of a long log the means of `MOST_POINTS` stretches."""
+    with paths.training_log(seed).open(encoding="utf-8", newline="") as file:
+        log = [(float(row["step"]), float(row["loss"])) for row in csv.DictReader(file)]
+    if len(log) <= MOST_POINTS:
+        return log
+    stretches = np.array_split(np.array(log), MOST_POINTS)
+    return [(float(mean[0]), float(mean[1])) for mean in (part.mean(axis=0) for part in stretches)]
+
+
+def _lengths(rows: Sequence[Row], look: Look) -> Any:
+    """Words of the references and of each model's outputs, as shares; the seeds of tuned together."""
+    import altair
+
+    lengths = {
+        "references": [len(sentences.words(one)) for row in rows for one in row.example.references],
+        "base": [row.base.words for row in rows],
+        "tuned": [one.words for row in rows for one in row.tuned],
+    }
+    everything = [length for some in lengths.values() for length in some]
+    # The few longest share the last bin: one endless output would squeeze all others into the first.
+    most = max(1, math.ceil(float(np.quantile(everything, 0.995))))
+    step = max(1, round(_round_step(most / BINS)))
+    bins = most // step + 1
+    panels = []
+    for (name, some), colour in zip(lengths.items(), (look.lines[2], look.base, look.tuned), strict=True):
+        counts = np.bincount(np.minimum(np.array(some) // step, bins - 1), minlength=bins)
+        values = [
+            {"from": i * step, "to": (i + 1) * step, "share": n / len(some)} for i, n in enumerate(counts.tolist()) if n
+        ]
+        mean = [{"mean": sum(some) / len(some)}]
+        bar = altair.Chart(altair.Data(values=values)).mark_rect(color=colour, stroke=look.background, strokeWidth=0.5)
+        last = name == "tuned"
+        x = altair.X(
+            "from:Q",
+            title="words (triangle: the mean)" if last else None,
+            scale=altair.Scale(domain=[0, bins * step]),
+            axis=altair.Axis(labels=last, tickMinStep=1, tickCount=6),
+        )
+        y = altair.Y("share:Q", title=None, axis=altair.Axis(format="%", tickCount=3))
+        marker = altair.Chart(altair.Data(values=mean)).mark_point(
+            shape="triangle-down", color=look.text, fill=look.text, size=50, opacity=1, yOffset=-6
+        )
+        panels.append(
+            altair.layer(
+                bar.encode(x=x, x2="to:Q", y=y, y2=altair.datum(0)), marker.encode(x="mean:Q", y=altair.value(0))
+            ).properties(
+                width=look.width, height=64, title=altair.TitleParams(name, fontSize=look.font, fontWeight="normal")
+            )
+        )
+    return altair.vconcat(*panels, spacing=6).resolve_scale(y="shared").properties(title="Length")
+
+
+def _endings(comparison: Comparison, look: Look) -> Any:
+    """How each variant's outputs ended: by themselves, or cut by the cap on new tokens."""
+    import altair
+
+    outputs = [comparison.base, *comparison.tuned]
+    names = [one.variant for one in outputs]
+    values = [
+        {"variant": one.variant, "ending": ending, "share": share, "order": i}
+        for one in outputs
+        for i, (ending, share) in enumerate(
+            (("by itself (EOS)", 1 - one.stopped_by_cap), ("by the cap", one.stopped_by_cap))
+        )
+    ]
+    return (
+        altair.Chart(altair.Data(values=values))
+        .mark_bar(stroke=look.background, strokeWidth=0.5)
+        .encode(
+            y=altair.Y("variant:N", sort=names, title=None),
+            x=altair.X("share:Q", title=None, axis=altair.Axis(format="%", tickCount=5)),
+            order="order:Q",
+            color=altair.Color(
+                "ending:N",
+                scale=altair.Scale(domain=["by itself (EOS)", "by the cap"], range=[look.lines[2], look.lines[0]]),
+                legend=altair.Legend(orient="top", direction="horizontal"),
+            ),
+        )
+        .properties(width=look.width, height=26 * len(names), title="How outputs ended")
+    )
+
+
+def _round_step(about: float) -> float:
+    """The number of the form 1, 2 or 5 times a power of ten that is next above `about`; 1 for nothing."""
+    if about <= 0:
+        return 1.0
+    power = 10.0 ** math.floor(math.log10(about))
+    return next(factor * power for factor in (1.0, 2.0, 5.0, 10.0) if factor * power >= about * (1 - 1e-9))
+
+
+def _interval(comparison: Comparison) -> str:
+    return f"{100 * comparison.confidence:g} % intervals"

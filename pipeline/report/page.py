@@ -1,0 +1,445 @@
+"""The report as one offline page, `reports/index.html`: verdict, figures, every test example, guards, costs, lineage.
+
+It asks nothing of any network: style, script and data are in it, and its Content-Security-Policy admits these alone, by
+hash. Texts of models and data are never trusted: Jinja escapes them, and the script only ever makes text nodes of
+them. What it tells of time, memory, commit and versions differs between machines, so it is neither an output of DVC's
+nor in git: the last stage writes it anew whenever it runs. Its last line seals it.
+"""
+
+import base64
+import hashlib
+import json
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from markupsafe import Markup, escape
+
+from pipeline.core import params, paths, records
+from pipeline.core import text as sentences
+from pipeline.core.records import Example
+from pipeline.record import lockfile, provenance, track
+from pipeline.report import csv_tables as appendix
+from pipeline.report import figures as charts
+from pipeline.report import marks as overlap
+from pipeline.report import words as report
+from pipeline.report.marks import Mark, Splitter
+from pipeline.score import compare
+from pipeline.score import guard_record as guards
+from pipeline.score import side_by_side as examples
+from pipeline.score.compare import Comparison
+from pipeline.score.guard_record import Guard
+from pipeline.score.metrics import LABELS
+from pipeline.score.side_by_side import Row, Written
+
+SEAL = "<!-- sha256 of all lines above: {} -->\n"
+DIGEST = '<meta name="lora-repro-digest" content="{}">'
+
+SIGNS = {"better": "▲", "worse": "▼", "mixed": "◆", "none": "="}
+
+
+@dataclass(frozen=True, slots=True)
+class Spent:
+    """What one stage cost on this machine; None for what was not measured, as by a stage taken from a cache."""
+
+    stage: str
+    seconds: float | None
+    memory_mb: float | None
+    device_memory_mb: float | None
+    energy_kwh: float | None
+    energy_meter: str | None
+    device: str | None
+    threads: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class Origin:
+    """Where the result comes from.
+
+    `changed` names the files that differ from the commit; `stages` maps a stage to its outputs' md5 in `dvc.lock`;
+    `params` are those that the stages were locked with, `params_yaml` the file as it is.
+    """
+
+    digest: str
+    commit: str | None
+    changed: list[str]
+    experiment: str | None
+    stages: dict[str, dict[str, str]]
+    params: dict[str, str]
+    params_yaml: str
+    versions: dict[str, str]
+    machine: dict[str, str | int]
+
+
+@dataclass(frozen=True, slots=True)
+class Content:
+    """All that the page shows. `training` (one a seed), `card`, `base` and `quantized` are as the JSON files of the
+    stages hold them."""
+
+    comparison: Comparison
+    guards: list[Guard]
+    rows: list[Row]
+    training: list[dict[str, Any]]
+    spent: list[Spent]
+    origin: Origin
+    card: dict[str, Any]
+    base: dict[str, Any]
+    quantized: dict[str, Any]
+    figures: dict[str, str] = field(default_factory=dict)
+    claims: list[dict[str, Any]] = field(default_factory=list)
+    """As `reports/claims.json` holds them; they are about papers, not about this experiment."""
+
+
+def write(seeds: list[int], evaluate: params.Evaluate, compare: params.Compare) -> None:
+    """Write `paths.REPORT_HTML` for the experiment in the working directory; UserError for missing outputs."""
+    records.write_text(paths.REPORT_HTML, render(gather(seeds, evaluate, compare), evaluate, compare.explorer))
+
+
+def gather(seeds: list[int], evaluate: params.Evaluate, given: params.Compare) -> Content:
+    """What the page shows, from the stages' outputs, `dvc.lock`, git and this machine."""
+    comparison = compare.compare(seeds, evaluate, given)
+    rows = examples.read(seeds, evaluate.metrics)
+    return Content(
+        comparison,
+        guards.measured(seeds),
+        rows,
+        [records.read_json(paths.training_summary(seed)) for seed in seeds],
+        [_spent(stage, cost) for stage, cost in track.spent(seeds, Path()).items()],
+        origin(seeds),
+        records.read_json(paths.DATA_CARD),
+        records.read_json(paths.BASE_FACTS),
+        records.read_json(paths.QUANTIZED_FACTS),
+        charts.figures(comparison, rows, seeds, charts.PAGE),
+        records.read_json(paths.CLAIMS) if paths.CLAIMS.exists() else [],
+    )
+
+
+def origin(seeds: list[int]) -> Origin:
+    """The experiment's digest, commit, parameters and outputs, and this machine."""
+    lock = lockfile.text(paths.DVC_LOCK)
+    sha, _ = provenance.commit(Path())
+    return Origin(
+        digest=track.digest_of(lock, seeds),
+        commit=sha,
+        changed=provenance.changes(Path()),
+        experiment=provenance.experiment(),
+        stages=track.outs_of(lock, seeds),
+        params=track.params_of(lock, seeds),
+        params_yaml=paths.PARAMS.read_text(encoding="utf-8"),
+        versions=provenance.versions(),
+        machine=provenance.platform_facts(),
+    )
+
+
+def _spent(stage: str, cost: dict[str, Any]) -> Spent:
+    names = ("seconds", "peak_memory_mb", "peak_device_memory_mb", "energy_kwh", "energy_meter", "device", "threads")
+    if "processes" in cost:  # threads are of one, memory is of all of them
+        cost = cost | {"device": f"{cost['processes']} × {cost['device']}"}
+    return Spent(stage, *(cost.get(name) for name in names))
+
+
+# Rendering
+
+
+def render(content: Content, evaluate: params.Evaluate, explorer: int) -> str:
+    """The whole page, sealed; equal contents give equal bytes."""
+    environment = report.environment()
+    css = (report.TEMPLATES / "page.css").read_text(encoding="utf-8")
+    script = (report.TEMPLATES / "page.js").read_text(encoding="utf-8")
+    comparison = content.comparison
+    split = overlap.splitter(comparison.decide_by[0], evaluate)
+    held = chosen(content, explorer)
+    environment.filters["marked"] = marked
+    environment.filters["size"] = size
+    environment.filters["duration"] = duration
+    page = environment.get_template("index.html.jinja").render(
+        content=content,
+        c=comparison,
+        o=content.origin,
+        lead=report.LEAD[comparison.verdict],
+        sign=SIGNS[comparison.verdict],
+        basis=report.basis(comparison),
+        caveats=report.caveats(comparison),
+        power=report.power(comparison),
+        labels=LABELS,
+        interval=f"{100 * comparison.confidence:g} % interval",
+        figures={name: Markup(charts.inline(drawing)) for name, drawing in content.figures.items()},
+        strips=strips(comparison),
+        extremes=_extremes(content, split),
+        total=len(content.rows),
+        held=len(held),
+        data_sources=list(zip(_listed(content.card["source"]), _listed(content.card["sha256"]), strict=True)),
+        base_name=content.base["source"].rstrip("/").rpartition("/")[2],
+        meters=list(dict.fromkeys(one.energy_meter for one in content.spent if one.energy_meter)),
+        whole_time=_sum([one.seconds for one in content.spent]),
+        params_yaml=Markup("\n") + report.html(content.origin.params_yaml),
+        files=appendix.tables(comparison, content.guards),
+        data=Markup(embedded(_data(content, held, split))),
+        words=_words(comparison.decide_by[0], evaluate),
+        commands=report.COMMANDS,
+        reproduction=reproduction(content.origin),
+        css=Markup(css),
+        script=Markup(script),
+        css_hash=_hash(css),
+        script_hash=_hash(script),
+        digest_meta=Markup(DIGEST.format(content.origin.digest)),
+    )
+    return page + SEAL.format(hashlib.sha256(page.encode()).hexdigest())
+
+
+def chosen(content: Content, most: int) -> list[int]:
+    """The rows that the explorer holds, in their order: all, or `most` evenly spread, the best and worst among them."""
+    n = len(content.rows)
+    if n <= most:
+        return list(range(n))
+    extreme = {pair.id for pair in (*content.comparison.best, *content.comparison.worst)}
+    kept = [i for i, row in enumerate(content.rows) if row.example.id in extreme][:most]
+    others = [i for i in range(n) if i not in set(kept)]
+    room = most - len(kept)
+    return sorted(kept + [others[k * len(others) // room] for k in range(room)])
+
+
+def embedded(content: Any) -> str:
+    """JSON that may stand in a script element of HTML: no tag, comment or address can be read out of it."""
+    text = json.dumps(content, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+    for character in "<>&\u2028\u2029\ufeff":
+        text = text.replace(character, f"\\u{ord(character):04x}")
+    return text.replace("//", "\\/\\/")
+
+
+def marked(text: str, marks: Sequence[Mark]) -> Markup:
+    """A text as HTML with its marks; as `report.html` has it."""
+    parts, position = [], 0
+    for mark in marks:
+        parts.append(escape(text[position : mark.start]))
+        parts.append(Markup('<mark class="m{}">{}</mark>').format(mark.level, text[mark.start : mark.end]))
+        position = mark.end
+    parts.append(escape(text[position:]))
+    return Markup(Markup("").join(parts).replace("://", "&#58;//")) or Markup("<em>(empty)</em>")
+
+
+def size(count: float) -> str:
+    """Bytes in units of 1000."""
+    for unit in ("B", "kB", "MB"):
+        if count < 1000:
+            return f"{count:.3g} {unit}"
+        count /= 1000
+    return f"{count:.3g} GB"
+
+
+def duration(seconds: float) -> str:
+    """A time with two units at most."""
+    whole = round(seconds)
+    if seconds < 59.95:
+        return f"{seconds:.1f} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60:02d} s"
+    return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
+
+
+def _sum(values: Sequence[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return sum(known) if len(known) == len(values) else None
+
+
+def _listed(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [value]
+
+
+def _hash(text: str) -> str:
+    return base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
+
+
+def strips(comparison: Comparison) -> list[dict[str, Any]]:
+    """Each deciding metric's interval on one scale of 0 to 100, for the strip under its figure."""
+    intervals = [comparison.results[name].deciding for name in comparison.decide_by]
+    low, high = min(0.0, *(one.low for one in intervals)), max(0.0, *(one.high for one in intervals))
+    width = (high - low) * 1.08 or 1.0
+
+    def place(value: float) -> float:
+        return round(100 * (value - low + width * 0.037) / width, 2)
+
+    return [
+        {
+            "name": name,
+            "result": comparison.results[name],
+            "zero": place(0),
+            "low": place(one.low),
+            "high": place(one.high),
+            "value": place(comparison.results[name].diff.value),
+        }
+        for name, one in zip(comparison.decide_by, intervals, strict=True)
+    ]
+
+
+def _words(name: str, evaluate: params.Evaluate) -> str:
+    """What is marked, in a sentence."""
+    if name == "chrf":
+        return "words, as written, that both have; chrF itself counts characters"
+    label = "BLEU" if name == "bleu" else "ROUGE"
+    stemmed = evaluate.use_stemmer and label == "ROUGE"
+    return f"words that {label} counts as shared" + (" (compared by their stems)" if stemmed else "")
+
+
+def reproduction(origin: Origin) -> list[tuple[str, str]]:
+    """The commands that compute this experiment again, each with what it does."""
+    found = []
+    if origin.commit:
+        found.append((f"git checkout {origin.commit}", "the code and the parameters, in a clone of this repository"))
+    if origin.commit is None or paths.PARAMS.as_posix() in origin.changed:
+        found.append(("$EDITOR params.yaml", "it must hold what stands below under “params.yaml”"))
+    found.append(("make repro", "installs the pinned versions into .venv, and runs the experiment"))
+    found.append(("lora-repro verify", f"compares all by content; the experiment is {origin.digest[:12]}…"))
+    found.append(("lora-repro verify --recompute", "everything once more in a copy, compared stage by stage"))
+    return found
+
+
+# The examples
+
+
+def _extremes(content: Content, split: Splitter) -> list[dict[str, Any]]:
+    """The best and the worst examples with their marks."""
+    comparison = content.comparison
+    by_id = {row.example.id: row for row in content.rows}
+    found = []
+    for title, pairs, otherwise in (
+        ("Where it helped most", comparison.best, "No example scores higher after tuning."),
+        ("Where it hurt most", comparison.worst, "No example scores lower after tuning."),
+    ):
+        articles = []
+        for pair in pairs:
+            row = by_id[pair.id]
+            base, tuned = (_compared(one, row.example, split) for one in (row.base, row.tuned[0]))
+            articles.append({"pair": pair, "base": base, "tuned": tuned})
+        found.append({"title": title, "articles": articles, "otherwise": otherwise})
+    return found
+
+
+@dataclass(frozen=True, slots=True)
+class Compared:
+    """A text beside the reference (index `nearest`) that it shares most with, and the marks of both."""
+
+    text: str
+    marks: list[Mark]
+    nearest: int
+    reference: str
+    reference_marks: list[Mark]
+
+
+def _compared(written: Written, example: Example, split: Splitter) -> Compared:
+    text, references = shown(written.text), [shown(one) for one in example.references]
+    words, others = split(text), [split(one) for one in references]
+    nearest = overlap.closest(words, others)
+    return Compared(text, *_first(overlap.shared(words, others[nearest]), nearest, references[nearest]))
+
+
+def _first(marks: tuple[list[Mark], list[Mark]], nearest: int, reference: str) -> tuple[Any, ...]:
+    return marks[0], nearest, reference, marks[1]
+
+
+def shown(text: str) -> str:
+    """A text as the page shows it: control characters, and halves of characters, as U+FFFD."""
+    return report.printable(text).strip()
+
+
+def _data(content: Content, held: Iterable[int], split: Splitter) -> dict[str, Any]:
+    """What the explorer's script reads; each source once, since rows of a group share it."""
+    comparison = content.comparison
+    sources: dict[str, int] = {}
+    aspects: dict[str, int] = {}
+    metrics = list(comparison.results)
+    rows = []
+    for i in held:
+        row = content.rows[i]
+        example = row.example
+        one: dict[str, Any] = {
+            "id": shown(example.id),
+            "a": aspects.setdefault(shown(example.aspect), len(aspects)),
+            "s": sources.setdefault(shown(example.source), len(sources)),
+            "r": [shown(text) for text in example.references],
+            "w": [len(sentences.words(text)) for text in (example.source, *example.references)],
+            "v": [_variant(written, example, split, metrics) for written in (row.base, *row.tuned)],
+        }
+        if example.history:
+            one["h"] = [[shown(str(message["role"])), shown(str(message["content"]))] for message in example.history]
+        rows.append(one)
+    return {
+        "metrics": [LABELS[name] for name in metrics],
+        "decide": metrics.index(comparison.decide_by[0]),
+        "variants": [comparison.base.variant, *(one.variant for one in comparison.tuned)],
+        "aspects": list(aspects),
+        "sources": list(sources),
+        "examples": rows,
+    }
+
+
+def _variant(written: Written, example: Example, split: Splitter, metrics: Sequence[str]) -> dict[str, Any]:
+    found = _compared(written, example, split)
+    one = {
+        "t": found.text,
+        "n": written.tokens,
+        "w": written.words,
+        "p": [round(written.scores[name], 2) for name in metrics],
+        "m": _runs(found.text, found.marks),
+        "k": _runs(found.reference, found.reference_marks),
+    }
+    if found.nearest:
+        one["b"] = found.nearest
+    if written.capped:
+        one["c"] = 1
+    return one
+
+
+def _runs(text: str, marks: Sequence[Mark]) -> list[int]:
+    """Marks as a flat list of gap, length, level; in UTF-16 units, which JavaScript counts in."""
+
+    def units(start: int, end: int) -> int:
+        return end - start + sum(ord(character) > 0xFFFF for character in text[start:end])
+
+    runs, position = [], 0
+    for mark in marks:
+        runs += [units(position, mark.start), units(mark.start, mark.end), mark.level]
+        position = mark.end
+    return runs
+
+
+# The seal
+
+
+def faults(path: Path, digest: str) -> list[str]:
+    """What is wrong with the page at `path`, for the experiment with this digest."""
+    try:
+        text = path.read_bytes().decode()
+    except FileNotFoundError:
+        return ["missing"]
+    except UnicodeDecodeError as error:
+        return [f"not what was written: byte {error.start} is no UTF-8"]
+    body, _, last = text.rstrip("\n").rpartition("\n")
+    body += "\n"
+    if f"{last}\n" != SEAL.format(hashlib.sha256(body.encode()).hexdigest()) or not text.endswith("-->\n"):
+        return ["not what was written: the seal in its last line is of other content"]
+    if DIGEST.format(digest) not in body:
+        return [f"it shows another experiment ({(digest_of(path) or 'none')[:12]}…) than the one here ({digest[:12]}…)"]
+    return []
+
+
+def describe(seeds: list[int]) -> str:
+    """Where the page is, and what is wrong with it for the experiment in the working directory, in one line."""
+    found = digest_of(paths.REPORT_HTML)
+    if found == track.digest_of(lockfile.text(paths.DVC_LOCK), seeds):
+        return str(paths.REPORT_HTML)
+    wrong = f"shows another experiment, {found[:12]}…" if found else "is missing, or was written by another version"
+    return f"{paths.REPORT_HTML} {wrong}: run `dvc repro --force --single-item track`"
+
+
+def digest_of(path: Path) -> str | None:
+    """The experiment that a page says it shows; None where there is no page, or it says nothing."""
+    try:
+        with path.open(encoding="utf-8", errors="replace") as file:
+            head = "".join(line for line, _ in zip(file, range(20), strict=False))
+    except FileNotFoundError:
+        return None
+    found = re.search(DIGEST.format("([0-9a-f]{64})"), head)
+    return found[1] if found else None

@@ -1,0 +1,357 @@
+"""A comparison as people read it: one line for the terminal, Markdown for the repository, numbers for `dvc metrics`;
+the page is `pipeline.report.page`'s. Nothing is computed here but the choice of words; templates lie in
+`pipeline/report/templates/`.
+
+What models wrote is never trusted: it is escaped for the place where it appears.
+"""
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup, escape
+
+from pipeline.core import paths, records
+from pipeline.core.errors import UserError
+from pipeline.report import figures as charts
+from pipeline.score import significance
+from pipeline.score.compare import Comparison
+from pipeline.score.guard_record import Guard
+from pipeline.score.metrics import LABELS
+from pipeline.score.side_effects import Cost
+from pipeline.score.significance import Interval
+
+TEMPLATES = Path(__file__).parent / "templates"
+
+LEAD = {
+    "better": "Fine-tuning made the model better",
+    "worse": "Fine-tuning made the model worse",
+    "mixed": "The metrics disagree about fine-tuning",
+    "none": "No difference between base and tuned was shown",
+}
+FEW_GROUPS = 30
+"""Below this many groups a percentile interval is noticeably too narrow, which the report then says."""
+MANY_CAPPED = 0.05
+"""Share of outputs stopped by the token cap above which the report says so."""
+OTHER_LANGUAGE = 0.1
+"""The report says so when the share of outputs in the language asked for is this much below the references'."""
+
+COMMANDS = (
+    ("dvc metrics diff", "these numbers against the last commit's"),
+    ("dvc params diff", "and what was changed to get them"),
+    ("dvc exp show", "all experiments side by side"),
+    ("make ui", "every experiment's parameters, curves and adapter"),
+)
+
+
+def write(comparison: Comparison, guards: Sequence[Guard]) -> None:
+    """Write `paths.METRICS`, and Markdown and picture to `paths.COMPARISON`; equal comparisons give equal bytes."""
+    records.write_json(paths.METRICS, metrics(comparison))
+    records.write_text(paths.COMPARISON_SVG, charts.svg(comparison, charts.FILE))
+    given = {
+        "c": comparison,
+        "guards": guards,
+        "lead": LEAD[comparison.verdict],
+        "basis": basis(comparison),
+        "caveats": caveats(comparison),
+        "power": power(comparison),
+        "labels": LABELS,
+        "interval": f"{100 * comparison.confidence:g} % interval",
+        "shown": LABELS[comparison.decide_by[0]],
+        "commands": COMMANDS,
+    }
+    records.write_text(paths.COMPARISON_MD, environment().get_template("comparison.md.jinja").render(given))
+
+
+def metrics(comparison: Comparison) -> dict[str, Any]:
+    """The numbers for `dvc metrics`: nested, no list, no null; points for scores, [0, 1] for shares.
+
+    `lines` holds the reference lines' scores, and how far tuned is ahead of each in the deciding metrics.
+    """
+    content: dict[str, Any] = {"examples": comparison.n, "groups": comparison.groups, "seeds": len(comparison.tuned)}
+    for name, result in comparison.results.items():
+        content[name] = {
+            "base": result.base.value,
+            "tuned": result.tuned.value,
+            "diff": result.diff.value,
+            "ci_low": result.deciding.low,
+            "ci_high": result.deciding.high,
+            "p": result.p,
+            "effect": result.effect,
+            "detectable": result.detectable,
+            "wins": result.wins,
+            "ties": result.ties,
+            "losses": result.losses,
+        }
+        if result.seeds:
+            content[name]["seed_sd"] = result.seeds.sd
+    content["lines"] = {}
+    for line in comparison.lines:
+        content["lines"][line.key] = dict(line.scores)
+        for name in comparison.decide_by:
+            ahead = line.ahead[name]
+            content["lines"][line.key] |= {
+                f"{name}_diff": ahead.value,
+                f"{name}_ci_low": ahead.low,
+                f"{name}_ci_high": ahead.high,
+            }
+    content["cost"] = costs(comparison.cost)
+    content["words"] = {"references": comparison.reference_words}
+    content["stopped_by_cap"] = {}
+    for model, outputs in (("base", [comparison.base]), ("tuned", comparison.tuned)):
+        content["words"][model] = sum(one.words for one in outputs) / len(outputs)
+        content["stopped_by_cap"][model] = sum(one.stopped_by_cap for one in outputs) / len(outputs)
+    return content
+
+
+def costs(cost: Cost) -> dict[str, Any]:
+    """What fine-tuning cost, as far as it is the same everywhere: losses in nats a token, means over seeds."""
+    training = cost.training
+    content: dict[str, Any] = {
+        "trainable_parameters": cost.trainable_parameters,
+        "adapter_bytes": cost.adapter_bytes,
+        "epochs": _mean([one.epochs for one in training]),
+        "best_epoch": _mean([one.best_epoch for one in training]),
+        "kept_epoch": _mean([one.kept_epoch for one in training]),
+        "validation_loss_before": _mean([one.first_loss for one in training]),
+        "validation_loss": _mean([one.kept_loss for one in training]),
+        "validation_loss_best": _mean([one.best_loss for one in training]),
+        "training_loss": _mean([one.training_loss for one in training]),
+        "gap": _mean([one.gap for one in training]),
+    }
+    if cost.forgetting:
+        found = cost.forgetting
+        content["general_loss"] = {
+            "base": found.base_loss,
+            "tuned": found.tuned_loss,
+            "diff": found.diff.value,
+            "ci_low": found.diff.low,
+            "ci_high": found.diff.high,
+            "cross_entropy": found.cross_entropy.value,
+            "cross_entropy_ci_low": found.cross_entropy.low,
+            "cross_entropy_ci_high": found.cross_entropy.high,
+            "kl": found.kl.value,
+            "kl_ci_low": found.kl.low,
+            "kl_ci_high": found.kl.high,
+        }
+    return content
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)
+
+
+def basis(comparison: Comparison) -> str:
+    """The numbers that the verdict rests on: what follows the colon of the report's first sentence."""
+    parts = []
+    for i, name in enumerate(comparison.decide_by):
+        one = comparison.results[name]
+        interval = f"{100 * comparison.confidence:g} % interval " if i == 0 else ""
+        parts.append(
+            f"{LABELS[name]} {points(one.base.value)} → {points(one.tuned.value)} "
+            f"({signed(one.diff.value)}, {interval}{span(one.deciding)})"
+        )
+    over = f"{comparison.n} test examples"
+    if comparison.groups < comparison.n:
+        over += f" of {comparison.groups} groups"
+    if len(comparison.tuned) > 1:
+        over += f", mean of {len(comparison.tuned)} seeds"
+    return f"{', '.join(parts)}, over {over}."
+
+
+def caveats(comparison: Comparison) -> list[str]:
+    """What a careful reader would object to in this comparison, in plain sentences; may be empty."""
+    found: list[str] = []
+    if comparison.verdict == "better":
+        found.extend(
+            f"Tuned is not shown to be ahead of the reference line “{line.label}” ({line.about}) in "
+            f"{LABELS[name]}: {signed(line.ahead[name].value)} ({span(line.ahead[name])})."
+            for line in comparison.lines
+            for name in comparison.decide_by
+            if line.ahead[name].low <= 0
+        )
+    found.extend(
+        f"{share(one.stopped_by_cap)} of the outputs of {one.variant} were stopped by the token cap, so its scores "
+        "depend on generation.max_new_tokens."
+        for one in (comparison.base, *comparison.tuned)
+        if one.stopped_by_cap > MANY_CAPPED
+    )
+    found.extend(_price(comparison))
+    if comparison.groups < FEW_GROUPS:
+        found.append(f"With only {comparison.groups} groups of examples the intervals are too narrow.")
+    for one in (comparison.base, *comparison.tuned):
+        expected = comparison.references_in_language
+        if one.in_language is not None and expected is not None and one.in_language < expected - OTHER_LANGUAGE:
+            found.append(
+                f"{share(one.in_language)} of the outputs of {one.variant} are identified as {comparison.language}, "
+                f"against {share(expected)} of the references."
+            )
+    if len(comparison.tuned) == 1:
+        found.append("One training seed: the intervals cover the choice of test examples, not that of the seed.")
+    return found
+
+
+def _price(comparison: Comparison) -> list[str]:
+    """What the gain was paid for with, where that can be shown: general text forgotten, training gone too far."""
+    found = []
+    forgetting = comparison.cost.forgetting
+    if forgetting is None:
+        found.append(
+            "Forgetting was not measured (forget.source is null): what the adapter costs elsewhere is not known."
+        )
+    elif forgetting.rose:
+        found.append(
+            f"Fine-tuning made the model worse at general text: {nats(forgetting.base_loss)} → "
+            f"{nats(forgetting.tuned_loss)} nats a token ({change(forgetting.diff.value)}, "
+            f"{change_span(forgetting.diff)}), a perplexity of {points(forgetting.base_perplexity)} → "
+            f"{points(forgetting.tuned_perplexity)}."
+        )
+    several = len(comparison.cost.training) > 1
+    found.extend(
+        f"The adapter{f' of seed {one.seed}' if several else ''} is trained past its best: the validation loss was "
+        f"{nats(one.best_loss)} after {epochs(one.best_epoch)} and is {nats(one.kept_loss)} after "
+        f"{epochs(one.kept_epoch)}, which is what was kept. train.early_stopping keeps the best."
+        for one in comparison.cost.training
+        if one.overfitted
+    )
+    return found
+
+
+def power(comparison: Comparison) -> str:
+    """What size of difference this test set shows, and how large one for a single point would have to be."""
+    name = comparison.decide_by[0]
+    found = comparison.results[name].detectable
+    if found <= significance.TIE:
+        return "All differences are the same, so nothing can be said about the size of the test set."
+    text = (
+        f"A true difference of {points(found)} points in {LABELS[name]} is found by such a comparison in "
+        f"{share(significance.POWER)} of repetitions"
+    )
+    if len(comparison.tuned) > 1:
+        return f"{text}."
+    needed = significance.groups_needed(1.0, found, comparison.groups)
+    return f"{text}; to find one of 1 point takes about {needed:,} groups of examples (here {comparison.groups:,})."
+
+
+def closing_lines(store: str, page: str) -> str:
+    """The verdict of the last comparison and where to look next, for a terminal; nothing is computed.
+
+    `store` is the address of the MLflow store, as it may be shown; `page` says where the page is (`page.describe`).
+
+    UserError when there is no report yet.
+    """
+    text = paths.published(paths.COMPARISON_MD)
+    try:
+        verdict = text.read_text(encoding="utf-8").split("\n", 1)[0]
+    except FileNotFoundError:
+        raise UserError(f"{text} is missing: run `dvc repro`, which makes it") from None
+    return "\n".join(
+        [
+            verdict.replace("**", ""),
+            "",
+            f"  report   {page}  (or {text})",
+            f"  numbers  {paths.METRICS}  (dvc metrics diff)",
+            f"  record   mlflow ui --host 127.0.0.1 --backend-store-uri {store}  (make ui)",
+        ]
+    )
+
+
+def points(value: float) -> str:
+    """A score with one decimal."""
+    return f"{value:.1f}"
+
+
+def signed(value: float) -> str:
+    """A difference with its sign: one decimal, two below 0.1 so that its side of zero is seen."""
+    text = f"{abs(value):.1f}" if abs(value) >= 0.1 or value == 0 else f"{abs(value):.2f}"
+    return f"−{text}" if value < 0 else f"+{text}"
+
+
+def nats(value: float) -> str:
+    """A loss, in nats a token."""
+    return f"{value:.3f}"
+
+
+def change(value: float) -> str:
+    """A difference of losses with its sign: three decimals, five below 0.001 so that its side of zero is seen."""
+    text = f"{abs(value):.3f}" if abs(value) >= 0.001 or value == 0 else f"{abs(value):.5f}"
+    return f"−{text}" if value < 0 else f"+{text}"
+
+
+def change_span(interval: Interval) -> str:
+    return f"{change(interval.low)} to {change(interval.high)}"
+
+
+def epochs(value: float) -> str:
+    """`1 epoch`, `2.5 epochs`."""
+    return f"{value:.3g} epoch{'' if value == 1 else 's'}"
+
+
+def probability(value: float) -> str:
+    """A p-value: three decimals, and what is smaller as such."""
+    return "≤ 0.001" if value < 0.001 else f"{value:.3f}"
+
+
+def share(value: float) -> str:
+    return f"{100 * value:.0f} %"
+
+
+def span(interval: Interval) -> str:
+    return f"{signed(interval.low)} to {signed(interval.high)}"
+
+
+def markdown(text: str) -> str:
+    """Any text as one line of plain Markdown that may stand in a table cell: no markup, HTML or link of its own."""
+    text = printable(text).strip().replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+    text = re.sub(r"([\\`*_\[\]|~$])", r"\\\1", text)
+    text = re.sub(r"://|(?<=www)\.|@", lambda found: "".join(f"&#{ord(c)};" for c in found[0]), text, flags=re.I)
+    return re.sub(r"\s+", lambda found: "<br>" if "\n" in found[0] else found[0], text) or "*(empty)*"
+
+
+def code(text: str) -> str:
+    """Any text as code within a line of Markdown, which may be a table's: a code span, or what shows as one."""
+    shown = printable(text).strip()
+    return f"`{shown}`" if shown and not re.search(r"[`|\n]", shown) else f"<code>{markdown(shown)}</code>"
+
+
+def html(text: str) -> Markup:
+    """Any text as HTML: escaped, and with no address in it that a careless reader or tool takes for a link."""
+    safe = str(escape(printable(text).strip())).replace("://", "&#58;//")
+    return Markup(safe) or Markup("<em>(empty)</em>")
+
+
+def printable(text: str) -> str:
+    """Control characters, line breaks and tabs aside, and halves of characters as U+FFFD; line breaks as newlines."""
+    return re.sub(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff]", "\ufffd", "\n".join(text.splitlines()))
+
+
+def environment(folder: Path = TEMPLATES) -> Environment:
+    """Jinja on the templates of a folder, with the words of this module as filters."""
+    made = Environment(
+        loader=FileSystemLoader(folder),
+        autoescape=lambda name: name is not None and name.endswith(".html.jinja"),
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    made.filters |= {
+        function.__name__: function
+        for function in (
+            points,
+            signed,
+            span,
+            share,
+            probability,
+            nats,
+            change,
+            change_span,
+            epochs,
+            markdown,
+            code,
+            html,
+        )
+    }
+    return made

@@ -1,0 +1,156 @@
+"""What fine-tuning cost besides time: what the model forgot, whether training went too far, what the adapter takes.
+
+Everything here is the same on every machine that computes the same outputs. Wall time, memory and energy are not: they
+stand in the MLflow run.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from pipeline.core import params, paths, records
+from pipeline.score import significance
+from pipeline.score.significance import Interval
+
+ROSE = 0.01
+"""Validation loss above its lowest by this share: training went on too long, and the report says so."""
+
+
+@dataclass(frozen=True, slots=True)
+class Forgetting:
+    """Losses on general text in nats a token, mean over seeds (`pipeline.forget`).
+
+    `diff` is tuned minus base. Intervals are for the choice of texts (of windows where there is one text: `units` says
+    which), and of seeds as well where there are several. `kl`: of `cross_entropy`, what is above the base's entropy.
+    """
+
+    source: str
+    tokens: int
+    texts: int
+    units: str
+    base_loss: float
+    tuned_loss: float
+    base_perplexity: float
+    tuned_perplexity: float
+    diff: Interval
+    cross_entropy: Interval
+    kl: Interval
+
+    @property
+    def rose(self) -> bool:
+        return self.diff.low > 0
+
+
+@dataclass(frozen=True, slots=True)
+class Training:
+    """One seed's training: losses in nats a supervised token, of the untrained model, the lowest and the last on
+    validation rows, and of the adapter that was kept on validation rows and on training rows
+    (`pipeline.lora.train`)."""
+
+    seed: int
+    epochs: float
+    steps: int
+    planned_steps: int
+    first_loss: float
+    best_loss: float
+    best_epoch: float
+    last_loss: float
+    kept_loss: float
+    kept_epoch: float
+    training_loss: float
+    gap: float
+
+    @property
+    def stopped_early(self) -> bool:
+        return self.steps < self.planned_steps
+
+    @property
+    def overfitted(self) -> bool:
+        """Whether what was kept has a validation loss that is above the lowest."""
+        return self.kept_loss > (1 + ROSE) * self.best_loss
+
+
+@dataclass(frozen=True, slots=True)
+class Cost:
+    """Of one experiment; `forgetting` is None where `forget.source` is null. Bytes are of one seed's weights."""
+
+    trainable_parameters: int
+    adapter_bytes: int
+    training: list[Training]
+    forgetting: Forgetting | None
+
+
+def read(seeds: Sequence[int], compare: params.Compare) -> Cost:
+    """The cost of the experiment in the working directory."""
+    summaries = [records.read_json(paths.training_summary(seed)) for seed in seeds]
+    return Cost(
+        trainable_parameters=summaries[0]["trainable_parameters"],
+        adapter_bytes=summaries[0]["adapter_bytes"],
+        training=[_training(summary) for summary in summaries],
+        forgetting=_forgetting([records.read_json(paths.forgetting(seed)) for seed in seeds], compare),
+    )
+
+
+def _training(summary: dict[str, Any]) -> Training:
+    validation = [entry["loss"] for entry in summary["validation"]]
+    return Training(
+        seed=summary["seed"],
+        epochs=summary["epochs"],
+        steps=summary["steps"],
+        planned_steps=summary["planned_steps"],
+        first_loss=validation[0],
+        best_loss=summary["best_loss"],
+        best_epoch=summary["best_epoch"],
+        last_loss=validation[-1],
+        kept_loss=summary["kept_loss"],
+        kept_epoch=summary["kept_epoch"],
+        training_loss=summary["training_loss"],
+        gap=summary["gap"],
+    )
+
+
+def _forgetting(measured: Sequence[dict[str, Any]], compare: params.Compare) -> Forgetting | None:
+    """All seeds read the same windows, so a resample draws the same texts for each of them."""
+    first = measured[0]
+    if first["source"] is None:
+        return None
+    windows = [one["windows"] for one in measured]
+    several = first["texts"] > 1
+    groups = np.array([one["place"] if several else str(i) for i, one in enumerate(windows[0])])
+    # nx(1 + 3s): the tokens of each window, and of each seed the three differences that have an interval.
+    columns = [[one["tokens"] for one in windows[0]]]
+    for own in windows:
+        columns.append([one["tuned"] - one["base"] for one in own])
+        columns.append([one["cross_entropy"] for one in own])
+        columns.append([one["cross_entropy"] - one["entropy"] for one in own])
+    values_nxk = np.array(columns, dtype=np.float64).T
+    sums_bxk, _ = significance.resampled_sums(values_nxk, groups, compare.bootstrap_samples, compare.seed)
+    total_k = values_nxk.sum(axis=0)
+
+    def interval(which: int) -> Interval:
+        at = range(1 + which, 1 + 3 * len(windows), 3)
+        resampled_b = np.mean([sums_bxk[:, k] / sums_bxk[:, 0] for k in at], axis=0)
+        each = [float(total_k[k] / total_k[0]) for k in at]
+        value = float(np.mean(each))
+        if len(windows) == 1:
+            return significance.percentiles(value, resampled_b, compare.confidence)
+        return significance.over_seeds(value, [each], resampled_b, len(set(groups)), compare.confidence)[1]
+
+    def mean(name: str) -> float:
+        return float(np.mean([one[name] for one in measured]))
+
+    return Forgetting(
+        source=first["source"],
+        tokens=first["tokens"],
+        texts=first["texts"],
+        units="texts" if several else "windows of one text",
+        base_loss=first["base_loss"],
+        tuned_loss=mean("tuned_loss"),
+        base_perplexity=first["base_perplexity"],
+        tuned_perplexity=float(np.exp(mean("tuned_loss"))),
+        diff=interval(0),
+        cross_entropy=interval(1),
+        kl=interval(2),
+    )
