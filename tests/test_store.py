@@ -236,7 +236,12 @@ class Server:
         self.http.server_close()
 
     def run(self, uri: str, status: str = "FINISHED", digest: str = "d") -> dict[str, Any]:
-        info = {"run_id": self.run_id, "run_uuid": self.run_id, "run_name": "a-run", "experiment_id": "1"}
+        info: dict[str, Any] = {
+            "run_id": self.run_id,
+            "run_uuid": self.run_id,
+            "run_name": "a-run",
+            "experiment_id": "1",
+        }
         info |= {"status": status, "artifact_uri": uri, "lifecycle_stage": "active", "start_time": 1}
         return {"info": info, "data": {"tags": [{"key": store.DIGEST, "value": digest}]}}
 
