@@ -401,11 +401,16 @@ def test_params_yaml_may_name_a_file_of_the_project_and_a_server(project: Path, 
 @pytest.mark.parametrize(
     "uri",
     [
-        *("sqlite:///{out}/my.db", "sqlite:///../out/my.db", "sqlite:///link/my.db", "sqlite:///a/../../out/my.db?x=1"),
+        *(
+            "sqlite:///{out}/my.db",
+            "sqlite:///../out/my.db",
+            "sqlite:///link/my.db",
+            "sqlite:///a/../../out/my.db?timeout=9",
+        ),
         *("sqlite:///{out}/my.db?uri=true", "sqlite+pysqlite:///{out}/my.db", "SQLITE:///{out}/my.db", "sqlite://"),
         *("file://{out}", "file://host{out}", "../out", "{out}", "link", "file:..%2fout", "c:{out}"),
         *("postgresql://127.0.0.1:9/db", "postgresql+psycopg2:///db?host={out}", "mysql://127.0.0.1:9/db"),
-        *("mssql+pyodbc:///?odbc_connect=Driver%3D{out}", "databricks", "databricks://profile", "uc:x"),
+        *("mssql+pyodbc:///?driver={out}", "databricks", "databricks://profile", "uc:x"),
         *("plugin://127.0.0.1:9", "ftp://127.0.0.1:9", "http+unix://x", "http:", "http://["),
     ],
 )
