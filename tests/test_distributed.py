@@ -323,7 +323,7 @@ def test_the_cores_are_divided_and_a_number_of_threads_is_each_processes_own(mon
 
 # A stage and its members
 
-HEAD = "import os, sys, time\nfrom pipeline import distributed as d\nfrom pipeline.core.errors import UserError\n"
+HEAD = "import os, sys, time\nfrom pipeline.model import processes as d\nfrom pipeline.core.errors import UserError\n"
 HEAD += "d._leave_with_the_starter()\n"
 
 

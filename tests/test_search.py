@@ -385,7 +385,7 @@ def test_what_a_leash_holds_ends_with_its_holder(tmp_path: Path) -> None:
     child = "import pathlib, sys, time; pathlib.Path(sys.argv[1]).touch(); time.sleep(600)"
     code = (
         "import subprocess, sys\n"
-        "from pipeline import leash\n"
+        "from pipeline.search import leash\n"
         "command = [sys.executable, '-I', leash.__file__, sys.executable, '-c', *sys.argv[1:]]\n"
         "subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True).wait()\n"
     )

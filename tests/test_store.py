@@ -1,5 +1,6 @@
 """Stores of strangers: their word writes, reads and deletes nothing outside of the store, and earns no password."""
 
+import hashlib
 import json
 import os
 import shlex
@@ -406,12 +407,12 @@ def test_params_yaml_may_name_a_file_of_the_project_and_a_server(project: Path, 
             "sqlite:///{out}/my.db",
             "sqlite:///../out/my.db",
             "sqlite:///link/my.db",
-            "sqlite:///a/../../out/my.db?mode=ro",
+            "sqlite:///a/../../out/my.db?timeout=9",
         ),
         *("sqlite:///{out}/my.db?uri=true", "sqlite+pysqlite:///{out}/my.db", "SQLITE:///{out}/my.db", "sqlite://"),
         *("file://{out}", "file://host{out}", "../out", "{out}", "link", "file:..%2fout", "c:{out}"),
         *("postgresql://127.0.0.1:9/db", "postgresql+psycopg2:///db?host={out}", "mysql://127.0.0.1:9/db"),
-        *("mssql+pyodbc:///{out}", "databricks", "databricks://profile", "uc:x"),
+        *("mssql+pyodbc:///?driver={out}", "databricks", "databricks://profile", "uc:x"),
         *("plugin://127.0.0.1:9", "ftp://127.0.0.1:9", "http+unix://x", "http:", "http://["),
     ],
 )
@@ -530,3 +531,50 @@ def test_mlflow_leaves_the_environment_as_it_is(server: Server, tmp_path: Path) 
     store.write([record()], server.tracking())
     store.read_back(server.tracking(), server.run_id, tmp_path / "back")
     assert {name: value for name, value in os.environ.items() if name.endswith("_URI")} == before
+
+
+# What a store says of runs
+
+
+FORGED = "a run\nall agreed\r\x0b\x85\u2028all agreed"
+
+
+def test_no_text_of_a_store_begins_a_line_of_ours(tmp_path: Path) -> None:
+    run = written()
+    change("runs", "name", FORGED)
+    for key in (store.NOTE, store.SWEEP, "more"):
+        with store.opened(OWN) as client:
+            client.set_tag(run, key, FORGED)
+    (root() / run / "artifacts" / "adapter").mkdir()
+    (root() / run / "artifacts" / "adapter" / "x\u2028all agreed").write_text("")
+    [stored] = store.stored(OWN)
+    faults = store.spoilt(stored, store.read_back(OWN, run, tmp_path / "back"), tmp_path / "back")
+    assert "artifacts/adapter/x all agreed was added" in faults
+    with store.opened(OWN) as client:
+        told = store.line(client.get_run(run), OWN)
+    for text in (stored.name, *stored.tags.values(), *faults, told):
+        assert len(text.splitlines()) == 1
+
+
+@pytest.mark.parametrize("run_id", ["x; rm -rf ~", "--help", f"{RUN}0", RUN.upper(), "../../x", ""])
+def test_a_run_whose_id_mlflow_would_not_make_is_refused(server: Server, run_id: str) -> None:
+    """Commands to paste hold it, and places in the store."""
+    server.run_id = run_id
+    server.runs = [server.run(server.created)]
+    with pytest.raises(UserError, match="MLflow makes no such ids"):
+        store.stored(server.tracking())
+
+
+@pytest.mark.parametrize("seeds", ['["../../../victim"]', '"../victim"', "{", "true", "[1.5]", "[true]", "null"])
+def test_seeds_that_are_no_numbers_lead_nowhere(seeds: str) -> None:
+    stored = store.Stored(RUN, "a-run", "FINISHED", {}, {"seeds": seeds}, {})
+    with pytest.raises(UserError, match="its seeds are no list of numbers"):
+        _ = stored.seeds
+
+
+@pytest.mark.parametrize("manifest", ["[]", "1", '"x"', "null"])
+def test_a_manifest_that_is_none_is_a_fault(tmp_path: Path, manifest: str) -> None:
+    (tmp_path / store.MANIFEST).write_text(manifest)
+    pinned = {store.SEAL: hashlib.sha256(manifest.encode()).hexdigest()}
+    faults = store.spoilt(store.Stored(RUN, "a-run", "FINISHED", pinned, {}, {}), {}, tmp_path)
+    assert faults == ["artifacts/manifest.json is no manifest"]

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from ruamel.yaml import YAML
 from typer.testing import CliRunner
 
 from pipeline.commands import cli, recompute, verify
@@ -120,7 +121,7 @@ def test_an_intact_project(here: Path) -> None:
 
 def apart() -> str:
     """What verify prints in a process of its own, which ends without having imported torch."""
-    code = "import sys\nfrom pipeline import verify\nverify.verify()\nassert 'torch' not in sys.modules"
+    code = "import sys\nfrom pipeline.commands import verify\nverify.verify()\nassert 'torch' not in sys.modules"
     done = subprocess.run(["python", "-c", code], env=environment(), capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     return done.stdout
@@ -313,6 +314,22 @@ class TestPage:
 def artifact(path: str) -> Path:
     uri = next(Path(".mlflow/artifacts").glob(f"{run().run_id}/artifacts"))
     return uri / path
+
+
+def test_an_output_that_the_pipeline_does_not_have_is_in_no_command(
+    here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A lock can name any folder, and what is not as the lock says is to be removed."""
+    lock = Path("dvc.lock").read_text()
+    content = YAML(typ="safe", pure=True).load(lock)
+    content["stages"]["prepare"]["outs"] += [{"path": name, "md5": "0" * 32} for name in ("pipeline", "x\nall agreed")]
+    YAML().dump(content, Path("dvc.lock"))
+    printed = checked(capsys)
+    Path("dvc.lock").write_text(lock)
+    assert "stage prepare: changed since it ran: the names of its outputs\n    mend: dvc repro" in printed
+    assert "rm -rf pipeline" not in printed
+    assert "all agreed" not in printed.splitlines()
+    assert (here / "pipeline").is_dir()
 
 
 class TestMlflow:

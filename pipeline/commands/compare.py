@@ -173,7 +173,7 @@ def page(found: Sequence[Experiment], ranking: Ranking, settings: params.Compare
         "",
         f"p is two-sided and corrected for all {len(ranking.pairs)} comparisons (Holm); d is the mean over "
         "the standard deviation of the groups' differences.",
-        f"Signature: `{first.signature}`",
+        f"Signature: `{' '.join(first.signature.splitlines())}`",
     ]
     if any(len(one.tuned) == 1 for one in found):
         lines += ["With one seed, an interval covers the choice of test examples, not that of the seed."]
@@ -373,8 +373,7 @@ def of_artifacts(run: store.Stored, folder: Path) -> Experiment:
         raise UserError(f"run {run.name} holds no scores: it was recorded by an earlier version; run it again")
     table = records.read_json(folder / "tables" / "predictions.json")
     columns = dict(zip(table["columns"], zip(*table["data"], strict=True), strict=True))
-    first = json.loads(run.params["seeds"])[0]
-    texts = columns["tuned"] if "tuned" in columns else columns[paths.variant(first)]
+    texts = columns["tuned"] if "tuned" in columns else columns[paths.variant(run.seeds[0])]
     references = dict(zip(columns["id"], columns["reference"], strict=True))
     return _of(run.name, run.params, found, references, dict(zip(columns["id"], texts, strict=True)), run)
 

@@ -9,7 +9,6 @@ The files of a version are those of its run (`adapter/<seed>`), which are sealed
 `mlflow.register_model` wants a model with an `MLmodel` file there, and PEFT wants none.
 """
 
-import json
 import re
 import shlex
 import tempfile
@@ -173,7 +172,7 @@ def _candidate(run: store.Stored, tracking: params.Tracking, seed: int | None = 
         if faults := store.spoilt(run, held, folder):
             raise listing(faults, f"run {run.name} ({run.run_id}) is not what was written, so it cannot be trusted:")
         scored = experiments.of_artifacts(run, folder)
-        seeds: list[int] = json.loads(run.params["seeds"])
+        seeds = run.seeds
         losses = {one: _loss(folder / "training" / f"{one}.json") for one in seeds}
         if seed is None:
             seed = min(losses, key=lambda one: losses[one])
@@ -205,7 +204,8 @@ def _decide(
     try:
         gained = experiments.gain(one.scored, before.scored, given.compare)
     except UserError as error:
-        elsewhere = f"\nAdapters of another test set belong to another registered model: --model {champion.name}-2"
+        other = shlex.quote(f"{champion.name}-2")
+        elsewhere = f"\nAdapters of another test set belong to another registered model: --model {other}"
         raise UserError(f"{error}{elsewhere}") from None
     against = f"version {champion.version} (run {before.run.name}): {_figures(gained)}: {_word(gained)}"
     if _verdict(gained) == "better":

@@ -1,6 +1,5 @@
 """From an MLflow run back to the commit, the outputs and the commands that restore them."""
 
-import json
 import shlex
 import subprocess
 import tempfile
@@ -31,7 +30,7 @@ def show(name: str, tracking: params.Tracking) -> None:
         held = store.read_back(tracking, run.run_id, Path(folder))
         faults = store.spoilt(run, held, Path(folder)) if run.status == "FINISHED" else ["it is half-written"]
         lock = Path(folder) / paths.DVC_LOCK
-        seeds: list[int] = json.loads(run.params.get("seeds", "[]"))
+        seeds = run.seeds
         faults += _adapters(Path(folder), lock, seeds)
     if faults:
         remedy = "it cannot be trusted; apply its experiment, and record that anew:"

@@ -28,7 +28,7 @@ class Outcome:
     findings: list[Finding] = field(default_factory=list)
 
     def find(self, place: object, wrong: str, remedy: str) -> None:
-        self.findings.append(Finding(str(place), wrong, remedy))
+        self.findings.append(Finding(" ".join(str(place).splitlines()), wrong, remedy))
 
 
 def require_current(headline: str) -> None:
@@ -85,6 +85,8 @@ def pipeline(project: lockfile.Project) -> Outcome:
             outcome.find(f"stage {stage.name}", "it has never run", "dvc repro")
             continue
         changes = [] if stage.locked["cmd"] == stage.command else ["its command"]
+        outs = {Path(out["path"]) for out in stage.locked.get("outs", [])}
+        changes += [] if outs == {*stage.outs} else ["the names of its outputs"]
         locked = {name: value for file in stage.locked.get("params", {}).values() for name, value in file.items()}
         count += len(stage.sections)
         changes += [name for name in sorted({*locked, *stage.sections}) if locked.get(name) != _under(given, name)]

@@ -70,11 +70,12 @@ class Project:
     known: dict[Path, str | None] = field(default_factory=dict)
 
     def outs(self) -> list[Out]:
-        """The outputs of the current stages as `dvc.lock` has them."""
+        """The outputs of the current stages as `dvc.lock` has them, without any that `dvc.yaml` does not have."""
         return [
-            Out(Path(out["path"]), out["md5"], stage.name, stage.outs.get(Path(out["path"]), True))
+            Out(Path(out["path"]), out["md5"], stage.name, stage.outs[Path(out["path"])])
             for stage in self.stages
             for out in (stage.locked or {}).get("outs", [])
+            if Path(out["path"]) in stage.outs
         ]
 
     def spoilt(self) -> list[Path]:

@@ -102,6 +102,17 @@ class Stored:
     params: dict[str, str]
     metrics: dict[str, float]
 
+    @property
+    def seeds(self) -> list[int]:
+        """The training seeds, after which files in the run are named; UserError where these are other texts."""
+        try:
+            seeds = json.loads(self.params.get("seeds", "[]"))
+        except ValueError:
+            seeds = None
+        if not isinstance(seeds, list) or not all(type(seed) is int for seed in seeds):
+            raise UserError(f"run {self.name} ({self.run_id}) cannot be read: its seeds are no list of numbers")
+        return seeds
+
 
 def surroundings() -> dict[str, str]:
     """Tags that say on which machine, and with which versions, a record was made."""
@@ -405,19 +416,26 @@ def stored(tracking: params.Tracking, key: str = DIGEST) -> list[Stored]:
                 [experiment.experiment_id], f"tags.`{key}` != ''", order_by=["attributes.start_time ASC"],
                 page_token=page and page.token,
             )  # fmt: skip
-            found += [
-                Stored(
-                    run.info.run_id,
-                    run.info.run_name,
-                    run.info.status,
-                    dict(run.data.tags),
-                    dict(run.data.params),
-                    dict(run.data.metrics),
-                )
-                for run in page
-            ]
+            found += [_stored(run) for run in page]
             if not page.token:
                 return found
+
+
+def _stored(run: Any) -> Stored:
+    """A run as a store lists it; UserError for an id that MLflow would not make, which commands name.
+
+    Texts that stand in lines of ours cannot begin lines of their own.
+    """
+    if not bounds.is_run_id(run.info.run_id):
+        raise UserError(f"the MLflow store lists a run with the id {run.info.run_id!r}, and MLflow makes no such ids")
+    tags = {key: _in_line(value) for key, value in run.data.tags.items()}
+    metrics = dict(run.data.metrics)
+    name, status = _in_line(run.info.run_name), _in_line(run.info.status)
+    return Stored(run.info.run_id, name, status, tags, dict(run.data.params), metrics)
+
+
+def _in_line(text: str) -> str:
+    return " ".join(text.splitlines())
 
 
 def view(tracking: params.Tracking) -> str:
@@ -457,11 +475,13 @@ def spoilt(run: Stored, now: Mapping[str, str], folder: Path) -> list[str]:
     if records.sha256_file(path) != run.tags.get(SEAL):
         return [f"artifacts/{MANIFEST} is not the one that the tag {SEAL} pins"]
     written = records.read_json(path)
+    if not isinstance(written, dict):
+        return [f"artifacts/{MANIFEST} is no manifest"]
     changed = sorted(place for place in written if written[place] != now.get(place))
     # What a user adds to a run is no fault, except among the files that PEFT would load.
     added = sorted(place for place in now.keys() - written.keys() if place.startswith("artifacts/adapter/"))
     faults = [f"{place} {'is not what was written' if place in now else 'is missing'}" for place in changed]
-    return faults + [f"{place} was added" for place in added]
+    return [_in_line(fault) for fault in [*faults, *(f"{place} was added" for place in added)]]
 
 
 def _seen_again(client: Any, run: Any, tags: Mapping[str, str]) -> None:
@@ -480,4 +500,4 @@ def _add(client: Any, run: Any, key: str, name: str) -> None:
 
 
 def line(run: Any, tracking: params.Tracking) -> str:
-    return f"run {run.info.run_name} ({run.info.run_id}) in {address(tracking)}"
+    return f"run {_in_line(run.info.run_name)} ({run.info.run_id}) in {address(tracking)}"
