@@ -395,7 +395,7 @@ def test_what_one_said_is_told_although_another_was_gone_sooner(folder: Path) ->
 STARTER = """
 import signal, sys
 from pathlib import Path
-from pipeline import distributed
+from pipeline.model import processes as distributed
 signal.signal(signal.SIGINT, signal.default_int_handler)  # what starts the tests may ignore it
 distributed.launch([sys.executable, "-c", sys.argv[1]], 2, Path("members"))
 """

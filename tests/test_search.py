@@ -550,7 +550,8 @@ def test_ray_gives_back_how_a_task_ended(tmp_path: Path) -> None:
 import json, sys
 from dataclasses import asdict
 from pathlib import Path
-from pipeline import cluster, params, space, study, trial
+from pipeline.core import params
+from pipeline.search import cluster, spec as space, study, trial
 from pipeline.core.errors import UserError
 plan = space.Search.model_validate({{**json.loads(sys.argv[1]),
     "cluster": {{"cpus": 1, "gpus": 0, "folder": {str(tmp_path / "node")!r}}}}})

@@ -227,7 +227,7 @@ def test_nothing_is_mended_while_dvc_works(dvc_project: Path) -> None:
 
 LOOK = """
 import sys
-from pipeline import stage
+from pipeline.core import stage
 stage.set_environment()
 import transformers
 from bitsandbytes.backends.mps import ops

@@ -73,7 +73,8 @@ def run(stage, seed=None):
         for name in ("comparison.svg", "figures/scores.svg", "tables/scores.csv"):
             write(f"out/comparison/{name}", name)
     elif stage == "track":
-        from pipeline import params, store, track
+        from pipeline.core import params
+        from pipeline.record import store, track
         write("reports/index.html", "index.html")
         track.track(p["seeds"], params.Tracking(**p["tracking"]))
 

@@ -545,6 +545,25 @@ class TestRecompute:
         assert Path("dvc.lock").read_bytes() == before
 
 
+def test_what_python_and_editors_leave_beside_the_code_is_no_input() -> None:
+    locked = lockfile.stages_of(lockfile.text(paths.DVC_LOCK), "dvc.lock")["train@17"]["deps"]
+    [before] = [dep["md5"] for dep in locked if dep["path"] == "pipeline/model"]
+    room = Path("pipeline/model")
+    left = [
+        room / name for name in ("__pycache__/x.pyc", "x.pyc", ".DS_Store", "loss.py~", ".loss.py.swp", ".#loss.py")
+    ]
+    for path in left:
+        path.parent.mkdir(exist_ok=True)
+        path.write_text("left")
+    assert records.dvc_md5(room) == before
+    status = subprocess.run(["dvc", "status", "dvc.yaml"], capture_output=True, text=True, check=True)
+    assert "up to date" in status.stdout
+    for path in left:
+        path.unlink()
+    with flipped(room / "loss.py"):
+        assert records.dvc_md5(room) != before
+
+
 def test_a_damaged_and_a_deleted_store(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The last test of all: this process's MLflow keeps its connections to the database that is gone."""
     flip(Path(".mlflow/mlflow.db"), at=3)
@@ -557,22 +576,3 @@ def test_a_damaged_and_a_deleted_store(here: Path, capsys: pytest.CaptureFixture
     assert not Path(".mlflow").exists()
     mend(printed)
     assert "all agreed" in apart()
-
-
-def test_what_python_and_editors_leave_beside_the_code_is_no_input() -> None:
-    locked = lockfile.stages_of(lockfile.text(paths.DVC_LOCK), "dvc.lock")["train@17"]["deps"]
-    [before] = [dep["md5"] for dep in locked if dep["path"] == "pipeline/model"]
-    room = Path("pipeline/model")
-    left = [
-        room / name for name in ("__pycache__/x.pyc", "x.pyc", ".DS_Store", "loss.py~", ".loss.py.swp", ".#loss.py")
-    ]
-    for path in left:
-        path.parent.mkdir(exist_ok=True)
-        path.write_text("left")
-    assert records.dvc_md5(room) == before
-    status = subprocess.run(["dvc", "status"], capture_output=True, text=True, check=True)
-    assert "up to date" in status.stdout
-    for path in left:
-        path.unlink()
-    with flipped(room / "loss.py"):
-        assert records.dvc_md5(room) != before
