@@ -18,7 +18,7 @@ from pipeline.core import params, paths, records
 from pipeline.core.errors import UserError
 from pipeline.forget import Text, Window
 from pipeline.lora import adapter
-from pipeline.model import attention, loss, pack
+from pipeline.model import attention, checkpoint, loss, pack
 from pipeline.model import load as models
 from pipeline.model.prompt import Row
 
@@ -207,7 +207,7 @@ def ready(project: params.Params, tiny_model: Path, monkeypatch: pytest.MonkeyPa
     shutil.copytree(tiny_model, paths.QUANTIZED)
     model = adapted(tiny_model)
     adapter.save(model, adapter.tensors(model), paths.adapter(17), "a" * 64)
-    monkeypatch.setattr(models, "tokenizer", lambda: AutoTokenizer.from_pretrained(tiny_model))
+    monkeypatch.setattr(checkpoint, "tokenizer", lambda: AutoTokenizer.from_pretrained(tiny_model))
     monkeypatch.setattr(
         models, "load", lambda *_: AutoModelForCausalLM.from_pretrained(tiny_model, attn_implementation=attention.NAME)
     )

@@ -379,7 +379,7 @@ def test_stages_refuse_before_they_load(
         records.write_json(facts, content | {"method": "nf4", "double_quantization": True, "quantized_layers": 14})
     monkeypatch.setattr(memory, "available", lambda _: 1000.0)
     monkeypatch.setattr(models, "load", lambda *_: pytest.fail("loaded"))
-    monkeypatch.setattr(models, "pretrained", lambda *_, **__: pytest.fail("loaded"))
+    monkeypatch.setattr(checkpoint, "pretrained", lambda *_, **__: pytest.fail("loaded"))
     given = project
     with pytest.raises(UserError, match="train takes about"):
         train.train(1, given.prompt, given.lora, given.train, given.runtime)

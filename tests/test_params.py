@@ -163,7 +163,7 @@ def test_a_stage_cannot_read_what_it_does_not_declare() -> None:
 
 def test_every_knob_is_read_somewhere() -> None:
     """A knob that nothing reads is a promise that nothing keeps."""
-    code = "".join(path.read_text() for path in sorted((ROOT / "pipeline").glob("*.py")) if path.name != "params.py")
+    code = "".join(path.read_text() for path in sorted((ROOT / "pipeline").rglob("*.py")) if path.name != "params.py")
     code += "".join(path.read_text() for path in sorted((ROOT / "stages").glob("*.py")))
     knobs = [
         name for section in params.Section.__subclasses__() if hasattr(section, "key") for name in section.model_fields

@@ -54,10 +54,10 @@ def cosine(a: torch.Tensor, b: torch.Tensor) -> float:
 
 def adapted_pair(folder: Path) -> tuple[Any, Any]:
     """The same adapter, B not zero, on NF4 weights and on the same weights unpacked."""
-    packed, plain = nf4(folder), nf4(folder)
-    packed.keep_unpacked(packed)
+    kept, plain = nf4(folder), nf4(folder)
+    packed.keep_unpacked(kept)
     packed.dequantize(plain)
-    pair = adapter.attach(packed, LORA, 1), adapter.attach(plain, LORA, 1)
+    pair = adapter.attach(kept, LORA, 1), adapter.attach(plain, LORA, 1)
     generator = torch.Generator().manual_seed(3)
     noise = {name: torch.randn(t.shape, generator=generator) * 0.05 for name, t in adapter.tensors(pair[0]).items()}
     for one in pair:
