@@ -82,9 +82,7 @@ def find(name: str, tracking: params.Tracking) -> Experiment:
     UserError for none, for a name of several runs, and where its results are neither in the cache nor in MLflow.
     """
     if name == HERE:
-        if not paths.DVC_LOCK.is_file():
-            raise UserError(f"{paths.DVC_LOCK} is missing: run `dvc repro`, which makes it")
-        return _from_lock(name, paths.DVC_LOCK.read_text(encoding="utf-8"), tracking)
+        return _from_lock(name, lockfile.text(paths.DVC_LOCK), tracking)
     if commit := _commit(name):
         return _from_lock(name, _shown(commit), tracking)
     return _from_run(lineage.named(name, tracking), tracking)
@@ -173,7 +171,7 @@ def page(found: Sequence[Experiment], ranking: Ranking, settings: params.Compare
         "",
         f"p is two-sided and corrected for all {len(ranking.pairs)} comparisons (Holm); d is the mean over "
         "the standard deviation of the groups' differences.",
-        f"Signature: `{' '.join(first.signature.splitlines())}`",
+        f"Signature: `{store.in_line(first.signature)}`",
     ]
     if any(len(one.tuned) == 1 for one in found):
         lines += ["With one seed, an interval covers the choice of test examples, not that of the seed."]

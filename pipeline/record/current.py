@@ -7,7 +7,7 @@ from typing import Any
 
 from pipeline.core import paths, records
 from pipeline.core.errors import UserError, listing
-from pipeline.record import lockfile
+from pipeline.record import lockfile, store
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,7 +28,7 @@ class Outcome:
     findings: list[Finding] = field(default_factory=list)
 
     def find(self, place: object, wrong: str, remedy: str) -> None:
-        self.findings.append(Finding(" ".join(str(place).splitlines()), wrong, remedy))
+        self.findings.append(Finding(store.in_line(str(place)), wrong, remedy))
 
 
 def require_current(headline: str) -> None:

@@ -428,13 +428,14 @@ def _stored(run: Any) -> Stored:
     """
     if not bounds.is_run_id(run.info.run_id):
         raise UserError(f"the MLflow store lists a run with the id {run.info.run_id!r}, and MLflow makes no such ids")
-    tags = {key: _in_line(value) for key, value in run.data.tags.items()}
+    tags = {key: in_line(value) for key, value in run.data.tags.items()}
     metrics = dict(run.data.metrics)
-    name, status = _in_line(run.info.run_name), _in_line(run.info.status)
+    name, status = in_line(run.info.run_name), in_line(run.info.status)
     return Stored(run.info.run_id, name, status, tags, dict(run.data.params), metrics)
 
 
-def _in_line(text: str) -> str:
+def in_line(text: str) -> str:
+    """A text of a store as it stands in a line of ours: it begins no line of its own."""
     return " ".join(text.splitlines())
 
 
@@ -481,7 +482,7 @@ def spoilt(run: Stored, now: Mapping[str, str], folder: Path) -> list[str]:
     # What a user adds to a run is no fault, except among the files that PEFT would load.
     added = sorted(place for place in now.keys() - written.keys() if place.startswith("artifacts/adapter/"))
     faults = [f"{place} {'is not what was written' if place in now else 'is missing'}" for place in changed]
-    return [_in_line(fault) for fault in [*faults, *(f"{place} was added" for place in added)]]
+    return [in_line(fault) for fault in [*faults, *(f"{place} was added" for place in added)]]
 
 
 def _seen_again(client: Any, run: Any, tags: Mapping[str, str]) -> None:
@@ -500,4 +501,4 @@ def _add(client: Any, run: Any, key: str, name: str) -> None:
 
 
 def line(run: Any, tracking: params.Tracking) -> str:
-    return f"run {_in_line(run.info.run_name)} ({run.info.run_id}) in {address(tracking)}"
+    return f"run {in_line(run.info.run_name)} ({run.info.run_id}) in {address(tracking)}"
