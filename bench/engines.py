@@ -15,14 +15,14 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from pipeline.core import params, paths, records
+from pipeline.core import contracts, params, paths, records
+from pipeline.core.contracts import QuantizedFacts
 from pipeline.infer import backend_transformers
 from pipeline.infer import infer as generate
 from pipeline.infer import scheduler as decode
 from pipeline.lora import adapter
 from pipeline.lora import train as training
-from pipeline.model import checkpoint, fused, pack, packed
-from pipeline.model import device as devices
+from pipeline.model import checkpoint, devices, fused, pack, packed
 from pipeline.model import load as models
 from pipeline.model.prompt import Encoder, Row
 from pipeline.sources import source
@@ -52,8 +52,8 @@ class Task:
         self.device = devices.choose(self.params.runtime)
         self.threads = torch.get_num_threads()
         self.tokenizer = checkpoint.tokenizer()
-        self.facts = records.read_json(paths.QUANTIZED_FACTS)
-        self.encoder = Encoder(self.tokenizer, self.params.prompt, self.facts["context"])
+        self.facts = contracts.read(paths.QUANTIZED_FACTS, QuantizedFacts)
+        self.encoder = Encoder(self.tokenizer, self.params.prompt, self.facts.context)
 
     def rows(self, count: int) -> list[Row]:
         examples = records.read_rows(paths.split("train"), records.Example)[:count]
@@ -93,7 +93,7 @@ def train_ours(sharing: str) -> dict[str, Any]:
     settings = task.params.train.model_copy(
         update={"learning_rate": LEARNING_RATE, "schedule": "constant", "warmup": 0.0}
     )
-    model = adapter.attach(models.load(task.device, task.params.runtime.keep_dequantized), task.params.lora, 17)
+    model = adapter.attach(models.quantized(task.device, task.params.runtime.keep_dequantized), task.params.lora, 17)
     trainer = training.Trainer(model, settings, 17, STEPS + WARM_UP)
     if sharing == "rows":
         rows = task.rows(BATCH * (STEPS + WARM_UP))
@@ -187,7 +187,7 @@ def train_scaling(setting: str) -> dict[str, Any]:
     task = Task()
     settings = task.params.train.model_copy(update={"warmup": 0.0})
     lora = task.params.lora.model_copy(update={"r": rank})
-    model = adapter.attach(models.load(task.device, task.params.runtime.keep_dequantized), lora, 17)
+    model = adapter.attach(models.quantized(task.device, task.params.runtime.keep_dequantized), lora, 17)
     trainer = training.Trainer(model, settings, 17, SCALING_STEPS + WARM_UP)
     answer = length // 8
     for number in range(SCALING_STEPS + WARM_UP):
@@ -205,10 +205,10 @@ def adapters(_: str) -> dict[str, Any]:
     task = Task()
     trained = adapter.Saved(paths.adapter(task.params.seeds[0]))
     started = time.perf_counter()
-    model = models.load(task.device, task.params.runtime.keep_dequantized)
+    model = models.quantized(task.device, task.params.runtime.keep_dequantized)
     loaded = time.perf_counter()
     for number in range(ADAPTERS):
-        model = trained.load(model, task.facts["sha256"], f"adapter {number}")
+        model = trained.load(model, task.facts.sha256, f"adapter {number}")
     added = time.perf_counter()
     for number in range(ADAPTERS):
         model.set_adapter(f"adapter {number}")
@@ -223,7 +223,7 @@ def adapters(_: str) -> dict[str, Any]:
 def infer_ours(setting: str) -> dict[str, Any]:
     """Our scheduler, as the stage `infer` runs it: so many prompts, or `float32`."""
     task = Task()
-    model = models.load(task.device, keep_dequantized=True)
+    model = models.quantized(task.device, keep_dequantized=True)
     examples = task.prompts(ALONE if setting == "float32" else int(setting))
     if setting == "float32":
         model = model.float()

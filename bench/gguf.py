@@ -21,8 +21,7 @@ from pipeline import gguf as gguf_file
 from pipeline.core import params, paths, records
 from pipeline.export import parity
 from pipeline.infer import backend_llamacpp
-from pipeline.model import checkpoint
-from pipeline.model import device as devices
+from pipeline.model import checkpoint, devices
 from pipeline.model.prompt import Encoder, Row
 
 BASES = {"in NF4": paths.QUANTIZED, "as fetched": paths.BASE}

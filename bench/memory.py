@@ -119,7 +119,7 @@ def train(setting: Setting) -> None:
 
     task = Task()
     tokens, rows, answer = setting["tokens"], setting["rows"], _answer(setting)
-    model = models.load(task.device, setting.get("keep_dequantized", True))
+    model = models.quantized(task.device, setting.get("keep_dequantized", True))
     adapted = adapter.attach(model, _of(task.params.lora, setting), 17)
     if setting.get("gradient_checkpointing", False):
         adapted.get_base_model().activation_checkpointing_enable()

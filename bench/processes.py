@@ -24,9 +24,9 @@ from typing import Any
 from ruamel.yaml import YAML
 
 from pipeline import quantize
-from pipeline.core import params, paths, records, yaml12
-from pipeline.model import checkpoint
-from pipeline.model import device as devices
+from pipeline.core import contracts, params, paths, records, yaml12
+from pipeline.core.contracts import QuantizedFacts
+from pipeline.model import checkpoint, devices
 from pipeline.model import load as models
 from pipeline.model import processes as distributed
 
@@ -100,13 +100,13 @@ def training(processes: int, **settings: object) -> float:
     seconds = []
     for count, chosen in ((1, {}), (processes, settings)):
         seconds.append(stage(count, "stages.train", "--seed", "17", **chosen))
-        steps = paths.training_log(17).read_text(encoding="utf-8").splitlines()[1:]
-        validation: list[dict[str, float]] = records.read_json(paths.training_summary(17))["validation"]
-        seen.append([float(line.split(",")[2]) for line in steps] + [entry["loss"] for entry in validation])
+        steps = contracts.read_curve(paths.training_log(17))
+        validation = contracts.read(paths.training_summary(17), TrainingSummary).validation
+        seen.append([one.loss for one in (*steps, *validation)])
     differences: list[float] = [abs(one - two) / one for one, two in zip(*seen, strict=True)]
     largest, validated = max(differences[: len(steps)]), max(differences[len(steps) :])
-    facts = records.read_json(paths.QUANTIZED_FACTS)
-    how = ", ".join([facts["method"], facts["dtype"], *map(str, settings.values())])
+    facts = contracts.read(paths.QUANTIZED_FACTS, QuantizedFacts)
+    how = ", ".join([facts.method, facts.dtype, *map(str, settings.values())])
     print(
         f"training, {how}, {len(steps)} steps: the losses of {processes} processes differ from those of 1 by "
         f"{largest:.1e} at most (relative; at the first step {differences[0]:.1e}), validation losses by "
@@ -183,7 +183,7 @@ def _part() -> dict[str, Any]:
     import torch
 
     runtime = params.load().runtime.model_copy(update={"processes": 3, "sharding": "tensor"})
-    model = models.load(devices.choose(runtime), runtime.keep_dequantized, runtime.sharding)
+    model = models.quantized(devices.choose(runtime), runtime.keep_dequantized, runtime.sharding)
     with torch.no_grad():
         logits_1xLxV = model(input_ids=_text(), use_cache=False).logits
     parameters = distributed.gather(sum(getattr(one, "_local_tensor", one).numel() for one in model.parameters()))

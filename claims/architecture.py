@@ -15,8 +15,7 @@ from typing import TYPE_CHECKING, Any
 from claims import evidence, lab
 from claims.evidence import Evidence
 from pipeline.core import params
-from pipeline.model import checkpoint
-from pipeline.model import device as devices
+from pipeline.model import checkpoint, devices
 
 if TYPE_CHECKING:
     import torch
@@ -100,7 +99,7 @@ class Reader:
 
     def heads(self, layer: str, kind: str) -> "torch.Tensor":
         """HxLxD or KxLxD, float64: what q_proj, k_proj or v_proj gave, before rotation."""
-        size = checkpoint.architecture(self.model)["head_dim"]
+        size = checkpoint.architecture(self.model).head_dim
         states_LxHD = self.gave[f"{layer}.self_attn.{kind}_proj"].double()
         states_HxLxD: torch.Tensor = states_LxHD.unflatten(-1, (-1, size)).transpose(0, 1)
         return states_HxLxD
@@ -295,7 +294,7 @@ def gqa_groups() -> Evidence:
 
     reader = _read()
     facts = checkpoint.architecture(reader.model)
-    heads, kv_heads = facts["attention_heads"], facts["key_value_heads"]
+    heads, kv_heads = facts.attention_heads, facts.key_value_heads
     group = heads // kv_heads
     formula, other = [], []
     for layer in reader.layers:
@@ -369,8 +368,8 @@ def parallel_attention() -> Evidence:
 
     reader = _read()
     facts = checkpoint.architecture(reader.model)
-    heads, size = facts["attention_heads"], facts["head_dim"]
-    group = heads // facts["key_value_heads"]
+    heads, size = facts.attention_heads, facts.head_dim
+    group = heads // facts.key_value_heads
     concatenated, summed = [], []
     for layer in reader.layers:
         x_LxC = reader.given[f"{layer}.self_attn.q_proj"].double()

@@ -19,11 +19,11 @@ from claims import full_tuning, lab, training
 from claims.evidence import OUT
 from claims.training import Arm, Cut
 from pipeline import forget
-from pipeline.core import params, paths, records, stage
+from pipeline.core import contracts, params, paths, records, stage
+from pipeline.core.contracts import QuantizedFacts
 from pipeline.core.progress import bar, say
 from pipeline.lora import adapter, train
-from pipeline.model import checkpoint, loss, pack, resume
-from pipeline.model import device as devices
+from pipeline.model import checkpoint, devices, loss, pack, resume
 from pipeline.model import load as models
 from pipeline.model.prompt import Encoder, Row
 
@@ -90,7 +90,7 @@ class Bench:
     experiment: params.Params
     training: list[pack.Tree]
     validation: list[pack.Tree]
-    general: list[forget.Window]
+    general: list[forget.Tokens]
 
 
 def run(name: str) -> None:
@@ -113,7 +113,7 @@ def run(name: str) -> None:
         identity = {
             "settings": [section.model_dump(mode="json") for section in (arm, cut, experiment)],
             "seeds": seeds,
-            "model": records.read_json(paths.QUANTIZED_FACTS)["sha256"],
+            "model": contracts.read(paths.QUANTIZED_FACTS, QuantizedFacts).sha256,
             "rows": records.sha256_tree(paths.DATA),
             "code": code,
         }
@@ -138,7 +138,7 @@ def prepared(
 ) -> tuple[Bench, list[str]]:
     """The arm's bench, and the names of the validation groups; UserError for rows that do not fit."""
     tokenizer = checkpoint.tokenizer()
-    encoder = Encoder(tokenizer, experiment.prompt, records.read_json(paths.QUANTIZED_FACTS)["context"])
+    encoder = Encoder(tokenizer, experiment.prompt, contracts.read(paths.QUANTIZED_FACTS, QuantizedFacts).context)
     rows: dict[str, list[Row]] = {split: [encoder.row(one) for one in some] for split, some in examples.items()}
     for split, some in rows.items():
         encoder.require_fit({row.id: row.prompt for row in some}, split, max(len(row.completion) for row in some))
@@ -157,7 +157,7 @@ def tuned(bench: Bench, seed: str) -> Run:
     device = devices.choose(bench.experiment.runtime)
     budget = bench.experiment.train.micro_batch_tokens
     if bench.arm.learning_rate is None:
-        model = models.load(device, bench.experiment.runtime.keep_dequantized)
+        model = models.quantized(device, bench.experiment.runtime.keep_dequantized)
         return Run(0, 0, sums(model, bench.validation, budget), [])
     given = bench.experiment.train.model_copy(
         update={"learning_rate": bench.arm.learning_rate, "batch_size": bench.cut.batch_size}
@@ -168,7 +168,8 @@ def tuned(bench: Bench, seed: str) -> Run:
         model, trained = both, both.tuned
     else:
         lora = bench.experiment.lora.model_copy(update=bench.arm.lora.model_dump())
-        model = trained = adapter.attach(models.load(device, bench.experiment.runtime.keep_dequantized), lora, number)
+        base = models.quantized(device, bench.experiment.runtime.keep_dequantized)
+        model = trained = adapter.attach(base, lora, number)
     plan = [
         (epoch + at / len(steps), batch)
         for epoch in range(given.epochs)

@@ -14,8 +14,7 @@ from claims.evidence import Evidence
 from pipeline.core import params, records
 from pipeline.core.progress import bar
 from pipeline.core.records import Example
-from pipeline.model import checkpoint, fused, loss, pack
-from pipeline.model import device as devices
+from pipeline.model import checkpoint, devices, fused, loss, pack
 from pipeline.model.prompt import Row
 from pipeline.score.significance import Floats, Interval
 

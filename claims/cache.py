@@ -14,8 +14,7 @@ from claims.evidence import Evidence
 from pipeline.core import records
 from pipeline.core.records import Example
 from pipeline.infer import scheduler as decode
-from pipeline.model import checkpoint, fused
-from pipeline.model import device as devices
+from pipeline.model import checkpoint, devices, fused
 
 TEXTS = 3
 ROWS, CONTEXT = 8, 1024
@@ -31,9 +30,9 @@ def grouped_query() -> Evidence:
     expanded = expand(grouped)
     values: dict[str, evidence.Value] = {}
     for name, model in {"grouped": grouped, "expanded": expanded}.items():
-        values[f"bytes_per_token_{name}"] = checkpoint.architecture(model)["kv_bytes_per_token"]
+        values[f"bytes_per_token_{name}"] = checkpoint.architecture(model).kv_bytes_per_token
         values[f"held_bytes_per_token_{name}"] = held_bytes(model)
-        values[f"parameters_{name}"] = checkpoint.architecture(model)["parameters"]
+        values[f"parameters_{name}"] = checkpoint.architecture(model).parameters
         model.float()
     tokenizer = checkpoint.tokenizer(lab.BASE)
     rows = records.read_rows(lab.data("default") / "test.jsonl", Example)

@@ -6,8 +6,7 @@ from claims import evidence
 from claims.evidence import Evidence
 from pipeline.core import params
 from pipeline.lora import adapter
-from pipeline.model import attention, checkpoint
-from pipeline.model import device as devices
+from pipeline.model import attention, checkpoint, devices
 
 GPT2_WORDS, GPT2_PLACES = 50_257, 2048
 LLAMA_WORDS = 32_000
@@ -75,7 +74,7 @@ def llama() -> Evidence:
                 "tie_word_embeddings": False,
             }
         )
-        counted = checkpoint.architecture(made)["parameters"]
+        counted = checkpoint.architecture(made).parameters
         values |= {f"llama_{name}": counted, f"llama_{name}_percent_off": 100 * (counted / 1e9 / float(name[:-1]) - 1)}
     return Evidence(values)
 

@@ -11,7 +11,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from pipeline.core import paths, records
+from pipeline.core import contracts, paths
+from pipeline.core.contracts import QuantizedFacts
 from pipeline.model import checkpoint
 
 if TYPE_CHECKING:
@@ -47,7 +48,7 @@ class Both:
 
 def load(device: "torch.device") -> Both:
     """The unquantized base twice, all weights of one trainable; UserError when it is not what was written."""
-    checkpoint.require_intact(paths.QUANTIZED, records.read_json(paths.QUANTIZED_FACTS))
+    checkpoint.require_intact(paths.QUANTIZED, contracts.read(paths.QUANTIZED_FACTS, QuantizedFacts).sha256)
     tuned, base = (checkpoint.pretrained(paths.QUANTIZED, device).eval() for _ in range(2))
     base.requires_grad_(False)
     return Both(tuned.requires_grad_(True), base)

@@ -5,19 +5,16 @@ Intervals are for both kinds of chance, of test examples and of training seeds
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
 from functools import partial
-from typing import Any
 
 import numpy as np
 
 from claims import evidence, lab, training, variants
 from claims.evidence import Evidence, Value
-from pipeline.core import records
+from pipeline.core import contracts, records
 from pipeline.core.errors import listing
 from pipeline.core.records import Decoding, Example, Prediction
-from pipeline.score import compare, metrics
-from pipeline.score import evaluate as scores
+from pipeline.score import compare, metrics, reference_lines, side_by_side
 from pipeline.score.compare import Table
 
 
@@ -37,7 +34,7 @@ def measure(task: str) -> Evidence:
     values: dict[str, Value] = {}
     for name, result in compare.contrast([base_table], tuned_tables, groups, experiment.compare).items():
         values |= {f"{name}_base": result.base, f"{name}_tuned": result.tuned, f"{name}_gain": result.deciding}
-    for line in compare.reference_texts(test, base, experiment.evaluate):
+    for line in reference_lines.texts(test, base, experiment.evaluate.metrics):
         kept = [i for i, some in enumerate(line.texts) if some]
         if len(set(groups[kept])) > 1:  # else there is nothing to resample
             table = compare.mean_table([line.texts[i] for i in kept], [test[i] for i in kept], chosen)
@@ -55,14 +52,14 @@ def answers(task: str, seeds: Sequence[str], test: Sequence[Example]) -> list[li
     UserError when rows are missing, or when they were not decoded under the same conditions, but for the adapter.
     """
     texts: list[list[str]] = []
-    decodings: list[dict[str, Any]] = []
+    decodings: list[Decoding] = []
     problems: list[str] = []
     for name, called in ((variants.BASE, "base"), *((seed, f"seed {seed}") for seed in seeds)):
         folder = variants.folder(task, name)
         rows = records.read_rows(folder / variants.PREDICTIONS, Prediction)
-        scores.same_rows(called, [row.id for row in rows], [row.id for row in test])
+        side_by_side.require_same_rows(called, [row.id for row in rows], [row.id for row in test])
         texts.append([row.text for row in rows])
-        decodings.append(asdict(Decoding(**records.read_json(folder / variants.DECODING))))
+        decodings.append(contracts.read(folder / variants.DECODING, Decoding))
         problems += compare.unequal(called, decodings[-1], decodings[0])
     if problems:
         told = f"base and tuned of {task} were not tried under the same conditions; run `dvc repro claims/dvc.yaml`:"

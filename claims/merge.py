@@ -13,13 +13,13 @@ import torch
 
 from claims import evidence, lab, timing
 from claims.evidence import Evidence
-from pipeline.core import params, records
+from pipeline.core import contracts, params, records
+from pipeline.core.contracts import BaseFacts
 from pipeline.core.records import Example
 from pipeline.infer import backend_transformers
 from pipeline.infer import infer as generate
 from pipeline.lora import adapter
-from pipeline.model import checkpoint, fused, packed
-from pipeline.model import device as devices
+from pipeline.model import checkpoint, devices, fused, packed
 from pipeline.model.prompt import Encoder
 
 SPREAD = 0.0044
@@ -37,8 +37,8 @@ def merged() -> Evidence:
     experiment = lab.experiment()
     device = devices.choose(experiment.runtime)
     base = checkpoint.pretrained(lab.BASE, device, dtype=torch.float32)
-    tokenizer, facts = checkpoint.tokenizer(lab.BASE), records.read_json(lab.BASE_FACTS)
-    encoder = Encoder(tokenizer, experiment.prompt, facts["context"])
+    tokenizer, facts = checkpoint.tokenizer(lab.BASE), contracts.read(lab.BASE_FACTS, BaseFacts)
+    encoder = Encoder(tokenizer, experiment.prompt, facts.context)
     rows = records.read_rows(lab.data("default") / "test.jsonl", Example)
     papers = list(dict.fromkeys(row.group for row in rows))[:PAPERS]
     prompts = {row.id: encoder.prompt(row) for row in rows if row.group in papers}
@@ -56,7 +56,7 @@ def merged() -> Evidence:
     del merged_logits
 
     given = experiment.generation.model_copy(update={"max_new_tokens": NEW_TOKENS, "num_beams": 1})
-    config = generate.configuration(given, sorted({encoder.end, *facts["stop_ids"]}), tokenizer)
+    config = generate.configuration(given, sorted({encoder.end, *facts.stop_ids}), tokenizer)
     alone, one, other = (dict(_answers(model, config, families, given)) for model in (base, beside, within))
     values |= {
         "answers": len(prompts),

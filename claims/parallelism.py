@@ -45,15 +45,15 @@ def model_parallelism() -> Evidence:
 
     model, ids_1xL = architecture.base(), architecture.ids()
     facts = checkpoint.architecture(model)
-    divided = {name: facts[name] for name in ("attention_heads", "key_value_heads", "intermediate_size")}
+    divided = {name: getattr(facts, name) for name in ("attention_heads", "key_value_heads", "intermediate_size")}
     if uneven := [f"{name} = {count}" for name, count in divided.items() if count % PROCESSES]:
         raise UserError(f"the base cannot be divided over {PROCESSES} processes: {', '.join(uneven)}")
     with torch.no_grad():
         expected_LxV = model(ids_1xL).logits[0]
     with tempfile.TemporaryDirectory(prefix="lora-repro-") as folder:
         task = Task(
-            lab.BASE.resolve(), Path(folder), ids_1xL[0].tolist(), facts["layers"], facts["head_dim"],
-            model.config.rms_norm_eps, architecture.theta(model), facts["tied_embeddings"], PROCESSES,
+            lab.BASE.resolve(), Path(folder), ids_1xL[0].tolist(), facts.layers, facts.head_dim,
+            model.config.rms_norm_eps, architecture.theta(model), facts.tied_embeddings, PROCESSES,
         )  # fmt: skip
         _run(task)
         parts = [torch.load(task.folder / f"{rank}.pt") for rank in range(PROCESSES)]
@@ -62,8 +62,8 @@ def model_parallelism() -> Evidence:
     return Evidence(
         {
             "processes": PROCESSES,
-            "query_heads_a_process": facts["attention_heads"] / PROCESSES,
-            "key_value_heads_a_process": facts["key_value_heads"] / PROCESSES,
+            "query_heads_a_process": facts.attention_heads / PROCESSES,
+            "key_value_heads_a_process": facts.key_value_heads / PROCESSES,
             "layer_weights_a_process": [part["weights"] / matrices for part in parts],
             "share": 1 / PROCESSES,
             "logits_difference": float((found_LxV - expected_LxV).abs().max()),

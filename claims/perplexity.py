@@ -19,8 +19,7 @@ from pipeline.commands import use as recipes
 from pipeline.core import params
 from pipeline.core.errors import UserError
 from pipeline.core.progress import bar
-from pipeline.model import checkpoint
-from pipeline.model import device as devices
+from pipeline.model import checkpoint, devices
 from pipeline.score.significance import Floats, Interval
 
 if TYPE_CHECKING:

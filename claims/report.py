@@ -13,8 +13,7 @@ from pipeline.core import params, paths, records, stage
 from pipeline.core.progress import say
 from pipeline.record import provenance, store
 from pipeline.record.store import Point, Record
-from pipeline.report import page
-from pipeline.report import words as report
+from pipeline.report import page, wording
 from pipeline.score.significance import Interval
 
 TEMPLATE = "claims.md.jinja"
@@ -49,7 +48,7 @@ def write() -> None:
     given = params.load()
     # The page shows the claims below the experiment, where there has been one.
     if paths.COMPARISON_MD.exists() and not page.faults(paths.REPORT_HTML, page.digest_of(paths.REPORT_HTML) or ""):
-        page.write(given.seeds, given.evaluate, given.compare)
+        page.write(given.seeds, given.evaluate, given.compare.explorer)
     counted = {verdict: sum(row.judgment.verdict == verdict for row in rows) for verdict in register.VERDICTS}
     say(f"{len(rows)} claims: " + ", ".join(f"{count} {verdict}" for verdict, count in counted.items() if count))
     for row in rows:
@@ -80,7 +79,7 @@ def content(row: Row) -> dict[str, Any]:
 
 
 def markdown(rows: list[Row]) -> str:
-    environment = report.environment(Path(__file__).parent)
+    environment = wording.environment(Path(__file__).parent)
     environment.filters |= {"value": register.shown, "sign": sign}
     return environment.get_template(TEMPLATE).render(
         rows=rows, verdicts=register.VERDICTS, machine=provenance.platform_facts()

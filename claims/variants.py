@@ -10,7 +10,7 @@ from pathlib import Path
 from claims import lab, training
 from claims.evidence import OUT
 from pipeline.core import params, paths, records, stage
-from pipeline.infer import infer as generate
+from pipeline.infer import infer
 from pipeline.lora import adapter, train
 
 BASE = "base"
@@ -61,9 +61,9 @@ def _answer(experiment: params.Params, seed: int | None) -> None:
     prompt, runtime = experiment.prompt, experiment.runtime
     saved = None
     if seed is not None:
-        train.train(seed, prompt, experiment.lora, experiment.train, runtime)
+        train.fit(seed, prompt, experiment.lora, experiment.train, runtime)
         saved = adapter.Saved(paths.adapter(seed))
-    generate.infer(paths.variant(seed), prompt, experiment.generation, runtime, saved)
+    infer.decode(paths.variant(seed), prompt, experiment.generation, runtime, saved)
 
 
 if __name__ == "__main__":

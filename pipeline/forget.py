@@ -13,15 +13,15 @@ import html
 import math
 import re
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
-from pipeline.core import params, paths, records
+from pipeline.core import contracts, params, paths, records
+from pipeline.core.contracts import Forgetting, GeneralText, QuantizedFacts, Window
 from pipeline.core.errors import UserError
 from pipeline.core.progress import bar, say
 from pipeline.lora import adapter
-from pipeline.model import checkpoint, loss, memory, pack, prompt, shard
-from pipeline.model import device as devices
+from pipeline.model import checkpoint, devices, loss, memory, pack, prompt, shard
 from pipeline.model import load as models
 from pipeline.model import processes as distributed
 from pipeline.model.prompt import Row
@@ -47,24 +47,11 @@ class Text:
 
 
 @dataclass(frozen=True, slots=True)
-class Window:
+class Tokens:
     """Consecutive tokens of one text; the first is only read, each of the others predicted."""
 
     place: str
     ids: list[int]
-
-
-@dataclass(slots=True)
-class Sums:
-    """Over the predicted tokens of one window, in nats: the losses of base and tuned on the text, the cross-entropy of
-    tuned against the base's distribution, and the base's entropy."""
-
-    place: str
-    tokens: int
-    base: float = 0.0
-    tuned: float = 0.0
-    cross_entropy: float = 0.0
-    entropy: float = 0.0
 
 
 def forget(seed: int, forget: params.Forget, runtime: params.Runtime) -> None:
@@ -72,63 +59,77 @@ def forget(seed: int, forget: params.Forget, runtime: params.Runtime) -> None:
 
     UserError for a source that cannot be read, or has too little text.
     """
-    facts = records.read_json(paths.QUANTIZED_FACTS)
+    facts = contracts.read(paths.QUANTIZED_FACTS, QuantizedFacts)
     saved = adapter.Saved(paths.adapter(seed))
-    of_what = {
-        "seed": seed,
-        "source": forget.source,
-        "model_sha256": facts["sha256"],
-        "adapter_sha256": saved.sha256,
-    }
-    if forget.source is None:
-        if distributed.rank() == 0:
-            records.write_json(paths.forgetting(seed), of_what)
-        say("forget: not measured, forget.source is null")
+    found = Forgetting(seed, forget.source, facts.sha256, saved.sha256)
+    if forget.source is not None:
+        found = replace(found, measured=_measured(found, facts, saved, forget, runtime))
+    if distributed.rank() > 0:
         return
-    if forget.window > facts["context"]:
-        raise UserError(f"forget.window = {forget.window}, but the model's context is {facts['context']} tokens")
+    contracts.write(paths.forgetting(seed), found)
+    if (measured := found.measured) is None:
+        say("forget: not measured, forget.source is null")
+    else:
+        say(
+            f"forget {seed}: loss on {measured.tokens:,} tokens of general text {measured.base_loss:.3f} -> "
+            f"{measured.tuned_loss:.3f}, {measured.kl:.3f} nats a token from the base's distribution"
+        )
+
+
+def _measured(
+    found: Forgetting, facts: QuantizedFacts, saved: adapter.Saved, forget: params.Forget, runtime: params.Runtime
+) -> GeneralText:
+    # 1. What is read, and whether it can be.
+    chosen = _chosen(facts, forget)
+    device = devices.choose(runtime)
+    devices.require(device, facts.dtype)
+    base = memory.held(memory.Base.quantized(facts), runtime, device)
+    memory.require_reading(device, base, max(TOGETHER, forget.window), saved.parameters)
+    conditions = [contracts.content(found), forget.model_dump(mode="json"), devices.threads(device)]
+    distributed.require_same(conditions, "experiment")
+    # 2. The sums of every window.
+    model = saved.load(models.quantized(device, runtime.keep_dequantized, runtime.sharding), facts.sha256)
+    sums = measure(model, chosen, f"forget {found.seed}")
+    # 3. What they come to, a token.
+    tokens = sum(one.tokens for one in sums)
+
+    def mean(name: str) -> float:
+        return float(sum(getattr(one, name) for one in sums) / tokens)
+
+    base_loss, tuned_loss, cross_entropy, entropy = map(mean, ("base", "tuned", "cross_entropy", "entropy"))
+    if not all(map(math.isfinite, (base_loss, tuned_loss, cross_entropy, entropy))):
+        raise UserError(
+            f"the losses on general text are not finite (base {base_loss}, tuned {tuned_loss}, cross-entropy "
+            f"{cross_entropy}, entropy {entropy}): lower train.learning_rate"
+        )
+    return GeneralText(
+        device=device.type,
+        threads=devices.threads(device),
+        tokens=tokens,
+        texts=len({one.place for one in sums}),
+        base_loss=base_loss,
+        tuned_loss=tuned_loss,
+        base_perplexity=math.exp(base_loss),
+        tuned_perplexity=math.exp(tuned_loss),
+        cross_entropy=cross_entropy,
+        base_entropy=entropy,
+        kl=cross_entropy - entropy,
+        windows=sums,
+    )
+
+
+def _chosen(facts: QuantizedFacts, forget: params.Forget) -> list[Tokens]:
+    """The windows that are read; UserError for a window that the model cannot read, and for too little text."""
+    assert forget.source is not None
+    if forget.window > facts.context:
+        raise UserError(f"forget.window = {forget.window}, but the model's context is {facts.context} tokens")
     chosen = windows(checkpoint.tokenizer(), texts(forget, forget.source), forget.tokens, forget.window)
     if len(chosen) < FEWEST:
         raise UserError(
             f"forget.source = {forget.source!r} gives {len(chosen)} windows of text, too few for an interval: "
             "name more text, or lower forget.window"
         )
-    device = devices.choose(runtime)
-    devices.require(device, facts["dtype"])
-    base = memory.held(memory.base(paths.QUANTIZED, facts), runtime, device)
-    memory.require_reading(device, base, max(TOGETHER, forget.window), saved.parameters)
-    distributed.require_same([of_what, forget.model_dump(mode="json"), devices.threads(device)], "experiment")
-    model = saved.load(models.load(device, runtime.keep_dequantized, runtime.sharding), facts["sha256"])
-    found = measure(model, chosen, f"forget {seed}")
-    if distributed.rank() > 0:
-        return
-    total = {name: sum(getattr(one, name) for one in found) for name in ("base", "tuned", "cross_entropy", "entropy")}
-    tokens = sum(one.tokens for one in found)
-    mean = {name: value / tokens for name, value in total.items()}
-    if not all(map(math.isfinite, mean.values())):
-        raise UserError(f"the losses on general text are not finite ({mean}): lower train.learning_rate")
-    records.write_json(
-        paths.forgetting(seed),
-        of_what
-        | {
-            "device": device.type,
-            "threads": devices.threads(device),
-            "tokens": tokens,
-            "texts": len({one.place for one in found}),
-            "base_loss": mean["base"],
-            "tuned_loss": mean["tuned"],
-            "base_perplexity": math.exp(mean["base"]),
-            "tuned_perplexity": math.exp(mean["tuned"]),
-            "cross_entropy": mean["cross_entropy"],
-            "base_entropy": mean["entropy"],
-            "kl": mean["cross_entropy"] - mean["entropy"],
-            "windows": [asdict(one) for one in found],
-        },
-    )
-    say(
-        f"forget {seed}: loss on {tokens:,} tokens of general text {mean['base']:.3f} -> {mean['tuned']:.3f}, "
-        f"{mean['cross_entropy'] - mean['entropy']:.3f} nats a token from the base's distribution"
-    )
+    return chosen
 
 
 def texts(forget: params.Forget, name: str) -> list[Text]:
@@ -185,7 +186,7 @@ def _tags(pattern: str, instead: str, text: str) -> str:
     return re.sub(pattern, instead, before + last) + rest
 
 
-def windows(tokenizer: Any, texts: Sequence[Text], tokens: int, length: int) -> list[Window]:
+def windows(tokenizer: Any, texts: Sequence[Text], tokens: int, length: int) -> list[Tokens]:
     """Windows of `length` tokens, a text's last one shorter, until they have `tokens` to predict, or the texts end.
 
     The first window of every text comes before the second of any: many texts say more than much of one.
@@ -193,7 +194,7 @@ def windows(tokenizer: Any, texts: Sequence[Text], tokens: int, length: int) -> 
     begin = [tokenizer.bos_token_id] if prompt.starts_with_bos(tokenizer) else []
     size = length - len(begin)
     ids: dict[str, list[int]] = {}
-    chosen: list[Window] = []
+    chosen: list[Tokens] = []
     left, number = tokens, 0
     waiting = list(texts)
     while waiting:
@@ -207,7 +208,7 @@ def windows(tokenizer: Any, texts: Sequence[Text], tokens: int, length: int) -> 
                 ids[text.place] = tokenizer(content, add_special_tokens=False, verbose=False).input_ids
             window = [*begin, *ids[text.place][number * size : (number + 1) * size]][: left + 1]
             if len(window) > 1:
-                chosen.append(Window(text.place, window))
+                chosen.append(Tokens(text.place, window))
                 left -= len(window) - 1
             if len(ids[text.place]) > (number + 1) * size:
                 longer.append(text)
@@ -215,14 +216,13 @@ def windows(tokenizer: Any, texts: Sequence[Text], tokens: int, length: int) -> 
     return chosen
 
 
-def measure(model: Any, windows: Sequence[Window], label: str) -> list[Sums]:
+def measure(model: Any, windows: Sequence[Tokens], label: str) -> list[Window]:
     """The sums of every window, in their order; `model` is the base with the adapter on it.
 
     Several processes compute whole parts each, the same ones as one process does.
     """
     import torch
 
-    found = [Sums(window.place, len(window.ids) - 1) for window in windows]
     trees = [pack.tree([Row("", "", window.ids[:1], window.ids[1:])]) for window in windows]
     number_of = {id(tree): number for number, tree in enumerate(trees)}
     parts = pack.micro_batches(trees, TOGETHER)
@@ -244,10 +244,8 @@ def measure(model: Any, windows: Sequence[Window], label: str) -> list[Sums]:
                 measured[str(number_of[id(tree)])] = nats_4xN[:, start:end].sum(dim=1).tolist()
                 start = end
                 advance(tree.supervised)
-    for number, nats in (item for one in distributed.gather(measured) for item in one.items()):
-        one = found[int(number)]
-        one.base, one.tuned, one.cross_entropy, one.entropy = nats
-    return found
+    nats = {int(number): sums for one in distributed.gather(measured) for number, sums in one.items()}
+    return [Window(window.place, len(window.ids) - 1, *nats[number]) for number, window in enumerate(windows)]
 
 
 def _nats(base_NxV: Any, tuned_NxV: Any, target_N: Any) -> Any:

@@ -285,7 +285,7 @@ def weights(folder: Path) -> dict[str, "torch.Tensor"]:
     import torch
     from transformers import AutoModelForCausalLM
 
-    from pipeline.model import device as devices
+    from pipeline.model import devices
 
     devices.quieten()
     model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=False, device_map={"": torch.device("cpu")})

@@ -9,10 +9,10 @@ evaluation alone; in training, int8 layers compute with their weights' values an
 import shutil
 from typing import TYPE_CHECKING, Any
 
-from pipeline.core import params, paths, records
+from pipeline.core import contracts, params, paths, records
+from pipeline.core.contracts import BaseFacts, QuantizedFacts
 from pipeline.core.progress import say
-from pipeline.model import checkpoint, loss, memory, packed
-from pipeline.model import device as devices
+from pipeline.model import checkpoint, devices, loss, memory, packed
 
 if TYPE_CHECKING:
     import torch
@@ -23,47 +23,49 @@ WINDOW = 256  # tokens of the perplexity's windows
 def quantize(quantize: params.Quantize, runtime: params.Runtime) -> None:
     """Write `out/models/quantized` and its facts; with method none, the base as it is."""
     device = devices.choose(runtime)
-    base_facts = records.read_json(paths.BASE_FACTS)
-    checkpoint.require_intact(paths.BASE, base_facts)
-    devices.require(device, base_facts["dtype"])
-    wanted = {"method": quantize.method, "double_quantization": quantize.double_quantization}
-    home = memory.require_quantizing(device, memory.base(paths.BASE, base_facts | wanted))
+    facts = contracts.read(paths.BASE_FACTS, BaseFacts)
+    checkpoint.require_intact(paths.BASE, facts.sha256)
+    devices.require(device, facts.dtype)
+    home = memory.require_quantizing(
+        device, memory.Base.of(paths.BASE, facts.dtype, quantize.method, quantize.double_quantization)
+    )
+    if home != device:
+        say(f"quantize: the base does not fit beside its quantized form on {device.type}: {home.type} computes it")
     windows = _windows(quantize.perplexity_tokens)
     base = checkpoint.pretrained(paths.BASE, home)
     before = loss.perplexity(base, windows, "perplexity before")
-    facts: dict[str, Any] = dict(wanted)
-    if home != device:
-        say(f"quantize: the base does not fit beside its quantized form on {device.type}: {home.type} computes it")
-        facts["base_on"] = home.type
-    if quantize.method == "int8":
-        facts["int8_threshold"] = quantize.int8_threshold
+    errors: dict[str, float] = {}
     if quantize.method == "none":
         shutil.copytree(paths.BASE, paths.QUANTIZED, dirs_exist_ok=True)
-        after, measured = before, {"bits_per_parameter": 8.0 * base.dtype.itemsize, "layers": {}, "quantized_layers": 0}
+        after, bits = before, 8.0 * base.dtype.itemsize
     else:
-        config = _config(quantize, base.dtype)
-        quantized = checkpoint.pretrained(paths.BASE, device, quantization_config=config)
-        measured = _reconstruction(base, quantized)
+        quantized = checkpoint.pretrained(paths.BASE, device, quantization_config=_config(quantize, base.dtype))
+        errors, bits = _reconstruction(base, quantized)
         quantized.save_pretrained(paths.QUANTIZED)
         checkpoint.tokenizer(paths.BASE).save_pretrained(paths.QUANTIZED)
         packed.keep_unpacked(quantized)
         after = loss.perplexity(quantized, windows, "perplexity after")
-    facts |= {
-        **measured,
-        "perplexity_before": before,
-        "perplexity_after": after,
-        "perplexity_tokens": sum(len(window) - 1 for window in windows),
-        "bytes": sum(path.stat().st_size for path in paths.QUANTIZED.glob("*.safetensors")),
-        "sha256": records.sha256_tree(paths.QUANTIZED),
-        # Facts of the base that later stages need, so that they depend on this one alone.
-        "context": base_facts["context"],
-        "dtype": base_facts["dtype"],
-        "stop_ids": base_facts["stop_ids"],
-    }
-    records.write_json(paths.QUANTIZED_FACTS, facts)
+    made = QuantizedFacts(
+        method=quantize.method,
+        double_quantization=quantize.double_quantization,
+        bits_per_parameter=bits,
+        quantized_layers=len(errors),
+        layers=errors,
+        perplexity_before=before,
+        perplexity_after=after,
+        perplexity_tokens=sum(len(window) - 1 for window in windows),
+        bytes=sum(path.stat().st_size for path in paths.QUANTIZED.glob("*.safetensors")),
+        sha256=records.sha256_tree(paths.QUANTIZED),
+        context=facts.context,
+        dtype=facts.dtype,
+        stop_ids=facts.stop_ids,
+        int8_threshold=quantize.int8_threshold if quantize.method == "int8" else None,
+        base_on=None if home == device else home.type,
+    )
+    contracts.write(paths.QUANTIZED_FACTS, made)
     say(
-        f"quantize: {quantize.method}, {facts['bits_per_parameter']:.3f} bits a parameter in "
-        f"{facts['quantized_layers']} layers, perplexity {before:.3f} -> {after:.3f}"
+        f"quantize: {made.method}, {made.bits_per_parameter:.3f} bits a parameter in {made.quantized_layers} layers, "
+        f"perplexity {before:.3f} -> {after:.3f}"
     )
 
 
@@ -80,7 +82,7 @@ def _config(quantize: params.Quantize, dtype: "torch.dtype") -> Any:
     )
 
 
-def _reconstruction(base: Any, quantized: Any) -> dict[str, Any]:
+def _reconstruction(base: Any, quantized: Any) -> tuple[dict[str, float], float]:
     """Relative error |W - Q(W)| / |W| (Frobenius) of each layer, and the stored bits a parameter with the constants."""
     from bitsandbytes.functional import dequantize_4bit, int8_vectorwise_dequant
 
@@ -101,7 +103,7 @@ def _reconstruction(base: Any, quantized: Any) -> dict[str, Any]:
         # One constant a row; the first forward pass moves them to the layer's state.
         weight, scale = layer.weight.data, layer.state.SCB if layer.weight.SCB is None else layer.weight.SCB
         measure(name, [weight, scale], int8_vectorwise_dequant(weight, scale))
-    return {"bits_per_parameter": bits / parameters, "layers": errors, "quantized_layers": len(errors)}
+    return errors, bits / parameters
 
 
 def _block_constants(state: Any) -> list["torch.Tensor"]:

@@ -1,11 +1,13 @@
-"""Stage compare: base against tuned on the same rows; writes what people read."""
+"""Stage compare: base against tuned on the same rows; stores the comparison, and writes what people read of it."""
 
 from pipeline.core import params, stage
-from pipeline.report import comparison
+from pipeline.report import files
+from pipeline.score import compare
 
 
 def main(declared: params.Declared) -> None:
-    comparison.write(declared.seeds, declared[params.Evaluate], declared[params.Compare])
+    compare.write(declared.seeds, declared[params.Evaluate], declared[params.Compare])
+    files.write(declared.seeds)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Stage evaluate@base: the base's predictions scored."""
 
 from pipeline.core import params, paths, stage
-from pipeline.score import evaluate as scores
+from pipeline.score import evaluate
 
 if __name__ == "__main__":
-    stage.run("evaluate", lambda declared: scores.evaluate(paths.variant(None), declared[params.Evaluate]))
+    stage.run("evaluate", lambda declared: evaluate.score_variant(paths.variant(None), declared[params.Evaluate]))

@@ -1,9 +1,9 @@
 """Stage evaluate-tuned@<seed>: one seed's predictions scored."""
 
 from pipeline.core import params, paths, stage
-from pipeline.score import evaluate as scores
+from pipeline.score import evaluate
 
 if __name__ == "__main__":
     seed = stage.seed(__doc__)
     variant = paths.variant(seed)
-    stage.run("evaluate-tuned", lambda declared: scores.evaluate(variant, declared[params.Evaluate]), seed=seed)
+    stage.run("evaluate-tuned", lambda declared: evaluate.score_variant(variant, declared[params.Evaluate]), seed=seed)

@@ -1,12 +1,12 @@
 """Stage infer@base: what the base writes for the test split. Depends on nothing of LoRA or training."""
 
 from pipeline.core import params, paths
-from pipeline.infer import infer as generate
+from pipeline.infer import infer
 from pipeline.model import processes as distributed
 
 
 def main(declared: params.Declared) -> None:
-    generate.infer("base", declared[params.Prompt], declared[params.Generation], declared[params.Runtime])
+    infer.decode("base", declared[params.Prompt], declared[params.Generation], declared[params.Runtime])
 
 
 if __name__ == "__main__":

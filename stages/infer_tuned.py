@@ -1,14 +1,14 @@
 """Stage infer-tuned@<seed>: what the base with one seed's adapter writes for the same prompts."""
 
 from pipeline.core import params, paths, stage
-from pipeline.infer import infer as generate
+from pipeline.infer import infer
 from pipeline.lora import adapter
 from pipeline.model import processes as distributed
 
 
 def main(declared: params.Declared, seed: int) -> None:
     prompt, generation, runtime = declared[params.Prompt], declared[params.Generation], declared[params.Runtime]
-    generate.infer(paths.variant(seed), prompt, generation, runtime, adapter.Saved(paths.adapter(seed)))
+    infer.decode(paths.variant(seed), prompt, generation, runtime, adapter.Saved(paths.adapter(seed)))
 
 
 if __name__ == "__main__":

@@ -6,8 +6,8 @@ from pipeline.report import page
 
 
 def main(declared: params.Declared) -> None:
-    page.write(declared.seeds, declared[params.Evaluate], declared[params.Compare])
-    track.track(declared.seeds, declared[params.Tracking])
+    page.write(declared.seeds, declared[params.Evaluate], declared[params.Compare].explorer)
+    track.record(declared.seeds, declared[params.Tracking])
 
 
 if __name__ == "__main__":

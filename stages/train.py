@@ -7,7 +7,7 @@ from pipeline.model import processes as distributed
 
 def main(declared: params.Declared, seed: int) -> None:
     prompt, lora, runtime = declared[params.Prompt], declared[params.Lora], declared[params.Runtime]
-    train.train(seed, prompt, lora, declared[params.Train], runtime)
+    train.fit(seed, prompt, lora, declared[params.Train], runtime)
 
 
 if __name__ == "__main__":

@@ -34,7 +34,7 @@ def quantized(project: params.Params, checkpoint: Path, method: str = "none") ->
 def trained(rslora: bool, seed: int = 17) -> adapter.Saved:
     """An adapter whose B is not zero."""
     lora = params.Lora(r=4, alpha=8.0, rslora=rslora, dropout=0.0, target_modules="all-linear")
-    adapted = adapter.attach(models.load(CPU, keep_dequantized=True), lora, seed)
+    adapted = adapter.attach(models.quantized(CPU, keep_dequantized=True), lora, seed)
     with torch.no_grad(), torch.random.fork_rng():
         torch.manual_seed(seed)
         for tensor in adapter.tensors(adapted).values():

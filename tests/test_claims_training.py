@@ -17,7 +17,7 @@ from pipeline import forget
 from pipeline.core import params, paths, records
 from pipeline.core.errors import UserError
 from pipeline.lora import adapter, train
-from pipeline.model import checkpoint, device, pack
+from pipeline.model import checkpoint, devices, pack
 from pipeline.model.prompt import Encoder
 from pipeline.score import compare
 from pipeline.score.significance import Interval
@@ -187,7 +187,7 @@ def test_sums_are_the_trainer_s_loss(inputs_made: params.Params) -> None:
 def test_within_disable_adapter_both_is_the_base(inputs_made: params.Params) -> None:
     links = {paths.QUANTIZED: lab.quantized("none"), paths.QUANTIZED_FACTS: lab.quantized("none").with_suffix(".json")}
     with lab.lab("both", links, {}):
-        both = full_tuning.load(device.choose(inputs_made.runtime))
+        both = full_tuning.load(devices.choose(inputs_made.runtime))
     for tensor in both.tuned.parameters():
         tensor.data.mul_(1.5)
     window = forget.Window("a", list(range(20, 40)))

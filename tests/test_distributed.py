@@ -24,7 +24,7 @@ from pipeline.core import params, paths, records, stage
 from pipeline.core.errors import UserError
 from pipeline.infer import infer as generate
 from pipeline.lora import adapter, train
-from pipeline.model import device, memory
+from pipeline.model import devices, memory
 from pipeline.model import load as model
 from pipeline.model import processes as distributed
 from pipeline.report import page
@@ -262,7 +262,7 @@ def test_what_json_would_change_is_not_sent(monkeypatch: pytest.MonkeyPatch, val
 def test_more_processes_than_a_batch_has_groups_are_refused(
     quantized: params.Params, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(distributed, "processes", lambda: 3)
+    monkeypatch.setattr(distributed, "count", lambda: 3)
     with pytest.raises(UserError, match=r"runtime.processes = 3, but a step's batch has 2 groups of rows at most"):
         trained(quantized)
 
@@ -278,7 +278,7 @@ def test_none_loads_its_base_before_all_have_asked_what_memory_is_left(
 
     monkeypatch.setattr(memory, "require_inference", lambda *_: called.append("asked"))
     monkeypatch.setattr(distributed, "gather", lambda _: called.append("met"))
-    monkeypatch.setattr(model, "load", load)
+    monkeypatch.setattr(model, "quantized", load)
     with pytest.raises(InterruptedError):
         inferred(quantized)
     assert called == ["asked", "met", "loaded"]
@@ -315,7 +315,7 @@ def test_the_cores_are_divided_and_a_number_of_threads_is_each_processes_own(mon
     monkeypatch.setattr(distributed, "join", lambda *_, **__: torch.device("cpu"))
     try:
         for given, threads in ((0, 3), (2, 2)):
-            device.choose(runtime(threads=given, processes=4))
+            devices.choose(runtime(threads=given, processes=4))
             assert torch.get_num_threads() == threads
     finally:
         torch.set_num_threads(before)

@@ -63,7 +63,7 @@ def taken(folder: Path, method: str) -> Any:
         ),
         runtime(),
     )  # fmt: skip
-    return models.load(CPU, keep_dequantized=True)
+    return models.quantized(CPU, keep_dequantized=True)
 
 
 def as_it_comes(method: str) -> Any:

@@ -26,7 +26,7 @@ from pipeline.lora import (
     train,  # fmt: skip
 )
 from pipeline.model import attention, checkpoint, memory, pack
-from pipeline.model import device as devices
+from pipeline.model import devices
 from pipeline.model import load as models
 from pipeline.model.prompt import Row
 from pipeline.model.shape import Shape
@@ -378,7 +378,7 @@ def test_stages_refuse_before_they_load(
         content = {"context": 512, "dtype": "float32", "stop_ids": [1], "sha256": records.sha256_tree(folder)}
         records.write_json(facts, content | {"method": "nf4", "double_quantization": True, "quantized_layers": 14})
     monkeypatch.setattr(memory, "available", lambda _: 1000.0)
-    monkeypatch.setattr(models, "load", lambda *_: pytest.fail("loaded"))
+    monkeypatch.setattr(models, "quantized", lambda *_: pytest.fail("loaded"))
     monkeypatch.setattr(checkpoint, "pretrained", lambda *_, **__: pytest.fail("loaded"))
     given = project
     with pytest.raises(UserError, match="train takes about"):

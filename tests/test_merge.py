@@ -26,7 +26,7 @@ def prepared(project: params.Params, method: str, dtype: str = "float32", rslora
     quantize.quantize(project.quantize.model_copy(update=update), project.runtime)
     facts = records.read_json(paths.QUANTIZED_FACTS)
     lora = project.lora.model_copy(update={"rslora": rslora})
-    model = act(adapter.attach(models.load(CPU, keep_dequantized=True), lora, 1))
+    model = act(adapter.attach(models.quantized(CPU, keep_dequantized=True), lora, 1))
     adapter.save(model, adapter.tensors(model), paths.adapter(17), facts["sha256"])
 
 

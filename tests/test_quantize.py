@@ -194,7 +194,7 @@ def test_int8_is_written_with_its_facts_and_stays_int8(project: params.Params, t
     assert 0 < max(facts["layers"].values()) < 0.02
     assert facts["perplexity_after"] == pytest.approx(facts["perplexity_before"], rel=0.05)
     for keep in (True, False):
-        loaded = models.load(CPU, keep_dequantized=keep)
+        loaded = models.quantized(CPU, keep_dequantized=keep)
         assert {layer.state.threshold for layer in loaded.modules() if type(layer).__name__ == "Linear8bitLt"} == {4.0}
     with pytest.raises(UserError, match=r"int8_threshold = 6.0 was asked for, but the loaded model has 4.0"):
         packed.require_effective(loaded, facts | {"int8_threshold": 6.0})

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 from pipeline.core import params, paths, records
 from pipeline.core.errors import UserError
 from pipeline.lora import adapter, train
-from pipeline.model import attention, device, pack
+from pipeline.model import attention, devices, pack
 from pipeline.model.prompt import Row
 
 LORA = params.Lora(r=4, alpha=8.0, rslora=False, dropout=0.1, target_modules="all-linear")
@@ -320,7 +320,7 @@ def test_another_number_of_threads_starts_afresh(
         patch.setattr(train.Trainer, "step", dies_at(3, train.Trainer.step))
         run(quantized)
     capsys.readouterr()
-    monkeypatch.setattr(device, "threads", lambda _: 3)
+    monkeypatch.setattr(devices, "threads", lambda _: 3)
     run(quantized)
     assert "going on" not in capsys.readouterr().out
 

@@ -60,7 +60,7 @@ def show(run: RUN = None) -> None:
     from pipeline.core import params
     from pipeline.record import store, track
     from pipeline.report import page
-    from pipeline.report import words as report
+    from pipeline.report import wording as report
 
     given = params.load()
     if run is not None:

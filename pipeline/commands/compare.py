@@ -17,12 +17,13 @@ from typing import Any
 import numpy as np
 
 from pipeline.commands import show as lineage
-from pipeline.core import params, paths, records
+from pipeline.core import contracts, params, paths, records
+from pipeline.core.contracts import Scores, TrainingSummary
 from pipeline.core.errors import UserError, listing
-from pipeline.record import lockfile, store, track
-from pipeline.report import words as report
+from pipeline.record import identity, lockfile, store
+from pipeline.report import wording
 from pipeline.score import compare, metrics, significance
-from pipeline.score import evaluate as scores
+from pipeline.score.comparison import Result
 from pipeline.score.significance import Interval
 
 TERMINAL = 80
@@ -49,8 +50,8 @@ class Experiment:
 
     name: str
     params: dict[str, str]
-    base: scores.Scores
-    tuned: list[scores.Scores]
+    base: Scores
+    tuned: list[Scores]
     references: dict[str, str]
     texts: dict[str, str]
     costs: dict[str, float]
@@ -63,7 +64,7 @@ class Pair:
     first: str
     second: str
     metric: str
-    result: compare.Result
+    result: Result
     p_holm: float
 
 
@@ -72,7 +73,7 @@ class Ranking:
     """Experiments in the order of the first metric, best first."""
 
     names: list[str]
-    results: dict[str, dict[str, compare.Result]]
+    results: dict[str, dict[str, Result]]
     pairs: list[Pair]
 
 
@@ -108,7 +109,7 @@ def rank(found: Sequence[Experiment], settings: params.Compare) -> Ranking:
     return Ranking(names, results, pairs)
 
 
-def gain(one: Experiment, over: Experiment | None, settings: params.Compare) -> dict[str, compare.Result]:
+def gain(one: Experiment, over: Experiment | None, settings: params.Compare) -> dict[str, Result]:
     """Each metric of `settings.decide_by`: an experiment's tuned models against another's, or against its own base.
 
     UserError as of `rank`."""
@@ -124,14 +125,11 @@ def _deciding(one: Experiment, settings: params.Compare) -> list[metrics.Metric]
 
 
 def _contrast(
-    one: Experiment, before: Sequence[scores.Scores], chosen: Sequence[metrics.Metric], settings: params.Compare
-) -> dict[str, compare.Result]:
+    one: Experiment, before: Sequence[Scores], chosen: Sequence[metrics.Metric], settings: params.Compare
+) -> dict[str, Result]:
     """The tuned models of `one` against those with the scores `before`, on the same test examples."""
-    there, here = (
-        [compare.Table(chosen, [scored.of(metric) for metric in chosen]) for scored in some]
-        for some in (before, one.tuned)
-    )
-    return compare.contrast(there, here, np.array([row["group"] for row in one.base.examples]), settings)
+    there, here = ([compare.Table.of(scored, chosen) for scored in some] for some in (before, one.tuned))
+    return compare.contrast(there, here, np.array([row.group for row in one.base.examples]), settings)
 
 
 def page(found: Sequence[Experiment], ranking: Ranking, settings: params.Compare) -> str:
@@ -149,17 +147,16 @@ def page(found: Sequence[Experiment], ranking: Ranking, settings: params.Compare
         rows = []
         for name in ranking.names:
             one = ranking.results[name][metric]
-            reached = (
-                f"{report.points(one.tuned.value)} ({report.points(one.tuned.low)} to {report.points(one.tuned.high)})"
-            )
-            gained = f"{report.signed(one.diff.value)} ({report.span(one.deciding)})"
-            rows.append([places[name], report.markdown(name), reached, gained])
+            low, high = wording.points(one.tuned.low), wording.points(one.tuned.high)
+            reached = f"{wording.points(one.tuned.value)} ({low} to {high})"
+            gained = f"{wording.signed(one.diff.value)} ({wording.span(one.deciding)})"
+            rows.append([places[name], wording.markdown(name), reached, gained])
         lines += ["", f"{label}, with {interval}:", "", *_table(["", "experiment", label, "tuned − its base"], rows)]
         rows = [
             [
                 f"{places[pair.first]} − {places[pair.second]}",
-                f"{report.signed(-pair.result.diff.value)} ({_reversed(pair.result.deciding)})",
-                report.probability(pair.p_holm),
+                f"{wording.signed(-pair.result.diff.value)} ({_reversed(pair.result.deciding)})",
+                wording.probability(pair.p_holm),
                 f"{round(-pair.result.effect, 2) + 0.0:.2f}".replace("-", "−"),  # zero has no sign
                 _verdict(pair, settings),
             ]
@@ -188,10 +185,10 @@ def _overview(ranked: Sequence[Experiment], ranking: Ranking, metric: str) -> li
         return [
             [
                 f"#{place}",
-                report.markdown(one.name),
-                *(report.markdown(one.params.get(key, "—")) for key in names),
+                wording.markdown(one.name),
+                *(wording.markdown(one.params.get(key, "—")) for key in names),
                 *(str(len(one.tuned)) for _ in seeds),
-                report.points(ranking.results[one.name][metric].tuned.value),
+                wording.points(ranking.results[one.name][metric].tuned.value),
                 *(f"{one.costs[key]:,.0f}" if key in one.costs else "n/a" for key, _, _ in COSTS),
             ]
             for place, one in enumerate(ranked, start=1)
@@ -208,17 +205,17 @@ def _overview(ranked: Sequence[Experiment], ranking: Ranking, metric: str) -> li
         (f"#{place}", [f"{key} = {one.params.get(key, '—')}" for key in differing])
         for place, one in enumerate(ranked, 1)
     ]
-    return [*table, "", *(f"- {place}: {report.markdown(', '.join(values))}" for place, values in given)]
+    return [*table, "", *(f"- {place}: {wording.markdown(', '.join(values))}" for place, values in given)]
 
 
 def _reversed(interval: Interval) -> str:
     """The interval of the difference taken the other way round."""
-    return f"{report.signed(-interval.high)} to {report.signed(-interval.low)}"
+    return f"{wording.signed(-interval.high)} to {wording.signed(-interval.low)}"
 
 
 def _apart(first: Experiment, second: Experiment, metric: str, count: int) -> list[str]:
     """The examples on which the first seeds of two experiments are furthest apart, at most `count` for either."""
-    here, there = ({row["id"]: row[metric] for row in one.tuned[0].examples} for one in (first, second))
+    here, there = ({row.id: row.scores[metric] for row in one.tuned[0].examples} for one in (first, second))
     order = sorted(here, key=lambda name: (there[name] - here[name], name))
     chosen = [name for name in order[:count] if here[name] > there[name]]
     chosen += [name for name in order[::-1][:count] if here[name] < there[name]]
@@ -231,10 +228,10 @@ def _apart(first: Experiment, second: Experiment, metric: str, count: int) -> li
     ]
     for name in chosen:
         lines += [
-            f"- {report.markdown(name)}",
-            f"  - reference: {report.markdown(first.references[name])}",
-            f"  - #1, {report.points(here[name])}: {report.markdown(first.texts[name])}",
-            f"  - #2, {report.points(there[name])}: {report.markdown(second.texts[name])}",
+            f"- {wording.markdown(name)}",
+            f"  - reference: {wording.markdown(first.references[name])}",
+            f"  - #1, {wording.points(here[name])}: {wording.markdown(first.texts[name])}",
+            f"  - #2, {wording.points(there[name])}: {wording.markdown(second.texts[name])}",
         ]
     return lines
 
@@ -243,7 +240,7 @@ def _verdict(pair: Pair, settings: params.Compare) -> str:
     if pair.p_holm > 1 - settings.confidence:
         return "no difference shown"
     better = pair.second if pair.result.diff.value > 0 else pair.first
-    return f"{report.markdown(better)} is better"
+    return f"{wording.markdown(better)} is better"
 
 
 def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
@@ -328,12 +325,13 @@ def _from_lock(name: str, lock: str, tracking: params.Tracking) -> Experiment:
             "run `dvc repro` there"
         ) from None
     try:
-        digest, given = track.digest_of(lock, seeds), track.params_of(lock, seeds)
+        locked = identity.stages_of(lock, seeds)
+        given = identity.params_of(locked)
     except UserError as error:
         raise UserError(f"{name}: {error}") from None
-    run = next((run for run in store.stored(tracking) if run.tags.get(store.DIGEST) == digest), None)
+    run = next(iter(store.of_digest(identity.digest(locked), store.stored(tracking))), None)
     objects = lockfile.cache_folder(Path()) / "files" / "md5"
-    md5: dict[str, str] = {out["path"]: out["md5"] for stage in stages.values() for out in stage.get("outs", [])}
+    md5 = {path: name for stage in locked.values() for path, name in stage.outs.items()}
 
     def cached(path: Path) -> Path:
         name = md5[str(path)]
@@ -345,9 +343,9 @@ def _from_lock(name: str, lock: str, tracking: params.Tracking) -> Experiment:
     if all(file.is_file() for file in [*files, test, written]):
         references = {row.id: row.target for row in records.read_rows(test, records.Example)}
         texts = {row.id: row.text for row in records.read_rows(written, records.Prediction)}
-        one = _of(name, given, [scores.load(file) for file in files], references, texts, run)
+        one = _of(name, given, [contracts.read(file, Scores) for file in files], references, texts, run)
         if (summary := cached(paths.training_summary(seeds[0]))).is_file():
-            one.costs["trainable"] = records.read_json(summary)["trainable_parameters"]
+            one.costs["trainable"] = contracts.read(summary, TrainingSummary).trainable_parameters
         return one
     if run is None:
         raise UserError(
@@ -366,7 +364,7 @@ def _from_run(run: store.Stored, tracking: params.Tracking) -> Experiment:
 def of_artifacts(run: store.Stored, folder: Path) -> Experiment:
     """The experiment of a run whose artifacts were copied to `folder`; UserError where they hold no scores."""
     files = sorted((folder / paths.SCORES.name).glob("*.json"))
-    found = [scores.load(file) for file in files]
+    found = [contracts.read(file, Scores) for file in files]
     if not found:
         raise UserError(f"run {run.name} holds no scores: it was recorded by an earlier version; run it again")
     table = records.read_json(folder / "tables" / "predictions.json")
@@ -379,7 +377,7 @@ def of_artifacts(run: store.Stored, folder: Path) -> Experiment:
 def _of(
     name: str,
     given: Mapping[str, str],
-    found: Sequence[scores.Scores],
+    found: Sequence[Scores],
     references: dict[str, str],
     texts: dict[str, str],
     run: store.Stored | None,

@@ -20,13 +20,14 @@ from typing import Any
 from pipeline.commands import compare as experiments
 from pipeline.commands import show as lineage
 from pipeline.commands.compare import Experiment
-from pipeline.core import params, paths, records
+from pipeline.core import contracts, params, paths, records
+from pipeline.core.contracts import TrainingSummary
 from pipeline.core.errors import UserError, listing
 from pipeline.core.progress import say
-from pipeline.record import store, track
-from pipeline.report import words as report
+from pipeline.record import identity, store
+from pipeline.report import wording
 from pipeline.score import compare
-from pipeline.score.compare import Result
+from pipeline.score.comparison import Result, Verdict
 from pipeline.score.metrics import LABELS
 
 ALIAS = "champion"
@@ -148,20 +149,14 @@ def _stays(champion: Any) -> str:
 def _run(name: str | None, given: params.Params, runs: list[store.Stored]) -> store.Stored:
     if name is not None:
         run = lineage.find(name, runs)
-        if run.status != "FINISHED" or store.DIGEST not in run.tags:
+        if not run.finished or store.DIGEST not in run.tags:
             raise UserError(f"run {run.name} ({run.run_id}) is no finished experiment, its status is {run.status}")
         return run
     if not paths.DVC_LOCK.is_file():
         raise UserError(f"{paths.DVC_LOCK} is missing: run `dvc repro`, which makes it, or name a run")
-    digest = track.digest_of(paths.DVC_LOCK.read_text(encoding="utf-8"), given.seeds)
-    if (found := _of_digest(digest, runs)) is None:
-        raise UserError("the experiment of this folder is not recorded: run `dvc repro`, or name a run")
-    return found
-
-
-def _of_digest(digest: str | None, runs: list[store.Stored]) -> store.Stored | None:
-    found = (run for run in runs if run.tags.get(store.DIGEST) == digest and run.status == "FINISHED")
-    return next(found, None) if digest else None
+    if found := store.of_digest(identity.digest(identity.here(given.seeds)), runs):
+        return found[0]
+    raise UserError("the experiment of this folder is not recorded: run `dvc repro`, or name a run")
 
 
 def _candidate(run: store.Stored, tracking: params.Tracking, seed: int | None = None) -> Candidate:
@@ -185,8 +180,7 @@ def _candidate(run: store.Stored, tracking: params.Tracking, seed: int | None = 
 
 def _loss(summary: Path) -> float:
     """The loss on the validation rows of the adapter that was kept: with early stopping not always the last one's."""
-    facts = records.read_json(summary)
-    return float(facts.get("kept_loss", facts["validation"][-1]["loss"]))
+    return contracts.read(summary, TrainingSummary).kept_loss
 
 
 def _decide(
@@ -220,8 +214,8 @@ def _decide(
 
 def _candidate_of(champion: Any, runs: list[store.Stored], tracking: params.Tracking) -> Candidate:
     """The champion with its scores, out of its run, or of the run that has replaced that."""
-    run = next((run for run in runs if run.run_id == champion.run_id), None)
-    run = run or _of_digest(champion.tags.get(store.DIGEST), runs)
+    own = [run for run in runs if run.run_id == champion.run_id]
+    run = next(iter([*own, *store.of_digest(champion.tags.get(store.DIGEST, ""), runs)]), None)
     seed = champion.tags.get(SEED, "")
     if run is None or not seed.isdecimal():
         raise UserError(
@@ -231,7 +225,7 @@ def _candidate_of(champion: Any, runs: list[store.Stored], tracking: params.Trac
     return _candidate(run, tracking, int(seed))
 
 
-def _verdict(results: Mapping[str, Result]) -> compare.Verdict:
+def _verdict(results: Mapping[str, Result]) -> Verdict:
     return compare.verdict([one.deciding for one in results.values()])
 
 
@@ -242,8 +236,8 @@ def _word(results: Mapping[str, Result]) -> str:
 
 def _figures(results: Mapping[str, Result]) -> str:
     return ", ".join(
-        f"{LABELS[name]} {report.points(one.base.value)} → {report.points(one.tuned.value)} "
-        f"({report.signed(one.deciding.value)}, {report.span(one.deciding)})"
+        f"{LABELS[name]} {wording.points(one.base.value)} → {wording.points(one.tuned.value)} "
+        f"({wording.signed(one.deciding.value)}, {wording.span(one.deciding)})"
         for name, one in results.items()
     )
 

@@ -11,10 +11,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from pipeline.core import params, paths, records
+from pipeline.core import contracts, params, paths, records
 from pipeline.core.errors import UserError
 from pipeline.core.progress import say
-from pipeline.record import lockfile, provenance, store, track
+from pipeline.core.records import Decoding
+from pipeline.record import identity, lockfile, provenance, store
 
 
 def recompute() -> bool:
@@ -30,7 +31,7 @@ def recompute() -> bool:
         say(f"recomputing in {copy}")
         _reproduce(copy)
         again = lockfile.read(copy)
-        device = records.read_json(copy / paths.decoding("base"))["device"]
+        device = contracts.read(copy / paths.decoding(paths.variant(None)), Decoding).device
     differing = compare(recorded.stages, again.stages)
     for line in differing or [f"{len(again.stages)} stages computed again: every parameter, input and output is equal"]:
         say(line)
@@ -53,10 +54,10 @@ def compare(recorded: list[lockfile.Stage], again: list[lockfile.Stage]) -> list
             lines.append(f"{then.name}: not run {'in the recorded experiment' if then.locked is None else 'again'}")
             continue
         inputs = [
-            *_differing(_by_path(then.locked, "deps"), _by_path(now.locked, "deps")),
-            *_differing(_parameters(then.locked), _parameters(now.locked)),
+            *_differing(lockfile.deps_of(then.locked), lockfile.deps_of(now.locked)),
+            *_differing(lockfile.params_of(then.locked), lockfile.params_of(now.locked)),
         ]
-        outs = _differing(_by_path(then.locked, "outs"), _by_path(now.locked, "outs"))
+        outs = _differing(lockfile.outs_of(then.locked), lockfile.outs_of(now.locked))
         if outs and not inputs:
             first = "" if cause else " (the first: here equal inputs gave other results)"
             lines.append(f"{then.name}: other outputs from equal inputs, {', '.join(outs)}{first}")
@@ -68,14 +69,6 @@ def compare(recorded: list[lockfile.Stage], again: list[lockfile.Stage]) -> list
 
 def _differing(then: dict[str, Any], now: dict[str, Any]) -> list[str]:
     return sorted(name for name in then.keys() | now.keys() if then.get(name) != now.get(name))
-
-
-def _by_path(locked: dict[str, Any], kind: str) -> dict[str, Any]:
-    return {entry["path"]: entry["md5"] for entry in locked.get(kind, [])}
-
-
-def _parameters(locked: dict[str, Any]) -> dict[str, Any]:
-    return {name: value for file in locked.get("params", {}).values() for name, value in file.items()}
 
 
 def _copy(copy: Path, given: params.Params) -> None:
@@ -135,11 +128,7 @@ def _ended_by_sigterm() -> Iterator[None]:
 
 def environment(given: params.Params, device: str) -> list[str]:
     """What differs between the recorded run's packages, machine and device and those of now, a line each."""
-    lock = paths.DVC_LOCK.read_text(encoding="utf-8")
-    digest = track.digest_of(lock, given.seeds)
-    found = [
-        run for run in store.stored(given.tracking) if (run.tags[store.DIGEST], run.status) == (digest, "FINISHED")
-    ]
+    found = store.of_digest(identity.digest(identity.here(given.seeds)), store.stored(given.tracking))
     if not found:
         return ["environment: unknown of then, there is no finished run of this experiment"]
     now = {f"version.{name}": one for name, one in provenance.versions().items()}

@@ -8,7 +8,7 @@ from pathlib import Path
 from pipeline.core import params, paths, records
 from pipeline.core.errors import UserError, listing
 from pipeline.core.progress import say
-from pipeline.record import lockfile, provenance, store, track
+from pipeline.record import identity, lockfile, provenance, store, track
 
 STAGED = ("exec", "stash", "apply", "celery")
 """Folders under refs/exps that hold no experiment of a user's."""
@@ -28,7 +28,7 @@ def show(name: str, tracking: params.Tracking) -> None:
     say(f"verdict  {tags.get(store.NOTE, '').replace('**', '')}")
     with tempfile.TemporaryDirectory(prefix="lora-repro-") as folder:
         held = store.read_back(tracking, run.run_id, Path(folder))
-        faults = store.spoilt(run, held, Path(folder)) if run.status == "FINISHED" else ["it is half-written"]
+        faults = store.spoilt(run, held, Path(folder)) if run.finished else ["it is half-written"]
         lock = Path(folder) / paths.DVC_LOCK
         seeds = run.seeds
         faults += _adapters(Path(folder), lock, seeds)
@@ -78,7 +78,7 @@ def _adapters(folder: Path, lock: Path, seeds: list[int]) -> list[str]:
     """Print the sha256 of each logged adapter; what is wrong with those that are not the run's `dvc.lock`'s."""
     try:
         stages = lockfile.stages_of(lockfile.text(lock), str(lock))
-        outs = {out["path"]: out["md5"] for stage in stages.values() for out in stage.get("outs", [])}
+        outs = {path: md5 for stage in stages.values() for path, md5 in lockfile.outs_of(stage).items()}
     except UserError:
         return [f"artifacts/{paths.DVC_LOCK} cannot be read"]
     faults = []
@@ -121,7 +121,7 @@ def _holds(commit: str, digest: str, seeds: list[int]) -> bool:
     """Whether the `dvc.lock` of a commit is of the experiment with this digest."""
     lock = _git("show", f"{commit}:./{paths.DVC_LOCK}")
     try:
-        return bool(lock) and track.digest_of(lock, seeds) == digest
+        return bool(lock) and identity.digest_of(lock, seeds) == digest
     except UserError:  # of another pipeline, or of other seeds
         return False
 

@@ -10,17 +10,23 @@ import json
 import shlex
 import sqlite3
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
-from pipeline.core import params, paths, records, yaml12
+from pipeline.core import contracts, params, paths, records, yaml12
+from pipeline.core.contracts import AdapterOrigin, BaseFacts, Forgetting, QuantizedFacts, Receipt, Scores
 from pipeline.core.errors import UserError
 from pipeline.core.progress import say
-from pipeline.record import current, lockfile, store, track
+from pipeline.core.records import Decoding
+from pipeline.lora.adapter import ORIGIN
+from pipeline.record import current, identity, lockfile, store, track
 from pipeline.record.current import Outcome, word
-from pipeline.report import comparison
+from pipeline.report import files
 from pipeline.report import page as pages
+from pipeline.score import compare
 from pipeline.sources import source
 
 ABOVE = "# what is said above"
@@ -33,35 +39,35 @@ def verify() -> bool:
     """
     project = lockfile.read()
     found = 0
-    for check in (cache, current.outputs, current.pipeline, chain, reports, record, page, wheels):
+    for check in (objects, current.outputs, current.pipeline, chain, reports, record, page, wheels):
         outcome = check(project)
         say(f"{outcome.name}: {outcome.compared}")
         for one in outcome.findings:
             say(f"  {one.place}: {one.wrong}\n    mend: {one.remedy}")
         found += len(outcome.findings)
-    say(f"{found} to mend, from the top" if found else "all agreed")
+    say(f"{found} error{'s' if found > 1 else ''}: mend them from the top" if found else "all agreed")
     return not found
 
 
 # Checks
 
 
-def cache(project: lockfile.Project) -> Outcome:
+def objects(project: lockfile.Project) -> Outcome:
     """Every object's content against its name, and that all objects that `dvc.lock` needs are there."""
     outcome = Outcome("cache")
-    objects = project.cache / "files" / "md5"
+    folder = project.cache / "files" / "md5"
     owners: dict[str, tuple[lockfile.Out, str]] = {}
     for out in project.outs():
         if out.cached:
             owners.setdefault(out.md5, (out, str(out.path)))
-            for name, content in lockfile.listing_of(objects, out.md5):
+            for name, content in lockfile.listing_of(folder, out.md5):
                 owners.setdefault(content, (out, f"{out.path}/{name}"))
     inside = project.cache.is_relative_to(Path.cwd())
     # In a cache that is shared with other projects, their objects are theirs to check.
-    kept = {path.parent.name + path.name for path in objects.glob("??/*") if path.is_file()} if inside else set()
+    kept = {path.parent.name + path.name for path in folder.glob("??/*") if path.is_file()} if inside else set()
     size = 0
     for name in [*owners, *sorted(kept - owners.keys())]:
-        path = objects / name[:2] / name[2:]
+        path = folder / name[:2] / name[2:]
         if not path.is_file():
             out, place = owners[name]
             outcome.find(_shown(path), f"missing; it is {place} of stage {out.stage}", _recache(project, out, ""))
@@ -115,48 +121,61 @@ def _run_digest(path: Path) -> str | None:
     return hashlib.sha256(json.dumps(bare(content), sort_keys=True).encode()).hexdigest()
 
 
+@dataclass(frozen=True)
+class Link:
+    """A field of an output that names the content of another: written by `stage`, it must say what `actual` finds."""
+
+    stage: str
+    path: Path
+    contract: type[Any]
+    field: str
+    what: str
+    actual: Callable[[], object]
+
+
 def chain(project: lockfile.Project) -> Outcome:
     """From digest to digest: base, quantized model, adapters, predictions, forgetting, scores, receipt."""
     outcome = Outcome("chain")
-    count = 0
     spoilt = project.spoilt()
-
-    def agree(path: Path, said: Callable[[Any], Any], what: str, wanted: Callable[[], Any], stage: str) -> None:
-        nonlocal count
-        count += 1
-        remedy = ABOVE if spoilt else f"dvc repro --force --single-item {stage} && dvc repro"
+    links = list(_links(project.params.seeds))
+    for link in links:
+        remedy = ABOVE if spoilt else f"dvc repro --force --single-item {link.stage} && dvc repro"
         try:
-            if said(records.read_json(path)) != wanted():
-                outcome.find(path, f"it names another {what} than the one here", remedy)
-        except (UserError, KeyError, TypeError, OSError) as error:
-            outcome.find(path, f"cannot be read for its {what}: {error}", remedy)
-
-    trees: dict[Path, str] = {}
-
-    def tree(folder: Path) -> Callable[[], str]:
-        return lambda: trees.setdefault(folder, records.sha256_tree(folder)) if folder not in trees else trees[folder]
-
-    agree(paths.BASE_FACTS, lambda facts: facts["sha256"], "base", tree(paths.BASE), "fetch")
-    agree(paths.QUANTIZED_FACTS, lambda facts: facts["sha256"], "quantized model", tree(paths.QUANTIZED), "quantize")
-    for seed in (None, *project.params.seeds):
-        variant = paths.variant(seed)
-        infer, evaluate, train = (f"{stage}@base" for stage in ("infer", "evaluate", "train"))
-        if seed is not None:
-            infer, evaluate, train = f"infer-tuned@{seed}", f"evaluate-tuned@{seed}", f"train@{seed}"
-            origin, forgetting, forget = paths.adapter(seed) / "origin.json", paths.forgetting(seed), f"forget@{seed}"
-            agree(origin, lambda one: one["model_sha256"], "quantized model", tree(paths.QUANTIZED), train)
-            agree(forgetting, lambda one: one["model_sha256"], "quantized model", tree(paths.QUANTIZED), forget)
-            agree(forgetting, lambda one: one["adapter_sha256"], "adapter", tree(paths.adapter(seed)), forget)
-        decoding = paths.decoding(variant)
-        agree(decoding, lambda one: one["model_sha256"], "quantized model", tree(paths.QUANTIZED), infer)
-        adapter = (lambda: None) if seed is None else tree(paths.adapter(seed))
-        agree(decoding, lambda one: one["adapter_sha256"], "adapter", adapter, infer)
-        conditions = lambda path=decoding: records.read_json(path)  # noqa: E731
-        agree(paths.scores(variant), lambda one: one["decoding"], "decoding", conditions, evaluate)
-    digest = lambda: track.digest_of(paths.DVC_LOCK.read_text(encoding="utf-8"), project.params.seeds)  # noqa: E731
-    agree(paths.RECEIPT, lambda one: one["digest"], "experiment", digest, "track")
-    outcome.compared = f"{count} digests of models, adapters and results, {word(outcome, 'one is of what is here')}"
+            if getattr(contracts.read(link.path, link.contract), link.field) != link.actual():
+                outcome.find(link.path, f"it names another {link.what} than the one here", remedy)
+        except (UserError, OSError) as error:
+            outcome.find(link.path, f"cannot be read for its {link.what}: {error}", remedy)
+    outcome.compared = (
+        f"{len(links)} digests of models, adapters and results, {word(outcome, 'one is of what is here')}"
+    )
     return outcome
+
+
+def _links(seeds: Sequence[int]) -> Iterator[Link]:
+    tree = cache(records.sha256_tree)
+    quantized = partial(tree, paths.QUANTIZED)
+    yield Link("fetch", paths.BASE_FACTS, BaseFacts, "sha256", "base", partial(tree, paths.BASE))
+    yield Link("quantize", paths.QUANTIZED_FACTS, QuantizedFacts, "sha256", "quantized model", quantized)
+    yield from _links_of_variant(None, "infer@base", "evaluate@base", quantized, lambda: None)
+    for seed in seeds:
+        adapter = partial(tree, paths.adapter(seed))
+        origin, forgetting, forget = paths.adapter(seed) / ORIGIN, paths.forgetting(seed), f"forget@{seed}"
+        yield Link(f"train@{seed}", origin, AdapterOrigin, "model_sha256", "quantized model", quantized)
+        yield Link(forget, forgetting, Forgetting, "model_sha256", "quantized model", quantized)
+        yield Link(forget, forgetting, Forgetting, "adapter_sha256", "adapter", adapter)
+        yield from _links_of_variant(seed, f"infer-tuned@{seed}", f"evaluate-tuned@{seed}", quantized, adapter)
+    yield Link("track", paths.RECEIPT, Receipt, "digest", "experiment", lambda: identity.digest(identity.here(seeds)))
+
+
+def _links_of_variant(
+    seed: int | None, infer: str, evaluate: str, quantized: Callable[[], str], adapter: Callable[[], str | None]
+) -> Iterator[Link]:
+    variant = paths.variant(seed)
+    decoding = paths.decoding(variant)
+    yield Link(infer, decoding, Decoding, "model_sha256", "quantized model", quantized)
+    yield Link(infer, decoding, Decoding, "adapter_sha256", "adapter", adapter)
+    conditions = partial(contracts.read, decoding, Decoding)
+    yield Link(evaluate, paths.scores(variant), Scores, "decoding", "decoding", conditions)
 
 
 def reports(_: lockfile.Project) -> Outcome:
@@ -172,7 +191,8 @@ def reports(_: lockfile.Project) -> Outcome:
         try:
             with contextlib.chdir(folder):
                 declared = params.read("compare")
-                comparison.write(declared.seeds, declared[params.Evaluate], declared[params.Compare])
+                compare.write(declared.seeds, declared[params.Evaluate], declared[params.Compare])
+                files.write(declared.seeds)
         except (UserError, OSError, KeyError, TypeError, ValueError) as error:
             outcome.find(f"{paths.PREDICTIONS}, {paths.SCORES}", f"they cannot be compared: {error}", ABOVE)
             outcome.compared = "not computed"
@@ -180,7 +200,7 @@ def reports(_: lockfile.Project) -> Outcome:
         made = [file for file in Path(folder).rglob("*") if file.is_file() and not file.is_symlink()]
         for file in sorted(made):
             path = file.relative_to(folder)
-            copy = [(paths.published(path), track.COMMAND)] if path.is_relative_to(paths.COMPARISON) else []
+            copy = [(paths.published(path), track.COMMAND)] if paths.is_published(path) else []
             for place, remedy in [(path, again), *copy]:
                 count += 1
                 if not place.is_file():
@@ -212,18 +232,18 @@ def record(project: lockfile.Project) -> Outcome:
         outcome.find("outputs", f"no run can be made of them: {error}", ABOVE if project.spoilt() else track.COMMAND)
         return outcome
     runs = store.stored(tracking)
-    for run in (run for run in runs if run.status != "FINISHED"):
+    for run in (run for run in runs if not run.finished):
         own = run.tags[store.DIGEST] == now.digest
         outcome.find(
             f"run {run.name} ({run.run_id})", f"half-written, its status is {run.status}",
             track.COMMAND if own else _deleting(run),
         )  # fmt: skip
-    others = [run for run in runs if run.tags[store.DIGEST] != now.digest and run.status == "FINISHED"]
+    others = [run for run in runs if run.tags[store.DIGEST] != now.digest and run.finished]
     for run in others:
         for fault in _faults(tracking, run)[1]:
             remedy = f"{_deleting(run)}  # `dvc exp apply` and `dvc repro` record it anew"
             outcome.find(f"run {run.name} ({run.run_id})", fault, remedy)
-    finished = [run for run in runs if run.tags[store.DIGEST] == now.digest and run.status == "FINISHED"]
+    finished = store.of_digest(now.digest, runs)
     if not finished:
         outcome.find(store.address(tracking), "no finished run of this experiment", track.COMMAND)
         return outcome
@@ -262,7 +282,7 @@ def page(project: lockfile.Project) -> Outcome:
     After the run, since the stage that writes the page anew needs a store that is sound.
     """
     outcome = Outcome("page")
-    digest = track.digest_of(paths.DVC_LOCK.read_text(encoding="utf-8"), project.params.seeds)
+    digest = identity.digest(identity.here(project.params.seeds))
     for fault in pages.faults(paths.REPORT_HTML, digest):
         outcome.find(paths.REPORT_HTML, fault, track.COMMAND)
     outcome.compared = f"seal and experiment of {paths.REPORT_HTML}, {word(outcome, 'one is right')}"

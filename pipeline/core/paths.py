@@ -29,6 +29,8 @@ COSTS = OUT / "costs"
 RECEIPT = OUT / "receipt.json"
 
 COMPARISON = OUT / "comparison"
+COMPARISON_JSON = COMPARISON / "comparison.json"
+"""The comparison as later stages read it; people get the other files of the folder."""
 COMPARISON_MD = COMPARISON / "comparison.md"
 COMPARISON_SVG = COMPARISON / "comparison.svg"
 FIGURES = COMPARISON / "figures"
@@ -110,6 +112,11 @@ def decoding(variant: str) -> Path:
 
 def scores(variant: str) -> Path:
     return SCORES / f"{variant}.json"
+
+
+def is_published(path: Path) -> bool:
+    """Whether `reports/` gets a copy of a file: of those in `COMPARISON` that people read."""
+    return path.is_relative_to(COMPARISON) and path != COMPARISON_JSON
 
 
 def published(path: Path) -> Path:

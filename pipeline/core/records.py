@@ -119,6 +119,15 @@ def csv_text(header: Sequence[str], rows: Iterable[Iterable[Any]]) -> str:
     return text.getvalue()
 
 
+def read_csv(path: Path) -> list[dict[str, str]]:
+    """The rows of a CSV file with a header; UserError where it is missing."""
+    try:
+        with path.open(encoding="utf-8", newline="") as file:
+            return list(csv.DictReader(file))
+    except FileNotFoundError:
+        raise UserError(f"{path} is missing: run `dvc repro`, which makes it") from None
+
+
 def _cell(value: Any) -> Any:
     """The value; a text that begins as a formula does, and is not a number, behind an apostrophe, as OWASP advises."""
     if not isinstance(value, str):

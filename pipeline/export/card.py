@@ -1,8 +1,8 @@
 """The model card of an export, in the hub's format: YAML for machines, Markdown for people (Model Cards for Model
 Reporting, arXiv 1810.03993; huggingface.co/docs/hub/model-cards).
 
-No number is typed: all come out of the run's outputs, and the comparison, computed once more, must be the one in
-`reports/metrics.json`. The commands are made of the run's parameters; tests run them as they stand in the card.
+No number is typed: all come out of the run's outputs. The commands are made of the run's parameters, and tests run them
+as they stand in the card.
 """
 
 import json
@@ -12,18 +12,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pipeline.core import params, paths, records
+from pipeline.core import contracts, params, paths, records
+from pipeline.core.contracts import BaseFacts, QuantizedFacts, TrainingSummary
 from pipeline.core.errors import UserError
 from pipeline.export import licence, ollama
 from pipeline.export.licence import Stated
+from pipeline.export.merge import Difference
 from pipeline.model import checkpoint
 from pipeline.model.prompt import DATE, starts_with_bos
 from pipeline.record import store
-from pipeline.report import page
-from pipeline.report import words as report
-from pipeline.report.page import Origin
-from pipeline.score import compare
-from pipeline.score.compare import Comparison
+from pipeline.record.origin import Origin
+from pipeline.report import wording
+from pipeline.score.comparison import Comparison
 from pipeline.score.metrics import LABELS
 
 LICENCES = (
@@ -49,21 +49,13 @@ class Content:
     base: str | None
     base_words: str
     files: dict[str, tuple[int, str]]
-    measured: dict[str, Any] | None
+    measured: Difference | None
     why_not_measured: str
     comparison: Comparison
     origin: Origin
     run: str | None
     licences: dict[str, Stated]
     command: str
-
-
-def compared(given: params.Params) -> Comparison:
-    """The comparison, out of predictions and scores; UserError unless it is the one that was reported."""
-    found = compare.compare(given.seeds, given.evaluate, given.compare)
-    if json.loads(json.dumps(report.metrics(found))) != records.read_json(paths.METRICS):
-        raise UserError(f"{paths.METRICS} is not what the predictions and scores give: run `dvc repro`")
-    return found
 
 
 def licences(given: params.Params) -> dict[str, Stated]:
@@ -82,32 +74,32 @@ def shown(source: str) -> str:
 def render(content: Content) -> str:
     """The whole README.md."""
     given, comparison = content.given, content.comparison
-    facts, quantized = records.read_json(paths.BASE_FACTS), records.read_json(paths.QUANTIZED_FACTS)
-    training = records.read_json(paths.training_summary(content.seed))
-    body = report.environment().get_template("card.md.jinja").render(
+    facts = contracts.read(paths.BASE_FACTS, BaseFacts)
+    packages, code = loading(content)
+    body = wording.environment().get_template("card.md.jinja").render(
         c=content,
         comparison=comparison,
         title=_title(content),
         kind=KINDS[content.what],
         labels=LABELS,
-        lead=report.LEAD[comparison.verdict],
-        basis=report.basis(comparison),
-        caveats=report.caveats(comparison),
+        lead=wording.LEAD[comparison.verdict],
+        basis=wording.basis(comparison),
+        caveats=wording.caveats(comparison),
         interval=f"{100 * comparison.confidence:g} % interval",
         own=next(one for one in comparison.tuned if one.variant == paths.variant(content.seed)),
         price=comparison.cost.forgetting,
         forget=shown(given.forget.source) if given.forget.source else None,
         facts=facts,
-        quantized=quantized,
-        training=training,
+        quantized=contracts.read(paths.QUANTIZED_FACTS, QuantizedFacts),
+        training=contracts.read(paths.training_summary(content.seed), TrainingSummary),
         parameters=sorted(_parameters(content).items()),
         data=[(shown(name), sha256, content.licences[name]) for name, sha256 in given.data.pinned],
         base=shown(given.model.source),
         base_licence=content.licences[given.model.source],
         counts={split: _rows(split) for split in paths.SPLITS},
-        packages=loading(content)[0],
-        code=loading(content)[1],
-        reproduction=page.reproduction(content.origin),
+        packages=packages,
+        code=code,
+        reproduction=content.origin.commands(),
         versions=content.origin.versions,
         hub=hub(given.model.source),
         backend=_backend(given.generation),
@@ -126,12 +118,12 @@ KINDS = {
 LIBRARIES = {"adapter": "peft", "merged": "transformers", "gguf": "llama.cpp", "gguf-merged": "llama.cpp"}
 
 
-def loss(measured: dict[str, Any] | None) -> str | None:
+def loss(measured: Difference | None) -> str | None:
     """That exported files lose quality, by what was measured of them; None where they do not, or nothing was."""
-    if measured is None or (rise := math.exp(measured["loss"] - measured["loss_measured"]) - 1) <= MAX_RISE:
+    if measured is None or (rise := math.exp(measured.loss - measured.loss_measured) - 1) <= MAX_RISE:
         return None
     return (
-        f"These files lose quality: the perplexity of {measured['tokens']:,} tokens of validation answers is "
+        f"These files lose quality: the perplexity of {measured.tokens:,} tokens of validation answers is "
         f"{100 * rise:.1f} % above that of the model as it was trained."
     )
 
@@ -196,8 +188,8 @@ def _metadata(content: Content) -> Any:
             dataset_name=f"{data_name}, test split of {comparison.n} examples",
             metric_type="rouge" if name.startswith("rouge") else name,
             metric_name=(
-                f"{LABELS[name]} (base {report.points(one.base.value)}, difference {report.signed(one.diff.value)}, "
-                f"{100 * comparison.confidence:g} % interval {report.span(one.deciding)})"
+                f"{LABELS[name]} (base {wording.points(one.base.value)}, difference {wording.signed(one.diff.value)}, "
+                f"{100 * comparison.confidence:g} % interval {wording.span(one.deciding)})"
             ),
             metric_value=round(one.tuned.value, 2),
         )
@@ -209,7 +201,7 @@ def _metadata(content: Content) -> Any:
         license_name=None if known else named,
         library_name=LIBRARIES[content.what],
         pipeline_tag="text-generation",
-        tags=["lora", "lora-repro", records.read_json(paths.BASE_FACTS)["family"], content.what],
+        tags=["lora", "lora-repro", contracts.read(paths.BASE_FACTS, BaseFacts).family, content.what],
         datasets=datasets or None,
         metrics=sorted({result.metric_type for result in results}),
         model_name=_title(content),
@@ -368,12 +360,9 @@ def _llama_cpp(content: Content) -> str:
 
 def run_of(given: params.Params, digest: str) -> str | None:
     """The id of the finished MLflow run of an experiment; None where the store has none, or there is no store."""
-    database = store.database(given.tracking)
-    if database is not None and not database.exists():
-        return None
     try:
         runs = store.stored(given.tracking)
     except UserError:
         return None
-    finished = [run for run in runs if run.tags.get(store.DIGEST) == digest and run.status == "FINISHED"]
+    finished = store.of_digest(digest, runs)
     return f"{finished[0].name} ({finished[0].run_id})" if finished else None

@@ -13,15 +13,18 @@ from tempfile import mkdtemp
 from typing import Any, Literal
 
 from pipeline import gguf as gguf_file
-from pipeline.core import params, paths, records, stage
+from pipeline.core import contracts, params, paths, records, stage
+from pipeline.core.contracts import QuantizedFacts, TrainingSummary
 from pipeline.core.errors import UserError, listing
 from pipeline.core.progress import say
+from pipeline.core.records import Decoding
 from pipeline.export import card, merge, ollama
 from pipeline.fetch import fetch
 from pipeline.lora import adapter
 from pipeline.model import checkpoint
 from pipeline.record import current
-from pipeline.report import page
+from pipeline.record.origin import Origin
+from pipeline.score.comparison import Comparison
 
 RECORD, README = "export.json", "README.md"
 What = Literal["adapter", "merged", "gguf"]
@@ -67,10 +70,11 @@ def export(asked: Asked, destination: Path, overwrite: bool) -> None:
     except (OSError, RuntimeError) as error:
         raise _unwritable(destination, error) from None
     current.require_current("nothing is exported:")
-    comparison = card.compared(given)
+    comparison = Comparison.read()
     seed = _seed(asked.seed, given.seeds)
     if asked.what == "gguf":
         gguf_file.refuse(paths.QUANTIZED)
+    origin = Origin.read(given.seeds)
     with _written(destination) as folder:
         base, words = _write(asked, seed, given, folder)
         measured, why_not = _measured(asked, seed, given, folder)
@@ -85,7 +89,7 @@ def export(asked: Asked, destination: Path, overwrite: bool) -> None:
             measured=measured,
             why_not_measured=why_not,
             comparison=comparison,
-            origin=(origin := page.origin(given.seeds)),
+            origin=origin,
             run=card.run_of(given, origin.digest),
             licences=card.licences(given),
             command=_command(asked, seed),
@@ -99,14 +103,14 @@ def export(asked: Asked, destination: Path, overwrite: bool) -> None:
                 "type": asked.stored,
                 "digest": origin.digest,
                 "commit": origin.commit,
-                "difference": measured,
+                "difference": contracts.content(measured),
                 "files": {name: {"bytes": size, "sha256": sha256} for name, (size, sha256) in files.items()},
             },
         )
     if measured:
         say(
-            f"export: validation loss {measured['loss_measured']:.4f} as measured, {measured['loss']:.4f} of these "
-            f"files; the same likeliest token at {100 * measured['same']:.2f} % of {measured['tokens']:,}"
+            f"export: validation loss {measured.loss_measured:.4f} as measured, {measured.loss:.4f} of these "
+            f"files; the same likeliest token at {100 * measured.same:.2f} % of {measured.tokens:,}"
         )
         if loss := card.loss(measured):
             say(f"export: {loss}")
@@ -147,7 +151,7 @@ def _seed(wanted: int | None, seeds: list[int]) -> int:
         raise UserError(f"--seed {wanted}: trained were {', '.join(map(str, seeds))} (seeds in {paths.PARAMS})")
     if wanted is not None:
         return wanted
-    return min(seeds, key=lambda seed: records.read_json(paths.training_summary(seed))["kept_loss"])
+    return min(seeds, key=lambda seed: contracts.read(paths.training_summary(seed), TrainingSummary).kept_loss)
 
 
 def _write(asked: Asked, seed: int, given: params.Params, folder: Path) -> tuple[str | None, str]:
@@ -189,12 +193,12 @@ def _settings(seed: int) -> Any:
     """How the run decoded, as a model's generation configuration: of the record what transformers has a name for."""
     from transformers import GenerationConfig
 
-    recorded = records.read_json(paths.decoding(paths.variant(seed)))["generation"]
+    recorded = contracts.read(paths.decoding(paths.variant(seed)), Decoding).generation
     return GenerationConfig(**{name: recorded[name] for name in GenerationConfig().to_dict() if name in recorded})
 
 
 def _write_gguf(kind: str, joined: bool, trained: Path, given: params.Params, folder: Path) -> tuple[str | None, str]:
-    method = records.read_json(paths.QUANTIZED_FACTS)["method"]
+    method = contracts.read(paths.QUANTIZED_FACTS, QuantizedFacts).method
     words = "the base as it was trained on" + (f" ({method}, unpacked)" if method != "none" else "")
     if joined:
         model, lora = f"model-{kind}.gguf", None
@@ -211,7 +215,7 @@ def _write_gguf(kind: str, joined: bool, trained: Path, given: params.Params, fo
     return model, words
 
 
-def _measured(asked: Asked, seed: int, given: params.Params, folder: Path) -> tuple[dict[str, Any] | None, str]:
+def _measured(asked: Asked, seed: int, given: params.Params, folder: Path) -> tuple[merge.Difference | None, str]:
     """The exported files, read again, beside the model whose scores the report has; else why that is not measured."""
     import torch
 

@@ -5,14 +5,15 @@ would be another model than the one that was measured. The sum is taken in float
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pipeline.core import params, paths, records
+from pipeline.core import contracts, params, paths, records
+from pipeline.core.contracts import BaseFacts, QuantizedFacts
 from pipeline.core.progress import bar
 from pipeline.lora import adapter, train
-from pipeline.model import checkpoint, loss, pack, packed
-from pipeline.model import device as devices
+from pipeline.model import checkpoint, devices, loss, pack, packed
 from pipeline.model import load as models
 from pipeline.model.prompt import Encoder
 
@@ -26,13 +27,13 @@ def base() -> tuple[Any, str]:
     """The base in plain layers on the CPU, and which values they hold, in words."""
     import torch
 
-    facts, cpu = records.read_json(paths.QUANTIZED_FACTS), torch.device("cpu")
+    facts, cpu = contracts.read(paths.QUANTIZED_FACTS, QuantizedFacts), torch.device("cpu")
     devices.quieten()
-    checkpoint.require_intact(paths.BASE, records.read_json(paths.BASE_FACTS))
+    checkpoint.require_intact(paths.BASE, contracts.read(paths.BASE_FACTS, BaseFacts).sha256)
     model = checkpoint.pretrained(paths.BASE, cpu)
-    method, dtype = facts["method"], facts["dtype"]
+    method, dtype = facts.method, facts.dtype
     if method in ("nf4", "fp4"):
-        checkpoint.require_intact(paths.QUANTIZED, facts)
+        checkpoint.require_intact(paths.QUANTIZED, facts.sha256)
         quantized = checkpoint.pretrained(paths.QUANTIZED, cpu)
         packed.dequantize(quantized)
         model.load_state_dict(quantized.state_dict())
@@ -62,42 +63,54 @@ def merged(model: Any, folder: Path) -> Any:
 
 def rows(prompt: params.Prompt) -> list[pack.Tree]:
     """The validation rows that are compared, as training packs them."""
-    facts = records.read_json(paths.QUANTIZED_FACTS)
-    encoder = Encoder(checkpoint.tokenizer(), prompt, facts["context"])
+    facts = contracts.read(paths.QUANTIZED_FACTS, QuantizedFacts)
+    encoder = Encoder(checkpoint.tokenizer(), prompt, facts.context)
     examples = records.read_rows(paths.split("validation"), records.Example)
     return train.evenly(pack.trees([encoder.row(example) for example in examples]), ROWS)
 
 
 def as_measured(seed: int, runtime: params.Runtime) -> Any:
     """The model whose scores the report has: the quantized base, whole in this process, with the adapter beside it."""
-    facts = records.read_json(paths.QUANTIZED_FACTS)
-    model = models.load(devices.choose(runtime), runtime.keep_dequantized)
-    return adapter.Saved(paths.adapter(seed)).load(model, facts["sha256"])
+    facts = contracts.read(paths.QUANTIZED_FACTS, QuantizedFacts)
+    model = models.quantized(devices.choose(runtime), runtime.keep_dequantized)
+    return adapter.Saved(paths.adapter(seed)).load(model, facts.sha256)
 
 
-def difference(measured: Any, other: Any, trees: Sequence[pack.Tree]) -> dict[str, Any]:
-    """What `other` predicts of the answers in `trees`, beside what was measured.
+@dataclass(frozen=True, slots=True)
+class Difference:
+    """What exported files predict of validation answers, beside the model that was measured.
 
-    Losses in nats a token; of the logits the largest and the mean absolute difference; the share of tokens at which
-    the likeliest one is the same.
+    Losses are in nats a token. Of the logits there are the largest and the mean absolute difference; `same` is the
+    share of tokens at which the likeliest one is the same.
     """
+
+    loss_measured: float
+    loss: float
+    logit_max: float
+    logit_mean: float
+    same: float
+    tokens: int
+    rows: int
+
+
+def difference(measured: Any, other: Any, trees: Sequence[pack.Tree]) -> Difference:
+    """Compare `other` with the model that was measured, on the answers in `trees`."""
     import torch
 
-    sums = dict.fromkeys(("loss_measured", "loss", "logit_mean", "same"), 0.0)
-    largest, tokens = 0.0, 0
+    losses, mean, same, largest, tokens = [0.0, 0.0], 0.0, 0.0, 0.0, 0
     with torch.no_grad(), bar("compare", sum(tree.supervised for tree in trees), "tokens") as advance:
         for part in pack.micro_batches(trees, TOGETHER):
             packed, there = pack.pack(part, measured.device), pack.pack(part, other.device)
             one_NxV = loss.logits(measured, packed)[0].float().cpu()
             other_NxV = loss.logits(other, there)[0].float().cpu()
             target_N = packed.target_N.cpu()
-            for name, logits_NxV in (("loss_measured", one_NxV), ("loss", other_NxV)):
-                sums[name] += float(torch.nn.functional.cross_entropy(logits_NxV, target_N, reduction="sum"))
+            for i, logits_NxV in enumerate((one_NxV, other_NxV)):
+                losses[i] += float(torch.nn.functional.cross_entropy(logits_NxV, target_N, reduction="sum"))
             apart_NxV = (one_NxV - other_NxV).abs()
             largest = max(largest, float(apart_NxV.max()))
-            sums["logit_mean"] += float(apart_NxV.mean(dim=-1).sum())
-            sums["same"] += float((one_NxV.argmax(dim=-1) == other_NxV.argmax(dim=-1)).sum())
+            mean += float(apart_NxV.mean(dim=-1).sum())
+            same += float((one_NxV.argmax(dim=-1) == other_NxV.argmax(dim=-1)).sum())
             tokens += len(target_N)
             advance(len(target_N))
-    found = {name: value / tokens for name, value in sums.items()}
-    return found | {"logit_max": largest, "tokens": tokens, "rows": sum(len(tree.branches) for tree in trees)}
+    rows = sum(len(tree.branches) for tree in trees)
+    return Difference(losses[0] / tokens, losses[1] / tokens, largest, mean / tokens, same / tokens, tokens, rows)

@@ -19,7 +19,8 @@ from typing import Any
 import numpy as np
 
 from pipeline import gguf as gguf_file
-from pipeline.core import params, paths, records
+from pipeline.core import contracts, params, paths, records
+from pipeline.core.contracts import QuantizedFacts
 from pipeline.core.errors import UserError
 from pipeline.core.progress import bar, say
 from pipeline.core.records import Example
@@ -69,10 +70,10 @@ def parity(given: params.Params, types: Sequence[str], rows: int | None, merged:
     generations = {kind: _generation(given, kind) for kind in types}
     for generation in generations.values():
         params.require_backend(given.model_copy(update={"generation": generation}))
-    facts = records.read_json(paths.QUANTIZED_FACTS)
+    facts = contracts.read(paths.QUANTIZED_FACTS, QuantizedFacts)
     gguf_file.refuse(paths.QUANTIZED)
     tokenizer = checkpoint.tokenizer()
-    encoder = Encoder(tokenizer, given.prompt, facts["context"])
+    encoder = Encoder(tokenizer, given.prompt, facts.context)
     test = _first_groups(records.read_rows(paths.split("test"), Example), rows)
     prompts = {example.id: encoder.prompt(example) for example in test}
     encoder.require_fit(prompts, "test", given.generation.max_new_tokens)
@@ -84,9 +85,9 @@ def parity(given: params.Params, types: Sequence[str], rows: int | None, merged:
         max(map(len, prompts.values())) + given.generation.max_new_tokens,
         max(len(row.prompt) + len(row.completion) for row in validation),
     )
-    config = generate.configuration(given.generation, sorted({encoder.end, *facts["stop_ids"]}), tokenizer)
+    config = generate.configuration(given.generation, sorted({encoder.end, *facts.stop_ids}), tokenizer)
     saved = adapter.Saved(paths.adapter(given.seeds[0]))
-    saved.require_of(facts["sha256"])
+    saved.require_of(facts.sha256)
     runtime = given.runtime.model_copy(update={"processes": 1, "sharding": "none"})
     variants = {paths.variant(None): None, paths.variant(given.seeds[0]): saved}
     groups = np.array([example.group for example in test])
@@ -115,7 +116,7 @@ def parity(given: params.Params, types: Sequence[str], rows: int | None, merged:
         "validation_rows": len(validation),
         "validation_tokens": tokens,
         "prompts_sha256": records.sha256_ids(token for ids in prompts.values() for token in [*ids, -1]),
-        "model_sha256": facts["sha256"],
+        "model_sha256": facts.sha256,
         "adapter_sha256": saved.sha256,
         "merged": merged,
         "max_rise": max_rise,

@@ -5,18 +5,19 @@ import math
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from functools import cache
 from pathlib import Path, PurePath
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
-from pipeline.core import params, paths, records
+from pipeline.core import contracts, params, paths, records
+from pipeline.core.contracts import BaseFacts
 from pipeline.core.errors import UserError, panics_told
 from pipeline.core.progress import say
 from pipeline.fetch import gguf_header as header
 from pipeline.fetch import meta_layout as meta
-from pipeline.model import checkpoint, prompt
-from pipeline.model import device as devices
+from pipeline.model import checkpoint, devices, prompt
 from pipeline.sources import source
 
 if TYPE_CHECKING:
@@ -103,10 +104,11 @@ def fetch(model: params.Model, experiment: params.Params | None = None) -> None:
     loaded.config._name_or_path = tokenizer.name_or_path = ""
     loaded.save_pretrained(paths.BASE)
     tokenizer.save_pretrained(paths.BASE)
-    facts = {**checkpoint.architecture(loaded), "source": model.source, "sha256": records.sha256_tree(paths.BASE)}
-    records.write_json(paths.BASE_FACTS, facts)
-    cache = f"{facts['kv_bytes_per_token']:,} bytes of keys and values a token"
-    say(f"fetch: {facts['family']}, {facts['parameters']:,} parameters, {cache}")
+    architecture = asdict(checkpoint.architecture(loaded))
+    facts = BaseFacts(**architecture, source=model.source, sha256=records.sha256_tree(paths.BASE))
+    contracts.write(paths.BASE_FACTS, facts)
+    cache = f"{facts.kv_bytes_per_token:,} bytes of keys and values a token"
+    say(f"fetch: {facts.family}, {facts.parameters:,} parameters, {cache}")
 
 
 def _require_usable(empty: Any, tokenizer: Any, experiment: params.Params) -> None:
@@ -115,7 +117,7 @@ def _require_usable(empty: Any, tokenizer: Any, experiment: params.Params) -> No
     from pipeline import gguf as gguf_file
     from pipeline.model import shard
 
-    context = checkpoint.architecture(empty)["context"]
+    context = checkpoint.architecture(empty).context
     if context < empty.config.max_position_embeddings:
         say(f"fetch: the context ends at {context} tokens, with the model's sliding window or longrope's first length")
     prompt.Encoder(tokenizer, experiment.prompt, context)

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from pipeline.core import params
+from pipeline.core.contracts import QuantizedFacts
 
 Families = Sequence[Sequence[tuple[str, list[int]]]]
 """Names with prompts; those of a family may begin alike."""
@@ -48,7 +49,7 @@ class Setup:
     `config` is transformers' whole GenerationConfig; `tokens` the length of the longest prompt with its answer.
     """
 
-    facts: dict[str, Any]
+    facts: QuantizedFacts
     config: Any
     generation: params.Generation
     runtime: params.Runtime

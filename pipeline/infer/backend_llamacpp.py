@@ -26,8 +26,7 @@ from pipeline.core import params, paths
 from pipeline.core.errors import UserError
 from pipeline.core.progress import say
 from pipeline.infer.backend import Families, Setup
-from pipeline.model import checkpoint
-from pipeline.model import device as devices
+from pipeline.model import checkpoint, devices
 
 WEEK = 7 * 24 * 3600
 """Seconds that a request may take: it is in this process, and a large one is no fault."""
@@ -73,8 +72,8 @@ def load(setup: Setup, merged: bool = False) -> Engine:
     gguf_file.refuse(paths.QUANTIZED)
     device = _device(setup.runtime)
     if setup.adapter is not None:
-        setup.adapter.require_of(setup.facts["sha256"])
-    checkpoint.require_intact(paths.QUANTIZED, setup.facts)
+        setup.adapter.require_of(setup.facts.sha256)
+    checkpoint.require_intact(paths.QUANTIZED, setup.facts.sha256)
     kind = setup.generation.gguf_type
     slots = max(1, min(setup.generation.batch_size, setup.generation.batch_tokens // setup.tokens))
     threads = setup.runtime.threads or os.cpu_count() or 1

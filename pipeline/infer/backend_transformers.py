@@ -6,11 +6,10 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
-from pipeline.core import params, paths
+from pipeline.core import params
 from pipeline.infer.backend import Families, Setup
-from pipeline.model import device as devices
+from pipeline.model import devices, memory, shard
 from pipeline.model import load as models
-from pipeline.model import memory, shard
 from pipeline.model import processes as distributed
 
 
@@ -33,15 +32,15 @@ class Engine:
 def load(setup: Setup) -> Engine:
     """The base as every stage loads it, and the adapter on it, proven to act."""
     device = devices.choose(setup.runtime)
-    devices.require(device, setup.facts["dtype"])
-    base = memory.held(memory.base(paths.QUANTIZED, setup.facts), setup.runtime, device)
+    devices.require(device, setup.facts.dtype)
+    base = memory.held(memory.Base.quantized(setup.facts), setup.runtime, device)
     added = 0 if setup.adapter is None else setup.adapter.parameters
     memory.require_inference(device, base, setup.generation, setup.tokens - setup.generation.max_new_tokens, added)
     distributed.gather(None)  # no process loads before all have asked what memory is left
-    model = models.load(device, setup.runtime.keep_dequantized, setup.runtime.sharding)
+    model = models.quantized(device, setup.runtime.keep_dequantized, setup.runtime.sharding)
     if setup.adapter is not None:
-        model = setup.adapter.load(model, setup.facts["sha256"])
-    rounding = {"tensor_parallel": distributed.processes()} if setup.runtime.sharding == "tensor" else {}
+        model = setup.adapter.load(model, setup.facts.sha256)
+    rounding = {"tensor_parallel": distributed.count()} if setup.runtime.sharding == "tensor" else {}
     return Engine(model, setup.config, setup.generation, device.type, devices.threads(device), rounding)
 
 

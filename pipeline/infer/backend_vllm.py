@@ -18,6 +18,7 @@ from typing import Any
 
 from pipeline import gguf as gguf_file
 from pipeline.core import params, paths, records
+from pipeline.core.contracts import QuantizedFacts
 from pipeline.core.errors import UserError
 from pipeline.infer import vllm_worker
 from pipeline.infer.backend import Families, Setup
@@ -56,16 +57,16 @@ def load(setup: Setup) -> Engine:
         )
     rank, adapter = 0, None
     if setup.adapter is not None:
-        setup.adapter.require_of(setup.facts["sha256"])
+        setup.adapter.require_of(setup.facts.sha256)
         adapter = str(setup.adapter.folder.resolve())
         own = records.read_json(setup.adapter.folder / "adapter_config.json")["r"]
         rank = next((one for one in RANKS if one >= own), 0)
         if not rank:
             raise UserError(f"lora.r = {own}, and vLLM takes adapters of rank {RANKS[-1]} at most")
-    checkpoint.require_intact(paths.QUANTIZED, setup.facts)
+    checkpoint.require_intact(paths.QUANTIZED, setup.facts.sha256)
     wanted = {
         "model": str(_plain(setup.facts).resolve()),
-        "dtype": setup.facts["dtype"],
+        "dtype": setup.facts.dtype,
         "adapter": adapter,
         "rank": rank,
         "tokens": setup.tokens,
@@ -121,11 +122,11 @@ def _end(worker: "subprocess.Popen[str]") -> None:
     worker.wait()
 
 
-def _plain(facts: dict[str, Any]) -> Path:
+def _plain(facts: QuantizedFacts) -> Path:
     """The folder of the base, its 4-bit weights unpacked in the model's dtype: `.scratch/` forgets it in time."""
-    if facts["method"] == "none":
+    if facts.method == "none":
         return paths.QUANTIZED
-    folder = paths.SCRATCH / f"vllm-{facts['sha256'][:32]}"
+    folder = paths.SCRATCH / f"vllm-{facts.sha256[:32]}"
     if not (folder / "config.json").is_file():
         from safetensors.torch import save_file
 

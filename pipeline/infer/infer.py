@@ -1,9 +1,8 @@
 """Inference: what base and tuned write for the test split, under one explicit decoding configuration.
 
-Who computes is one of `pipeline.infer.backend`. Which examples are computed together follows from the prompts alone:
-they are
-taken in rounds, and a killed run goes on behind its last whole round, so that it writes what an uninterrupted one would
-have written. Several processes (`pipeline.model.processes`) take whole rounds each, so their number changes no
+One of the backends computes (`pipeline.infer.backend`). Which examples are computed together follows from the prompts
+alone: they are taken in rounds. A killed run goes on after its last whole round, so it writes what an uninterrupted one
+would have written. Several processes (`pipeline.model.processes`) take whole rounds each, so their number changes no
 prediction.
 """
 
@@ -14,7 +13,8 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from pipeline.core import params, paths, records
+from pipeline.core import contracts, params, paths, records
+from pipeline.core.contracts import QuantizedFacts
 from pipeline.core.progress import bar, say
 from pipeline.core.records import Decoding, Example, Prediction
 from pipeline.infer import backend as backends
@@ -28,7 +28,7 @@ ROUND = 4
 is seldom thinned out by the end of a round."""
 
 
-def infer(
+def decode(
     variant: str,
     prompt: params.Prompt,
     generation: params.Generation,
@@ -39,21 +39,21 @@ def infer(
 
     UserError for prompts that do not fit, and for an adapter that is of another base or does not act.
     """
-    facts = records.read_json(paths.QUANTIZED_FACTS)
+    facts = contracts.read(paths.QUANTIZED_FACTS, QuantizedFacts)
     tokenizer = checkpoint.tokenizer()
-    encoder = Encoder(tokenizer, prompt, facts["context"])
+    encoder = Encoder(tokenizer, prompt, facts.context)
     examples = records.read_rows(paths.split("test"), Example)
     prompts = {example.id: encoder.prompt(example) for example in examples}
     encoder.require_fit(prompts, "test", generation.max_new_tokens)
 
-    config = configuration(generation, sorted({encoder.end, *facts["stop_ids"]}), tokenizer)
+    config = configuration(generation, sorted({encoder.end, *facts.stop_ids}), tokenizer)
     tokens = max(map(len, prompts.values())) + generation.max_new_tokens
     backend = choice.chosen(generation.backend)
     engine = backend.load(backends.Setup(facts, config, generation, runtime, adapter, tokens))
     decoding = Decoding(
         variant=variant,
         prompts_sha256=records.sha256_ids(token for ids in prompts.values() for token in [*ids, -1]),
-        model_sha256=facts["sha256"],
+        model_sha256=facts.sha256,
         adapter_sha256=None if adapter is None else adapter.sha256,
         generation={
             **config.to_dict(),
@@ -64,7 +64,7 @@ def infer(
         },
         device=engine.device,
         threads=engine.threads,
-        dtype=facts["dtype"],
+        dtype=facts.dtype,
         recheck={},
     )
     identity = [asdict(decoding), runtime.model_dump(mode="json")]
@@ -108,7 +108,7 @@ def infer(
         same = [predicted[name].text == said for one in everything for name, said in one["again"].items()]
         decoding = replace(decoding, recheck={"examples": len(same), "identical": sum(same)})
         records.write_rows(paths.predictions(variant), [predicted[example.id] for example in examples])
-        records.write_json(paths.decoding(variant), asdict(decoding))
+        contracts.write(paths.decoding(variant), decoding)
 
 
 def configuration(generation: params.Generation, stop_ids: list[int], tokenizer: Any) -> Any:

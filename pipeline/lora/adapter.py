@@ -5,7 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipeline.core import params, records
+from pipeline.core import contracts, params, records
+from pipeline.core.contracts import AdapterOrigin
 from pipeline.core.errors import UserError
 from pipeline.model import checkpoint, shard
 
@@ -75,7 +76,7 @@ def save(adapted: Any, values: Mapping[str, "torch.Tensor"], folder: Path, model
     # PEFT keeps the layers' names in a set, whose order differs from process to process.
     config = records.read_json(folder / CONFIG)
     records.write_json(folder / CONFIG, config | {"target_modules": sorted(config["target_modules"])})
-    records.write_json(folder / ORIGIN, {"model_sha256": model_sha256})
+    contracts.write(folder / ORIGIN, AdapterOrigin(model_sha256))
 
 
 @dataclass(frozen=True)
@@ -95,7 +96,7 @@ class Saved:
 
     def require_of(self, model_sha256: str) -> None:
         """UserError when it belongs to another base."""
-        origin = records.read_json(self.folder / ORIGIN)["model_sha256"]
+        origin = contracts.read(self.folder / ORIGIN, AdapterOrigin).model_sha256
         if origin != model_sha256:
             raise UserError(
                 f"{self.folder} was trained on another base (sha256 {origin}) than the one loaded ({model_sha256})"

@@ -5,31 +5,32 @@ adapter computes in the model's dtype; gradients are summed and the update is ma
 learning rate of a step depend on the seed and the step's number alone, so training can stop and go on anywhere.
 
 Several processes (`pipeline.model.processes`) divide the groups of each step's batch, and of validation, among them,
-and
-sum gradients and losses over the supervised tokens of all: up to rounding, what one process computes. Dropout alone
-differs, since each process draws of its own.
+and sum gradients and losses over the supervised tokens of all: up to rounding, what one process computes. Dropout alone
+differs, since each process draws its own.
 
 Overfitting is watched by the loss on the validation split. With `early_stopping`, training ends once that has not
-fallen for so many validations, and the adapter of the lowest is kept; what is kept is among the states after the first
-step, since the state before it is the base. The training loss beside it is of the same kind: in evaluation mode, by the
+fallen for so many validations, and the adapter of the lowest is kept. The state before the first step is never kept:
+it is the base. The training loss beside it is of the same kind: in evaluation mode, by the
 adapter that is kept, over training groups spread evenly through the split, with about as many rows as validation has.
 """
 
+import hashlib
 import math
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, astuple, dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipeline.core import params, paths, records
+from pydantic import BaseModel
+
+from pipeline.core import contracts, params, paths, records
+from pipeline.core.contracts import QuantizedFacts, Step, TrainingSummary, Validation
 from pipeline.core.errors import UserError
 from pipeline.core.progress import bar, publish_validation, say
+from pipeline.core.records import Example
 from pipeline.lora import adapter, optimizer
-from pipeline.model import checkpoint, loss, memory, pack, packed, resume, shard
-from pipeline.model import device as devices
-from pipeline.model import load as models
-from pipeline.model import processes as distributed
+from pipeline.model import checkpoint, devices, load, loss, memory, pack, packed, processes, resume, shard
 from pipeline.model.prompt import Encoder, Row
 
 if TYPE_CHECKING:
@@ -39,152 +40,212 @@ SECONDS_BETWEEN_CHECKPOINTS = 60.0
 
 
 @dataclass(frozen=True, slots=True)
-class Step:
-    """One line of the training curve. `loss` is in nats a supervised token; `tokens` were computed, not padded."""
+class Rows:
+    """The rows that training and validation read, and how many training rows are too long and were dropped."""
 
-    step: int
-    epoch: float
-    loss: float
-    learning_rate: float
-    grad_norm: float
-    rows: int
-    tokens: int
+    train: list[Row]
+    validation: list[Row]
+    dropped: int
+
+    @property
+    def checked(self) -> int:
+        """The prompts that were looked at, those of dropped rows included."""
+        return len(self.train) + self.dropped + len(self.validation)
 
 
-def train(seed: int, prompt: params.Prompt, lora: params.Lora, train: params.Train, runtime: params.Runtime) -> None:
-    """Train the adapter of one seed; write it with its summary and its curve.
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What is computed: every step's batch with the epochs that lie before it, and the rows of the two losses.
 
-    UserError for rows that do not fit, a target module that is not there, or a loss that is not finite.
+    `sample` holds training groups spread evenly through the split, with about as many rows as `validation`.
     """
-    from pipeline.model import attention
 
-    facts = records.read_json(paths.QUANTIZED_FACTS)
-    encoder = Encoder(checkpoint.tokenizer(), prompt, facts["context"])
-    everything = _rows(encoder, "train")
-    rows = [row for row in everything if encoder.fits(row.prompt) and encoder.holds(row)]
-    dropped = len(everything) - len(rows)
-    validation_rows = _rows(encoder, "validation")
-    longest_answer = max(len(row.completion) for row in validation_rows)
-    encoder.require_fit({row.id: row.prompt for row in validation_rows}, "validation", longest_answer)
-    if dropped > train.max_dropped_share * (len(rows) + dropped) or not rows:
+    steps: list[tuple[float, list[pack.Tree]]]
+    epochs: int
+    validation: list[pack.Tree]
+    sample: list[pack.Tree]
+
+    def epochs_at(self, step: int) -> float:
+        """How many epochs had passed once so many steps were made."""
+        return self.steps[step][0] if step < len(self.steps) else float(self.epochs)
+
+
+def fit(seed: int, prompt: params.Prompt, lora: params.Lora, train: params.Train, runtime: params.Runtime) -> None:
+    """Train the adapter of one seed; write it with its summary (`TrainingSummary`) and its curve.
+
+    UserError for rows that do not fit, a target module that is not there, too little memory, or a loss that is not
+    finite.
+    """
+    # 1. What will be computed, and whether it can be.
+    facts = contracts.read(paths.QUANTIZED_FACTS, QuantizedFacts)
+    rows = _rows(Encoder(checkpoint.tokenizer(), prompt, facts.context), prompt, train)
+    plan = _plan(rows, train, seed)
+    device = _device_for(plan, facts, lora, train, runtime)
+    identity = _identity(seed, facts, device, [prompt, lora, train], runtime)
+    processes.require_same(resume.key("train", identity), "experiment")
+    with resume.folder(f"train-{seed}", identity) as scratch:
+        # 2. The model with a fresh adapter, or the state that an interrupted run left.
+        model = adapter.attach(load.quantized(device, runtime.keep_dequantized, runtime.sharding), lora, seed)
+        if runtime.gradient_checkpointing:
+            model.get_base_model().activation_checkpointing_enable()
+        trainer = Trainer(model, train, seed, len(plan.steps))
+        trainer.resume(scratch)
+        processes.require_same(len(trainer.log), "checkpoint")
+        say(
+            f"train {seed}: {len(rows.train)} rows ({rows.dropped} dropped), {len(plan.steps)} steps, "
+            f"{trainer.parameters:,} trainable parameters"
+        )
+        # 3. The steps.
+        _run(trainer, plan, scratch)
+        # 4. The adapter that is kept, and what it is worth.
+        trainer.validate(plan.validation)
+        trainer.keep_best()
+        training_loss = trainer.loss(plan.sample, "training rows")
+        trainer.write_masters()
+        logit_change = adapter.logit_change(model.eval())
+        if processes.rank() > 0:
+            return
+        adapter.save(model, trainer.masters, paths.adapter(seed), facts.sha256)
+        records.write_text(paths.training_log(seed), contracts.curve_text(trainer.log))
+        summary = _summary(trainer, rows, plan, device, training_loss, logit_change)
+        contracts.write(paths.training_summary(seed), summary)
+    stopped = f", stopped at step {summary.steps} of {summary.planned_steps}" if summary.stopped_early else ""
+    say(
+        f"train {seed}: validation loss {summary.validation[0].loss:.4f} -> {summary.kept_loss:.4f} "
+        f"at step {summary.kept_step}{stopped}, training loss {training_loss:.4f}"
+    )
+
+
+def _rows(encoder: Encoder, prompt: params.Prompt, train: params.Train) -> Rows:
+    """The rows of both splits; UserError where too many do not fit."""
+    everything = [encoder.row(example) for example in records.read_rows(paths.split("train"), Example)]
+    fitting = [row for row in everything if encoder.fits(row.prompt) and encoder.holds(row)]
+    validation = [encoder.row(example) for example in records.read_rows(paths.split("validation"), Example)]
+    longest_answer = max(len(row.completion) for row in validation)
+    encoder.require_fit({row.id: row.prompt for row in validation}, "validation", longest_answer)
+    dropped = len(everything) - len(fitting)
+    if dropped > train.max_dropped_share * len(everything) or not fitting:
         raise UserError(
-            f"{dropped} of {len(rows) + dropped} training prompts are longer than prompt.max_tokens = "
+            f"{dropped} of {len(everything)} training prompts are longer than prompt.max_tokens = "
             f"{prompt.max_tokens}, above train.max_dropped_share = {train.max_dropped_share}: raise one of them, "
             f"or set prompt.truncate_source to true"
         )
-    epochs = [batches(pack.trees(rows), train.batch_size, _mix(seed, -1 - epoch)) for epoch in range(train.epochs)]
-    # Every step's batch, and how many epochs lie before it.
-    plan = [(epoch + at / len(steps), batch) for epoch, steps in enumerate(epochs) for at, batch in enumerate(steps)]
-    validated = [step for step, (epoch, _) in enumerate(plan) if _is_due(step, epoch, train)] + [len(plan)]
-    if train.early_stopping >= len(validated) - 1 > 0:
+    return Rows(fitting, validation, dropped)
+
+
+def _plan(rows: Rows, train: params.Train, seed: int) -> Plan:
+    """The batches of every epoch; UserError where `train.early_stopping` would wait longer than training lasts."""
+    groups, validation = pack.trees(rows.train), pack.trees(rows.validation)
+    epochs = [batches(groups, train.batch_size, _mix(seed, -1 - epoch)) for epoch in range(train.epochs)]
+    steps = [(epoch + at / len(some), batch) for epoch, some in enumerate(epochs) for at, batch in enumerate(some)]
+    after_the_first = sum(_is_due(step, epoch, train) for step, (epoch, _) in enumerate(steps))
+    if train.early_stopping >= after_the_first > 0:
         raise UserError(
-            f"train.early_stopping = {train.early_stopping}, but training has {len(validated) - 1} validations after "
+            f"train.early_stopping = {train.early_stopping}, but training has {after_the_first} validations after "
             f"its first step, too few to wait so long: lower it, raise train.epochs, or validate more often with "
-            f"train.validate_every (training has {len(plan)} steps)"
+            f"train.validate_every (training has {len(steps)} steps)"
         )
-    groups = max(len(batch) for _, batch in plan)
-    if groups < distributed.processes() and runtime.sharding != "tensor":
+    return Plan(steps, train.epochs, validation, evenly(groups, len(rows.validation)))
+
+
+def _device_for(
+    plan: Plan, facts: QuantizedFacts, lora: params.Lora, train: params.Train, runtime: params.Runtime
+) -> "torch.device":
+    """The device that trains; UserError where it cannot, or where a process would have nothing to do."""
+    groups = max(len(batch) for _, batch in plan.steps)
+    if groups < processes.count() and runtime.sharding != "tensor":
         raise UserError(
-            f"runtime.processes = {distributed.processes()}, but a step's batch has {groups} groups of rows at most to "
+            f"runtime.processes = {processes.count()}, but a step's batch has {groups} groups of rows at most to "
             f"divide among them: lower it, or raise train.batch_size"
         )
-    validation = pack.trees(validation_rows)
     device = devices.choose(runtime)
-    devices.require(device, facts["dtype"])
+    devices.require(device, facts.dtype)
     optimizer.require(train.optimizer, device)
-    base = memory.held(memory.base(paths.QUANTIZED, facts), runtime, device)
-    steps = [*(batch for _, batch in plan), validation]
-    largest = memory.load(steps, train.micro_batch_tokens)
+    base = memory.held(memory.Base.quantized(facts), runtime, device)
+    largest = memory.load([*(batch for _, batch in plan.steps), plan.validation], train.micro_batch_tokens)
     memory.require_training(device, base, lora, train, largest, runtime.gradient_checkpointing)
-    sample = evenly(pack.trees(rows), len(validation_rows))
-    identity = {
+    return device
+
+
+def _identity(
+    seed: int,
+    facts: QuantizedFacts,
+    device: "torch.device",
+    sections: Sequence[BaseModel],
+    runtime: params.Runtime,
+) -> dict[str, Any]:
+    """What decides the result besides code and packages: a checkpoint with another identity is of no use."""
+    return {
         "seed": seed,
-        "model": facts["sha256"],
+        "model": facts.sha256,
         "data": [records.sha256_file(paths.split(name)) for name in ("train", "validation")],
-        "params": [section.model_dump(mode="json") for section in (prompt, lora, train)],
+        "params": [section.model_dump(mode="json") for section in sections],
         "runtime": runtime.model_dump(mode="json"),
         "effective": [device.type, devices.threads(device)],
     }
-    distributed.require_same(resume.key("train", identity), "experiment")
-    with resume.folder(f"train-{seed}", identity) as scratch:
-        model = adapter.attach(models.load(device, runtime.keep_dequantized, runtime.sharding), lora, seed)
-        if runtime.gradient_checkpointing:
-            model.get_base_model().activation_checkpointing_enable()
-        trainer = Trainer(model, train, seed, len(plan))
-        trainer.resume(scratch)
-        distributed.require_same(len(trainer.log), "checkpoint")
-        say(
-            f"train {seed}: {len(rows)} rows ({dropped} dropped), {len(plan)} steps, "
-            f"{trainer.parameters:,} trainable parameters"
-        )
-        last_saved = time.monotonic()
-        with bar(f"train {seed}", len(plan), "steps") as advance:
-            advance(len(trainer.log))
-            while len(trainer.log) < len(plan):
-                epoch, batch = plan[len(trainer.log)]
-                if _is_due(len(trainer.log), epoch, train):
-                    trainer.validate(validation)
-                    if is_over(trainer.validation, train.early_stopping):
-                        break
-                    # Not the last one: when a search may end a trial does not depend on how fast it looks.
-                    publish_validation(seed, len(trainer.log), trainer.validation[-1]["loss"])
-                trainer.step(batch, epoch)
-                advance(1)
-                if distributed.rank() == 0 and time.monotonic() - last_saved > SECONDS_BETWEEN_CHECKPOINTS:
-                    trainer.save(scratch)
-                    last_saved = time.monotonic()
-        trainer.validate(validation)
-        trainer.keep_best()
-        training_loss = trainer.loss(sample, "training rows")
-        trainer.write_masters()
-        logit_change = adapter.logit_change(model.eval())
-        if distributed.rank() > 0:
-            return
-        adapter.save(model, trainer.masters, paths.adapter(seed), facts["sha256"])
-        curve = records.csv_text(list(Step.__dataclass_fields__), map(astuple, trainer.log))
-        records.write_text(paths.training_log(seed), curve)
-        best = lowest(trainer.validation)
-        kept = best if train.early_stopping else trainer.validation[-1]
-        records.write_json(
-            paths.training_summary(seed),
-            {
-                "seed": seed,
-                "device": device.type,
-                "threads": devices.threads(device),
-                "attention": attention.describe(device.type),
-                "rows": len(rows),
-                "dropped": dropped,
-                "validation_rows": len(validation_rows),
-                "steps": len(trainer.log),
-                "planned_steps": len(plan),
-                "epochs": _epochs_at(plan, len(trainer.log), train.epochs),
-                "stopped_early": len(trainer.log) < len(plan),
-                "prompts_checked": len(everything) + len(validation_rows),
-                "shortest_answer": min(len(row.completion) for row in rows),
-                "repacked_layers": packed.repacked(model),
-                "largest_grad_norm": max(step.grad_norm for step in trainer.log),
-                "trainable_parameters": trainer.parameters,
-                "adapter_bytes": (paths.adapter(seed) / adapter.WEIGHTS).stat().st_size,
-                "supervised_tokens": sum(tree.supervised for _, batch in plan[: len(trainer.log)] for tree in batch),
-                "tokens": sum(step.tokens for step in trainer.log),
-                "final_loss": trainer.log[-1].loss,
-                "validation": trainer.validation,
-                "best_step": best["step"],
-                "best_epoch": _epochs_at(plan, best["step"], train.epochs),
-                "best_loss": best["loss"],
-                "kept_step": kept["step"],
-                "kept_epoch": _epochs_at(plan, kept["step"], train.epochs),
-                "kept_loss": kept["loss"],
-                "training_loss": training_loss,
-                "training_loss_rows": sum(len(tree.branches) for tree in sample),
-                "gap": kept["loss"] - training_loss,
-                "logit_change": logit_change,
-            },
-        )
-    stopped = f", stopped at step {len(trainer.log)} of {len(plan)}" if len(trainer.log) < len(plan) else ""
-    say(
-        f"train {seed}: validation loss {trainer.validation[0]['loss']:.4f} -> {kept['loss']:.4f} "
-        f"at step {kept['step']}{stopped}, training loss {training_loss:.4f}"
+
+
+def _run(trainer: "Trainer", plan: Plan, scratch: Path) -> None:
+    """The steps that are left, with their validations and checkpoints, until the last or until training stops early."""
+    seed, train = trainer.seed, trainer.train
+    last_saved = time.monotonic()
+    with bar(f"train {seed}", len(plan.steps), "steps") as advance:
+        advance(len(trainer.log))
+        while len(trainer.log) < len(plan.steps):
+            epoch, batch = plan.steps[len(trainer.log)]
+            if _is_due(len(trainer.log), epoch, train):
+                trainer.validate(plan.validation)
+                if is_over(trainer.validation, train.early_stopping):
+                    break
+                # Not the last one: when a search may end a trial does not depend on how fast it looks.
+                publish_validation(seed, len(trainer.log), trainer.validation[-1].loss)
+            trainer.step(batch, epoch)
+            advance(1)
+            if processes.rank() == 0 and time.monotonic() - last_saved > SECONDS_BETWEEN_CHECKPOINTS:
+                trainer.save(scratch)
+                last_saved = time.monotonic()
+
+
+def _summary(
+    trainer: "Trainer", rows: Rows, plan: Plan, device: "torch.device", training_loss: float, logit_change: float
+) -> TrainingSummary:
+    from pipeline.model import attention
+
+    log, seed = trainer.log, trainer.seed
+    best = lowest(trainer.validation)
+    kept = best if trainer.train.early_stopping else trainer.validation[-1]
+    return TrainingSummary(
+        seed=seed,
+        device=device.type,
+        threads=devices.threads(device),
+        attention=attention.describe(device.type),
+        rows=len(rows.train),
+        dropped=rows.dropped,
+        validation_rows=len(rows.validation),
+        steps=len(log),
+        planned_steps=len(plan.steps),
+        epochs=plan.epochs_at(len(log)),
+        stopped_early=len(log) < len(plan.steps),
+        prompts_checked=rows.checked,
+        shortest_answer=min(len(row.completion) for row in rows.train),
+        repacked_layers=packed.repacked(trainer.model),
+        largest_grad_norm=max(step.grad_norm for step in log),
+        trainable_parameters=trainer.parameters,
+        adapter_bytes=(paths.adapter(seed) / adapter.WEIGHTS).stat().st_size,
+        supervised_tokens=sum(tree.supervised for _, batch in plan.steps[: len(log)] for tree in batch),
+        tokens=sum(step.tokens for step in log),
+        final_loss=log[-1].loss,
+        validation=trainer.validation,
+        best_step=best.step,
+        best_epoch=plan.epochs_at(best.step),
+        best_loss=best.loss,
+        kept_step=kept.step,
+        kept_epoch=plan.epochs_at(kept.step),
+        kept_loss=kept.loss,
+        training_loss=training_loss,
+        training_loss_rows=sum(len(tree.branches) for tree in plan.sample),
+        gap=kept.loss - training_loss,
+        logit_change=logit_change,
     )
 
 
@@ -199,7 +260,7 @@ class Trainer:
             tensor.data = tensor.data.to(model.dtype)
         self.optimizer = optimizer.build(list(self.masters.values()), train)
         self.log: list[Step] = []
-        self.validation: list[dict[str, float]] = []
+        self.validation: list[Validation] = []
         self.best: dict[str, torch.Tensor] = {}
 
     @property
@@ -212,11 +273,11 @@ class Trainer:
 
         number = len(self.log)
         self.model.train()
-        torch.manual_seed(_mix(self.seed, number) + distributed.rank())  # of dropout
+        torch.manual_seed(_mix(self.seed, number) + processes.rank())  # of dropout
         supervised = sum(tree.supervised for tree in batch)
         gradients = {name: torch.zeros_like(master) for name, master in self.masters.items()}
         total = 0.0
-        own = distributed.share(batch, lambda tree: tree.tokens)
+        own = processes.share(batch, lambda tree: tree.tokens)
         # In float16 the gradient of a mean would be lost below 6e-8: there it is that of the sum, divided in float32.
         unit = 1 / supervised if self.model.dtype is torch.float16 else 1.0
         with shard.together(self.model, backward=True):
@@ -231,7 +292,7 @@ class Trainer:
                         gradients[name] += gradient if unit == 1.0 else gradient.float() * unit
                         tensor.grad = None
         self.model.zero_grad()  # what came of waiting
-        total = distributed.add_up(total, list(gradients.values()))
+        total = processes.add_up(total, list(gradients.values()))
         norm = float(torch.nn.utils.get_total_norm(list(gradients.values())))
         if not math.isfinite(total) or not math.isfinite(norm):
             raise UserError(
@@ -250,14 +311,14 @@ class Trainer:
 
     def validate(self, trees: Sequence[pack.Tree]) -> None:
         """Append the mean loss over all validation rows; with early stopping, hold on to the best state."""
-        if any(entry["step"] == len(self.log) for entry in self.validation) or not trees:
+        if any(one.step == len(self.log) for one in self.validation) or not trees:
             return
-        distributed.require_same(self.masters, "adapter")
+        processes.require_same(self.masters, "adapter")
         mean = self.loss(trees, "validate")
         if not math.isfinite(mean):
             raise UserError(f"the validation loss at step {len(self.log)} is {mean}; lower train.learning_rate")
-        self.validation.append({"step": len(self.log), "loss": mean})
-        if self.train.early_stopping and lowest(self.validation)["step"] == len(self.log):
+        self.validation.append(Validation(len(self.log), mean))
+        if self.train.early_stopping and lowest(self.validation).step == len(self.log):
             self.best = {name: master.clone() for name, master in self.masters.items()}
 
     def loss(self, trees: Sequence[pack.Tree], label: str) -> float:
@@ -265,7 +326,7 @@ class Trainer:
         import torch
 
         self.model.eval()
-        own = distributed.share(trees, lambda tree: tree.tokens)
+        own = processes.share(trees, lambda tree: tree.tokens)
         parts = pack.micro_batches(own, self.train.micro_batch_tokens)
         total = 0.0
         progress = bar(f"{label} {self.seed}", len(parts), "parts")
@@ -273,7 +334,7 @@ class Trainer:
             for part in parts:
                 total += loss.summed(self.model, pack.pack(part, self.model.device)).item()
                 advance(1)
-        return distributed.add_up(total) / sum(tree.supervised for tree in trees)
+        return processes.add_up(total) / sum(tree.supervised for tree in trees)
 
     def keep_best(self) -> None:
         """With early stopping, go back to the state whose validation loss was the lowest."""
@@ -294,7 +355,7 @@ class Trainer:
             "masters": self.masters,
             "optimizer": self.optimizer.state_dict(),
             "log": [asdict(step) for step in self.log],
-            "validation": self.validation,
+            "validation": [asdict(one) for one in self.validation],
             "best": self.best,
         }
         with records.replacing(scratch / "state.pt") as temporary:
@@ -312,9 +373,9 @@ class Trainer:
             master.copy_(state["masters"][name])
         self.optimizer.load_state_dict(state["optimizer"])
         self.log = [Step(**step) for step in state["log"]]
-        self.validation, self.best = state["validation"], state["best"]
-        for entry in self.validation:
-            publish_validation(self.seed, int(entry["step"]), entry["loss"])
+        self.validation, self.best = [Validation(**one) for one in state["validation"]], state["best"]
+        for one in self.validation:
+            publish_validation(self.seed, one.step, one.loss)
         self._write(self.masters)
         say(f"train {self.seed}: going on from step {len(self.log)}")
 
@@ -344,12 +405,12 @@ def evenly(trees: Sequence[pack.Tree], rows: int) -> list[pack.Tree]:
     return [trees[at * len(trees) // count] for at in range(count)]
 
 
-def lowest(validation: Sequence[dict[str, float]]) -> dict[str, float]:
+def lowest(validation: Sequence[Validation]) -> Validation:
     """The validation with the lowest loss, the first of equal ones, of those after a step where there are any."""
-    return min(validation[1:] or validation, key=lambda entry: entry["loss"])
+    return min(validation[1:] or validation, key=lambda one: one.loss)
 
 
-def is_over(validation: Sequence[dict[str, float]], patience: int) -> bool:
+def is_over(validation: Sequence[Validation], patience: int) -> bool:
     """Whether so many validations have passed since the lowest that training ends; patience 0 never ends it."""
     return 0 < patience <= len(validation) - 1 - validation.index(lowest(validation))
 
@@ -357,11 +418,6 @@ def is_over(validation: Sequence[dict[str, float]], patience: int) -> bool:
 def _is_due(step: int, epoch: float, train: params.Train) -> bool:
     """Whether to validate before this step; the end of training is due in any case."""
     return step % train.validate_every == 0 if train.validate_every else epoch.is_integer()
-
-
-def _epochs_at(plan: Sequence[tuple[float, Any]], step: float, epochs: int) -> float:
-    """How many epochs had passed once so many steps were made."""
-    return plan[int(step)][0] if step < len(plan) else float(epochs)
 
 
 def learning_rate(step: int, steps: int, train: params.Train) -> float:
@@ -374,12 +430,6 @@ def learning_rate(step: int, steps: int, train: params.Train) -> float:
     return train.learning_rate * decay[train.schedule]
 
 
-def _rows(encoder: Encoder, split: str) -> list[Row]:
-    return [encoder.row(example) for example in records.read_rows(paths.split(split), records.Example)]
-
-
 def _mix(seed: int, number: int) -> int:
     """A seed for one step or epoch of one run: the same for the same two numbers, unrelated for others."""
-    import hashlib
-
     return int.from_bytes(hashlib.sha256(f"{seed}/{number}".encode()).digest()[:8], "big") >> 1

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline.core import paths, records
+from pipeline.core.contracts import Architecture
 from pipeline.core.errors import UserError
 
 if TYPE_CHECKING:
@@ -19,29 +20,29 @@ MOST_LAYERS = 1000
 """Of a model that is fetched; the largest that are published have less than 200."""
 
 
-def architecture(model: Any) -> dict[str, Any]:
-    """What kind of model this is. KV bytes are those of keys and values of one token, over all layers."""
+def architecture(model: Any) -> Architecture:
+    """The facts of a model's architecture; `kv_bytes_per_token` counts keys and values of all layers."""
     config = model.config
     heads = config.num_attention_heads
     kv_heads = getattr(config, "num_key_value_heads", None) or heads
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
-    return {
-        "family": config.model_type,
-        "parameters": sum(parameter.numel() for parameter in model.parameters()),
-        "layers": config.num_hidden_layers,
-        "hidden_size": config.hidden_size,
-        "intermediate_size": config.intermediate_size,
-        "attention_heads": heads,
-        "key_value_heads": kv_heads,
-        "head_dim": head_dim,
-        "vocabulary": config.vocab_size,
-        "tied_embeddings": bool(config.tie_word_embeddings),
-        "context": _context(config),
-        "dtype": str(model.dtype).removeprefix("torch."),
-        "kv_bytes_per_token": 2 * config.num_hidden_layers * kv_heads * head_dim * model.dtype.itemsize,
-        "stop_ids": stop_ids(model),
-        "linear_layers": linear_layers(model),
-    }
+    return Architecture(
+        family=config.model_type,
+        parameters=sum(parameter.numel() for parameter in model.parameters()),
+        layers=config.num_hidden_layers,
+        hidden_size=config.hidden_size,
+        intermediate_size=config.intermediate_size,
+        attention_heads=heads,
+        key_value_heads=kv_heads,
+        head_dim=head_dim,
+        vocabulary=config.vocab_size,
+        context=_context(config),
+        tied_embeddings=bool(config.tie_word_embeddings),
+        dtype=str(model.dtype).removeprefix("torch."),
+        linear_layers=linear_layers(model),
+        kv_bytes_per_token=2 * config.num_hidden_layers * kv_heads * head_dim * model.dtype.itemsize,
+        stop_ids=stop_ids(model),
+    )
 
 
 def _context(config: Any) -> int:
@@ -100,9 +101,9 @@ def pretrained(folder: Path, device: "torch.device | None", **options: Any) -> A
     )
 
 
-def require_intact(folder: Path, facts: dict[str, Any]) -> None:
-    """UserError unless a checkpoint is, byte for byte, what its facts were written of."""
-    if records.sha256_tree(folder) != facts["sha256"]:
+def require_intact(folder: Path, sha256: str) -> None:
+    """UserError unless the files of a checkpoint have this digest, which its facts hold."""
+    if records.sha256_tree(folder) != sha256:
         raise UserError(
             f"{folder} is not what its stage wrote: it has changed on the disk, or in DVC's cache, from where it came; "
             "`lora-repro verify` says where, and what mends it"

@@ -2,14 +2,15 @@
 
 from typing import TYPE_CHECKING, Any
 
-from pipeline.core import paths, records
+from pipeline.core import contracts, paths
+from pipeline.core.contracts import QuantizedFacts
 from pipeline.model import checkpoint, packed
 
 if TYPE_CHECKING:
     import torch
 
 
-def load(device: "torch.device", keep_dequantized: bool, sharding: str = "none") -> Any:
+def quantized(device: "torch.device", keep_dequantized: bool, sharding: str = "none") -> Any:
     """Load the base as `quantize` left it: frozen, in evaluation mode, on `device`; with `sharding` a part of it.
 
     With `keep_dequantized`, 4-bit layers become plain ones that hold the same values unpacked; else they unpack them
@@ -20,8 +21,8 @@ def load(device: "torch.device", keep_dequantized: bool, sharding: str = "none")
 
     from pipeline.model import fused, shard
 
-    facts = records.read_json(paths.QUANTIZED_FACTS)
-    checkpoint.require_intact(paths.QUANTIZED, facts)
+    facts = contracts.read(paths.QUANTIZED_FACTS, QuantizedFacts)
+    checkpoint.require_intact(paths.QUANTIZED, facts.sha256)
 
     def prepared(model: Any) -> Any:
         packed.require_effective(model, facts)

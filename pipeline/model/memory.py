@@ -16,9 +16,10 @@ import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
-from pipeline.core import params
+from pipeline.core import params, paths
+from pipeline.core.contracts import QuantizedFacts
 from pipeline.core.errors import UserError
 from pipeline.model import pack
 from pipeline.model import processes as distributed
@@ -84,6 +85,16 @@ class Base:
     def packed(self) -> bool:
         return self.method in ("nf4", "fp4")
 
+    @classmethod
+    def of(cls, folder: Path, dtype: str, method: str, double_quantization: bool) -> "Base":
+        """A checkpoint that is loaded so, packed and on one device."""
+        return cls(Shape.read(folder), dtype, method, double_quantization, False)
+
+    @classmethod
+    def quantized(cls, facts: QuantizedFacts) -> "Base":
+        """The quantized base of the working directory, packed and on one device."""
+        return cls.of(paths.QUANTIZED, facts.dtype, facts.method, facts.double_quantization)
+
     @property
     def packed_bytes(self) -> float:
         """All weights, the linear layers as the checkpoint has them."""
@@ -121,11 +132,6 @@ class Base:
         if self.method == "none" or (self.packed and self.keep_dequantized):
             return 0.0
         return 4.0 * self.shape.hidden_size * self.shape.intermediate_size * self.itemsize
-
-
-def base(folder: Path, facts: Mapping[str, Any]) -> Base:
-    """Of a checkpoint and its facts (`out/models/quantized.json`), packed and on one device."""
-    return Base(Shape.read(folder), facts["dtype"], facts["method"], facts["double_quantization"], False)
 
 
 def loaded(base: Base, runtime: params.Runtime, device: Device) -> Base:

@@ -2,26 +2,27 @@
 
 from typing import Any
 
+from pipeline.core.contracts import QuantizedFacts
 from pipeline.core.errors import UserError
 
 
-def require_effective(model: Any, facts: dict[str, Any]) -> None:
+def require_effective(model: Any, facts: QuantizedFacts) -> None:
     """UserError unless the loaded model is quantized as its facts say."""
     methods = [
         *(str(layer.weight.quant_type) for _, layer in linear4bit(model)),
         *("int8" for _ in linear8bit(model)),
     ]
-    found, wanted = set(methods), set() if facts["method"] == "none" else {facts["method"]}
-    if found != wanted or len(methods) != facts["quantized_layers"]:
+    found, wanted = set(methods), set() if facts.method == "none" else {facts.method}
+    if found != wanted or len(methods) != facts.quantized_layers:
         raise UserError(
-            f"quantize.method = {facts['method']!r} with {facts['quantized_layers']} layers was asked for, but the "
+            f"quantize.method = {facts.method!r} with {facts.quantized_layers} layers was asked for, but the "
             f"loaded model has {len(methods)} layers of {found or 'no quantized type'}: "
             f"run `dvc repro --force quantize`"
         )
     thresholds = {layer.state.threshold for _, layer in linear8bit(model)}
-    if thresholds and thresholds != {facts["int8_threshold"]}:
+    if thresholds and thresholds != {facts.int8_threshold}:
         raise UserError(
-            f"quantize.int8_threshold = {facts['int8_threshold']} was asked for, but the loaded model has "
+            f"quantize.int8_threshold = {facts.int8_threshold} was asked for, but the loaded model has "
             f"{', '.join(map(str, sorted(thresholds)))}: run `dvc repro --force quantize`"
         )
 

@@ -38,14 +38,14 @@ DAYS = 30
 """How long a member waits for the others: as long as it takes. Who died is seen by whoever started them."""
 
 
-def processes() -> int:
+def count() -> int:
     """Of how many processes this one is a member: 1 unless a launcher says otherwise."""
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def rank() -> int:
     """This member's number, from 0; 0 is the one that writes."""
-    return int(os.environ["RANK"]) if processes() > 1 else 0
+    return int(os.environ["RANK"]) if count() > 1 else 0
 
 
 def run(name: str, call: Callable[[params.Declared], None], result: Path, seed: int | None = None) -> None:
@@ -191,9 +191,9 @@ def _leave_with_the_starter() -> None:
 def _take_part(declared: params.Declared, call: Callable[[params.Declared], None]) -> dict[str, object] | None:
     """Make the call; of several members, what it cost them together: memory summed, that of the fullest accelerator."""
     wanted = declared[params.Runtime].processes
-    if processes() != wanted:
+    if count() != wanted:
         raise UserError(
-            f"runtime.processes = {wanted}, but WORLD_SIZE = {processes()} in the environment says how many processes "
+            f"runtime.processes = {wanted}, but WORLD_SIZE = {count()} in the environment says how many processes "
             "a launcher started: make the two equal, or unset WORLD_SIZE"
         )
     call(declared)
@@ -203,7 +203,7 @@ def _take_part(declared: params.Declared, call: Callable[[params.Declared], None
     _end()
     given: dict[str, object] = {
         **costs[0],
-        "processes": processes(),
+        "processes": count(),
         "peak_memory_mb": round(sum(cost["peak_memory_mb"] for cost in costs), 1),
     }
     if "peak_device_memory_mb" in costs[0]:
@@ -217,14 +217,14 @@ _is_one_model = False
 
 def shares() -> int:
     """Into how many shares rows are divided."""
-    return 1 if _is_one_model else processes()
+    return 1 if _is_one_model else count()
 
 
 def _has_met() -> bool:
     """Whether this member and the others have joined: not where a stage had nothing to compute."""
     import torch
 
-    return processes() > 1 and torch.distributed.is_initialized()
+    return count() > 1 and torch.distributed.is_initialized()
 
 
 def divide(items: Sequence[T], weight: Callable[[T], int], shares: int) -> list[list[T]]:
@@ -268,7 +268,7 @@ def gather(value: T) -> list[T]:
     It goes as JSON: torch's all_gather_object reads pickles, which run what they say, and no member can know that it is
     the others who send. TypeError for a `value` that JSON would change; UserError for what comes and is not JSON.
     """
-    if processes() == 1:
+    if count() == 1:
         return [value]
     import torch
 
@@ -277,7 +277,7 @@ def gather(value: T) -> list[T]:
         raise TypeError(f"JSON would change this value of type {type(value).__name__}: {value!r:.200}")
     own_L = torch.frombuffer(bytearray(text, "ascii"), dtype=torch.uint8).to(_device())
     length_1 = torch.tensor([len(own_L)], device=own_L.device)
-    lengths = [torch.empty_like(length_1) for _ in range(processes())]
+    lengths = [torch.empty_like(length_1) for _ in range(count())]
     torch.distributed.all_gather(lengths, length_1)
     longest = int(max(lengths))
     padded = torch.nn.functional.pad(own_L, (0, longest - len(own_L)))
@@ -294,25 +294,25 @@ def _read(number: int, sent: bytes) -> Any:
         return json.loads(sent)
     except (ValueError, RecursionError):
         raise UserError(
-            f"process {number} of {processes()} (counted from 0) sent what is not JSON: it runs other code than this "
+            f"process {number} of {count()} (counted from 0) sent what is not JSON: it runs other code than this "
             "one, or another program has connected in its place"
         ) from None
 
 
 def done_by_all(done: set[str]) -> set[str]:
     """What this member need not compute again: of what it has done, where all compute the same rows, what all have."""
-    return done if shares() == processes() else set.intersection(*map(set, gather(sorted(done))))
+    return done if shares() == count() else set.intersection(*map(set, gather(sorted(done))))
 
 
 def require_same(value: Any, what: str) -> None:
     """UserError unless all members hold an equal `value` (JSON, or tensors by name)."""
-    if processes() == 1:
+    if count() == 1:
         return
     digests = gather(_digest(value))
     other = [number for number, digest in enumerate(digests) if digest != digests[0]]
     if other:
         raise UserError(
-            f"process {other[0]} of {processes()} (counted from 0) has another {what} than process 0: all of them need "
+            f"process {other[0]} of {count()} (counted from 0) has another {what} than process 0: all of them need "
             "the same project folder, packages and number of threads (runtime.threads)"
         )
 
@@ -341,7 +341,7 @@ def join(cpu_only: bool, one_model: bool = False) -> "torch.device":
     here = local_processes()
     if found == "mps":
         raise UserError(
-            f"runtime.processes = {processes()}, but MPS computes in one process: set runtime.processes to 1, or "
+            f"runtime.processes = {count()}, but MPS computes in one process: set runtime.processes to 1, or "
             "runtime.device to cpu"
         )
     if found == "cuda" and torch.cuda.device_count() < here:
@@ -357,16 +357,16 @@ def join(cpu_only: bool, one_model: bool = False) -> "torch.device":
     how: dict[str, Any] = {"timeout": patience}
     if FOLDER in os.environ:  # in a file: a port would be open to all who reach this machine
         meeting = str(Path(os.environ[FOLDER]) / "meeting")
-        store = torch.distributed.FileStore(meeting, processes())  # type: ignore[attr-defined]
+        store = torch.distributed.FileStore(meeting, count())  # type: ignore[attr-defined]
         store.set_timeout(patience)
-        how |= {"store": store, "rank": rank(), "world_size": processes()}
+        how |= {"store": store, "rank": rank(), "world_size": count()}
     device: torch.device = PartialState(cpu=found == "cpu", **how).device
     return device
 
 
 def local_processes() -> int:
     """How many members are on this machine."""
-    return int(os.environ.get("LOCAL_WORLD_SIZE", processes()))
+    return int(os.environ.get("LOCAL_WORLD_SIZE", count()))
 
 
 def _accelerator() -> str:

@@ -44,7 +44,7 @@ def mesh(device: "torch.device") -> Any:
     """All processes in one row; each of them must call this."""
     from torch.distributed.device_mesh import init_device_mesh
 
-    return init_device_mesh(device.type, (distributed.processes(),))
+    return init_device_mesh(device.type, (distributed.count(),))
 
 
 def apply(model: Any, device: "torch.device", mesh: Any) -> None:
@@ -142,11 +142,11 @@ def split(folder: Path, device: "torch.device") -> Any:
             f"runtime.sharding = 'tensor' computes on this machine's {there}, and runtime.device asks for "
             f"{device.type}: set it to auto, or sharding to fsdp"
         )
-    require_divisible(AutoConfig.from_pretrained(folder), distributed.processes())
+    require_divisible(AutoConfig.from_pretrained(folder), distributed.count())
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()  # it warns of every layer that is not split: embeddings, norms and head
     try:
-        config = DistributedConfig(tp_size=distributed.processes(), tp_plan="auto")
+        config = DistributedConfig(tp_size=distributed.count(), tp_plan="auto")
         model = checkpoint.pretrained(folder, None, distributed_config=config)
     finally:
         logging.set_verbosity(verbosity)

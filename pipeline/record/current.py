@@ -85,12 +85,12 @@ def pipeline(project: lockfile.Project) -> Outcome:
             outcome.find(f"stage {stage.name}", "it has never run", "dvc repro")
             continue
         changes = [] if stage.locked["cmd"] == stage.command else ["its command"]
-        outs = {Path(out["path"]) for out in stage.locked.get("outs", [])}
+        outs = {Path(path) for path in lockfile.outs_of(stage.locked)}
         changes += [] if outs == {*stage.outs} else ["the names of its outputs"]
-        locked = {name: value for file in stage.locked.get("params", {}).values() for name, value in file.items()}
+        locked = lockfile.params_of(stage.locked)
         count += len(stage.sections)
         changes += [name for name in sorted({*locked, *stage.sections}) if locked.get(name) != _under(given, name)]
-        deps = {Path(dep["path"]): dep["md5"] for dep in stage.locked.get("deps", [])}
+        deps = {Path(path): md5 for path, md5 in lockfile.deps_of(stage.locked).items()}
         count += len(deps.keys() | set(stage.deps))
         for path in [*stage.deps, *(path for path in deps if path not in stage.deps)]:
             # What is wrong with an output is said once, where it is made.

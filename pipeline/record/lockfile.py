@@ -104,8 +104,8 @@ def read(folder: Path = Path()) -> Project:
 def missing(lock: Path) -> int:
     """How many objects of the stages in a `dvc.lock` are not in this project's cache."""
     objects = cache_folder(Path()) / "files" / "md5"
-    names = {out["md5"] for stage in stages_of(text(lock), str(lock)).values() for out in stage.get("outs", [])
-             if Path(out["path"]).is_relative_to(paths.OUT) and Path(out["path"]) != paths.RECEIPT}  # fmt: skip
+    outs = [out for stage in stages_of(text(lock), str(lock)).values() for out in outs_of(stage).items()]
+    names = {md5 for path, md5 in outs if Path(path).is_relative_to(paths.OUT) and Path(path) != paths.RECEIPT}
     names |= {content for name in names for _, content in listing_of(objects, name)}
     return sum(not (objects / name[:2] / name[2:]).is_file() for name in names)
 
@@ -146,6 +146,21 @@ def stages_of(lock: str, name: str) -> Stages:
         raise listing(problems, f"{name} is not a lock of this project: restore it with git, or remove it") from None
     stages: Stages = content["stages"]
     return stages
+
+
+def params_of(locked: Mapping[str, Any]) -> dict[str, Any]:
+    """The parameters of a locked stage, of all its files, as `dvc.lock` names them."""
+    return {name: value for file in locked.get("params", {}).values() for name, value in file.items()}
+
+
+def outs_of(locked: Mapping[str, Any]) -> dict[str, str]:
+    """The md5 of a locked stage's outputs, by path."""
+    return {out["path"]: out["md5"] for out in locked.get("outs", [])}
+
+
+def deps_of(locked: Mapping[str, Any]) -> dict[str, str]:
+    """The md5 of a locked stage's dependencies, by path."""
+    return {dep["path"]: dep["md5"] for dep in locked.get("deps", [])}
 
 
 def _items(definition: dict[str, Any], given: params.Params) -> Iterator[tuple[str, str] | None]:

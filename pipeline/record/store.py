@@ -38,6 +38,9 @@ COMMITS = "dvc.commits"
 NOTE = "mlflow.note.content"
 COMMIT = "mlflow.source.git.commit"
 
+FINISHED = "FINISHED"
+"""The status of a run that is complete."""
+
 COMMAND = 'MLFLOW_TRACKING_URI="$(lora-repro store)" mlflow'
 """MLflow's command line on the project's store, for a shell."""
 
@@ -103,6 +106,11 @@ class Stored:
     metrics: dict[str, float]
 
     @property
+    def finished(self) -> bool:
+        """Whether everything is in it: a run that was interrupted is never finished."""
+        return self.status == FINISHED
+
+    @property
     def seeds(self) -> list[int]:
         """The training seeds, after which files in the run are named; UserError where these are other texts."""
         try:
@@ -126,7 +134,7 @@ def cut(value: str, whole: str) -> str:
     return value if len(value) <= MAX_PARAM else value[: MAX_PARAM - len(mark)] + mark
 
 
-def write(found: Sequence[Record], tracking: params.Tracking) -> list[tuple[Any, str]]:
+def write(found: Sequence[Record], tracking: params.Tracking) -> list[tuple[Stored, str]]:
     """Record what is not recorded yet; of each its run, and in words which of the two it was.
 
     UserError for a store that cannot be used.
@@ -136,12 +144,12 @@ def write(found: Sequence[Record], tracking: params.Tracking) -> list[tuple[Any,
         return [_written(client, experiment_id, record, _bounds(tracking)) for record in found]
 
 
-def _written(client: Any, experiment_id: str, record: Record, own: bounds.Bounds) -> tuple[Any, str]:
+def _written(client: Any, experiment_id: str, record: Record, own: bounds.Bounds) -> tuple[Stored, str]:
     run = _finished(client, experiment_id, record, own)
     if run is None:
-        return _write(client, experiment_id, record, own), "recorded"
+        return _stored(_write(client, experiment_id, record, own)), "recorded"
     _seen_again(client, run, record.tags)
-    return run, "already recorded"
+    return _stored(run), "already recorded"
 
 
 def crown(tracking: params.Tracking, digest: str, sweep: str, table: Path) -> str | None:
@@ -150,7 +158,7 @@ def crown(tracking: params.Tracking, digest: str, sweep: str, table: Path) -> st
     with opened(tracking) as client:
         experiment_id = experiment(client, tracking)
         for run in runs(client, experiment_id, DIGEST, digest):
-            if run.info.status == "FINISHED":
+            if run.info.status == FINISHED:
                 _bounds(tracking).require_run(run.info.artifact_uri)
                 _add(client, run, WINNER, sweep)
                 client.log_artifact(run.info.run_id, str(table), "sweep")
@@ -272,7 +280,7 @@ def _finished(client: Any, experiment_id: str, record: Record, own: bounds.Bound
     """The finished run of a digest, or None; half-written ones, which a killed process left, are deleted."""
     finished = None
     for run in runs(client, experiment_id, record.key, record.digest):
-        if run.info.status == "FINISHED":
+        if run.info.status == FINISHED:
             finished = finished or run
         else:
             client.delete_run(run.info.run_id)
@@ -307,7 +315,7 @@ def _write(client: Any, experiment_id: str, record: Record, own: bounds.Bounds) 
         with contextlib.suppress(Exception):  # the first error is the one to see; RUNNING is not FINISHED either
             client.set_terminated(run_id, "FAILED")
         raise
-    client.set_terminated(run_id, "FINISHED")
+    client.set_terminated(run_id, FINISHED)
     _arrange(client, experiment_id, record)
     return client.get_run(run_id)
 
@@ -421,6 +429,11 @@ def stored(tracking: params.Tracking, key: str = DIGEST) -> list[Stored]:
                 return found
 
 
+def of_digest(digest: str, runs: Sequence[Stored]) -> list[Stored]:
+    """Of the runs that `stored` lists, the finished ones of the experiment with this digest, the oldest first."""
+    return [run for run in runs if run.finished and run.tags.get(DIGEST) == digest]
+
+
 def _stored(run: Any) -> Stored:
     """A run as a store lists it; UserError for an id that MLflow would not make, which commands name.
 
@@ -500,5 +513,6 @@ def _add(client: Any, run: Any, key: str, name: str) -> None:
         client.set_tag(run.info.run_id, key, value)
 
 
-def line(run: Any, tracking: params.Tracking) -> str:
-    return f"run {in_line(run.info.run_name)} ({run.info.run_id}) in {address(tracking)}"
+def line(run: Stored, tracking: params.Tracking) -> str:
+    """A run and its store, as a line of text names them."""
+    return f"run {run.name} ({run.run_id}) in {address(tracking)}"

@@ -9,24 +9,24 @@ from dataclasses import asdict
 from typing import Any
 
 from pipeline.core import paths, records
-from pipeline.report import figures as charts
-from pipeline.score.compare import Comparison
-from pipeline.score.guard_record import Guard
+from pipeline.report import figures
+from pipeline.report.curves import Curve
+from pipeline.score.comparison import Comparison
 from pipeline.score.side_by_side import Row
 from pipeline.score.significance import Interval
 
 Table = list[dict[str, Any]]
 
 
-def write(comparison: Comparison, guards: Sequence[Guard], rows: Sequence[Row], seeds: Sequence[int]) -> None:
+def write(comparison: Comparison, rows: Sequence[Row], curves: Sequence[Curve]) -> None:
     """Write `paths.FIGURES` and `paths.TABLES`, of which `reports/` gets a copy."""
-    for name, drawing in charts.figures(comparison, rows, seeds, charts.FILE).items():
+    for name, drawing in figures.all_of(comparison, rows, curves, figures.FILE).items():
         records.write_text(paths.FIGURES / f"{name}.svg", drawing)
-    for name, table in tables(comparison, guards).items():
+    for name, table in tables(comparison).items():
         records.write_text(paths.TABLES / f"{name}.csv", text(table))
 
 
-def tables(comparison: Comparison, guards: Sequence[Guard]) -> dict[str, Table]:
+def tables(comparison: Comparison) -> dict[str, Table]:
     """The tables by name; one that the report does not have is left out."""
     found = {
         "scores": list(_scores(comparison)),
@@ -37,7 +37,7 @@ def tables(comparison: Comparison, guards: Sequence[Guard]) -> dict[str, Table]:
         "outputs": list(_outputs(comparison)),
         "training": [asdict(one) for one in comparison.cost.training],
         "forgetting": list(_forgetting(comparison)),
-        "guards": [{"rules_out": one.rules_out, "measured": one.measured} for one in guards],
+        "guards": [{"rules_out": one.rules_out, "measured": one.measured} for one in comparison.guards],
     }
     return {name: table for name, table in found.items() if table}
 

@@ -4,7 +4,6 @@ each example, aspects, training curves, lengths of outputs and how they ended.
 Drawn by Vega-Lite inside `vl-convert`, so no browser, no network, and the same bytes for the same numbers.
 """
 
-import csv
 import math
 import re
 from collections.abc import Sequence
@@ -13,9 +12,9 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.core import paths, records
-from pipeline.core import text as sentences
-from pipeline.score.compare import Comparison
+from pipeline.core.text import words
+from pipeline.report.curves import Curve
+from pipeline.score.comparison import Comparison
 from pipeline.score.metrics import LABELS
 from pipeline.score.side_by_side import Row
 
@@ -74,8 +73,6 @@ OF_OBJECTS = {
 """What every object of JavaScript has."""
 UNCUT = 6
 """So many characters of any script fit into a label."""
-MOST_POINTS = 400
-"""A longer training curve is drawn as the means of this many stretches."""
 BINS = 40
 """Bins of a histogram, about: their width is a round number."""
 
@@ -89,7 +86,7 @@ def svg(comparison: Comparison, look: Look) -> str:
     return drawn(altair.vconcat(*parts, spacing=28), look)
 
 
-def figures(comparison: Comparison, rows: Sequence[Row], seeds: Sequence[int], look: Look) -> dict[str, str]:
+def all_of(comparison: Comparison, rows: Sequence[Row], curves: Sequence[Curve], look: Look) -> dict[str, str]:
     """Every figure by name, as an SVG document; `aspects` is left out where the rows have none."""
     metrics = [LABELS[name] for name in comparison.results]
     charts = {
@@ -97,7 +94,7 @@ def figures(comparison: Comparison, rows: Sequence[Row], seeds: Sequence[int], l
         "scores": _scores(comparison, look, metrics),
         "gains": _gains(comparison, rows, look),
         "aspects": _aspects(comparison, look),
-        "training": _training(seeds, look),
+        "training": _training(curves, look),
         "lengths": _lengths(rows, look),
         "endings": _endings(comparison, look),
     }
@@ -286,19 +283,19 @@ def _gains(comparison: Comparison, rows: Sequence[Row], look: Look) -> Any:
     ).properties(width=look.width, height=170, title="Gain of each example")
 
 
-def _training(seeds: Sequence[int], look: Look) -> Any:
+def _training(curves: Sequence[Curve], look: Look) -> Any:
     """Training loss (thin) and validation loss (points) against the step, a colour a seed."""
     import altair
 
+    seeds = [str(curve.seed) for curve in curves]
     train, validation = [], []
-    for seed in seeds:
-        train += [{"seed": str(seed), "step": step, "loss": loss} for step, loss in _curve(seed)]
-        entries = records.read_json(paths.training_summary(seed))["validation"]
-        validation += [{"seed": str(seed), "step": entry["step"], "loss": entry["loss"]} for entry in entries]
+    for seed, curve in zip(seeds, curves, strict=True):
+        train += [{"seed": seed, "step": step, "loss": loss} for step, loss in curve.training]
+        validation += [{"seed": seed, "step": one.step, "loss": one.loss} for one in curve.validation]
     colours = [look.seeds[i % len(look.seeds)] for i in range(len(seeds))]
     color = altair.Color(
         "seed:N",
-        scale=altair.Scale(domain=[str(seed) for seed in seeds], range=colours),
+        scale=altair.Scale(domain=seeds, range=colours),
         legend=altair.Legend(orient="bottom", direction="horizontal", columns=6) if len(seeds) > 1 else None,
     )
     x = altair.X("step:Q", title="optimizer steps", axis=altair.Axis(tickMinStep=1, tickCount=6))
@@ -312,22 +309,12 @@ def _training(seeds: Sequence[int], look: Look) -> Any:
     ).properties(width=look.width, height=190, title="Loss: training (line), validation (points)")
 
 
-def _curve(seed: int) -> list[tuple[float, float]]:
-    """Step and training loss, of a long log the means of `MOST_POINTS` stretches."""
-    with paths.training_log(seed).open(encoding="utf-8", newline="") as file:
-        log = [(float(row["step"]), float(row["loss"])) for row in csv.DictReader(file)]
-    if len(log) <= MOST_POINTS:
-        return log
-    stretches = np.array_split(np.array(log), MOST_POINTS)
-    return [(float(mean[0]), float(mean[1])) for mean in (part.mean(axis=0) for part in stretches)]
-
-
 def _lengths(rows: Sequence[Row], look: Look) -> Any:
     """Words of the references and of each model's outputs, as shares; the seeds of tuned together."""
     import altair
 
     lengths = {
-        "references": [len(sentences.words(one)) for row in rows for one in row.example.references],
+        "references": [len(words(one)) for row in rows for one in row.example.references],
         "base": [row.base.words for row in rows],
         "tuned": [one.words for row in rows for one in row.tuned],
     }

@@ -10,27 +10,23 @@ import base64
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from markupsafe import Markup, escape
 
-from pipeline.core import params, paths, records
-from pipeline.core import text as sentences
+from pipeline.core import contracts, params, paths, records
+from pipeline.core.contracts import BaseFacts, Cost, DataCard, QuantizedFacts, TrainingSummary
 from pipeline.core.records import Example
-from pipeline.record import lockfile, provenance, track
-from pipeline.report import csv_tables as appendix
-from pipeline.report import figures as charts
-from pipeline.report import marks as overlap
-from pipeline.report import words as report
-from pipeline.report.marks import Mark, Splitter
-from pipeline.score import compare
-from pipeline.score import guard_record as guards
-from pipeline.score import side_by_side as examples
-from pipeline.score.compare import Comparison
-from pipeline.score.guard_record import Guard
+from pipeline.core.text import words
+from pipeline.record import costs, identity, track
+from pipeline.record.origin import Origin
+from pipeline.report import csv_tables, curves, figures, wording
+from pipeline.report.marks import Mark, Splitter, closest, shared, splitter
+from pipeline.score import side_by_side
+from pipeline.score.comparison import Comparison
 from pipeline.score.metrics import LABELS
 from pipeline.score.side_by_side import Row, Written
 
@@ -41,103 +37,45 @@ SIGNS = {"better": "▲", "worse": "▼", "mixed": "◆", "none": "="}
 
 
 @dataclass(frozen=True, slots=True)
-class Spent:
-    """What one stage cost on this machine; None for what was not measured, as by a stage taken from a cache."""
-
-    stage: str
-    seconds: float | None
-    memory_mb: float | None
-    device_memory_mb: float | None
-    energy_kwh: float | None
-    energy_meter: str | None
-    device: str | None
-    threads: int | None
-
-
-@dataclass(frozen=True, slots=True)
-class Origin:
-    """Where the result comes from.
-
-    `changed` names the files that differ from the commit; `stages` maps a stage to its outputs' md5 in `dvc.lock`;
-    `params` are those that the stages were locked with, `params_yaml` the file as it is.
-    """
-
-    digest: str
-    commit: str | None
-    changed: list[str]
-    experiment: str | None
-    stages: dict[str, dict[str, str]]
-    params: dict[str, str]
-    params_yaml: str
-    versions: dict[str, str]
-    machine: dict[str, str | int]
-
-
-@dataclass(frozen=True, slots=True)
 class Content:
-    """All that the page shows. `training` (one a seed), `card`, `base` and `quantized` are as the JSON files of the
-    stages hold them."""
+    """All that the page shows; `training` has one entry a seed, and `costs` None for a stage taken from a cache."""
 
     comparison: Comparison
-    guards: list[Guard]
     rows: list[Row]
-    training: list[dict[str, Any]]
-    spent: list[Spent]
+    training: list[TrainingSummary]
+    costs: dict[str, Cost | None]
     origin: Origin
-    card: dict[str, Any]
-    base: dict[str, Any]
-    quantized: dict[str, Any]
+    card: DataCard
+    base: BaseFacts
+    quantized: QuantizedFacts
     figures: dict[str, str] = field(default_factory=dict)
     claims: list[dict[str, Any]] = field(default_factory=list)
     """As `reports/claims.json` holds them; they are about papers, not about this experiment."""
 
 
-def write(seeds: list[int], evaluate: params.Evaluate, compare: params.Compare) -> None:
-    """Write `paths.REPORT_HTML` for the experiment in the working directory; UserError for missing outputs."""
-    records.write_text(paths.REPORT_HTML, render(gather(seeds, evaluate, compare), evaluate, compare.explorer))
+def write(seeds: Sequence[int], evaluate: params.Evaluate, explorer: int) -> None:
+    """Write `paths.REPORT_HTML` for the experiment in the working directory; UserError for missing outputs.
+
+    `explorer` is the number of test examples that the page holds at most.
+    """
+    records.write_text(paths.REPORT_HTML, render(gather(seeds), evaluate, explorer))
 
 
-def gather(seeds: list[int], evaluate: params.Evaluate, given: params.Compare) -> Content:
+def gather(seeds: Sequence[int]) -> Content:
     """What the page shows, from the stages' outputs, `dvc.lock`, git and this machine."""
-    comparison = compare.compare(seeds, evaluate, given)
-    rows = examples.read(seeds, evaluate.metrics)
+    comparison, rows = Comparison.read(), side_by_side.read(seeds)
     return Content(
-        comparison,
-        guards.measured(seeds),
-        rows,
-        [records.read_json(paths.training_summary(seed)) for seed in seeds],
-        [_spent(stage, cost) for stage, cost in track.spent(seeds, Path()).items()],
-        origin(seeds),
-        records.read_json(paths.DATA_CARD),
-        records.read_json(paths.BASE_FACTS),
-        records.read_json(paths.QUANTIZED_FACTS),
-        charts.figures(comparison, rows, seeds, charts.PAGE),
-        records.read_json(paths.CLAIMS) if paths.CLAIMS.exists() else [],
+        comparison=comparison,
+        rows=rows,
+        training=[contracts.read(paths.training_summary(seed), TrainingSummary) for seed in seeds],
+        costs=costs.of_stages(seeds),
+        origin=Origin.read(seeds),
+        card=contracts.read(paths.DATA_CARD, DataCard),
+        base=contracts.read(paths.BASE_FACTS, BaseFacts),
+        quantized=contracts.read(paths.QUANTIZED_FACTS, QuantizedFacts),
+        figures=figures.all_of(comparison, rows, curves.read(seeds), figures.PAGE),
+        claims=records.read_json(paths.CLAIMS) if paths.CLAIMS.exists() else [],
     )
-
-
-def origin(seeds: list[int]) -> Origin:
-    """The experiment's digest, commit, parameters and outputs, and this machine."""
-    lock = lockfile.text(paths.DVC_LOCK)
-    sha, _ = provenance.commit(Path())
-    return Origin(
-        digest=track.digest_of(lock, seeds),
-        commit=sha,
-        changed=provenance.changes(Path()),
-        experiment=provenance.experiment(),
-        stages=track.outs_of(lock, seeds),
-        params=track.params_of(lock, seeds),
-        params_yaml=paths.PARAMS.read_text(encoding="utf-8"),
-        versions=provenance.versions(),
-        machine=provenance.platform_facts(),
-    )
-
-
-def _spent(stage: str, cost: dict[str, Any]) -> Spent:
-    names = ("seconds", "peak_memory_mb", "peak_device_memory_mb", "energy_kwh", "energy_meter", "device", "threads")
-    if "processes" in cost:  # threads are of one, memory is of all of them
-        cost = cost | {"device": f"{cost['processes']} × {cost['device']}"}
-    return Spent(stage, *(cost.get(name) for name in names))
 
 
 # Rendering
@@ -145,11 +83,11 @@ def _spent(stage: str, cost: dict[str, Any]) -> Spent:
 
 def render(content: Content, evaluate: params.Evaluate, explorer: int) -> str:
     """The whole page, sealed; equal contents give equal bytes."""
-    environment = report.environment()
-    css = (report.TEMPLATES / "page.css").read_text(encoding="utf-8")
-    script = (report.TEMPLATES / "page.js").read_text(encoding="utf-8")
+    environment = wording.environment()
+    css = (wording.TEMPLATES / "page.css").read_text(encoding="utf-8")
+    script = (wording.TEMPLATES / "page.js").read_text(encoding="utf-8")
     comparison = content.comparison
-    split = overlap.splitter(comparison.decide_by[0], evaluate)
+    split = splitter(comparison.decide_by[0], evaluate)
     held = chosen(content, explorer)
     environment.filters["marked"] = marked
     environment.filters["size"] = size
@@ -158,28 +96,28 @@ def render(content: Content, evaluate: params.Evaluate, explorer: int) -> str:
         content=content,
         c=comparison,
         o=content.origin,
-        lead=report.LEAD[comparison.verdict],
+        lead=wording.LEAD[comparison.verdict],
         sign=SIGNS[comparison.verdict],
-        basis=report.basis(comparison),
-        caveats=report.caveats(comparison),
-        power=report.power(comparison),
+        basis=wording.basis(comparison),
+        caveats=wording.caveats(comparison),
+        power=wording.power(comparison),
         labels=LABELS,
         interval=f"{100 * comparison.confidence:g} % interval",
-        figures={name: Markup(charts.inline(drawing)) for name, drawing in content.figures.items()},
+        figures={name: Markup(figures.inline(drawing)) for name, drawing in content.figures.items()},
         strips=strips(comparison),
         extremes=_extremes(content, split),
         total=len(content.rows),
         held=len(held),
-        data_sources=list(zip(_listed(content.card["source"]), _listed(content.card["sha256"]), strict=True)),
-        base_name=content.base["source"].rstrip("/").rpartition("/")[2],
-        meters=list(dict.fromkeys(one.energy_meter for one in content.spent if one.energy_meter)),
-        whole_time=_sum([one.seconds for one in content.spent]),
-        params_yaml=Markup("\n") + report.html(content.origin.params_yaml),
-        files=appendix.tables(comparison, content.guards),
+        data_sources=list(zip(_listed(content.card.source), _listed(content.card.sha256), strict=True)),
+        base_name=content.base.source.rstrip("/").rpartition("/")[2],
+        meters=list(dict.fromkeys(cost.energy_meter for cost in content.costs.values() if cost and cost.energy_meter)),
+        whole_time=_whole_time(content.costs),
+        params_yaml=Markup("\n") + wording.html(content.origin.params_yaml),
+        files=csv_tables.tables(comparison),
         data=Markup(embedded(_data(content, held, split))),
         words=_words(comparison.decide_by[0], evaluate),
-        commands=report.COMMANDS,
-        reproduction=reproduction(content.origin),
+        commands=wording.COMMANDS,
+        reproduction=content.origin.commands(),
         css=Markup(css),
         script=Markup(script),
         css_hash=_hash(css),
@@ -210,7 +148,7 @@ def embedded(content: Any) -> str:
 
 
 def marked(text: str, marks: Sequence[Mark]) -> Markup:
-    """A text as HTML with its marks; as `report.html` has it."""
+    """A text as HTML with its marks, escaped as by `wording.html`."""
     parts, position = [], 0
     for mark in marks:
         parts.append(escape(text[position : mark.start]))
@@ -239,9 +177,10 @@ def duration(seconds: float) -> str:
     return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
 
 
-def _sum(values: Sequence[float | None]) -> float | None:
-    known = [value for value in values if value is not None]
-    return sum(known) if len(known) == len(values) else None
+def _whole_time(costs: Mapping[str, Cost | None]) -> float | None:
+    """The seconds of all stages; None where one of them came from a cache."""
+    known = [cost.seconds for cost in costs.values() if cost is not None]
+    return sum(known) if len(known) == len(costs) else None
 
 
 def _listed(value: Any) -> list[Any]:
@@ -283,19 +222,6 @@ def _words(name: str, evaluate: params.Evaluate) -> str:
     return f"words that {label} counts as shared" + (" (compared by their stems)" if stemmed else "")
 
 
-def reproduction(origin: Origin) -> list[tuple[str, str]]:
-    """The commands that compute this experiment again, each with what it does."""
-    found = []
-    if origin.commit:
-        found.append((f"git checkout {origin.commit}", "the code and the parameters, in a clone of this repository"))
-    if origin.commit is None or paths.PARAMS.as_posix() in origin.changed:
-        found.append(("$EDITOR params.yaml", "it must hold what stands below under “params.yaml”"))
-    found.append(("make repro", "installs the pinned versions into .venv, and runs the experiment"))
-    found.append(("lora-repro verify", f"compares all by content; the experiment is {origin.digest[:12]}…"))
-    found.append(("lora-repro verify --recompute", "everything once more in a copy, compared stage by stage"))
-    return found
-
-
 # The examples
 
 
@@ -330,18 +256,15 @@ class Compared:
 
 def _compared(written: Written, example: Example, split: Splitter) -> Compared:
     text, references = shown(written.text), [shown(one) for one in example.references]
-    words, others = split(text), [split(one) for one in references]
-    nearest = overlap.closest(words, others)
-    return Compared(text, *_first(overlap.shared(words, others[nearest]), nearest, references[nearest]))
-
-
-def _first(marks: tuple[list[Mark], list[Mark]], nearest: int, reference: str) -> tuple[Any, ...]:
-    return marks[0], nearest, reference, marks[1]
+    own, others = split(text), [split(one) for one in references]
+    nearest = closest(own, others)
+    marks, reference_marks = shared(own, others[nearest])
+    return Compared(text, marks, nearest, references[nearest], reference_marks)
 
 
 def shown(text: str) -> str:
     """A text as the page shows it: control characters, and halves of characters, as U+FFFD."""
-    return report.printable(text).strip()
+    return wording.printable(text).strip()
 
 
 def _data(content: Content, held: Iterable[int], split: Splitter) -> dict[str, Any]:
@@ -359,7 +282,7 @@ def _data(content: Content, held: Iterable[int], split: Splitter) -> dict[str, A
             "a": aspects.setdefault(shown(example.aspect), len(aspects)),
             "s": sources.setdefault(shown(example.source), len(sources)),
             "r": [shown(text) for text in example.references],
-            "w": [len(sentences.words(text)) for text in (example.source, *example.references)],
+            "w": [len(words(text)) for text in (example.source, *example.references)],
             "v": [_variant(written, example, split, metrics) for written in (row.base, *row.tuned)],
         }
         if example.history:
@@ -425,13 +348,13 @@ def faults(path: Path, digest: str) -> list[str]:
     return []
 
 
-def describe(seeds: list[int]) -> str:
+def describe(seeds: Sequence[int]) -> str:
     """Where the page is, and what is wrong with it for the experiment in the working directory, in one line."""
     found = digest_of(paths.REPORT_HTML)
-    if found == track.digest_of(lockfile.text(paths.DVC_LOCK), seeds):
+    if found == identity.digest(identity.here(seeds)):
         return str(paths.REPORT_HTML)
     wrong = f"shows another experiment, {found[:12]}…" if found else "is missing, or was written by another version"
-    return f"{paths.REPORT_HTML} {wrong}: run `dvc repro --force --single-item track`"
+    return f"{paths.REPORT_HTML} {wrong}: run `{track.COMMAND}`"
 
 
 def digest_of(path: Path) -> str | None:

@@ -4,11 +4,12 @@ Each guard fails its stage where the fault arises; that a report exists means th
 gathers what they saw, from the stages' outputs.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
-from pipeline.core import paths, records
+from pipeline.core import contracts, paths
+from pipeline.core.contracts import DataCard, QuantizedFacts, TrainingSummary
+from pipeline.core.records import Decoding
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,74 +22,75 @@ class Guard:
 
 def measured(seeds: Sequence[int]) -> list[Guard]:
     """The guards of the experiment in the working directory, in the order of its stages."""
-    card, facts = records.read_json(paths.DATA_CARD), records.read_json(paths.QUANTIZED_FACTS)
-    training = [records.read_json(paths.training_summary(seed)) for seed in seeds]
+    card = contracts.read(paths.DATA_CARD, DataCard)
+    facts = contracts.read(paths.QUANTIZED_FACTS, QuantizedFacts)
+    training = [contracts.read(paths.training_summary(seed), TrainingSummary) for seed in seeds]
     variants = [paths.variant(None), *(paths.variant(seed) for seed in seeds)]
-    decodings = {variant: records.read_json(paths.decoding(variant)) for variant in variants}
+    decodings = {variant: contracts.read(paths.decoding(variant), Decoding) for variant in variants}
     base = decodings["base"]
     return [
         Guard("test or validation examples in training", _overlap(card)),
-        Guard("quantization or a device other than asked for", f"{_quantization(facts)}; computed on {base['device']}"),
+        Guard("quantization or a device other than asked for", f"{_quantization(facts)}; computed on {base.device}"),
         Guard(
             "a doubled BOS, or another prefix in inference than in training",
-            f"{_each(one['prompts_checked'] for one in training)} prompts start with one BOS at most; training "
+            f"{_each(one.prompts_checked for one in training)} prompts start with one BOS at most; training "
             "continues the ids that inference continues",
         ),
         Guard(
             "training rows without a supervised token or a closing EOS",
-            f"shortest answer {min(one['shortest_answer'] for one in training)} tokens, the EOS included, in each of "
-            f"{_each(one['rows'] for one in training)} rows; {_each(one['dropped'] for one in training)} dropped as "
+            f"shortest answer {min(one.shortest_answer for one in training)} tokens, the EOS included, in each of "
+            f"{_each(one.rows for one in training)} rows; {_each(one.dropped for one in training)} dropped as "
             "too long",
         ),
         Guard(
             "gradients through repacked 4-bit weights",
-            f"{_each(one['repacked_layers'] for one in training)} layers repacked at the end of training",
+            f"{_each(one.repacked_layers for one in training)} layers repacked at the end of training",
         ),
         Guard(
             "a loss or an adapter that is not finite",
-            f"largest gradient norm {_each(_number(one['largest_grad_norm']) for one in training)}, last loss "
-            f"{_each(_number(one['final_loss']) for one in training)}",
+            f"largest gradient norm {_each(_number(one.largest_grad_norm) for one in training)}, last loss "
+            f"{_each(_number(one.final_loss) for one in training)}",
         ),
         Guard(
             "an adapter that is not applied",
-            f"it moves a logit by up to {_each(_number(one['logit_change']) for one in training)}; every tensor was "
+            f"it moves a logit by up to {_each(_number(one.logit_change) for one in training)}; every tensor was "
             "loaded as saved, on the base it was trained on",
         ),
-        Guard("outputs that depend on their batch", _recheck(decodings, base["generation"]["batch_size"])),
+        Guard("outputs that depend on their batch", _recheck(decodings, base.generation["batch_size"])),
         Guard(
             "hidden decoding defaults, unequal prompts",
-            f"{len(base['generation'])} decoding settings, {base['device']} with {base['threads']} threads, "
-            f"{base['dtype']} and prompts {base['prompts_sha256'][:12]} are those of all {len(variants)} variants; "
-            f"{base['generation']['backend']} computed them",
+            f"{len(base.generation)} decoding settings, {base.device} with {base.threads} threads, "
+            f"{base.dtype} and prompts {base.prompts_sha256[:12]} are those of all {len(variants)} variants; "
+            f"{base.generation['backend']} computed them",
         ),
     ]
 
 
-def _overlap(card: dict[str, Any]) -> str:
-    parts = [f"{pair}: {seen['exact']} exact, {seen['near']} near" for pair, seen in sorted(card["overlap"].items())]
+def _overlap(card: DataCard) -> str:
+    parts = [f"{pair}: {seen.exact} exact, {seen.near} near" for pair, seen in sorted(card.overlap.items())]
     return "; ".join(parts) + " (dropped)"
 
 
-def _quantization(facts: dict[str, Any]) -> str:
-    if facts["method"] == "none":
-        return f"none asked, none found; {facts['bits_per_parameter']:g} bits a parameter"
-    errors = facts["layers"].values()
+def _quantization(facts: QuantizedFacts) -> str:
+    if facts.method == "none":
+        return f"none asked, none found; {facts.bits_per_parameter:g} bits a parameter"
+    errors = facts.layers.values()
     return (
-        f"{facts['quantized_layers']} layers of {facts['method']}, {facts['bits_per_parameter']:.3f} bits a parameter, "
+        f"{facts.quantized_layers} layers of {facts.method}, {facts.bits_per_parameter:.3f} bits a parameter, "
         f"relative error {min(errors):.3f} to {max(errors):.3f} a layer; "
-        f"perplexity {facts['perplexity_before']:.2f} to {facts['perplexity_after']:.2f}"
+        f"perplexity {facts.perplexity_before:.2f} to {facts.perplexity_after:.2f}"
     )
 
 
-def _recheck(decodings: dict[str, Any], batch_size: int) -> str:
+def _recheck(decodings: Mapping[str, Decoding], batch_size: int) -> str:
     seen = "; ".join(
-        f"{variant}: {one['recheck']['identical']} of {one['recheck']['examples']} rechecked alone are the same"
+        f"{variant}: {one.recheck['identical']} of {one.recheck['examples']} rechecked alone are the same"
         for variant, one in decodings.items()
     )
     return f"{seen}; the batch size ({batch_size}) is part of the experiment"
 
 
-def _each(values: Any) -> str:
+def _each(values: Iterable[object]) -> str:
     """The values of several seeds, or the one of all."""
     return " / ".join(dict.fromkeys(map(str, values)))
 

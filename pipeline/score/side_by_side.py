@@ -1,12 +1,16 @@
-"""The test examples side by side: what each variant wrote for each, and how it scored."""
+"""The test examples side by side: what each variant wrote for each, and how it scored.
+
+This is the one place where rows of the test split, outputs and scores are put together.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from pipeline.core import paths, records
+from pipeline.core import contracts, paths, records
 from pipeline.core import text as sentences
+from pipeline.core.contracts import Scores
+from pipeline.core.errors import UserError, listing
 from pipeline.core.records import Example, Prediction
-from pipeline.score import evaluate as scores
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,17 +40,80 @@ class Row:
         return sum(one.scores[metric] for one in self.tuned) / len(self.tuned) - self.base.scores[metric]
 
 
-def read(seeds: Sequence[int], metrics: Sequence[str]) -> list[Row]:
-    """The rows of the test split, in its order; that they belong together, `compare.compare` has checked."""
-    test = records.read_rows(paths.split("test"), Example)
-    columns = [_written(paths.variant(seed), metrics) for seed in (None, *seeds)]
+@dataclass(frozen=True, slots=True)
+class Outputs:
+    """The outputs of one variant as its stages left them: texts and scores, each in the order of the test split."""
+
+    predictions: list[Prediction]
+    scores: Scores
+
+
+def read(seeds: Sequence[int]) -> list[Row]:
+    """The rows of the test split, in its order, with what base and the adapters of `seeds` wrote.
+
+    UserError where outputs are missing, or are not of this test split.
+    """
+    return join(test_split(), [outputs(paths.variant(seed)) for seed in (None, *seeds)])
+
+
+def test_split() -> list[Example]:
+    """The test split."""
+    return records.read_rows(paths.split("test"), Example)
+
+
+def outputs(variant: str) -> Outputs:
+    """What one variant wrote, and its scores; UserError where they are missing."""
+    return Outputs(
+        records.read_rows(paths.predictions(variant), Prediction), contracts.read(paths.scores(variant), Scores)
+    )
+
+
+def join(test: Sequence[Example], variants: Sequence[Outputs]) -> list[Row]:
+    """The test examples with the outputs of the variants: base first, then one a seed.
+
+    UserError, which lists every difference, where outputs are not of these rows in this order.
+    """
+    if problems := [problem for one in variants for problem in misplaced(test, one)]:
+        raise listing(problems, "the outputs are not of this test split; run `dvc repro`:")
+    columns = [
+        [
+            Written(one.text, one.tokens, one.finish == "length", row.scores)
+            for one, row in zip(variant.predictions, variant.scores.examples, strict=True)
+        ]
+        for variant in variants
+    ]
     return [Row(example, base, list(tuned)) for example, base, *tuned in zip(test, *columns, strict=True)]
 
 
-def _written(variant: str, metrics: Sequence[str]) -> list[Written]:
-    predictions = records.read_rows(paths.predictions(variant), Prediction)
-    scored = scores.read(variant).examples
-    return [
-        Written(one.text, one.tokens, one.finish == "length", {name: row[name] for name in metrics})
-        for one, row in zip(predictions, scored, strict=True)
-    ]
+def misplaced(test: Sequence[Example], outputs: Outputs) -> list[str]:
+    """What keeps the outputs of a variant from being joined with the test split, a message each."""
+    ids = [row.id for row in test]
+    found = []
+    for what, rows in (("scores", outputs.scores.examples), ("predictions", outputs.predictions)):
+        try:
+            require_same_rows(f"{outputs.scores.variant} ({what})", [row.id for row in rows], ids)
+        except UserError as error:
+            found.append(str(error).replace("\n", "\n  "))
+    return found
+
+
+def require_same_rows(variant: str, given: Sequence[str], test: Sequence[str]) -> None:
+    """UserError unless `given` are the ids of the test split, in its order, each once, and at least one."""
+    problems = []
+    here, there = set(given), set(test)
+    if not test:
+        problems.append(f"{paths.split('test')} is empty: nothing can be scored")
+    if len(there) < len(test):
+        problems.append(f"{paths.split('test')} has {len(test) - len(there)} rows with the id of another")
+    if missing := [row for row in test if row not in here]:
+        problems.append(f"{len(missing)} test rows have no prediction: {_some(missing)}")
+    if extra := [row for row in given if row not in there]:
+        problems.append(f"{len(extra)} predictions belong to no test row: {_some(extra)}")
+    if not problems and list(given) != list(test):
+        problems.append("the rows are the same, but their order or number is not")
+    if problems:
+        raise listing(problems, f"predictions of {variant} and the test split differ; run `dvc repro`:")
+
+
+def _some(ids: Sequence[str]) -> str:
+    return ", ".join(ids[:3]) + (", ..." if len(ids) > 3 else "")

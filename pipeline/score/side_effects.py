@@ -6,11 +6,10 @@ stand in the MLflow run.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
-from pipeline.core import params, paths, records
+from pipeline.core import contracts, params, paths
 from pipeline.score import significance
 from pipeline.score.significance import Interval
 
@@ -82,74 +81,72 @@ class Cost:
     forgetting: Forgetting | None
 
 
-def read(seeds: Sequence[int], compare: params.Compare) -> Cost:
+def read(seeds: Sequence[int], settings: params.Compare) -> Cost:
     """The cost of the experiment in the working directory."""
-    summaries = [records.read_json(paths.training_summary(seed)) for seed in seeds]
+    forgetting = [contracts.read(paths.forgetting(seed), contracts.Forgetting) for seed in seeds]
+    summaries = [contracts.read(paths.training_summary(seed), contracts.TrainingSummary) for seed in seeds]
     return Cost(
-        trainable_parameters=summaries[0]["trainable_parameters"],
-        adapter_bytes=summaries[0]["adapter_bytes"],
+        trainable_parameters=summaries[0].trainable_parameters,
+        adapter_bytes=summaries[0].adapter_bytes,
         training=[_training(summary) for summary in summaries],
-        forgetting=_forgetting([records.read_json(paths.forgetting(seed)) for seed in seeds], compare),
+        forgetting=_forgetting(forgetting, settings),
     )
 
 
-def _training(summary: dict[str, Any]) -> Training:
-    validation = [entry["loss"] for entry in summary["validation"]]
+def _training(summary: contracts.TrainingSummary) -> Training:
     return Training(
-        seed=summary["seed"],
-        epochs=summary["epochs"],
-        steps=summary["steps"],
-        planned_steps=summary["planned_steps"],
-        first_loss=validation[0],
-        best_loss=summary["best_loss"],
-        best_epoch=summary["best_epoch"],
-        last_loss=validation[-1],
-        kept_loss=summary["kept_loss"],
-        kept_epoch=summary["kept_epoch"],
-        training_loss=summary["training_loss"],
-        gap=summary["gap"],
+        seed=summary.seed,
+        epochs=summary.epochs,
+        steps=summary.steps,
+        planned_steps=summary.planned_steps,
+        first_loss=summary.validation[0].loss,
+        best_loss=summary.best_loss,
+        best_epoch=summary.best_epoch,
+        last_loss=summary.validation[-1].loss,
+        kept_loss=summary.kept_loss,
+        kept_epoch=summary.kept_epoch,
+        training_loss=summary.training_loss,
+        gap=summary.gap,
     )
 
 
-def _forgetting(measured: Sequence[dict[str, Any]], compare: params.Compare) -> Forgetting | None:
+def _forgetting(found: Sequence[contracts.Forgetting], settings: params.Compare) -> Forgetting | None:
     """All seeds read the same windows, so a resample draws the same texts for each of them."""
-    first = measured[0]
-    if first["source"] is None:
+    source, measured = found[0].source, [one.measured for one in found if one.measured is not None]
+    if source is None or not measured:
         return None
-    windows = [one["windows"] for one in measured]
-    several = first["texts"] > 1
-    groups = np.array([one["place"] if several else str(i) for i, one in enumerate(windows[0])])
+    first = measured[0]
+    several = first.texts > 1
+    groups = np.array([one.place if several else str(i) for i, one in enumerate(first.windows)])
     # nx(1 + 3s): the tokens of each window, and of each seed the three differences that have an interval.
-    columns = [[one["tokens"] for one in windows[0]]]
-    for own in windows:
-        columns.append([one["tuned"] - one["base"] for one in own])
-        columns.append([one["cross_entropy"] for one in own])
-        columns.append([one["cross_entropy"] - one["entropy"] for one in own])
+    columns = [[float(one.tokens) for one in first.windows]]
+    for windows in (one.windows for one in measured):
+        columns.append([one.tuned - one.base for one in windows])
+        columns.append([one.cross_entropy for one in windows])
+        columns.append([one.cross_entropy - one.entropy for one in windows])
     values_nxk = np.array(columns, dtype=np.float64).T
-    sums_bxk, _ = significance.resampled_sums(values_nxk, groups, compare.bootstrap_samples, compare.seed)
+    sums_bxk, _ = significance.resampled_sums(values_nxk, groups, settings.bootstrap_samples, settings.seed)
     total_k = values_nxk.sum(axis=0)
 
     def interval(which: int) -> Interval:
-        at = range(1 + which, 1 + 3 * len(windows), 3)
+        at = range(1 + which, 1 + 3 * len(measured), 3)
         resampled_b = np.mean([sums_bxk[:, k] / sums_bxk[:, 0] for k in at], axis=0)
         each = [float(total_k[k] / total_k[0]) for k in at]
         value = float(np.mean(each))
-        if len(windows) == 1:
-            return significance.percentiles(value, resampled_b, compare.confidence)
-        return significance.over_seeds(value, [each], resampled_b, len(set(groups)), compare.confidence)[1]
+        if len(measured) == 1:
+            return significance.percentiles(value, resampled_b, settings.confidence)
+        return significance.over_seeds(value, [each], resampled_b, len(set(groups)), settings.confidence)[1]
 
-    def mean(name: str) -> float:
-        return float(np.mean([one[name] for one in measured]))
-
+    tuned_loss = float(np.mean([one.tuned_loss for one in measured]))
     return Forgetting(
-        source=first["source"],
-        tokens=first["tokens"],
-        texts=first["texts"],
+        source=source,
+        tokens=first.tokens,
+        texts=first.texts,
         units="texts" if several else "windows of one text",
-        base_loss=first["base_loss"],
-        tuned_loss=mean("tuned_loss"),
-        base_perplexity=first["base_perplexity"],
-        tuned_perplexity=float(np.exp(mean("tuned_loss"))),
+        base_loss=first.base_loss,
+        tuned_loss=tuned_loss,
+        base_perplexity=first.base_perplexity,
+        tuned_perplexity=float(np.exp(tuned_loss)),
         diff=interval(0),
         cross_entropy=interval(1),
         kl=interval(2),

@@ -22,7 +22,7 @@ from rich.table import Table
 from pipeline.core import params, paths, records
 from pipeline.core.errors import UserError, printable
 from pipeline.core.progress import say
-from pipeline.record import lockfile, provenance, store, track
+from pipeline.record import identity, lockfile, provenance, store
 from pipeline.search import grid as sweep
 from pipeline.search import spec as space
 from pipeline.search import trial
@@ -168,7 +168,7 @@ def _test_winner(study: Study, runner: Runner, tracking: params.Tracking, table:
         lines = "\n".join(f"  | {line}" for line in outcome.log.splitlines())
         say(f"{tested.name}: failed; the same command tries it again\n{lines}")
         return 1
-    digest = track.digest_of(outcome.log, job.seeds)
+    digest = identity.digest_of(outcome.log, job.seeds)
     run = store.crown(tracking, digest, study.name, table)
     if run is None:
         say(f"{tested.name} has no MLflow run: `dvc exp apply {tested.name}`, then `dvc repro` records it")

@@ -22,10 +22,11 @@ from typing import Any
 from filelock import FileLock
 from ruamel.yaml import YAML
 
-from pipeline.core import params, paths, records
+from pipeline.core import contracts, params, paths
+from pipeline.core.contracts import TrainingSummary, Validation
 from pipeline.core.errors import UserError
 from pipeline.core.progress import VALIDATIONS
-from pipeline.record import lockfile, store, track
+from pipeline.record import identity, lockfile, store, track
 from pipeline.search import leash
 
 SECONDS_BETWEEN_LOOKS = 0.2
@@ -111,8 +112,8 @@ def run(source: Source, job: Job, folder: Path, judge: Judge) -> Outcome:
             rejected = _trained(source, job, project, log, targets, judge)
             commit = _experiment(folder, source.commit, job.name)
             if rejected is None and commit is not None:
-                summary = records.read_json(project / paths.training_summary(job.seeds[0]))
-                rejected = _rejected(_curve(summary["validation"])[:-1], judge)
+                summary = contracts.read(project / paths.training_summary(job.seeds[0]), TrainingSummary)
+                rejected = _rejected(_curve(summary.validation)[:-1], judge)
             if rejected is not None:
                 record = track.gather_pruned(source.commit, job.given, job.name, source.sweep, rejected)
                 outcome = Outcome(PRUNED, rejected, run=_recorded(record, source))
@@ -161,11 +162,6 @@ def reference(commit: str, name: str) -> str:
     return f"refs/exps/{commit[:2]}/{commit[2:]}/{name}"
 
 
-def validation_loss(summary: dict[str, Any]) -> float:
-    """The validation loss of the adapter that a training kept, from its summary."""
-    return float(summary["kept_loss"])
-
-
 # The clone
 
 
@@ -198,7 +194,7 @@ def _forget_tests(project: Path, targets: Sequence[str]) -> None:
     if not lock.is_file():
         return
     stages = lockfile.stages_of(lockfile.text(lock), str(lock))
-    kept = {name: stage for name, stage in stages.items() if name in (*track.UPSTREAM, *BASE, *targets)}
+    kept = {name: stage for name, stage in stages.items() if name in (*identity.UPSTREAM, *BASE, *targets)}
     for stage in (stage for name, stage in stages.items() if name not in kept):
         for out in stage.get("outs", []):
             _remove(project, out["path"])
@@ -283,12 +279,12 @@ def _published(path: Path, seed: int) -> Curve:
     if not path.is_file():
         return []
     lines = [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n")[:-1]]
-    return _curve([line for line in lines if line["seed"] == seed])
+    return _curve(Validation(int(line["step"]), float(line["loss"])) for line in lines if line["seed"] == seed)
 
 
-def _curve(entries: Iterable[dict[str, Any]]) -> Curve:
+def _curve(validations: Iterable[Validation]) -> Curve:
     """By step; one that a resumed training published again counts once."""
-    return sorted({int(entry["step"]): float(entry["loss"]) for entry in entries}.items())
+    return sorted({one.step: one.loss for one in validations}.items())
 
 
 def _rejected(curve: Curve, judge: Judge) -> Curve | None:
@@ -299,17 +295,17 @@ def _rejected(curve: Curve, judge: Judge) -> Curve | None:
 def _recorded(record: store.Record, source: Source) -> str:
     """The id of the run of a trial, which is written unless it is there."""
     [(run, _)] = store.write([record], source.tracking)
-    return str(run.info.run_id)
+    return run.run_id
 
 
 def _complete(source: Source, job: Job, project: Path, commit: str) -> Outcome:
     """The outcome of a trial whose outputs are in `project`, recorded."""
-    summaries = [records.read_json(project / paths.training_summary(seed)) for seed in job.seeds]
-    loss = fmean(map(validation_loss, summaries))
+    summaries = [contracts.read(project / paths.training_summary(seed), TrainingSummary) for seed in job.seeds]
+    loss = fmean(one.kept_loss for one in summaries)
     record = track.gather_trial(project, source.commit, job.seeds, job.name, source.sweep, loss)
     run = _recorded(record, source)
-    parameters = int(summaries[0]["trainable_parameters"])
-    return Outcome(COMPLETE, _curve(summaries[0]["validation"]), loss, parameters, commit, run)
+    parameters = summaries[0].trainable_parameters
+    return Outcome(COMPLETE, _curve(summaries[0].validation), loss, parameters, commit, run)
 
 
 # Where results go

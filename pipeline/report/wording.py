@@ -15,10 +15,9 @@ from markupsafe import Markup, escape
 
 from pipeline.core import paths, records
 from pipeline.core.errors import UserError
-from pipeline.report import figures as charts
+from pipeline.report import figures
 from pipeline.score import significance
-from pipeline.score.compare import Comparison
-from pipeline.score.guard_record import Guard
+from pipeline.score.comparison import Comparison
 from pipeline.score.metrics import LABELS
 from pipeline.score.side_effects import Cost
 from pipeline.score.significance import Interval
@@ -46,13 +45,12 @@ COMMANDS = (
 )
 
 
-def write(comparison: Comparison, guards: Sequence[Guard]) -> None:
+def write(comparison: Comparison) -> None:
     """Write `paths.METRICS`, and Markdown and picture to `paths.COMPARISON`; equal comparisons give equal bytes."""
     records.write_json(paths.METRICS, metrics(comparison))
-    records.write_text(paths.COMPARISON_SVG, charts.svg(comparison, charts.FILE))
+    records.write_text(paths.COMPARISON_SVG, figures.svg(comparison, figures.FILE))
     given = {
         "c": comparison,
-        "guards": guards,
         "lead": LEAD[comparison.verdict],
         "basis": basis(comparison),
         "caveats": caveats(comparison),

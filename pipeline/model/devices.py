@@ -32,7 +32,7 @@ def choose(runtime: params.Runtime) -> "torch.device":
     # Of no use here, since nothing reads memory before writing it, and not for free.
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     cpu_only = runtime.device == "cpu"
-    if distributed.processes() > 1:
+    if distributed.count() > 1:
         device = distributed.join(cpu_only, one_model=runtime.sharding == "tensor")
     else:
         device = _found(cpu_only=cpu_only)

@@ -1,0 +1,383 @@
+"""What one stage writes as JSON and another reads: frozen records, checked when they are read.
+
+A field whose default is None is left out of the file while it is None. Losses are in nats a token.
+"""
+
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass, field, fields, is_dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any, TypeVar, cast
+
+from pydantic import BaseModel, TypeAdapter, ValidationError
+
+from pipeline.core import records
+from pipeline.core.errors import UserError
+from pipeline.core.records import Decoding
+
+T = TypeVar("T")
+
+
+# prepare
+
+
+@dataclass(frozen=True, slots=True)
+class Words:
+    """Lengths of the texts of a split, in words."""
+
+    min: int
+    median: float
+    max: int
+
+
+@dataclass(frozen=True, slots=True)
+class Split:
+    """One split of the data: where its rows come from, and how many were read, filtered, held out, merged and dropped.
+
+    `read` counts the rows that could be used, before any was dropped; `rows` those that are left. `filtered` and
+    `dropped` map a reason to a number of rows; `aspects` maps each aspect to its number of rows.
+    """
+
+    files: list[str]
+    read: int
+    rows: int
+    groups: int
+    aspects: dict[str, int]
+    source_words: Words
+    target_words: Words
+    filtered: dict[str, int]
+    held_out: int
+    merged: int
+    dropped: dict[str, int]
+
+
+@dataclass(frozen=True, slots=True)
+class Overlap:
+    """Rows of one split that another holds as well: word for word, and nearly so."""
+
+    exact: int
+    near: int
+
+
+@dataclass(frozen=True, slots=True)
+class DataCard:
+    """The data of an experiment: its sources with their digests, and its splits by name.
+
+    `overlap` maps a pair such as "train in test" to what was found and dropped.
+    """
+
+    source: str | list[str]
+    sha256: str | list[str | None] | None
+    splits: dict[str, Split]
+    overlap: dict[str, Overlap]
+
+
+# fetch, quantize
+
+
+@dataclass(frozen=True, slots=True)
+class Architecture:
+    """The facts of a decoder's architecture. `context` is in tokens, `vocabulary` counts token ids."""
+
+    family: str
+    parameters: int
+    layers: int
+    hidden_size: int
+    intermediate_size: int
+    attention_heads: int
+    key_value_heads: int
+    head_dim: int
+    vocabulary: int
+    context: int
+    tied_embeddings: bool
+    dtype: str
+    linear_layers: list[str]
+    kv_bytes_per_token: int
+    stop_ids: list[int]
+
+
+@dataclass(frozen=True, slots=True)
+class BaseFacts(Architecture):
+    """The base in `out/models/base`: its architecture, the source it came from, and the digest of its files."""
+
+    source: str
+    sha256: str
+
+
+@dataclass(frozen=True, slots=True)
+class QuantizedFacts:
+    """The quantized base in `out/models/quantized`.
+
+    `layers` maps each quantized layer to its relative error |W - Q(W)| / |W| (Frobenius); `bytes` are those of the
+    weights' files. `context`, `dtype` and `stop_ids` are the base's. `base_on` names the device that held the base,
+    where that was another than the one which quantized it.
+    """
+
+    method: str
+    double_quantization: bool
+    bits_per_parameter: float
+    quantized_layers: int
+    layers: dict[str, float]
+    perplexity_before: float
+    perplexity_after: float
+    perplexity_tokens: int
+    bytes: int
+    sha256: str
+    context: int
+    dtype: str
+    stop_ids: list[int]
+    int8_threshold: float | None = None
+    base_on: str | None = None
+
+
+# train
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """One line of the training curve. `loss` is a supervised token's; `tokens` were computed, not padded."""
+
+    step: int
+    epoch: float
+    loss: float
+    learning_rate: float
+    grad_norm: float
+    rows: int
+    tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class Validation:
+    """The mean loss over the supervised tokens of the validation rows, before step `step`."""
+
+    step: int
+    loss: float
+
+
+@dataclass(frozen=True, slots=True)
+class TrainingSummary:
+    """The training of one seed. `best_...` is the validation with the lowest loss, `kept_...` the saved adapter's.
+
+    `gap` is the kept validation loss minus `training_loss`, which was measured in the same way on `training_loss_rows`
+    training rows. `tokens` were computed, and `supervised_tokens` of them had a loss.
+    """
+
+    seed: int
+    device: str
+    threads: int
+    attention: str
+    rows: int
+    dropped: int
+    validation_rows: int
+    steps: int
+    planned_steps: int
+    epochs: float
+    stopped_early: bool
+    prompts_checked: int
+    shortest_answer: int
+    repacked_layers: int
+    largest_grad_norm: float
+    trainable_parameters: int
+    adapter_bytes: int
+    supervised_tokens: int
+    tokens: int
+    final_loss: float
+    validation: list[Validation]
+    best_step: int
+    best_epoch: float
+    best_loss: float
+    kept_step: int
+    kept_epoch: float
+    kept_loss: float
+    training_loss: float
+    training_loss_rows: int
+    gap: float
+    logit_change: float
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterOrigin:
+    """The base that an adapter belongs to, in a file beside PEFT's own two."""
+
+    model_sha256: str
+
+
+# forget
+
+
+@dataclass(frozen=True, slots=True)
+class Window:
+    """Sums over the predicted tokens of one window of general text, in nats.
+
+    `base` and `tuned` are the losses on the text, `cross_entropy` is that of tuned against the base's distribution, and
+    `entropy` the base's own. `place` says where the text stands in its source.
+    """
+
+    place: str
+    tokens: int
+    base: float
+    tuned: float
+    cross_entropy: float
+    entropy: float
+
+
+@dataclass(frozen=True, slots=True)
+class GeneralText:
+    """What base and tuned lose on general text: means over all predicted tokens, and the windows they come from."""
+
+    device: str
+    threads: int
+    tokens: int
+    texts: int
+    base_loss: float
+    tuned_loss: float
+    base_perplexity: float
+    tuned_perplexity: float
+    cross_entropy: float
+    base_entropy: float
+    kl: float
+    windows: list[Window]
+
+
+@dataclass(frozen=True, slots=True)
+class Forgetting:
+    """What one seed's adapter does to general text; `measured` is left out where `forget.source` is null."""
+
+    seed: int
+    source: str | None
+    model_sha256: str
+    adapter_sha256: str
+    measured: GeneralText | None = None
+
+
+# evaluate
+
+
+@dataclass(frozen=True, slots=True)
+class ScoredRow:
+    """One test example, scored by itself: `scores` maps a metric to a score in [0, 100]."""
+
+    id: str
+    group: str
+    aspect: str
+    scores: dict[str, float]
+
+
+@dataclass(frozen=True, slots=True)
+class Scores:
+    """The scores of one variant.
+
+    `test_sha256` is over the ids, groups, aspects and references of the test split, in order: prompts may differ.
+    `corpus` maps a metric to its score over all examples, in [0, 100]. `words` and `reference_words` are means.
+    `stopped_by_cap`, `empty` and `copied` (the source as it is) are shares of the predictions, and so is `in_language`
+    where `evaluate.language` names one; `references_in_language` is the share of the references, since short texts are
+    often taken for another language. `examples` has one entry for each test row, in the order of the test split.
+    `statistics` maps the metrics that count (chrF, BLEU) to each row's counts, from which their scores over any rows
+    follow.
+    """
+
+    variant: str
+    signature: str
+    test_sha256: str
+    n: int
+    groups: int
+    corpus: dict[str, float]
+    words: float
+    reference_words: float
+    stopped_by_cap: float
+    empty: float
+    copied: float
+    in_language: float | None
+    references_in_language: float | None
+    decoding: Decoding
+    examples: list[ScoredRow]
+    statistics: dict[str, list[list[float]]] = field(repr=False)
+
+
+# track, and what a stage cost
+
+
+@dataclass(frozen=True, slots=True)
+class Receipt:
+    """The digest of the experiment that `track` recorded."""
+
+    digest: str
+
+
+@dataclass(frozen=True, slots=True)
+class Cost:
+    """What one run of a stage cost on one machine, for the result with this digest.
+
+    Memory is in MiB, over all of `processes`; `threads` are one process's. `energy_meter` names what measured the
+    energy, or why nothing did.
+    """
+
+    result_sha256: str
+    seconds: float
+    peak_memory_mb: float
+    peak_device_memory_mb: float | None = None
+    device: str | None = None
+    threads: int | None = None
+    processes: int | None = None
+    energy_kwh: float | None = None
+    energy_meter: str | None = None
+
+
+# reading and writing
+
+
+def write(path: Path, record: Any) -> None:
+    """Write a record as JSON, atomically; ValueError for NaN or an infinity."""
+    records.write_json(path, content(record))
+
+
+def content(record: Any) -> Any:
+    """A record, a section of the parameters, or a list or mapping of them, as JSON has it."""
+    if is_dataclass(record) and not isinstance(record, type):
+        named = [(one, getattr(record, one.name)) for one in fields(record)]
+        # Left out by `default`: None is also a value, of a field that has no default.
+        return {one.name: content(value) for one, value in named if value is not None or one.default is not None}
+    if isinstance(record, BaseModel):
+        return record.model_dump(mode="json")
+    if isinstance(record, dict):
+        return {key: content(value) for key, value in record.items()}
+    if isinstance(record, list | tuple):
+        return [content(value) for value in record]
+    return record
+
+
+def read(path: Path, contract: type[T]) -> T:
+    """The record in a JSON file.
+
+    UserError where the file is missing, is not JSON, or does not hold such a record: another version wrote it.
+    """
+    return parse(records.read_json(path), contract, str(path))
+
+
+def parse(found: Any, contract: type[T], name: str) -> T:
+    """The record that the content of a JSON file holds; UserError, which calls the file `name`, where it holds none."""
+    try:
+        made: T = _adapter(cast("Hashable", contract)).validate_python(found)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        raise UserError(
+            f"{name} does not hold what this version writes there ({'.'.join(map(str, first['loc']))}: "
+            f"{first['msg']}): run `dvc repro`"
+        ) from None
+    return made
+
+
+@cache
+def _adapter(contract: Hashable) -> TypeAdapter[Any]:
+    return TypeAdapter(contract)  # type: ignore[arg-type]
+
+
+def curve_text(curve: Sequence[Step]) -> str:
+    """A training curve as CSV, one row an optimizer step."""
+    names = [one.name for one in fields(Step)]
+    return records.csv_text(names, ([getattr(step, name) for name in names] for step in curve))
+
+
+def read_curve(path: Path) -> list[Step]:
+    """The training curve that `curve_text` wrote; UserError where the file is missing or holds something else."""
+    return parse(records.read_csv(path), list[Step], str(path))

@@ -1,0 +1,105 @@
+"""What an experiment is: the parameters that its stages were locked with, and the content of their outputs.
+
+Its digest is over both, so an experiment that is reproduced under another name, on another day, is the same one.
+"""
+
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from pipeline.core import paths, records
+from pipeline.core.errors import UserError
+from pipeline.record import lockfile
+
+UPSTREAM = ("prepare", "fetch", "quantize")
+"""The stages that training rests on."""
+
+
+@dataclass(frozen=True, slots=True)
+class Locked:
+    """What `dvc.lock` holds of one stage: its parameters by section, and the md5 of its outputs by path."""
+
+    params: dict[str, Any]
+    outs: dict[str, str]
+
+
+Stages = dict[str, Locked]
+
+
+def here(seeds: Sequence[int]) -> Stages:
+    """The stages of the experiment in the working directory; UserError as of `stages_of`."""
+    return stages_of(lockfile.text(paths.DVC_LOCK), seeds)
+
+
+def stages_of(lock: str, seeds: Sequence[int]) -> Stages:
+    """The stages of a complete experiment, but for `track`, from the text of a `dvc.lock`; UserError as of `chosen`."""
+    of_seeds = ("train", "infer-tuned", "forget", "evaluate-tuned")
+    names = [*UPSTREAM, "infer@base", "evaluate@base", "compare"]
+    return chosen(lock, names + [f"{stage}@{seed}" for seed in seeds for stage in of_seeds])
+
+
+def stages_of_trial(lock: str, seeds: Sequence[int]) -> Stages:
+    """The stages of a trial, which is trained and validated, and not tested; UserError as of `chosen`."""
+    return chosen(lock, [*UPSTREAM, *(f"train@{seed}" for seed in seeds)])
+
+
+def chosen(lock: str, names: Sequence[str]) -> Stages:
+    """Some stages of the text of a `dvc.lock`, which also keeps those that `dvc.yaml` has lost, as of seeds of before.
+
+    UserError where a stage is missing, or read another adapter than the one there, as after `dvc repro train@17` alone.
+    """
+    locked = lockfile.stages_of(lock, paths.DVC_LOCK.name)
+    if missing := [name for name in names if name not in locked]:
+        raise UserError(f"{paths.DVC_LOCK} has no {', '.join(missing)}: run `dvc repro`")
+    made = {path: md5 for name in names for path, md5 in lockfile.outs_of(locked[name]).items()}
+    for name in names:
+        for path, md5 in lockfile.deps_of(locked[name]).items():
+            if path.startswith(f"{paths.ADAPTERS.as_posix()}/") and made.get(path, md5) != md5:
+                raise UserError(
+                    f"{paths.DVC_LOCK} mixes two experiments, {name} was run with another {path}: run `dvc repro`"
+                )
+    return {name: Locked(lockfile.params_of(locked[name]), lockfile.outs_of(locked[name])) for name in names}
+
+
+def digest(stages: Stages) -> str:
+    """The digest of an experiment."""
+    content = {name: asdict(one) for name, one in stages.items()}
+    return records.sha256_text(
+        json.dumps(content, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+    )
+
+
+def digest_of(lock: str, seeds: Sequence[int]) -> str:
+    """The digest of the experiment that the text of a `dvc.lock` holds; UserError where it lacks a stage."""
+    return digest(stages_of(lock, seeds))
+
+
+def params_of(stages: Stages) -> dict[str, str]:
+    """Every parameter that a stage was locked with, by dotted name; UserError where two stages disagree."""
+    merged: dict[str, str] = {}
+    stage_of: dict[str, str] = {}
+    for stage, content in stages.items():
+        for key, value in flat(content.params):
+            if merged.setdefault(key, value) != value:
+                raise UserError(
+                    f"{paths.DVC_LOCK} mixes two experiments, {key} differs between {stage_of[key]} and {stage}: "
+                    "run `dvc repro`"
+                )
+            stage_of.setdefault(key, stage)
+    return merged
+
+
+def flat(values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """Parameters by dotted name: text as it is, all else as JSON, and so a mapping with keys that MLflow refuses."""
+    for name, value in values.items():
+        yield from _leaves(value, name)
+
+
+def _leaves(value: Any, name: str) -> Iterator[tuple[str, str]]:
+    if isinstance(value, Mapping) and value and all(re.fullmatch(r"[\w\- ]+", str(key)) for key in value):
+        for key, inner in value.items():
+            yield from _leaves(inner, f"{name}.{key}")
+    else:
+        yield name, value if isinstance(value, str) else json.dumps(value, sort_keys=True, ensure_ascii=False)

@@ -1,0 +1,19 @@
+"""Every file that people, `dvc metrics`, `dvc plots` and a paper's appendix read of a comparison, but for the page."""
+
+from collections.abc import Sequence
+
+from pipeline.report import csv_tables, curves, dvc_plots, wording
+from pipeline.score import side_by_side
+from pipeline.score.comparison import Comparison
+
+
+def write(seeds: Sequence[int]) -> None:
+    """Write `paths.METRICS`, the tables of `dvc plots`, and the rest of `paths.COMPARISON`, from the comparison there.
+
+    `seeds` are those of the adapters that were compared. UserError where an output is missing; equal outputs give equal
+    bytes.
+    """
+    comparison, rows, losses = Comparison.read(), side_by_side.read(seeds), curves.read(seeds)
+    wording.write(comparison)
+    dvc_plots.write(comparison, rows, losses)
+    csv_tables.write(comparison, rows, losses)

@@ -1,0 +1,136 @@
+"""The comparison of base and tuned, as the stage `compare` stores it in `out/comparison/comparison.json`.
+
+It is computed once. The report, the page, the record, an export and its card read it from there.
+"""
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from pipeline.core import contracts, params, paths
+from pipeline.score.guard_record import Guard
+from pipeline.score.side_effects import Cost
+from pipeline.score.significance import Interval
+
+Verdict = Literal["better", "worse", "mixed", "none"]
+
+
+@dataclass(frozen=True, slots=True)
+class Spread:
+    """Several seeds: the SD of their differences to base, and the mean difference with the interval for the choice of
+    examples and of seeds together."""
+
+    sd: float
+    both: Interval
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """One metric over all test rows, or those of one aspect; `tuned` is the mean over seeds.
+
+    `diff` has the interval for the choice of examples; `seeds` is None with a single seed. `p` is two-sided, of no
+    difference. `effect` is Cohen's d over groups. `detectable`: the difference in points that such a comparison finds
+    in 80 % of repetitions. `wins`, `ties`, `losses` are the shares of examples that tuned scores higher, equal, and
+    lower than base.
+    """
+
+    base: Interval
+    tuned: Interval
+    diff: Interval
+    seeds: Spread | None
+    p: float
+    effect: float
+    detectable: float
+    wins: float
+    ties: float
+    losses: float
+
+    @property
+    def deciding(self) -> Interval:
+        """The difference with the interval that a verdict rests on."""
+        return self.seeds.both if self.seeds else self.diff
+
+
+@dataclass(frozen=True, slots=True)
+class Aspect:
+    """The results of one aspect's rows. `p_holm`: of the metrics that decide, corrected for all aspects and metrics."""
+
+    name: str
+    n: int
+    results: dict[str, Result]
+    p_holm: dict[str, float]
+
+
+@dataclass(frozen=True, slots=True)
+class Line:
+    """A reference line over `n` rows: `scores` maps a metric to its mean there, `ahead` to tuned minus the line."""
+
+    key: str
+    label: str
+    about: str
+    n: int
+    scores: dict[str, float]
+    ahead: dict[str, Interval]
+
+
+@dataclass(frozen=True, slots=True)
+class Output:
+    """What the outputs of one variant look like: mean words, shares (stopped by the cap, empty, equal to their source,
+    in `evaluate.language` if that names one), scores."""
+
+    variant: str
+    words: float
+    stopped_by_cap: float
+    empty: float
+    copied: float
+    in_language: float | None
+    scores: dict[str, float]
+
+
+@dataclass(frozen=True, slots=True)
+class Pair:
+    """One example side by side, scored in the first metric of `decide_by`."""
+
+    id: str
+    source: str
+    reference: str
+    base: str
+    tuned: str
+    base_score: float
+    tuned_score: float
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """All that the report shows. `tuned` has one row for each seed, in the order of params.
+
+    `decoding` holds what base and tuned share (`compare.MUST_AGREE`). `best` and `worst` come from the first seed,
+    since texts have no mean. `published` are figures of papers. `guards` are those of all stages, in their order.
+    """
+
+    verdict: Verdict
+    decide_by: list[str]
+    confidence: float
+    samples: int
+    seed: int
+    n: int
+    groups: int
+    signature: str
+    decoding: dict[str, Any]
+    results: dict[str, Result]
+    aspects: list[Aspect]
+    lines: list[Line]
+    base: Output
+    tuned: list[Output]
+    language: str | None
+    references_in_language: float | None
+    published: list[params.Published]
+    reference_words: float
+    best: list[Pair]
+    worst: list[Pair]
+    cost: Cost
+    guards: list[Guard]
+
+    @classmethod
+    def read(cls) -> "Comparison":
+        """The comparison of the working directory; UserError where it is missing, or another version wrote it."""
+        return contracts.read(paths.COMPARISON_JSON, cls)

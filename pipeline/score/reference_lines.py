@@ -1,0 +1,57 @@
+"""Reference lines: texts that were written without doing the task, scored on the same rows as base and tuned.
+
+They say what a figure is worth: a fair gain is ahead of them.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from pipeline.core.records import Example
+from pipeline.core.text import words
+
+
+@dataclass(frozen=True, slots=True)
+class Texts:
+    """The texts of one reference line: several a row, or none where it has nothing to say of one."""
+
+    key: str
+    label: str
+    about: str
+    texts: list[list[str]]
+
+
+def texts(test: Sequence[Example], base: Sequence[str], metrics: Sequence[str]) -> list[Texts]:
+    """The texts of each reference line, for the test split and what base wrote for it.
+
+    - lead: the first sentence of the source. In translation (where `metrics` has chrF or BLEU) it is copy
+      instead: the source as it is.
+    - wrong_aspect: the mean over the references of the group's other aspects. They are on topic and well written, and
+      they answer another question.
+    - base_cut: base's output, cut after as many words as its own reference has. No real system knows that length; a
+      gain over this line is more than a better length.
+    """
+    members: dict[str, list[Example]] = {}
+    for row in test:
+        members.setdefault(row.group, []).append(row)
+    other = [[row.target for row in members[one.group] if row.aspect != one.aspect] for one in test]
+    n_cut = sum(len(words(text)) > len(words(row.target)) for text, row in zip(base, test, strict=True))
+    if {"chrf", "bleu"} & set(metrics):
+        first = Texts("copy", "Copy", "the source as it is", [[row.source] for row in test])
+    else:
+        first = Texts("lead", "Lead", "the first sentence of the source", [[row.lead] for row in test])
+    return [
+        first,
+        Texts("wrong_aspect", "Wrong aspect", "the references of the same source's other aspects, averaged", other),
+        Texts(
+            "base_cut",
+            "Base, cut",
+            "base's outputs, each cut to the word count of its own reference "
+            f"({100 * n_cut / len(test):.0f} % of them were longer)",
+            [[cut(text, row.target)] for text, row in zip(base, test, strict=True)],
+        ),
+    ]
+
+
+def cut(text: str, reference: str) -> str:
+    """The first words of `text`, as many as `reference` has."""
+    return " ".join(words(text)[: len(words(reference))])
