@@ -42,7 +42,7 @@ ADAPTER_TYPES = ("F32", "BF16", "F16")
 FAMILIES = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qwen3"}
 """transformers' families that are written, and llama.cpp's names for them.
 
-Of each, tests/test_backend_llamacpp.py has llama.cpp decode a small random model, adapted and not, and compares.
+Of each, tests/infer/test_backend_llamacpp.py has llama.cpp decode a small random model, adapted and not, and compares.
 """
 
 ROTATE_NEIGHBOURS = ("llama", "mistral")

@@ -30,7 +30,7 @@ GGUF_TYPES = (
     "F32", "F16", "BF16", "Q8_0", "Q5_1", "Q5_0", "Q4_1", "Q4_0", "Q6_K", "Q5_K", "Q4_K", "Q3_K", "Q2_K",
     "IQ4_NL", "IQ4_XS", "IQ3_S", "IQ3_XXS", "IQ2_S", "IQ2_XS", "IQ2_XXS",
 )  # fmt: skip
-"""Types of weights that are read from GGUF: of each, tests/test_fetch.py compares with what the gguf library reads."""
+"""Types of weights read from GGUF; tests/fetch/test_fetch.py compares each with what the gguf library reads."""
 
 UNREAD = (
     "expert_count",
@@ -62,10 +62,11 @@ FAMILIES = (
 )
 """Decoder-only families whose layers are the ones of LLaMA, or differ from them in details that are computed here too.
 
-Of each, tests/test_families.py makes a small random model and compares, in float32, with transformers and PEFT as they
-come: the loss and the adapter's gradients of a packed batch, the texts of greedy decoding, and the logits of the saved
-adapter; with tied embeddings and untied ones, from safetensors in one file or several, after NF4 quantization as well.
-A sliding window (Mistral, Qwen, Gemma 3, Phi 3) and the change of frequencies of longrope (Phi 3) end the context.
+Of each, tests/fetch/test_families.py makes a small random model and compares, in float32, with transformers and PEFT as
+they come: the loss and the adapter's gradients of a packed batch, the texts of greedy decoding, and the logits of the
+saved adapter; with tied embeddings and untied ones, from safetensors in one file or several, after NF4 quantization as
+well. A sliding window (Mistral, Qwen, Gemma 3, Phi 3) and the change of frequencies of longrope (Phi 3) end the
+context.
 """
 
 PART = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")

@@ -1,0 +1,162 @@
+"""Any experiments side by side: the right order, every pair once, corrected, and refusals of what does not compare."""
+
+import random
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from pipeline.commands import compare as experiments
+from pipeline.commands.compare import Experiment
+from pipeline.core import params, paths, records
+from pipeline.core.errors import UserError
+from pipeline.core.records import Example, Prediction
+from pipeline.score import evaluate as scores
+from tests.score.test_compare import COMPARE, examples, plant
+
+GIVEN = {
+    "evaluate.metrics": '["rouge1", "rouge2", "rougeL"]',
+    "evaluate.use_stemmer": "false",
+    "evaluate.rouge_tokenizer": "latin",
+    "evaluate.bleu_tokenizer": "13a",
+    "evaluate.language": "null",
+    "lora.alpha": "32",
+}
+
+
+@pytest.fixture
+def made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Experiment]:
+    """Three experiments on one test set: weak and strong with one seed, and two seeds about as good as strong."""
+    monkeypatch.chdir(tmp_path)
+    shares = {"tuned-1": 0.4, "tuned-2": 0.9, "tuned-3": 0.88, "tuned-4": 0.9}
+    plant(examples(40), {"base": 0.3, **shares})
+    base = scores.read("base")
+    references = {row.id: row.target for row in records.read_rows(paths.split("test"), Example)}
+    one = {variant: scores.read(variant) for variant in shares}
+
+    def experiment(name: str, rank: str, *tuned: str) -> Experiment:
+        given = {**GIVEN, "lora.r": rank, "seeds": "[1]"}
+        texts = {row.id: row.text for row in records.read_rows(paths.predictions(tuned[0]), Prediction)}
+        return Experiment(name, given, base, [one[key] for key in tuned], references, texts, {})
+
+    found = [
+        experiment("weak", "1", "tuned-1"),
+        experiment("strong", "16", "tuned-2"),
+        experiment("two seeds", "64", "tuned-3", "tuned-4"),
+    ]
+    return {item.name: item for item in found}
+
+
+def test_they_are_ranked_and_every_pair_is_compared_once(made: dict[str, Experiment]) -> None:
+    ranking = experiments.rank(list(made.values()), COMPARE)
+    assert ranking.names[-1] == "weak"
+    assert {(pair.first, pair.second) for pair in ranking.pairs} == {
+        (ranking.names[0], ranking.names[1]),
+        (ranking.names[0], "weak"),
+        (ranking.names[1], "weak"),
+    }
+    assert {pair.metric for pair in ranking.pairs} == {"rouge1", "rouge2"}
+    raw = sorted(pair.result.p for pair in ranking.pairs)
+    assert min(pair.p_holm for pair in ranking.pairs) == pytest.approx(6 * raw[0])
+    page = experiments.page(list(made.values()), ranking, COMPARE)
+    overview, *rest = tables(page)
+    assert [row[1] for row in overview[1:]] == ranking.names
+    assert "lora.r" in overview[0]
+    assert "lora.alpha" not in overview[0]
+    assert [table[0][2] for table in rest[::2]] == ["ROUGE-1", "ROUGE-2"]
+    for reached, pairs in zip(rest[::2], rest[1::2], strict=True):
+        assert [row[:2] for row in reached[1:]] == [[f"#{place}", name] for place, name in enumerate(ranking.names, 1)]
+        assert [row[0] for row in pairs[1:]] == ["#1 − #2", "#1 − #3", "#2 − #3"]
+        assert pairs[1][-1] == "no difference shown"
+        assert [row[-1] for row in pairs[2:]] == [f"{name} is better" for name in ranking.names[:2]]
+    assert "corrected for all 6 comparisons (Holm)" in page
+    assert "With one seed" in page
+
+
+def tables(page: str) -> list[list[list[str]]]:
+    """The cells of each table, without the line below its header."""
+    found: list[list[list[str]]] = [[]]
+    for line in page.splitlines():
+        if line.startswith("| "):
+            found[-1].append([cell.strip() for cell in line.split("|")[1:-1]])
+        elif not line.startswith("|"):
+            found.append([])
+    return [table for table in found if table]
+
+
+def test_no_table_is_wider_than_a_terminal(made: dict[str, Experiment]) -> None:
+    costs = {"trainable": 4_884_480.0, "train s": 1234.0, "peak MB": 3100.0}
+    names = ["tacit-jays", "gummy-owls", "local-tier"]
+    found = [replace(one, name=name, costs=costs) for name, one in zip(names, made.values(), strict=True)]
+    page = experiments.page(found, experiments.rank(found, COMPARE), COMPARE)
+    assert max(len(line) for line in page.splitlines() if line.startswith("|")) <= 80
+    assert "| lora.r | seeds | ROUGE-1 | trainable | train s | peak MB |" in page
+    [overview] = [table for table in tables(page) if "trainable" in table[0]]
+    assert {row[-3] for row in overview[1:]} == {"4,884,480"}
+    long = {"prompt.template": "{source}\n\n{instruction}", "data.source": "pip:one==1.0/one/data"}
+    found[1] = replace(found[1], params=found[1].params | long)
+    page = experiments.page(found, experiments.rank(found, COMPARE), COMPARE)
+    assert max(len(line) for line in page.splitlines() if line.startswith("|")) <= 80
+    place = 1 + experiments.rank(found, COMPARE).names.index("gummy-owls")
+    assert f"- #{place}: data.source = pip:one==1.0/one/data, lora.r = 16, prompt.template = {{source}}<br>" in page
+
+
+def test_the_examples_on_which_the_best_two_differ_most_are_shown(made: dict[str, Experiment]) -> None:
+    found = [made["strong"], made["weak"]]
+    page = experiments.page(found, experiments.rank(found, COMPARE), COMPARE)
+    gains = {
+        row["id"]: row["rouge1"] - other["rouge1"]
+        for row, other in zip(found[0].tuned[0].examples, found[1].tuned[0].examples, strict=True)
+    }
+    rows = page.partition("furthest apart in ROUGE-1")[2].split("\n- ")[1:]
+    shown = [row.split("\n")[0] for row in rows]
+    ordered = sorted(gains.values())
+    losses = [gain for gain in ordered[: COMPARE.examples] if gain < 0]
+    assert [gains[name] for name in shown] == [*ordered[::-1][: COMPARE.examples], *losses]
+    for name, row in zip(shown, rows, strict=True):
+        assert f"\n  - reference: {found[0].references[name]}\n" in row
+        assert [line.partition(": ")[2] for line in row.splitlines()[2:4]] == [one.texts[name] for one in found]
+
+
+def test_a_pair_has_the_difference_that_its_rows_have(made: dict[str, Experiment]) -> None:
+    ranking = experiments.rank([made["weak"], made["strong"]], COMPARE)
+    [pair] = [pair for pair in ranking.pairs if pair.metric == "rouge1"]
+    gain = made["weak"].tuned[0].corpus["rouge1"] - made["strong"].tuned[0].corpus["rouge1"]
+    assert (pair.first, pair.second) == ("strong", "weak")
+    assert pair.result.diff.value == pytest.approx(gain)
+    assert f"| #1 − #2 | +{-gain:.1f} (" in experiments.page(list(made.values())[:2], ranking, COMPARE)
+
+
+def test_what_was_tested_or_scored_otherwise_is_refused(made: dict[str, Experiment], tmp_path: Path) -> None:
+    weak, strong = made["weak"], made["strong"]
+    scored = replace(weak, base=replace(weak.base, signature="x"), tuned=[replace(weak.tuned[0], signature="x")])
+    with pytest.raises(UserError, match="weak is scored as x, strong as rouge-score"):
+        experiments.rank([strong, scored], COMPARE)
+    (tmp_path / "other").mkdir()
+    rows = [replace(row, target=random.Random(1).choice(["a b", "c d"]), references=[]) for row in examples(40)]
+    plant(rows, {"base": 0.3, "tuned-1": 0.4})
+    other = replace(weak, base=scores.read("base"), tuned=[scores.read("tuned-1")])
+    with pytest.raises(UserError, match="weak was tested on other examples than strong$"):
+        experiments.rank([strong, other], COMPARE)
+    plant(rows[:30], {"base": 0.3, "tuned-1": 0.4})
+    fewer = replace(weak, base=scores.read("base"), tuned=[scores.read("tuned-1")])
+    with pytest.raises(UserError, match=r"weak was tested on other examples than strong \(30, not 80\)"):
+        experiments.rank([strong, fewer], COMPARE)
+    with pytest.raises(UserError, match="strong is named twice"):
+        experiments.rank([strong, strong], COMPARE)
+
+
+def test_a_metric_that_was_not_computed_is_refused(made: dict[str, Experiment]) -> None:
+    wanted = COMPARE.model_copy(update={"decide_by": ["chrf"]})
+    with pytest.raises(UserError, match="compare.decide_by names chrf, which these experiments did not compute"):
+        experiments.rank(list(made.values()), wanted)
+
+
+@pytest.mark.usefixtures("made")
+def test_the_workspace_without_a_result_is_one_clear_error() -> None:
+    tracking = params.Tracking(uri=None, experiment="x")
+    with pytest.raises(UserError, match=r"dvc.lock is missing: run `dvc repro`"):
+        experiments.find(experiments.HERE, tracking)
+    paths.DVC_LOCK.write_text("schema: '2.0'\nstages: {}\n")
+    with pytest.raises(UserError, match="holds no finished comparison"):
+        experiments.find(experiments.HERE, tracking)

@@ -1,0 +1,609 @@
+"""Untrusted input: whatever is in a file, reading it ends, soon, in a result or in one clear error.
+
+Thousands of inputs, drawn with fixed seeds: sound files in which something was changed, doubled, cut out or replaced,
+and inputs made by hand that once ended in a traceback or not at all.
+"""
+
+import copy
+import json
+import random
+import re
+import struct
+from collections.abc import Callable
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+import pytest
+from ruamel.yaml import YAML
+
+from pipeline import forget
+from pipeline.core import params, paths, progress, records
+from pipeline.core import text as sentences
+from pipeline.core.errors import UserError, without_passwords
+from pipeline.fetch import fetch
+from pipeline.prepare import prepare as data
+from pipeline.record import lockfile, store
+from pipeline.report import figures as charts
+from pipeline.report import marks as overlap
+from pipeline.report import page
+from pipeline.report import words as report
+from pipeline.score import metrics
+from pipeline.search import trial
+from pipeline.sources import source, tables
+from tests.conftest import ROOT, soon
+from tests.fetch.test_fetch import write_gguf
+from tests.report.test_words import comparison
+
+TEXT = (ROOT / "params.yaml").read_text(encoding="utf-8")
+
+
+def told(call: Callable[[], object]) -> str:
+    """What a user is told; empty where the input was read. Any other exception fails the test."""
+    with soon():
+        try:
+            call()
+        except UserError as error:
+            text = str(error)
+            assert text.strip()
+            assert len(text) < 20_000, text[:1000]
+            assert "Traceback" not in text
+            text.encode("utf-8", "backslashreplace")
+            return text
+    return ""
+
+
+def mutated(draw: random.Random, content: bytes) -> bytes:
+    """A few bytes changed, cut out, doubled, or replaced by what parsers trip over."""
+    changed = bytearray(content)
+    for _ in range(draw.choice((1, 1, 1, 2, 4, 16))):
+        start = draw.randrange(len(changed) + 1)
+        end = min(len(changed), start + draw.choice((1, 1, 2, 8, 64)))
+        match draw.randrange(5):
+            case 0:
+                changed[start:end] = draw.randbytes(end - start)
+            case 1:
+                del changed[start:end]
+            case 2:
+                changed[start:start] = changed[start:end] * draw.choice((1, 2, 50))
+            case 3:
+                del changed[start:]
+            case 4:
+                changed[start:end] = draw.choice(
+                    (b"\0", b"\n", b"\r", b'"', b"'", b"\\", b"{", b"[", b"]", b": ", b"- ", b"&a ", b"*a", b"? ",
+                     b"!!int ", b"!!binary ", b"!!timestamp x", b"%YAML 9", b"---\n", b"<<: ", b"\xff", b"\xef\xbb\xbf",
+                     b"\xff\xfe", b"\\ud800", b"1e999", b"9" * 5000, b"NaN", b"null", b"[" * 300, b"\xe2\x80\xa8")
+                )  # fmt: skip
+        if not changed:
+            break
+    return bytes(changed)
+
+
+def overwritten(draw: random.Random, content: bytes) -> bytes:
+    """One byte changed: everything stays in its place."""
+    changed = bytearray(content)
+    changed[draw.randrange(len(changed))] = draw.randrange(256)
+    return bytes(changed)
+
+
+# Each letter stands for nine of the one before.
+BOMB = b"a: &a [x]\n" + b"".join(b"%c: &%c [%s]\n" % (n, n, b", ".join([b"*%c" % (n - 1)] * 9)) for n in b"bcdefghijkl")
+
+
+class TestParams:
+    ANYTHING: tuple[Any, ...] = (
+        None, True, -1, 0, 10**30, 1.5, float("nan"), float("-inf"), "", "x" * 500, "\x1b[2J", "\ud800", [], [None],
+        [[["x"]]], {}, {"a": 1}, {1: 2}, {None: {}}, b"\xff", {(1, 2): 3},
+    )  # fmt: skip
+
+    def test_any_value_at_any_place(self) -> None:
+        draw = random.Random(0)
+        default = YAML(typ="safe", pure=True).load(TEXT)
+        default["compare"]["published"] = [{"metric": "rouge1", "value": 1.0, "about": "a paper"}]
+        refused = 0
+        for _ in range(2000):
+            content = copy.deepcopy(default)
+            for _ in range(draw.choice((1, 1, 3))):
+                where: Any = content
+                while True:
+                    keys: list[Any] = list(where) if isinstance(where, dict) else list(range(len(where)))
+                    if not keys:
+                        break
+                    key = draw.choice(keys)
+                    if isinstance(where[key], dict | list) and draw.random() < 0.7:
+                        where = where[key]
+                        continue
+                    if isinstance(where, dict) and draw.random() < 0.3:
+                        where[draw.choice(("", "sorce", 5, None, True, "a.b", "\n"))] = draw.choice(self.ANYTHING)
+                    else:
+                        where[key] = draw.choice(self.ANYTHING)
+                    break
+            refused += bool(told(lambda content=content: params.check(content, "params.yaml")))  # type: ignore[misc]
+        assert refused > 1500
+
+    def test_any_text(self, tmp_path: Path) -> None:
+        draw = random.Random(1)
+        file = tmp_path / "params.yaml"
+        bare = "".join(f"{line}\n" for line in TEXT.splitlines() if line.partition("#")[0].strip())
+        refused = 0
+        for _ in range(120):
+            file.write_bytes(mutated(draw, bare.encode()))
+            refused += bool(told(lambda: params.load(file)))
+        assert refused > 60
+
+    @pytest.mark.parametrize(
+        ("content", "said"),
+        [
+            (b"\xff\xfe\x00\x00", "is not"),
+            (b"data: caf\xe9", "is not UTF-8"),
+            (b"[" * 1000, "is not YAML"),
+            (BOMB, "the alias *a stands for another part"),
+            (b"data: 2001-99-99", "is not YAML"),
+            (b"data: !!python/object/apply:os.system [touch pwned]", "is not YAML"),
+            (b"data: !!timestamp x", "is not YAML"),
+            (b"data: 1\ndata: 2", "is not YAML"),
+            (b"? {a: 1}\n: 2", ""),
+            (b"", "must hold sections"),
+        ],
+    )  # fmt: skip
+    def test_made_by_hand(self, content: bytes, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.chdir(tmp_path)
+        Path("params.yaml").write_bytes(content)
+        assert said in told(params.load)
+        assert [path.name for path in tmp_path.iterdir()] == ["params.yaml"]
+
+    def test_an_unknown_key_within_a_list_is_told(self) -> None:
+        content = YAML(typ="safe", pure=True).load(TEXT)
+        content["compare"]["published"] = [{"metric": "rouge1", "value": 1.0, "abuot": "a paper"}]
+        assert "compare.published.0.abuot = 'a paper': unknown key; did you mean about?" in told(
+            lambda: params.check(content, "params.yaml")
+        )
+
+    def test_an_interpolation_at_any_place(self) -> None:
+        draw = random.Random(6)
+        default = YAML(typ="safe", pure=True).load(TEXT)
+        default["compare"]["published"] = [{"metric": "rouge1", "value": 1.0, "about": "a paper"}]
+        for _ in range(300):
+            content = copy.deepcopy(default)
+            where: Any = content
+            while True:
+                keys: list[Any] = list(where) if isinstance(where, dict) else list(range(len(where)))
+                key = draw.choice(keys)
+                if not isinstance(where[key], dict | list) or not where[key]:
+                    break
+                where = where[key]
+            text = draw.choice(("${oc.env:HF_TOKEN}", "a${b", "${", "x ${oc.decode:${y}} z"))
+            if isinstance(where, dict) and draw.random() < 0.5:
+                where[text] = where.pop(key)
+            else:
+                where[key] = text
+            assert "write the value itself" in told(lambda content=content: params.check(content, "params.yaml"))  # type: ignore[misc]
+
+
+class TestLocks:
+    PARTS = ("..", ".", "", "out", "data", "link", "~", "\\", "a b", "\0", "/", "...", "-", "*", "..\\..")
+
+    def test_any_path_stays_inside(self, tmp_path: Path) -> None:
+        project, victim = tmp_path / "a" / "project", tmp_path / "victim"
+        (project / "out" / "data").mkdir(parents=True)
+        victim.mkdir()
+        for folder in (project, project / "out"):
+            (folder / "link").symlink_to(tmp_path, target_is_directory=True)
+        places = (str(victim), str(victim)[1:], "victim")
+        draw = random.Random(7)
+        refused = 0
+        for _ in range(600):
+            parts = [draw.choice((*self.PARTS, *self.PARTS[:1] * 4, *places)) for _ in range(draw.randrange(1, 7))]
+            path = "/".join(parts)
+            lock = {"schema": "2.0", "stages": {"a": {"cmd": "b", "outs": [{"path": path, "md5": "0" * 32}]}}}
+            (project / "dvc.lock").write_text(json.dumps(lock))
+            refused += bool(told(lambda: trial._forget_tests(project, [])))
+            assert victim.is_dir(), path
+            assert project.is_dir(), path
+        assert 200 < refused < 600
+
+    def test_any_digest_is_the_name_of_a_content(self) -> None:
+        draw = random.Random(8)
+        for _ in range(300):
+            md5 = "".join(draw.choices("0123456789abcdefABCDEFg./\\ \n", k=draw.choice((31, 32, 32, 33, 36))))
+            lock = json.dumps({"stages": {"a": {"cmd": "b", "outs": [{"path": "out", "md5": md5}]}}})
+            said = told(lambda lock=lock: lockfile.stages_of(lock, "dvc.lock"))  # type: ignore[misc]
+            assert said or re.fullmatch(r"[0-9a-f]{32}(\.dir)?", md5)
+
+
+@cache
+def section(kind: str, encoding: str = "utf-8") -> params.Data:
+    content = YAML(typ="safe", pure=True).load(TEXT)["data"]
+    columns = {"source": "text", "target": "summary", "id": "id", "group": "by", "aspect": None}
+    content |= {"format": kind, "encoding": encoding, "columns": columns if kind == "table" else None}
+    return params.Data.model_validate(content)
+
+
+def read(file: Path, given: params.Data) -> list[records.Example]:
+    """The rows of a file as `prepare` reads and writes them."""
+    there = tables.File(file.name, "source", file)
+    found = list(tables.records(there, given.encoding))
+    to_examples = {"aclsum": data._papers, "table": data._table, "chat": data._conversations}[given.format]
+    rows = to_examples(given, "train", found, there, 0)
+    records.write_rows(file.with_name("written"), rows)
+    return rows
+
+
+ROWS = {
+    "table": '{"text": "Ein Satz.", "summary": ["a", "b"], "id": 1, "by": "x", "more": {"deep": [1.5, null]}}\n'
+    '{"text": "Noch einer \\u00e9.", "summary": "c", "id": 2, "by": "y"}\n',
+    "aclsum": '{"id": "p1", "sentences": {"abstract": ["One.", "Two."]}, '
+    '"summary": {"challenge": "a", "approach": "b", "outcome": "c"}}\n',
+    "chat": '{"id": "c", "messages": [{"role": "system", "content": "s"}, {"role": "user", "content": "q"}, '
+    '{"role": "assistant", "content": "a"}]}\n{"id": "d", "conversations": [{"from": "human", "value": "q"}, '
+    '{"from": "gpt", "value": "a"}]}\n',
+}
+CATALOGUE = (
+    '# one\nmsgid ""\nmsgstr ""\n"Content-Type: text/plain; charset=UTF-8\\n"\n'
+    '"Plural-Forms: nplurals=2; plural=n>1;\\n"\n\n'
+    '#: a.c:1\n#, fuzzy\nmsgid "Save"\nmsgstr "Sichern"\n\n'
+    'msgctxt "menu"\nmsgid "Open \\"x\\""\nmsgstr ""\n"Öffnen"\n\n'
+    'msgid "one file"\nmsgid_plural "%d files"\nmsgstr[0] "eine Datei"\nmsgstr[1] "%d Dateien"\n\n'
+    '#~ msgid "old"\n#~ msgstr "alt"\n'
+)
+
+
+class TestRows:
+    @pytest.mark.parametrize("kind", ROWS)
+    def test_any_json(self, kind: str, tmp_path: Path) -> None:
+        draw = random.Random(2)
+        file = tmp_path / "train.jsonl"
+        outcomes = []
+        for number in range(700):
+            given = section(kind, draw.choice(("utf-8", "utf-8", "cp1252", "utf-16", "utf-7", "gb18030")))
+            file.write_bytes(ROWS[kind].encode() if number == 0 else mutated(draw, ROWS[kind].encode()))
+            outcomes.append(told(lambda given=given: read(file, given)))  # type: ignore[misc]
+        assert 300 < sum(map(bool, outcomes)) < 700
+        assert all(one.startswith("train.jsonl") for one in outcomes if one)
+
+    @pytest.mark.parametrize("suffix", [".csv", ".tsv"])
+    def test_any_fields(self, suffix: str, tmp_path: Path) -> None:
+        draw = random.Random(3)
+        file = tmp_path / f"train{suffix}"
+        sound = '"text","summary","id","by"\n"a ""b"", c","d",1,x\n"e\nf",g,2,y\n'
+        sound = sound.replace(",", "\t" if suffix == ".tsv" else ",")
+        outcomes = []
+        for number in range(400):
+            file.write_bytes(sound.encode() if number == 0 else mutated(draw, sound.encode()))
+            outcomes.append(told(lambda: read(file, section("table"))))
+        assert 100 < sum(map(bool, outcomes)) < 400
+
+    @pytest.mark.parametrize(
+        "content",
+        [b"[" * 100_000, b'{"a":' * 100_000, b'{"a":' * 900 + b"1" + b"}" * 900, b'{"\\ud800": 1}', b'{"text": 1e999}',
+         b'{"text": ' + b"9" * 5000 + b"}", b"\0" * 100, b'{"id": "\\ud800", "text": "a", "summary": "b"}'],
+    )  # fmt: skip
+    @pytest.mark.parametrize("kind", ROWS)
+    def test_made_by_hand(self, content: bytes, kind: str, tmp_path: Path) -> None:
+        file = tmp_path / "train.jsonl"
+        file.write_bytes(content)
+        assert told(lambda: read(file, section(kind)))
+
+    def test_a_paper_whose_name_is_no_text(self, tmp_path: Path) -> None:
+        file = tmp_path / "train.jsonl"
+        file.write_text(ROWS["aclsum"].replace('"p1"', '"\\ud800"'))
+        assert "train.jsonl:1: id = '\\ud800': holds half of a surrogate pair" in told(
+            lambda: read(file, section("aclsum"))
+        )
+
+
+UNITS = (
+    ".", ". ", ".  ", "...x ", ".'", ".''", ". ''", "'", '"', "”", " ”", ")", " ", "\t", "\n", " \n", "\xa0", "\x0c",
+    "\x1c", "\u2028", "<", "<p", "<br ", "</a", "<!--", "&", "&a", "&#1", "&lt;", "&amp;amp;", "www.", "://", "//",
+    "//a:", "@", "?a=", "&key=", "#", "_", "\\", "`", "a.a.", "A.", "A. ", "1", "1. ", "0", "[", "{", "] ", "-\n",
+    "-", "a", "y", "ing ", "ab ", "some words. go on. ", "\u0301", "a\u0301", "\u0915\u094d", "\u732b", "\u732b. ",
+    "\u3002", "\U0001f600", "\u0130", "\ufffe", "\0",
+)  # fmt: skip
+
+
+def scored(name: str, **change: Any) -> Callable[[str], object]:
+    given = evaluation(name, **change)
+    return lambda text: metrics.chosen(given)[0].statistics([text, "a short text"], [["a short text"], [text]])
+
+
+def marks(name: str, **change: Any) -> Callable[[str], object]:
+    split = overlap.splitter(name, evaluation(name, **change))
+
+    def of(text: str) -> None:
+        found = split(text)
+        overlap.closest(found, [found, []])
+        page.marked(text, overlap.shared(found, found)[0])
+
+    return of
+
+
+def evaluation(name: str, **change: Any) -> params.Evaluate:
+    content = YAML(typ="safe", pure=True).load(TEXT)["evaluate"]
+    return params.Evaluate.model_validate(content | {"metrics": [name]} | change)
+
+
+class TestText:
+    """However long a run of whatever is, time grows as the text does: doubled three times, it would be 64 times as long
+    if it grew with the square."""
+
+    @pytest.mark.parametrize(
+        "read",
+        [sentences.sentences, sentences.lead, sentences.words, forget.without_tags, report.markdown, report.html,
+         page.shown, page.embedded, data._plain, lambda text: data.Overlap([text], 0.5).kind(f"{text} more"),
+         without_passwords],
+        ids=["sentences", "lead", "words", "without_tags", "markdown", "html", "shown", "embedded", "plain", "overlap",
+             "without_passwords"],
+    )  # fmt: skip
+    def test_a_long_run(self, read: Callable[[str], object]) -> None:
+        with soon():
+            for unit in UNITS:
+                for before, behind in (("", ""), ("A.", ".x"), ("<p>", "&")):
+                    read(before + unit * (50_000 // len(unit)) + behind)
+
+    @pytest.mark.parametrize(
+        "read",
+        [scored("rouge1"), scored("rouge2", use_stemmer=True), scored("rougeLsum"), scored("chrf"), scored("bleu"),
+         scored("rougeL", use_stemmer=False, rouge_tokenizer="unicode"), scored("bleu", bleu_tokenizer="intl"),
+         scored("bleu", bleu_tokenizer="zh"), scored("bleu", bleu_tokenizer="char"), marks("rouge1"), marks("bleu"),
+         marks("chrf")],
+        ids=["rouge1", "stemmed", "rougeLsum", "chrf", "bleu", "unicode", "intl", "zh", "char", "marks", "marks-bleu",
+             "marks-chrf"],
+    )  # fmt: skip
+    def test_scores_and_marks_of_a_long_run(self, read: Callable[[str], object]) -> None:
+        with soon():
+            for unit in UNITS:
+                read("A." + unit * (10_000 // len(unit)) + ".x")
+
+    def test_many_words_that_the_text_does_not_have(self) -> None:
+        """BLEU's tokenizer takes out a hyphen at a line's end: no such word is found in the text."""
+        with soon():
+            marks("bleu")(" ".join(f"a{i}-\nb" for i in range(40_000)))
+
+
+class TestLabels:
+    PARTS = (
+        "a", "B", "word", " ", "  ", "-", "_", ".", "/", "\\", "'", '"', "`", "<b>", "&amp;", "|", "\n", "\t", "\r",
+        "\0", "\x1b[31m", "\x7f", "\x85", "\ufffe", "\uffff", "\U0001ffff", "\ufdd0", "\ud800", "\u2028", "\u2029",
+        "\u202e", "\u2066", "\u200b", "\u200f", "\ufeff", "\u0301", "\u732b", "\U0001f600",
+        "\U0001f468\u200d\U0001f469", "\U000e0041", "constructor", "__proto__", "toString", "null", "${x}", "{{x}}",
+        "]]>", "=1+1", "\u0378", "\ue000", "x" * 150, "\U0001f600" * 40, "\ufdfd" * 40,
+    )  # fmt: skip
+
+    def test_any_label_is_refused_or_can_be_drawn(self, tmp_path: Path) -> None:
+        draw = random.Random(6)
+        file = tmp_path / "train.jsonl"
+        content = YAML(typ="safe", pure=True).load(TEXT)["data"]
+        columns = {"source": "text", "target": "summary", "id": "id", "group": "by", "aspect": "aspect"}
+        given = params.Data.model_validate(content | {"format": "table", "columns": columns})
+        taken: dict[str, None] = {}
+        refused = 0
+        labels = [*self.PARTS, *("".join(draw.choices(self.PARTS, k=draw.choice((1, 2, 5)))) for _ in range(600))]
+        for label in labels:
+            column = draw.choice(("id", "by", "aspect"))
+            row = {"text": "a", "summary": "b", "id": "i", "by": "g", "aspect": "x"} | {column: label}
+            file.write_text(json.dumps(row))
+            if said := told(lambda: read(file, given)):
+                assert said.startswith(f"train.jsonl:1: {column} ")
+                assert said.isprintable()
+                refused += 1
+            else:
+                taken[label.strip()] = None
+        assert refused > 200
+        assert len(taken) > 150
+        one = comparison().aspects[0]
+        drawn = replace(comparison(), aspects=[replace(one, name=label[:200]) for label in taken])
+        chart = charts.drawn(charts._aspects(drawn, charts.FILE), charts.FILE)
+        assert len(list(ElementTree.fromstring(chart).iter())) > len(taken)
+
+
+class TestAddresses:
+    """A secret is a run of letters that no other part of an address has, so that any part of it is found."""
+
+    SECRETS = (
+        "qzx{}", "QZX{}", "qzx%40{}", "qzx@{}", "@qzx{}@", "qzx:{}", "qzx'{}", 'qzx"{}', "qzx/{}", "qzx?{}", "qzx#{}",
+        "qzx&{}", "qzx={}", "qzx%2F{}", "qzx+{}/==", "hf_qzx{}", "qzx{}" * 30, "qzx({})", "qzx,{};", "qzx\u00e9{}",
+    )  # fmt: skip
+    SCHEMES = (
+        "http", "https", "postgresql", "postgresql+psycopg2", "mysql", "mssql+pyodbc", "s3", "ftp", "redis", "ssh",
+        "git+https", "ray", "hdfs", "x-y.z",
+    )  # fmt: skip
+    HOSTS = ("host", "host.example", "host:5000", "127.0.0.1", "[::1]:5000", "localhost")
+    PATHS = ("", "/", "/simple/demo", "/a@b", "/api/2.0/mlflow/runs/search", "/db")
+    NAMES = (
+        "token", "access_token", "api_key", "apikey", "key", "password", "pwd", "PASSWD", "secret", "auth", "code",
+        "client_secret", "sig", "sv", "se", "X-Amz-Signature", "X-Amz-Credential", "X-Amz-Security-Token", "Signature",
+        "AWSAccessKeyId", "Expires", "odbc_connect", "a", "", "%74oken", "next", "amp;token",
+    )  # fmt: skip
+    AROUND = (
+        "{}", "'{}'", '"{}"', "({})", "<{}>", "see {}, then", "{}: refused", "a {} b {} c@d", "line\n{}\n", "{},{}",
+        '{{"uri":"{}","more":1}}', "url: {}.", "`{}`",
+    )  # fmt: skip
+
+    def address(self, draw: random.Random) -> str:
+        secret = draw.choice(self.SECRETS).replace("{}", "jvw")
+        address, query = f"{draw.choice(self.SCHEMES)}://", ""
+        match draw.randrange(4):
+            case 0:
+                address += f"user:{secret}@"
+            case 1:
+                # A name alone, such as a token: nothing in it is taken for the end of the host.
+                address = address.replace("ssh", "http") + secret.translate(dict.fromkeys(map(ord, "/?#:"))) + "@"
+            case 2:
+                # What ends a value is no part of it.
+                query = draw.choice("?#") + draw.choice(("", "mode=ro&", "a=1&"))
+                query += f"{draw.choice(self.NAMES)}={secret.translate(dict.fromkeys(map(ord, '&#')))}"
+            case 3:
+                address += f":{secret}@"
+        return address + draw.choice(self.HOSTS) + draw.choice(self.PATHS) + query
+
+    def test_no_secret_of_any_address_is_told(self) -> None:
+        draw = random.Random(7)
+        for _ in range(3000):
+            text = draw.choice(self.AROUND).format(*(self.address(draw) for _ in range(2)))
+            told = str(UserError(text))
+            assert not re.search("qzx|jvw", told, re.IGNORECASE), (text, told)
+            assert without_passwords(told) == told, text
+
+    def test_an_address_with_a_secret_is_refused_wherever_parameters_have_one(self) -> None:
+        draw = random.Random(8)
+        content = YAML(typ="safe", pure=True).load(TEXT)
+        for _ in range(300):
+            address = self.address(draw)
+            changed = copy.deepcopy(content)
+            changed["tracking"]["uri"] = address
+            for said in (
+                told(lambda changed=changed: params.check(changed, "params.yaml")),  # type: ignore[misc]
+                *(told(lambda address=address, key=key: source.check(address, None, key)) for key in ("data", "model")),  # type: ignore[misc]
+            ):
+                assert said
+                assert not re.search("qzx|jvw", said, re.IGNORECASE), (address, said)
+
+    @pytest.mark.parametrize(
+        "text",
+        [
+            "sqlite:///.mlflow/mlflow.db", "http://127.0.0.1:5000", "https://host/x and a@b, //a b@c, hf:a/b@main",
+            "postgresql://host:5432/db?sslmode=require&connect_timeout=10", "sqlite:///x.db?timeout=30&mode=ro",
+            "git@host:a/b", "ssh://git@host/a/b.git", "http://[::1]:5000/a@b", "file:///home/a@b/c:d", "C:/me@x",
+            "dvc exp apply a && git add -u && git commit -m 'a: b'", "data.columns.id = 'a': no such column; did you?",
+            "the store http://host:5000 refused: a@b", "postgresql://h/d?options=-csearch_path%3Dx", "pip:a==1.0/b@c",
+        ],
+    )  # fmt: skip
+    def test_what_holds_no_secret_stays_as_it_is(self, text: str) -> None:
+        assert without_passwords(text) == text
+
+    def test_what_other_programs_print_is_told_without_it(
+        self, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """git's own error quotes the address; a trial's log does; and the store's address is shown at the end."""
+        with pytest.raises(UserError, match="git clone") as caught:
+            trial._git(tmp_path, "clone", "http://user:qzxjvw@127.0.0.1:9/a?token=qzxjvw", "b")
+        progress.say("pip: Looking in indexes: https://user:qzxjvw@host/simple?key=qzxjvw, https://other/simple")
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", "https://user:qzxjvw@host/?token=qzxjvw")
+        print(store.address(params.Tracking(uri=None, experiment="a")))
+        printed = capfd.readouterr()
+        assert "https://host/simple?key=..., https://other/simple\nhttps://host/?token=...\n" in printed.out
+        assert "qzx" not in str(caught.value) + printed.out + printed.err
+        pip = source._why_pip_failed("a==1", "ERROR: no https://user:qzxjvw@host/simple?sig=qzxjvw for a", "data")
+        assert "qzx" not in str(UserError(pip))
+
+
+class TestCatalogues:
+    @pytest.mark.parametrize("suffix", [".po", ".mo"])
+    def test_any_bytes(self, suffix: str, tmp_path: Path) -> None:
+        import polib
+
+        file = tmp_path / f"django{suffix}"
+        sound = CATALOGUE.encode()
+        if suffix == ".mo":
+            polib.pofile(CATALOGUE).save_as_mofile(str(file))
+            sound = file.read_bytes()
+        draw = random.Random(4)
+        outcomes, entries = [], []
+        for number in range(500):
+            file.write_bytes(sound if number == 0 else mutated(draw, sound))
+            there = tables.File(file.name, "source", file)
+            outcomes.append(told(lambda there=there: entries.append(list(tables.records(there, "utf-8")))))  # type: ignore[misc]
+        assert len(entries[0]) == 1
+        assert 100 < sum(map(bool, outcomes)) < 500
+        assert all(one.startswith(f"django{suffix}") for one in outcomes if one)
+
+    @pytest.mark.parametrize("suffix", [".po", ".mo"])
+    def test_a_header_that_never_ends(self, suffix: str, tmp_path: Path) -> None:
+        file = tmp_path / f"django{suffix}"
+        file.write_bytes(b"Content-Type:" * 100_000)
+        assert told(lambda: list(tables.records(tables.File(file.name, "source", file), "utf-8")))
+
+
+def field(name: str, kind: int, value: bytes) -> bytes:
+    return struct.pack("<Q", len(name)) + name.encode() + struct.pack("<I", kind) + value
+
+
+def header(*fields: bytes, count: int | None = None, tensors: int = 0) -> bytes:
+    return b"GGUF" + struct.pack("<IQQ", 3, tensors, len(fields) if count is None else count) + b"".join(fields)
+
+
+ARRAY, UINT8, STRING = 9, 0, 8
+
+
+@pytest.fixture(scope="module")
+def sound(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> bytes:
+    file = tmp_path_factory.mktemp("gguf") / "tiny.gguf"
+    write_gguf(tiny_model, file)
+    return file.read_bytes()
+
+
+class TestGguf:
+    def test_any_header(self, sound: bytes, project: params.Params, tmp_path: Path) -> None:
+        """Of those that are taken for sound some are loaded whole: transformers has its own opinion."""
+        assert project
+        import gguf
+
+        file = tmp_path / "tiny.gguf"
+        file.write_bytes(sound)
+        end = gguf.GGUFReader(str(file)).data_offset
+        del gguf
+        draw = random.Random(5)
+        refused = loaded = 0
+        for number in range(150):
+            # Most of the header is the vocabulary: half of the changes go to what stands before it.
+            part = draw.choice((sound[:700], sound[:end]))
+            changed = part if number == 0 else overwritten(draw, part) if draw.random() < 0.5 else mutated(draw, part)
+            file.write_bytes(changed + sound[len(part) :])
+            if told(lambda: fetch._check_gguf(file, "tiny.gguf")):
+                refused += 1
+            elif loaded < 10:
+                loaded += 1
+                given = params.Model(source=str(file), sha256=records.sha256_file(file), dtype="float32")
+                said = told(lambda given=given: fetch.fetch(given))  # type: ignore[misc]
+                assert not (said and number == 0)
+        assert refused > 50
+        assert loaded == 10
+
+    @pytest.mark.parametrize(
+        "content",
+        [
+            header(field("a", ARRAY, struct.pack("<IQ", UINT8, 2**60))),
+            header(field("a", ARRAY, struct.pack("<IQ", STRING, 2**60))),
+            header(field("a", ARRAY, struct.pack("<IQ", ARRAY, 1) * 5000)),
+            header(field("a", STRING, struct.pack("<Q", 2**63))),
+            header(count=2**63),
+            header(tensors=2**63),
+            header(field("a", 77, b"")),
+            header(field("general.architecture", UINT8, b"\x01")),
+            header(field("general.alignment", 4, struct.pack("<I", 0))),
+            b"GGUF",
+        ],
+    )
+    def test_made_by_hand(self, content: bytes, tmp_path: Path) -> None:
+        file = tmp_path / "tiny.gguf"
+        file.write_bytes(content)
+        assert "GGUF file" in told(lambda: fetch._check_gguf(file, "tiny.gguf"))
+
+    @pytest.mark.parametrize(
+        ("content", "message"),
+        [
+            (header(field("split.count", 2, struct.pack("<H", 3))), "it is one of 3 parts"),
+            (header(field("general.type", STRING, struct.pack("<Q", 7) + b"adapter")), "says general.type = 'adapter'"),
+            (b"GGUF" + struct.pack(">IQQ", 3, 0, 0), "it is big-endian"),
+        ],
+    )
+    def test_what_is_no_whole_model_says_what_it_is(self, content: bytes, message: str, tmp_path: Path) -> None:
+        file = tmp_path / "tiny.gguf"
+        file.write_bytes(content)
+        assert message in told(lambda: fetch._check_gguf(file, "tiny.gguf"))
+
+    @pytest.mark.parametrize("key", ["block_count", "embedding_length", "feed_forward_length", "attention.head_count"])
+    @pytest.mark.parametrize("value", [0, 3, 2**31])
+    def test_sizes_that_its_tensors_do_not_have(
+        self, key: str, value: int, sound: bytes, project: params.Params, tmp_path: Path
+    ) -> None:
+        assert project
+        name = f"llama.{key}".encode()
+        at = sound.index(struct.pack("<Q", len(name)) + name) + 8 + len(name) + 4
+        file = tmp_path / "tiny.gguf"
+        file.write_bytes(sound[:at] + struct.pack("<I", value) + sound[at + 4 :])
+        given = params.Model(source=str(file), sha256=records.sha256_file(file), dtype="float32")
+        assert told(lambda: fetch.fetch(given))
+        assert not paths.BASE_FACTS.exists()

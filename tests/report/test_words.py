@@ -1,0 +1,419 @@
+"""The report says what the comparison found, in every place the same, and no text of a model gets out of its cell; the
+page is tests/report/test_page.py's."""
+
+import json
+import random
+import re
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pipeline.core import paths
+from pipeline.core.errors import UserError
+from pipeline.core.params import Published
+from pipeline.record import track
+from pipeline.report import figures as charts
+from pipeline.report import words as report
+from pipeline.score.compare import Aspect, Comparison, Line, Output, Pair, Result, Spread
+from pipeline.score.guard_record import Guard
+from pipeline.score.side_effects import Cost, Forgetting, Training
+from pipeline.score.significance import Interval
+
+GUARDS = [Guard("a <doubled> BOS", "600 prompts | 1 BOS at most")]
+NASTY = (
+    "a | b\n<script>alert(1)</script> `code` [x](https://evil.example/) **bold** &amp; $x$ \\ <!-- "
+    "\x00 www.evil.example"
+)
+
+
+def result(base: float, tuned: float, low: float, high: float) -> Result:
+    diff = tuned - base
+    return Result(
+        base=Interval(base, base - 1, base + 1),
+        tuned=Interval(tuned, tuned - 1, tuned + 1),
+        diff=Interval(diff, low, high),
+        seeds=None,
+        p=0.0002,
+        effect=0.41,
+        detectable=2.2,
+        wins=0.7,
+        ties=0.1,
+        losses=0.2,
+    )
+
+
+TRAINING = Training(
+    seed=17,
+    epochs=1.0,
+    steps=25,
+    planned_steps=25,
+    first_loss=3.552,
+    best_loss=2.748,
+    best_epoch=1.0,
+    last_loss=2.748,
+    kept_loss=2.748,
+    kept_epoch=1.0,
+    training_loss=2.701,
+    gap=0.047,
+)
+FORGETTING = Forgetting(
+    source="pip:texts==1/texts",
+    tokens=8192,
+    texts=33,
+    units="texts",
+    base_loss=2.9,
+    tuned_loss=2.895,
+    base_perplexity=18.2,
+    tuned_perplexity=18.0,
+    diff=Interval(-0.005, -0.012, 0.002),
+    cross_entropy=Interval(2.95, 2.9, 3.0),
+    kl=Interval(0.05, 0.04, 0.06),
+)
+
+
+def several_seeds() -> Comparison:
+    """Three seeds, whose spread makes the interval that decides wider."""
+    spread = {"rouge1": Spread(0.3, Interval(5.7, 3.5, 7.9)), "rouge2": Spread(0.2, Interval(2.7, -0.1, 5.5))}
+    one = comparison()
+    return replace(
+        one,
+        verdict="mixed",
+        results={name: replace(one.results[name], seeds=spread[name]) for name in one.results},
+        tuned=[replace(one.tuned[0], variant=f"tuned-{i}") for i in range(3)],
+    )
+
+
+def comparison(**change: Any) -> Comparison:
+    results = {"rouge1": result(25.6, 31.3, 4.1, 7.2), "rouge2": result(7.8, 10.5, 1.2, 3.9)}
+    scores = {"rouge1": 22.0, "rouge2": 6.0}
+    ahead = {"rouge1": Interval(9.3, 8, 10), "rouge2": Interval(4.5, 3, 6)}
+    pair = Pair("p1/approach", "The source.", "The reference.", "Base said.", "Tuned said.", 10.0, 60.0)
+    return replace(
+        Comparison(
+            verdict="better",
+            decide_by=["rouge1", "rouge2"],
+            confidence=0.95,
+            samples=10000,
+            seed=17,
+            n=300,
+            groups=100,
+            signature="rouge-score 0.1.2|F1x100",
+            decoding={"device": "cpu", "dtype": "bfloat16", "prompts_sha256": "a" * 64, "model_sha256": "b" * 64},
+            results=results,
+            aspects=[Aspect("approach", 100, results, {"rouge1": 0.0004, "rouge2": 0.2})],
+            lines=[Line("lead", "Lead", "the first sentence", 300, scores, ahead)],
+            base=Output("base", 49.2, 0.01, 0.0, 0.0, None, {"rouge1": 25.6, "rouge2": 7.8}),
+            tuned=[Output("tuned-17", 21.0, 0.0, 0.0, 0.0, None, {"rouge1": 31.3, "rouge2": 10.5})],
+            language=None,
+            references_in_language=None,
+            published=[],
+            reference_words=22.2,
+            best=[pair],
+            worst=[],
+            cost=Cost(4_884_480, 19_600_000, [TRAINING], FORGETTING),
+        ),
+        **change,
+    )
+
+
+@pytest.fixture(autouse=True)
+def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+FIRST = (
+    "**Fine-tuning made the model better**: ROUGE-1 25.6 → 31.3 (+5.7, 95 % interval +4.1 to +7.2), "
+    "ROUGE-2 7.8 → 10.5 (+2.7, +1.2 to +3.9), over 300 test examples of 100 groups."
+)
+
+
+def test_the_first_line_is_the_verdict_everywhere() -> None:
+    report.write(comparison(), GUARDS)
+    assert paths.COMPARISON_MD.read_text().split("\n")[0] == FIRST
+    track.publish()
+    printed = report.closing_lines("sqlite:///here.db", "there/index.html")
+    assert printed.split("\n")[0] == FIRST.replace("**", "")
+    assert "mlflow ui --host 127.0.0.1 --backend-store-uri sqlite:///here.db" in printed
+    assert "  report   there/index.html  (or reports/comparison.md)" in printed
+
+
+@pytest.mark.parametrize("verdict", sorted(report.LEAD))
+def test_every_verdict_has_its_words(verdict: Any) -> None:
+    report.write(comparison(verdict=verdict), GUARDS)
+    assert paths.COMPARISON_MD.read_text().startswith(f"**{report.LEAD[verdict]}**: ROUGE-1")
+
+
+def test_groups_and_seeds_are_named_only_where_they_say_something() -> None:
+    assert report.basis(comparison(n=100)).endswith("over 100 test examples.")
+    assert report.basis(several_seeds()).endswith("of 100 groups, mean of 3 seeds.")
+
+
+def test_with_several_seeds_both_kinds_of_chance_are_shown_and_the_wider_interval_decides() -> None:
+    report.write(several_seeds(), GUARDS)
+    text = paths.COMPARISON_MD.read_text()
+    assert "ROUGE-2 7.8 → 10.5 (+2.7, −0.1 to +5.5)" in text
+    assert "| ROUGE-1 | +5.7 | +4.1 to +7.2 | 0.30 | +3.5 to +7.9 |" in text
+    report.write(comparison(), GUARDS)
+    assert "Two kinds of chance" not in paths.COMPARISON_MD.read_text()
+
+
+def test_the_size_of_the_test_set_is_judged() -> None:
+    # 2.2 points with 100 groups: 1 point needs 2.2 squared as many.
+    assert report.power(comparison()) == (
+        "A true difference of 2.2 points in ROUGE-1 is found by such a comparison in 80 % of repetitions; to find one "
+        "of 1 point takes about 485 groups of examples (here 100)."
+    )
+    report.write(comparison(), GUARDS)
+    assert report.power(comparison()) in paths.COMPARISON_MD.read_text()
+
+
+def test_an_aspect_without_a_shown_difference_says_so() -> None:
+    report.write(comparison(), GUARDS)
+    text = paths.COMPARISON_MD.read_text()
+    assert "| +4.1 to +7.2 | ≤ 0.001 | tuned higher |" in text
+    assert "| +1.2 to +3.9 | 0.200 | no difference shown |" in text
+
+
+def test_published_figures_stand_beside_the_result() -> None:
+    given = [
+        Published(metric="rouge1", value=53.8, about="LoRA, Table 4: GPT-3 | SAMSum"),
+        Published(metric="chrf", value=60.0, about="another paper"),
+    ]
+    report.write(comparison(published=given), GUARDS)
+    text = paths.COMPARISON_MD.read_text()
+    assert "| ROUGE-1 | 53.8 | 31.3 | LoRA, Table 4: GPT-3 \\| SAMSum |" in text
+    assert "| chrF | 60.0 | not computed | another paper |" in text
+
+
+def test_outputs_in_another_language_are_told() -> None:
+    one = comparison()
+    found = comparison(
+        language="en",
+        references_in_language=0.8,
+        base=replace(one.base, in_language=0.3),
+        tuned=[replace(one.tuned[0], in_language=0.75)],
+    )
+    assert "30 % of the outputs of base are identified as en, against 80 % of the references." in report.caveats(found)
+    assert not any("tuned-17 are identified" in caveat for caveat in report.caveats(found))
+    report.write(found, GUARDS)
+    assert "| base | 49.2 | 1 % | 0 % | 0 % | 30 % |" in paths.COMPARISON_MD.read_text()
+
+
+def test_guards_stand_in_the_report_with_what_they_measured() -> None:
+    report.write(comparison(), GUARDS)
+    text = paths.COMPARISON_MD.read_text(encoding="utf-8")
+    assert "| a &lt;doubled&gt; BOS | 600 prompts \\| 1 BOS at most |" in text
+
+
+def test_closing_lines_without_a_report() -> None:
+    with pytest.raises(UserError, match="run `dvc repro`"):
+        report.closing_lines("x", "y")
+
+
+def test_equal_comparisons_give_equal_bytes() -> None:
+    files = [paths.METRICS, paths.COMPARISON_MD, paths.COMPARISON_SVG]
+    report.write(comparison(), GUARDS)
+    before = [path.read_bytes() for path in files]
+    report.write(comparison(), GUARDS)
+    assert [path.read_bytes() for path in files] == before
+    assert sorted([*paths.COMPARISON.iterdir(), *paths.REPORTS.iterdir()]) == sorted(files)
+
+
+def leaves(content: Any) -> Iterator[Any]:
+    if isinstance(content, dict):
+        for value in content.values():
+            yield from leaves(value)
+    else:
+        yield content
+
+
+def test_metrics_hold_numbers_only() -> None:
+    report.write(several_seeds(), GUARDS)
+    content = json.loads(paths.METRICS.read_text())
+    numbers = list(leaves(content))
+    assert len(numbers) > 30
+    assert all(type(value) in (int, float) for value in numbers)
+    assert content["rouge1"] == {
+        "base": 25.6,
+        "tuned": 31.3,
+        "diff": pytest.approx(5.7),
+        "ci_low": 3.5,
+        "ci_high": 7.9,
+        "p": 0.0002,
+        "effect": 0.41,
+        "detectable": 2.2,
+        "wins": 0.7,
+        "ties": 0.1,
+        "losses": 0.2,
+        "seed_sd": 0.3,
+    }
+    assert content["lines"]["lead"]["rouge2_ci_low"] == 3
+    assert "seed_sd" not in report.metrics(comparison())["rouge1"]
+
+
+def test_a_number_that_is_none_stops_the_report() -> None:
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        report.write(comparison(reference_words=float("nan")), GUARDS)
+
+
+def test_line_breaks_are_replaced_as_the_plain_expression_does() -> None:
+    draw = random.Random(0)
+    for _ in range(20_000):
+        text = "".join(draw.choices(("a", "|", " ", "   ", "\t", "\n", "\r\n", "\u2028", "\xa0", "\x1c", "\x00"), k=9))
+        once = report.printable(text).strip().replace("|", r"\|")
+        assert report.markdown(text) == (re.sub(r"\s*\n\s*", "<br>", once) or "*(empty)*"), text
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("a_b <c>", "`a_b <c>`"),
+        ("a`b", "<code>a\\`b</code>"),
+        ("a|b", "<code>a\\|b</code>"),
+        ("a\r\nb", "<code>a<br>b</code>"),
+        ("a\0\ud800", "`a\ufffd\ufffd`"),
+        (" ", "<code>*(empty)*</code>"),
+    ],
+)
+def test_code_ends_where_it_should(text: str, shown: str) -> None:
+    assert report.code(text) == shown
+
+
+def test_markdown_keeps_foreign_text_in_its_cell() -> None:
+    nasty = Pair(NASTY, NASTY, NASTY, NASTY, NASTY, 1.0, 2.0)
+    report.write(
+        comparison(
+            best=[nasty],
+            worst=[nasty],
+            aspects=[Aspect(NASTY, 3, comparison().results, {"rouge1": 1.0, "rouge2": 1.0})],
+        ),
+        GUARDS,
+    )
+    text = paths.COMPARISON_MD.read_text()
+    tables = re.findall(r"(?:^\|.*\n)+", text, flags=re.M)
+    assert len(tables) == 9
+    for table in tables:
+        # as GitHub splits rows: at bars that no backslash escapes
+        assert len({len(re.findall(r"(?<!\\)\|", row)) for row in table.splitlines()}) == 1
+    assert not re.search(r"<(?!br>)|https?://", text)
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("plain, state-of-the-art (yes) 1.5!", "plain, state-of-the-art (yes) 1.5!"),
+        ("a|b", r"a\|b"),
+        ("a\n\n b", "a<br>b"),
+        ("a\r\nb\u2028c", "a<br>b<br>c"),
+        ("<b>&amp;", "&lt;b&gt;&amp;amp;"),
+        ("`x` *y* _z_ ~w~ $m$ [l](u) \\", r"\`x\` \*y\* \_z\_ \~w\~ \$m\$ \[l\](u) \\"),
+        ("http://x www.y.z a@b", "http&#58;&#47;&#47;x www&#46;y.z a&#64;b"),
+        ("  ", "*(empty)*"),
+    ],
+)
+def test_markdown_escapes(text: str, shown: str) -> None:
+    assert report.markdown(text) == shown
+
+
+def test_html_escapes() -> None:
+    assert report.html("<i>&\"' http://x") == "&lt;i&gt;&amp;&#34;&#39; http&#58;//x"
+    assert report.html(" ") == "<em>(empty)</em>"
+
+
+@pytest.mark.parametrize(
+    ("value", "shown"),
+    [(5.74, "+5.7"), (-1.26, "−1.3"), (0.0, "+0.0"), (0.04, "+0.04"), (-0.04, "−0.04"), (0.1, "+0.1")],
+)
+def test_signed(value: float, shown: str) -> None:
+    assert report.signed(value) == shown
+
+
+def test_caveats() -> None:
+    assert len(report.caveats(comparison())) == 1
+    assert "One training seed" in report.caveats(comparison())[0]
+    one = comparison()
+    close = replace(one.lines[0], ahead={"rouge1": Interval(1, -0.5, 2), "rouge2": Interval(4.5, 3, 6)})
+    found = report.caveats(
+        comparison(lines=[close], groups=12, base=replace(one.base, stopped_by_cap=0.2), tuned=one.tuned * 2)
+    )
+    assert [sentence.split(":")[0][:45] for sentence in found] == [
+        "Tuned is not shown to be ahead of the referen",
+        "20 % of the outputs of base were stopped by t",
+        "With only 12 groups of examples the intervals",
+    ]
+    # a line that tuned does not pass matters only to a claim of better
+    assert not any("ahead" in sentence for sentence in report.caveats(comparison(lines=[close], verdict="mixed")))
+
+
+def test_the_chart_stands_alone_in_a_file() -> None:
+    report.write(comparison(), GUARDS)
+    drawing = paths.COMPARISON_SVG.read_text()
+    assert drawing.startswith("<svg")
+    assert "var(" not in drawing
+    assert all(label in drawing for label in ("ROUGE-1", "ROUGE-2", "base", "tuned", "lead", "95 % intervals"))
+
+
+def test_inline_svg_drops_namespaces_and_height() -> None:
+    document = (
+        '<svg class="m" xmlns="x" xmlns:xlink="y" version="1.1" width="9" height="8" viewBox="0 0 9 8"><g/></svg>'
+    )
+    assert charts.inline(document) == '<svg class="m" version="1.1" width="9" viewBox="0 0 9 8"><g/></svg>'
+
+
+# What it cost
+
+
+def test_what_it_cost_is_in_the_report_and_in_the_numbers() -> None:
+    report.write(comparison(), GUARDS)
+    text = paths.COMPARISON_MD.read_text()
+    for line in (
+        "4,884,480 trainable parameters, an adapter of 19,600,000 bytes.",
+        "| loss | 2.900 | 2.895 | −0.005 | −0.012 to +0.002 |",
+        "| perplexity | 18.2 | 18.0 | −0.2 | |",
+        "| cross-entropy against the base's distribution | 2.900 | 2.950 | +0.050 (KL) | +0.040 to +0.060 |",
+        "| 17 | 1 | 3.552 | 2.748 after 1 epoch | 2.748 after 1 epoch | 2.701 | +0.047 |",
+    ):
+        assert f"\n{line}" in text
+    assert "over 8,192 tokens of general text (33 texts of pip:texts==1/texts, read without a chat template)" in text
+    numbers = json.loads(paths.METRICS.read_text())["cost"]
+    assert numbers["general_loss"] | {"base": 2.9, "diff": -0.005, "kl_ci_high": 0.06} == numbers["general_loss"]
+    assert (numbers["gap"], numbers["validation_loss"], numbers["adapter_bytes"]) == (0.047, 2.748, 19_600_000)
+    assert not any(word in text for word in ("made the model worse at general text", "past its best"))
+
+
+def test_general_text_forgotten_and_training_gone_too_far_are_to_be_read_with_care() -> None:
+    forgot = replace(FORGETTING, tuned_loss=3.1, tuned_perplexity=22.2, diff=Interval(0.2, 0.15, 0.26))
+    late = replace(TRAINING, epochs=3.0, kept_epoch=3.0, kept_loss=2.9, last_loss=2.9)
+    found = report.caveats(comparison(cost=Cost(1000, 4000, [late], forgot)))
+    assert (
+        "Fine-tuning made the model worse at general text: 2.900 → 3.100 nats a token (+0.200, +0.150 to +0.260), a "
+        "perplexity of 18.2 → 22.2."
+    ) in found
+    assert (
+        "The adapter is trained past its best: the validation loss was 2.748 after 1 epoch and is 2.900 after 3 "
+        "epochs, which is what was kept. train.early_stopping keeps the best."
+    ) in found
+    kept = replace(late, kept_loss=2.748, kept_epoch=1.0)
+    assert not any("past its best" in one for one in report.caveats(comparison(cost=Cost(1, 1, [kept], FORGETTING))))
+
+
+def test_forgetting_that_was_not_measured_is_said() -> None:
+    one = comparison(cost=Cost(1000, 4000, [replace(TRAINING, steps=20)], None))
+    report.write(one, GUARDS)
+    text = paths.COMPARISON_MD.read_text()
+    assert "Forgetting was not measured: `forget.source` is null." in text
+    assert "- Forgetting was not measured (forget.source is null)" in text
+    assert "| 17 | 1 (stopped early) | " in text
+    assert "general_loss" not in json.loads(paths.METRICS.read_text())["cost"]
+
+
+def test_a_small_difference_of_losses_keeps_its_sign() -> None:
+    assert [report.change(value) for value in (0.0, 0.00012, -0.00012, 0.25)] == [
+        "+0.000",
+        "+0.00012",
+        "−0.00012",
+        "+0.250",
+    ]
