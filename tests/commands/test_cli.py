@@ -13,7 +13,7 @@ from pipeline.core import params
 from pipeline.core.errors import UserError
 from pipeline.record import track
 from pipeline.report import page
-from pipeline.report import words as report
+from pipeline.report import wording
 from tests.conftest import ROOT
 
 PARAMS = ROOT / "params.yaml"
@@ -26,7 +26,7 @@ def test_show_prints_the_verdict_and_the_run(tmp_path: Path, monkeypatch: pytest
     def describe(seeds: list[int], tracking: params.Tracking) -> str:
         return f"run of {seeds} in {tracking.experiment}"
 
-    monkeypatch.setattr(report, "closing_lines", lambda _, page: f"Better.\n\n  report   {page}")
+    monkeypatch.setattr(wording, "closing_lines", lambda _, page: f"Better.\n\n  report   {page}")
     monkeypatch.setattr(page, "describe", lambda _: "here")
     monkeypatch.setattr(track, "describe", describe)
     given = params.load()
@@ -40,7 +40,7 @@ def test_a_mistake_is_a_message_on_stderr(monkeypatch: pytest.MonkeyPatch) -> No
     def closing_lines(_: str, __: str) -> str:
         raise UserError("there is no report: run `dvc repro`")
 
-    monkeypatch.setattr(report, "closing_lines", closing_lines)
+    monkeypatch.setattr(wording, "closing_lines", closing_lines)
     monkeypatch.setattr(page, "describe", lambda _: "here")
     result = CliRunner().invoke(cli.app, ["show"])
     assert result.exit_code == 1
@@ -51,7 +51,7 @@ def test_a_defect_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
     def closing_lines(_: str, __: str) -> str:
         raise ZeroDivisionError
 
-    monkeypatch.setattr(report, "closing_lines", closing_lines)
+    monkeypatch.setattr(wording, "closing_lines", closing_lines)
     monkeypatch.setattr(page, "describe", lambda _: "here")
     assert isinstance(CliRunner().invoke(cli.app, ["show"]).exception, ZeroDivisionError)
 

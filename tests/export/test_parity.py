@@ -107,11 +107,11 @@ def test_losses_are_those_of_transformers_token_by_token(project: params.Params,
     from transformers import AutoModelForCausalLM
 
     from pipeline.infer import backend
-    from pipeline.infer import infer as generate
+    from pipeline.infer import infer
 
     quantized(project, tiny_model)
     generation = project.generation.model_copy(update={"backend": "llama.cpp", "gguf_type": "F32"})
-    config = generate.configuration(generation, [1], checkpoint.tokenizer())
+    config = infer.configuration(generation, [1], checkpoint.tokenizer())
     facts = records.read_json(paths.QUANTIZED_FACTS)
     engine = backend_llamacpp.load(backend.Setup(facts, config, generation, project.runtime, None, 64))
     prompt, completion = [5, 6, 7], [*range(150, 162), 1]  # bytes of half characters among them

@@ -12,7 +12,7 @@ from pipeline.core import params, paths, records
 from pipeline.core.errors import UserError
 from pipeline.core.records import Prediction
 from pipeline.infer import backend_llamacpp
-from pipeline.infer import infer as generate
+from pipeline.infer import infer
 from pipeline.lora import adapter
 from pipeline.model import load as models
 from tests import conftest
@@ -47,7 +47,7 @@ def trained(rslora: bool, seed: int = 17) -> adapter.Saved:
 
 def infer(project: params.Params, variant: str, saved: adapter.Saved | None, **changes: Any) -> list[Prediction]:
     generation = project.generation.model_copy(update={"gguf_type": "F32", "max_new_tokens": 16} | changes)
-    generate.infer(variant, project.prompt, generation, project.runtime, saved)
+    infer.decode(variant, project.prompt, generation, project.runtime, saved)
     return records.read_rows(paths.predictions(variant), Prediction)
 
 

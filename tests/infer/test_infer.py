@@ -11,13 +11,13 @@ from pipeline.core import params, paths, records
 from pipeline.core.errors import UserError
 from pipeline.core.records import Prediction
 from pipeline.infer import backend_transformers
-from pipeline.infer import infer as generate
+from pipeline.infer import infer
 from pipeline.model import checkpoint, resume
 from pipeline.model import load as model
 
 
 def infer(project: params.Params, **changes: Any) -> list[Prediction]:
-    generate.infer("base", project.prompt, project.generation.model_copy(update=changes), project.runtime)
+    infer.decode("base", project.prompt, project.generation.model_copy(update=changes), project.runtime)
     return records.read_rows(paths.predictions("base"), Prediction)
 
 
@@ -48,7 +48,7 @@ def test_greedy_decoding_is_the_argmax_chain(quantized: params.Params, tiny_mode
 
     loaded = AutoModelForCausalLM.from_pretrained(tiny_model)
     tokenizer = checkpoint.tokenizer(tiny_model)
-    config = generate.configuration(quantized.generation, [1], tokenizer)
+    config = infer.configuration(quantized.generation, [1], tokenizer)
     prompt = [5, 6, 7, 8]
     ids = list(prompt)
     with torch.no_grad():
@@ -161,6 +161,6 @@ def test_a_prompt_that_does_not_fit_fails_before_the_model_is_loaded(
 ) -> None:
     monkeypatch.setattr(model, "quantized", lambda *_: pytest.fail("the model was loaded"))
     with pytest.raises(UserError, match="longer than prompt.max_tokens = 16"):
-        generate.infer(
+        infer.decode(
             "base", quantized.prompt.model_copy(update={"max_tokens": 16}), quantized.generation, quantized.runtime
         )

@@ -127,7 +127,7 @@ def test_the_learning_rate_climbs_then_follows_its_schedule(schedule: str, expec
 
 def run(project: params.Params, **changes: Any) -> None:
     given = project.train.model_copy(update={"epochs": 2, **changes})
-    train.train(17, project.prompt, project.lora, given, project.runtime)
+    train.fit(17, project.prompt, project.lora, given, project.runtime)
 
 
 def outputs() -> dict[str, str]:

@@ -19,7 +19,7 @@ from pipeline.commands import use as recipes
 from pipeline.core import params, paths, records
 from pipeline.core.errors import UserError
 from pipeline.fetch import fetch
-from pipeline.infer import infer as generate
+from pipeline.infer import infer
 from pipeline.infer import scheduler as decode
 from pipeline.lora import (
     optimizer,
@@ -383,9 +383,9 @@ def test_stages_refuse_before_they_load(
     monkeypatch.setattr(checkpoint, "pretrained", lambda *_, **__: pytest.fail("loaded"))
     given = project
     with pytest.raises(UserError, match="train takes about"):
-        train.train(1, given.prompt, given.lora, given.train, given.runtime)
+        train.fit(1, given.prompt, given.lora, given.train, given.runtime)
     with pytest.raises(UserError, match="infer takes about"):
-        generate.infer("base", given.prompt, given.generation, given.runtime)
+        infer.decode("base", given.prompt, given.generation, given.runtime)
     with pytest.raises(UserError, match="quantize takes about"):
         quantize.quantize(given.quantize, given.runtime)
 

@@ -22,7 +22,7 @@ from safetensors.torch import load_file
 
 from pipeline.core import params, paths, records, stage
 from pipeline.core.errors import UserError
-from pipeline.infer import infer as generate
+from pipeline.infer import infer
 from pipeline.lora import adapter, train
 from pipeline.model import devices, memory
 from pipeline.model import load as model
@@ -59,7 +59,7 @@ def quantized(quantized: params.Params) -> params.Params:
 
 
 def trained(project: params.Params) -> None:
-    train.train(17, project.prompt, project.lora, project.train, project.runtime)
+    train.fit(17, project.prompt, project.lora, project.train, project.runtime)
 
 
 def trained_with_checkpoints(project: params.Params) -> None:
@@ -129,7 +129,7 @@ def attacked(_: params.Params) -> None:
 
 
 def inferred(project: params.Params) -> None:
-    generate.infer("base", project.prompt, project.generation, project.runtime)
+    infer.decode("base", project.prompt, project.generation, project.runtime)
 
 
 SECONDS_BEHIND_A_FAILURE = 60.0

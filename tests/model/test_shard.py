@@ -19,7 +19,7 @@ from pipeline.core import params, paths, records
 from pipeline.core.errors import UserError
 from pipeline.core.params import Params
 from pipeline.fetch import fetch
-from pipeline.infer import infer as generate
+from pipeline.infer import infer
 from pipeline.lora import adapter, train
 from pipeline.model import checkpoint, fused, loss, pack, shard
 from pipeline.model import load as models
@@ -51,12 +51,12 @@ def shared(project: Params, **settings: Any) -> Params:
 
 def everything(project: Params) -> None:
     """All stages that compute with the quantized base."""
-    train.train(17, project.prompt, project.lora, project.train, project.runtime)
+    train.fit(17, project.prompt, project.lora, project.train, project.runtime)
     distributed.gather(None)  # until process 0 has written
     forget.forget(17, project.forget, project.runtime)
     inferred(project)
     saved = adapter.Saved(paths.adapter(17))
-    generate.infer("tuned-17", project.prompt, project.generation, project.runtime, saved)
+    infer.decode("tuned-17", project.prompt, project.generation, project.runtime, saved)
 
 
 def noted(project: Params) -> None:
@@ -171,14 +171,14 @@ def test_heads_over_processes_train_and_write_what_one_process_does(unquantized:
 
 def dying(project: Params) -> None:
     """Process 1 is gone when it has written a round."""
-    add = generate.Written.add
+    add = infer.Written.add
 
-    def adding(self: generate.Written, row: records.Prediction) -> None:
+    def adding(self: infer.Written, row: records.Prediction) -> None:
         add(self, row)
         if distributed.rank() == 1 and len(self.rows) == 6:
             os._exit(9)
 
-    generate.Written.add = adding  # type: ignore[method-assign]
+    infer.Written.add = adding  # type: ignore[method-assign]
     inferred(project)
 
 

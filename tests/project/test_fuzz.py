@@ -29,13 +29,13 @@ from pipeline.record import lockfile, store
 from pipeline.report import figures as charts
 from pipeline.report import marks as overlap
 from pipeline.report import page
-from pipeline.report import words as report
+from pipeline.report import wording
 from pipeline.score import metrics
 from pipeline.search import trial
 from pipeline.sources import source, tables
 from tests.conftest import ROOT, soon
 from tests.fetch.test_fetch import write_gguf
-from tests.report.test_words import comparison
+from tests.report.test_wording import comparison
 
 TEXT = (ROOT / "params.yaml").read_text(encoding="utf-8")
 
@@ -330,7 +330,7 @@ class TestText:
 
     @pytest.mark.parametrize(
         "read",
-        [sentences.sentences, sentences.lead, sentences.words, forget.without_tags, report.markdown, report.html,
+        [sentences.sentences, sentences.lead, sentences.words, forget.without_tags, wording.markdown, wording.html,
          page.shown, page.embedded, data._plain, lambda text: data.Overlap([text], 0.5).kind(f"{text} more"),
          without_passwords],
         ids=["sentences", "lead", "words", "without_tags", "markdown", "html", "shown", "embedded", "plain", "overlap",

@@ -17,7 +17,7 @@ from pipeline.core.errors import UserError
 from pipeline.report import dvc_page as viewer
 from pipeline.report import dvc_plots as plots
 from tests.conftest import ROOT, environment
-from tests.report.test_words import several_seeds
+from tests.report.test_wording import several_seeds
 from tests.score.test_compare import examples, plant, run, training
 
 DECLARED: dict[str, dict[str, Any]] = {

@@ -21,7 +21,7 @@ from pipeline.core.records import Decoding, Example, Prediction, write_json, wri
 from pipeline.report import csv_tables as appendix
 from pipeline.report import figures as charts
 from pipeline.report import page
-from pipeline.report import words as report
+from pipeline.report import wording
 from pipeline.report.page import Content, Origin, Spent
 from pipeline.score import compare
 from pipeline.score import evaluate as scores
@@ -29,7 +29,7 @@ from pipeline.score import side_by_side as examples
 from pipeline.score.compare import Comparison
 from pipeline.score.side_by_side import Row, Written
 from pipeline.score.side_effects import Cost
-from tests.report.test_words import FIRST, GUARDS, NASTY, comparison, several_seeds
+from tests.report.test_wording import FIRST, GUARDS, NASTY, comparison, several_seeds
 
 EVALUATE = Evaluate(
     metrics=["rouge1", "rouge2"], use_stemmer=True, rouge_tokenizer="latin", bleu_tokenizer="13a", language=None
@@ -159,10 +159,10 @@ def test_the_verdict_comes_first() -> None:
     assert "One training seed" in shown
 
 
-@pytest.mark.parametrize("verdict", sorted(report.LEAD))
+@pytest.mark.parametrize("verdict", sorted(wording.LEAD))
 def test_every_verdict_has_its_words_and_sign(verdict: Any) -> None:
     text = render(content(comparison(verdict=verdict)))
-    assert f"{page.SIGNS[verdict]}</span>{report.LEAD[verdict]}</h1>" in text
+    assert f"{page.SIGNS[verdict]}</span>{wording.LEAD[verdict]}</h1>" in text
 
 
 def test_it_asks_nothing_of_any_network() -> None:
@@ -292,7 +292,7 @@ def test_it_has_a_dark_mode_a_print_style_and_no_motion_for_those_who_want_none(
     ],
 )  # fmt: skip
 def test_contrast(theme: int, pairs: list[tuple[str, str]]) -> None:
-    style = (report.TEMPLATES / "page.css").read_text()
+    style = (wording.TEMPLATES / "page.css").read_text()
     colours = dict(re.findall(r"--([\w-]+): #([0-9a-f]{6})", style.split(":root {")[theme].split("}")[0]))
 
     def luminance(name: str) -> float:

@@ -16,7 +16,7 @@ from pipeline.core.errors import UserError
 from pipeline.core.params import Published
 from pipeline.record import track
 from pipeline.report import figures as charts
-from pipeline.report import words as report
+from pipeline.report import wording
 from pipeline.score.compare import Aspect, Comparison, Line, Output, Pair, Result, Spread
 from pipeline.score.guard_record import Guard
 from pipeline.score.side_effects import Cost, Forgetting, Training
@@ -131,47 +131,47 @@ FIRST = (
 
 
 def test_the_first_line_is_the_verdict_everywhere() -> None:
-    report.write(comparison(), GUARDS)
+    wording.write(comparison(), GUARDS)
     assert paths.COMPARISON_MD.read_text().split("\n")[0] == FIRST
     track.publish()
-    printed = report.closing_lines("sqlite:///here.db", "there/index.html")
+    printed = wording.closing_lines("sqlite:///here.db", "there/index.html")
     assert printed.split("\n")[0] == FIRST.replace("**", "")
     assert "mlflow ui --host 127.0.0.1 --backend-store-uri sqlite:///here.db" in printed
     assert "  report   there/index.html  (or reports/comparison.md)" in printed
 
 
-@pytest.mark.parametrize("verdict", sorted(report.LEAD))
+@pytest.mark.parametrize("verdict", sorted(wording.LEAD))
 def test_every_verdict_has_its_words(verdict: Any) -> None:
-    report.write(comparison(verdict=verdict), GUARDS)
-    assert paths.COMPARISON_MD.read_text().startswith(f"**{report.LEAD[verdict]}**: ROUGE-1")
+    wording.write(comparison(verdict=verdict), GUARDS)
+    assert paths.COMPARISON_MD.read_text().startswith(f"**{wording.LEAD[verdict]}**: ROUGE-1")
 
 
 def test_groups_and_seeds_are_named_only_where_they_say_something() -> None:
-    assert report.basis(comparison(n=100)).endswith("over 100 test examples.")
-    assert report.basis(several_seeds()).endswith("of 100 groups, mean of 3 seeds.")
+    assert wording.basis(comparison(n=100)).endswith("over 100 test examples.")
+    assert wording.basis(several_seeds()).endswith("of 100 groups, mean of 3 seeds.")
 
 
 def test_with_several_seeds_both_kinds_of_chance_are_shown_and_the_wider_interval_decides() -> None:
-    report.write(several_seeds(), GUARDS)
+    wording.write(several_seeds(), GUARDS)
     text = paths.COMPARISON_MD.read_text()
     assert "ROUGE-2 7.8 → 10.5 (+2.7, −0.1 to +5.5)" in text
     assert "| ROUGE-1 | +5.7 | +4.1 to +7.2 | 0.30 | +3.5 to +7.9 |" in text
-    report.write(comparison(), GUARDS)
+    wording.write(comparison(), GUARDS)
     assert "Two kinds of chance" not in paths.COMPARISON_MD.read_text()
 
 
 def test_the_size_of_the_test_set_is_judged() -> None:
     # 2.2 points with 100 groups: 1 point needs 2.2 squared as many.
-    assert report.power(comparison()) == (
+    assert wording.power(comparison()) == (
         "A true difference of 2.2 points in ROUGE-1 is found by such a comparison in 80 % of repetitions; to find one "
         "of 1 point takes about 485 groups of examples (here 100)."
     )
-    report.write(comparison(), GUARDS)
-    assert report.power(comparison()) in paths.COMPARISON_MD.read_text()
+    wording.write(comparison(), GUARDS)
+    assert wording.power(comparison()) in paths.COMPARISON_MD.read_text()
 
 
 def test_an_aspect_without_a_shown_difference_says_so() -> None:
-    report.write(comparison(), GUARDS)
+    wording.write(comparison(), GUARDS)
     text = paths.COMPARISON_MD.read_text()
     assert "| +4.1 to +7.2 | ≤ 0.001 | tuned higher |" in text
     assert "| +1.2 to +3.9 | 0.200 | no difference shown |" in text
@@ -182,7 +182,7 @@ def test_published_figures_stand_beside_the_result() -> None:
         Published(metric="rouge1", value=53.8, about="LoRA, Table 4: GPT-3 | SAMSum"),
         Published(metric="chrf", value=60.0, about="another paper"),
     ]
-    report.write(comparison(published=given), GUARDS)
+    wording.write(comparison(published=given), GUARDS)
     text = paths.COMPARISON_MD.read_text()
     assert "| ROUGE-1 | 53.8 | 31.3 | LoRA, Table 4: GPT-3 \\| SAMSum |" in text
     assert "| chrF | 60.0 | not computed | another paper |" in text
@@ -196,28 +196,28 @@ def test_outputs_in_another_language_are_told() -> None:
         base=replace(one.base, in_language=0.3),
         tuned=[replace(one.tuned[0], in_language=0.75)],
     )
-    assert "30 % of the outputs of base are identified as en, against 80 % of the references." in report.caveats(found)
-    assert not any("tuned-17 are identified" in caveat for caveat in report.caveats(found))
-    report.write(found, GUARDS)
+    assert "30 % of the outputs of base are identified as en, against 80 % of the references." in wording.caveats(found)
+    assert not any("tuned-17 are identified" in caveat for caveat in wording.caveats(found))
+    wording.write(found, GUARDS)
     assert "| base | 49.2 | 1 % | 0 % | 0 % | 30 % |" in paths.COMPARISON_MD.read_text()
 
 
 def test_guards_stand_in_the_report_with_what_they_measured() -> None:
-    report.write(comparison(), GUARDS)
+    wording.write(comparison(), GUARDS)
     text = paths.COMPARISON_MD.read_text(encoding="utf-8")
     assert "| a &lt;doubled&gt; BOS | 600 prompts \\| 1 BOS at most |" in text
 
 
 def test_closing_lines_without_a_report() -> None:
     with pytest.raises(UserError, match="run `dvc repro`"):
-        report.closing_lines("x", "y")
+        wording.closing_lines("x", "y")
 
 
 def test_equal_comparisons_give_equal_bytes() -> None:
     files = [paths.METRICS, paths.COMPARISON_MD, paths.COMPARISON_SVG]
-    report.write(comparison(), GUARDS)
+    wording.write(comparison(), GUARDS)
     before = [path.read_bytes() for path in files]
-    report.write(comparison(), GUARDS)
+    wording.write(comparison(), GUARDS)
     assert [path.read_bytes() for path in files] == before
     assert sorted([*paths.COMPARISON.iterdir(), *paths.REPORTS.iterdir()]) == sorted(files)
 
@@ -231,7 +231,7 @@ def leaves(content: Any) -> Iterator[Any]:
 
 
 def test_metrics_hold_numbers_only() -> None:
-    report.write(several_seeds(), GUARDS)
+    wording.write(several_seeds(), GUARDS)
     content = json.loads(paths.METRICS.read_text())
     numbers = list(leaves(content))
     assert len(numbers) > 30
@@ -251,20 +251,20 @@ def test_metrics_hold_numbers_only() -> None:
         "seed_sd": 0.3,
     }
     assert content["lines"]["lead"]["rouge2_ci_low"] == 3
-    assert "seed_sd" not in report.metrics(comparison())["rouge1"]
+    assert "seed_sd" not in wording.metrics(comparison())["rouge1"]
 
 
 def test_a_number_that_is_none_stops_the_report() -> None:
     with pytest.raises(ValueError, match="not JSON compliant"):
-        report.write(comparison(reference_words=float("nan")), GUARDS)
+        wording.write(comparison(reference_words=float("nan")), GUARDS)
 
 
 def test_line_breaks_are_replaced_as_the_plain_expression_does() -> None:
     draw = random.Random(0)
     for _ in range(20_000):
         text = "".join(draw.choices(("a", "|", " ", "   ", "\t", "\n", "\r\n", "\u2028", "\xa0", "\x1c", "\x00"), k=9))
-        once = report.printable(text).strip().replace("|", r"\|")
-        assert report.markdown(text) == (re.sub(r"\s*\n\s*", "<br>", once) or "*(empty)*"), text
+        once = wording.printable(text).strip().replace("|", r"\|")
+        assert wording.markdown(text) == (re.sub(r"\s*\n\s*", "<br>", once) or "*(empty)*"), text
 
 
 @pytest.mark.parametrize(
@@ -279,12 +279,12 @@ def test_line_breaks_are_replaced_as_the_plain_expression_does() -> None:
     ],
 )
 def test_code_ends_where_it_should(text: str, shown: str) -> None:
-    assert report.code(text) == shown
+    assert wording.code(text) == shown
 
 
 def test_markdown_keeps_foreign_text_in_its_cell() -> None:
     nasty = Pair(NASTY, NASTY, NASTY, NASTY, NASTY, 1.0, 2.0)
-    report.write(
+    wording.write(
         comparison(
             best=[nasty],
             worst=[nasty],
@@ -315,12 +315,12 @@ def test_markdown_keeps_foreign_text_in_its_cell() -> None:
     ],
 )
 def test_markdown_escapes(text: str, shown: str) -> None:
-    assert report.markdown(text) == shown
+    assert wording.markdown(text) == shown
 
 
 def test_html_escapes() -> None:
-    assert report.html("<i>&\"' http://x") == "&lt;i&gt;&amp;&#34;&#39; http&#58;//x"
-    assert report.html(" ") == "<em>(empty)</em>"
+    assert wording.html("<i>&\"' http://x") == "&lt;i&gt;&amp;&#34;&#39; http&#58;//x"
+    assert wording.html(" ") == "<em>(empty)</em>"
 
 
 @pytest.mark.parametrize(
@@ -328,15 +328,15 @@ def test_html_escapes() -> None:
     [(5.74, "+5.7"), (-1.26, "−1.3"), (0.0, "+0.0"), (0.04, "+0.04"), (-0.04, "−0.04"), (0.1, "+0.1")],
 )
 def test_signed(value: float, shown: str) -> None:
-    assert report.signed(value) == shown
+    assert wording.signed(value) == shown
 
 
 def test_caveats() -> None:
-    assert len(report.caveats(comparison())) == 1
-    assert "One training seed" in report.caveats(comparison())[0]
+    assert len(wording.caveats(comparison())) == 1
+    assert "One training seed" in wording.caveats(comparison())[0]
     one = comparison()
     close = replace(one.lines[0], ahead={"rouge1": Interval(1, -0.5, 2), "rouge2": Interval(4.5, 3, 6)})
-    found = report.caveats(
+    found = wording.caveats(
         comparison(lines=[close], groups=12, base=replace(one.base, stopped_by_cap=0.2), tuned=one.tuned * 2)
     )
     assert [sentence.split(":")[0][:45] for sentence in found] == [
@@ -345,11 +345,11 @@ def test_caveats() -> None:
         "With only 12 groups of examples the intervals",
     ]
     # a line that tuned does not pass matters only to a claim of better
-    assert not any("ahead" in sentence for sentence in report.caveats(comparison(lines=[close], verdict="mixed")))
+    assert not any("ahead" in sentence for sentence in wording.caveats(comparison(lines=[close], verdict="mixed")))
 
 
 def test_the_chart_stands_alone_in_a_file() -> None:
-    report.write(comparison(), GUARDS)
+    wording.write(comparison(), GUARDS)
     drawing = paths.COMPARISON_SVG.read_text()
     assert drawing.startswith("<svg")
     assert "var(" not in drawing
@@ -367,7 +367,7 @@ def test_inline_svg_drops_namespaces_and_height() -> None:
 
 
 def test_what_it_cost_is_in_the_report_and_in_the_numbers() -> None:
-    report.write(comparison(), GUARDS)
+    wording.write(comparison(), GUARDS)
     text = paths.COMPARISON_MD.read_text()
     for line in (
         "4,884,480 trainable parameters, an adapter of 19,600,000 bytes.",
@@ -387,7 +387,7 @@ def test_what_it_cost_is_in_the_report_and_in_the_numbers() -> None:
 def test_general_text_forgotten_and_training_gone_too_far_are_to_be_read_with_care() -> None:
     forgot = replace(FORGETTING, tuned_loss=3.1, tuned_perplexity=22.2, diff=Interval(0.2, 0.15, 0.26))
     late = replace(TRAINING, epochs=3.0, kept_epoch=3.0, kept_loss=2.9, last_loss=2.9)
-    found = report.caveats(comparison(cost=Cost(1000, 4000, [late], forgot)))
+    found = wording.caveats(comparison(cost=Cost(1000, 4000, [late], forgot)))
     assert (
         "Fine-tuning made the model worse at general text: 2.900 → 3.100 nats a token (+0.200, +0.150 to +0.260), a "
         "perplexity of 18.2 → 22.2."
@@ -397,12 +397,12 @@ def test_general_text_forgotten_and_training_gone_too_far_are_to_be_read_with_ca
         "epochs, which is what was kept. train.early_stopping keeps the best."
     ) in found
     kept = replace(late, kept_loss=2.748, kept_epoch=1.0)
-    assert not any("past its best" in one for one in report.caveats(comparison(cost=Cost(1, 1, [kept], FORGETTING))))
+    assert not any("past its best" in one for one in wording.caveats(comparison(cost=Cost(1, 1, [kept], FORGETTING))))
 
 
 def test_forgetting_that_was_not_measured_is_said() -> None:
     one = comparison(cost=Cost(1000, 4000, [replace(TRAINING, steps=20)], None))
-    report.write(one, GUARDS)
+    wording.write(one, GUARDS)
     text = paths.COMPARISON_MD.read_text()
     assert "Forgetting was not measured: `forget.source` is null." in text
     assert "- Forgetting was not measured (forget.source is null)" in text
@@ -411,7 +411,7 @@ def test_forgetting_that_was_not_measured_is_said() -> None:
 
 
 def test_a_small_difference_of_losses_keeps_its_sign() -> None:
-    assert [report.change(value) for value in (0.0, 0.00012, -0.00012, 0.25)] == [
+    assert [wording.change(value) for value in (0.0, 0.00012, -0.00012, 0.25)] == [
         "+0.000",
         "+0.00012",
         "−0.00012",
