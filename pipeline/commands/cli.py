@@ -60,15 +60,15 @@ def show(run: RUN = None) -> None:
     from pipeline.core import params
     from pipeline.record import store, track
     from pipeline.report import page
-    from pipeline.report import wording as report
+    from pipeline.report import wording
 
     given = params.load()
     if run is not None:
-        from pipeline.commands import show as lineage
+        from pipeline.commands import show
 
-        lineage.show(run, given.tracking)
+        show.print_run(run, given.tracking)
         return
-    say(report.closing_lines(store.address(given.tracking), page.describe(given.seeds)))
+    say(wording.closing_lines(store.address(given.tracking), page.describe(given.seeds)))
     say(f"  run      {track.describe(given.seeds, given.tracking)}")
 
 
@@ -80,13 +80,13 @@ def verify(recompute: Recompute = False) -> None:
     """Check by content that cache, dvc.lock, outputs, reports, MLflow run and downloaded wheels agree."""
     # Imported here: `--help` needs none of it.
     if recompute:
-        from pipeline.commands import recompute as again
+        from pipeline.commands.recompute import run_again
 
-        agreed = again.recompute()
+        agreed = run_again()
     else:
-        from pipeline.commands import verify as checks
+        from pipeline.commands import verify
 
-        agreed = checks.verify()
+        agreed = verify.check_all()
     if not agreed:
         raise typer.Exit(1)
 
@@ -100,14 +100,14 @@ def compare(names: Names) -> None:
 
     Their scores come from the DVC cache or the MLflow store. Significance is corrected for the number of comparisons.
     """
-    from pipeline.commands import compare as experiments
+    from pipeline.commands import compare
     from pipeline.core import params
 
     given = params.load()
     if len(names) < 2:
         raise UserError(f"compare needs two experiments at least, such as: lora-repro compare workspace {names[0]}")
-    found = [experiments.find(name, given.tracking) for name in names]
-    say(experiments.page(found, experiments.rank(found, given.compare), given.compare))
+    found = [compare.find(name, given.tracking) for name in names]
+    say(compare.page(found, compare.rank(found, given.compare), given.compare))
 
 
 GgufTypes = Annotated[
@@ -127,12 +127,12 @@ def parity(types: GgufTypes = [], rows: FewRows = None, merged: OneFile = False,
     Writes reports/parity.md and reports/parity.json. The exit code is 1 where a GGUF file loses quality.
     """
     from pipeline.core import params
-    from pipeline.export import parity as checks
+    from pipeline.export import parity
     from pipeline.record import current
 
     given = params.load()
     current.require_current("nothing is compared:")
-    if checks.parity(given, types or [given.generation.gguf_type], rows, merged, max_rise):
+    if parity.measure(given, types or [given.generation.gguf_type], rows, merged, max_rise):
         raise typer.Exit(1)
 
 
@@ -146,10 +146,10 @@ def promote(run: RUN = None, model: Model = None, dry_run: Preview = False) -> N
 
     The exit code is 0 whether the champion moves or stays, and 1 where they cannot be compared.
     """
-    from pipeline.commands import promote as registry
+    from pipeline.commands import promote
     from pipeline.core import params
 
-    registry.promote(run, model, params.load(), dry_run)
+    promote.register_and_decide(run, model, params.load(), dry_run)
 
 
 View = Annotated[bool, typer.Option("--view", help="Where MLflow's page shows them with their scores, instead.")]
@@ -168,25 +168,25 @@ def store(view: View = False) -> None:
 @app.command()
 def viewer() -> None:
     """Make the pages of `dvc plots show` and `dvc plots diff` open without a network, on this machine."""
-    from pipeline.report import dvc_page as page
+    from pipeline.commands import viewer
 
-    page.prepare()
+    viewer.prepare()
 
 
 @app.command()
 def mend() -> None:
     """Remove what a killed DVC left half-written, so that `dvc repro` starts again."""
-    from pipeline.commands import mend as mending
+    from pipeline.commands import mend
 
-    mending.mend()
+    mend.remove_half_written()
 
 
 @app.command()
 def check() -> None:
     """Read params.yaml and dvc.lock as a stranger's, and print every mistake; nothing is run."""
-    from pipeline.record import check as checking
+    from pipeline.record import check
 
-    checking.check()
+    check.require_sound()
 
 
 RECIPE = Annotated[str | None, typer.Argument(help="A name of recipes/, or the path of a recipe's file.")]
@@ -200,12 +200,12 @@ def use(recipe: RECIPE = None, force: Force = False, dry_run: DryRun = False) ->
 
     Without RECIPE: list the recipes, what each needs, and which one params.yaml holds now.
     """
-    from pipeline.commands import use as recipes
+    from pipeline.commands import use
 
     if recipe is None:
-        recipes.show()
+        use.show()
     else:
-        recipes.use(recipe, force, dry_run)
+        use.apply(recipe, force, dry_run)
 
 
 @app.command()
@@ -214,9 +214,9 @@ def plan(recipe: RECIPE = None) -> None:
 
     For GPUs of 24, 48 and 80 GB and this machine's main memory. Nothing is loaded.
     """
-    from pipeline.commands import plan as planning
+    from pipeline.commands import plan
 
-    planning.show(recipe)
+    plan.show(recipe)
 
 
 FILE = Annotated[Path | None, typer.Argument(help="A search's file, such as sweeps/example.yaml.")]
@@ -237,14 +237,14 @@ def sweep(file: FILE = None, overrides: Set = [], jobs: Jobs = None, ray: Ray = 
     if file is None:
         if ray is not None:
             raise UserError("--ray runs the trials of a search: give its file instead of -S")
-        from pipeline.search import grid as sweeping
+        from pipeline.search import grid
 
-        raise typer.Exit(sweeping.sweep(overrides, jobs or 1))
+        raise typer.Exit(grid.sweep(overrides, jobs or 1))
     if ray is not None and jobs is not None:
         raise UserError("-j is for this machine; on a cluster at_once and cluster in the file say how many run at once")
-    from pipeline.search import run as search
+    from pipeline.search import run
 
-    raise typer.Exit(search.search(file, jobs, ray))
+    raise typer.Exit(run.search(file, jobs, ray))
 
 
 class Export(StrEnum):
@@ -278,6 +278,6 @@ def export(
 
     The card's numbers come from the run; what separates the files from the model that was measured is measured, too.
     """
-    from pipeline.export import export as exporting
+    from pipeline.export import export
 
-    exporting.export(exporting.Asked(what.value, seed, kind, merged, base), dest, overwrite)
+    export.write(export.Asked(what.value, seed, kind, merged, base), dest, overwrite)

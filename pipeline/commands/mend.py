@@ -14,7 +14,7 @@ from pipeline.core.progress import say
 from pipeline.record import provenance
 
 
-def mend() -> None:
+def remove_half_written() -> None:
     """Remove what is torn, and say so; say nothing where nothing is. UserError while DVC is at work.
 
     Takes DVC's own locks: a file that another process is writing just now looks torn as well.

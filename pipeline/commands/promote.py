@@ -70,7 +70,7 @@ class Decision:
             yield f"champion  {self.against}"
 
 
-def promote(name: str | None, model: str | None, given: params.Params, dry_run: bool) -> None:
+def register_and_decide(name: str | None, model: str | None, given: params.Params, dry_run: bool) -> None:
     """Register the adapter of a run as a version, unless it is one, move the alias if that is earned, and say why.
 
     `name` is a run as `lineage.find` takes it, else that of the working directory; `model` a registered model, else one

@@ -18,7 +18,7 @@ from pipeline.core.records import Decoding
 from pipeline.record import identity, lockfile, provenance, store
 
 
-def recompute() -> bool:
+def run_again() -> bool:
     """Run the pipeline anew in a temporary folder, and print what differs, stage by stage; whether nothing does.
 
     The copy has the files that git knows or would take, with a cache and an MLflow store of its own. It is removed in

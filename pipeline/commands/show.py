@@ -14,7 +14,7 @@ STAGED = ("exec", "stash", "apply", "celery")
 """Folders under refs/exps that hold no experiment of a user's."""
 
 
-def show(name: str, tracking: params.Tracking) -> None:
+def print_run(name: str, tracking: params.Tracking) -> None:
     """Print what a run is, how to restore it, and that its adapter is the one that its `dvc.lock` names.
 
     `name`: an id, the beginning of one, or a run's name. UserError when it names no run or several, and when the run is

@@ -116,7 +116,7 @@ def show() -> None:
     say("\n* what params.yaml holds now. `lora-repro use <name>` writes it; --dry-run shows what would change.")
 
 
-def use(name: str, force: bool = False, dry_run: bool = False) -> None:
+def apply(name: str, force: bool = False, dry_run: bool = False) -> None:
     """Write `params.yaml` by a recipe, print what changes, what the recipe needs, and what to do next.
 
     `name` is one of `recipes/`, or the path of a file. UserError when `params.yaml` holds changes that neither a recipe

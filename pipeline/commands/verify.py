@@ -32,7 +32,7 @@ from pipeline.sources import source
 ABOVE = "# what is said above"
 
 
-def verify() -> bool:
+def check_all() -> bool:
     """Run every check, print what each compared and what it found; whether all agreed.
 
     UserError when there is nothing to check: no readable `params.yaml`, `dvc.yaml` or `dvc.lock`.

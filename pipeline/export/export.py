@@ -56,7 +56,7 @@ class Asked:
             raise UserError(f"--type {self.kind}: a GGUF file is written as {', '.join(params.GGUF_TYPES)}")
 
 
-def export(asked: Asked, destination: Path, overwrite: bool) -> None:
+def write(asked: Asked, destination: Path, overwrite: bool) -> None:
     """Write the export to a folder, whole or not at all.
 
     UserError for outputs that are missing or not of this experiment, a seed that was not trained, and a folder that is

@@ -3,9 +3,8 @@
 Three questions, for the base and for the first seed's adapter on it. How many of the tokens that greedy decoding writes
 are the same, up to an answer's first difference? How likely does each backend find the references of the validation
 split? And does it score lower on the test split, where the difference has a paired interval over groups
-(`pipeline.score.significance`)? A GGUF type loses where such an interval lies below zero, or where perplexity rises
-by more
-than a stated share; a difference that merely may be one is not called a loss.
+(`pipeline.score.significance`)? A GGUF type loses where such an interval lies below zero, or where perplexity rises by
+more than a stated share. A difference that may be chance is not called a loss.
 """
 
 import math
@@ -18,19 +17,17 @@ from typing import Any
 
 import numpy as np
 
-from pipeline import gguf as gguf_file
+from pipeline import gguf
 from pipeline.core import contracts, params, paths, records
 from pipeline.core.contracts import QuantizedFacts
 from pipeline.core.errors import UserError
 from pipeline.core.progress import bar, say
 from pipeline.core.records import Example
-from pipeline.infer import backend, backend_llamacpp, choice
-from pipeline.infer import infer as generate
+from pipeline.infer import backend, backend_llamacpp, choice, infer
 from pipeline.lora import adapter
 from pipeline.model import checkpoint, loss, pack
 from pipeline.model.prompt import Encoder, Row
-from pipeline.score import compare as comparison
-from pipeline.score import metrics
+from pipeline.score import compare, metrics
 from pipeline.score.compare import Table
 from pipeline.score.significance import Interval
 
@@ -60,94 +57,138 @@ class Agreement:
     first_difference: float | None
 
 
-def parity(given: params.Params, types: Sequence[str], rows: int | None, merged: bool, max_rise: float) -> bool:
+@dataclass(frozen=True)
+class Rows:
+    """What both backends are given: test prompts to answer, and validation references to take the loss of."""
+
+    test: list[Example]
+    prompts: dict[str, list[int]]
+    validation: list[Row]
+    tokenizer: Any
+    config: Any
+
+    @property
+    def groups(self) -> Any:
+        return np.array([example.group for example in self.test])
+
+    @property
+    def tokens(self) -> int:
+        """The tokens of all references."""
+        return sum(len(row.completion) for row in self.validation)
+
+    def longest(self, new_tokens: int) -> int:
+        """Tokens of the longest sequence, where an answer has `new_tokens` at most."""
+        answered = max(map(len, self.prompts.values())) + new_tokens
+        return max(answered, max(len(row.prompt) + len(row.completion) for row in self.validation))
+
+
+def measure(given: params.Params, types: Sequence[str], rows: int | None, merged: bool, max_rise: float) -> bool:
     """Compare, write `reports/parity.md` and `.json`, and say whether any of `types` loses.
 
-    UserError for what llama.cpp cannot do with this experiment, and where the experiment has not been run.
+    `rows` limits the test and validation rows; `merged` writes the adapter into the GGUF weights; a type loses whose
+    perplexity rises by a larger share than `max_rise`. UserError for what llama.cpp cannot do with this experiment, and
+    where the experiment has not been run.
     """
-    # Read when OpenMP is loaded; as in `stage.run`.
-    os.environ.setdefault("GOMP_SPINCOUNT", "5000")
-    generations = {kind: _generation(given, kind) for kind in types}
-    for generation in generations.values():
-        params.require_backend(given.model_copy(update={"generation": generation}))
+    # 1. What is refused, before anything is computed.
+    os.environ.setdefault("GOMP_SPINCOUNT", "5000")  # read when OpenMP is loaded; as in `stage.run`
+    for written_as in types:
+        params.require_backend(given.model_copy(update={"generation": _generation(given, written_as)}))
+    gguf.refuse(paths.QUANTIZED)
     facts = contracts.read(paths.QUANTIZED_FACTS, QuantizedFacts)
-    gguf_file.refuse(paths.QUANTIZED)
-    tokenizer = checkpoint.tokenizer()
-    encoder = Encoder(tokenizer, given.prompt, facts.context)
-    test = _first_groups(records.read_rows(paths.split("test"), Example), rows)
-    prompts = {example.id: encoder.prompt(example) for example in test}
-    encoder.require_fit(prompts, "test", given.generation.max_new_tokens)
-    validation = references(encoder, rows)
-    tokens = sum(len(row.completion) for row in validation)
-    if not tokens:
-        raise UserError(f"no row of {paths.split('validation')} fits: parity needs references to take the loss of")
-    longest = max(
-        max(map(len, prompts.values())) + given.generation.max_new_tokens,
-        max(len(row.prompt) + len(row.completion) for row in validation),
-    )
-    config = generate.configuration(given.generation, sorted({encoder.end, *facts.stop_ids}), tokenizer)
     saved = adapter.Saved(paths.adapter(given.seeds[0]))
     saved.require_of(facts.sha256)
-    runtime = given.runtime.model_copy(update={"processes": 1, "sharding": "none"})
+    chosen = _rows(given, facts, rows)
+    # 2. What each backend makes of base and tuned.
     variants = {paths.variant(None): None, paths.variant(given.seeds[0]): saved}
-    groups = np.array([example.group for example in test])
     conditions: dict[str, Any] = {}
-
-    def measured(kind: str | None) -> dict[str, Side]:
-        generation = _generation(given, kind)
-        sides = {}
+    sides: dict[str | None, dict[str, Side]] = {}
+    everything: list[str | None] = [None, *types]
+    for kind in everything:
+        sides[kind] = {}
         for variant, on_it in variants.items():
-            setup = backend.Setup(facts, config, generation, runtime, on_it, longest)
-            say(f"parity: {variant} through {generation.backend}{f', {kind}' if kind else ''}")
-            if kind is None:
-                engine = choice.chosen(generation.backend).load(setup)
-            else:
-                engine = backend_llamacpp.load(setup, merged)
-            conditions[generation.backend] = {"device": engine.device, "threads": engine.threads, **engine.conditions}
-            conditions[generation.backend].pop("gguf_type", None)
-            sides[variant] = _side(engine, kind, test, prompts, validation, tokenizer, given.evaluate)
-        return sides
-
-    reference = measured(None)
-    base, tuned = variants
-    found: dict[str, Any] = {
-        "test_rows": len(test),
-        "groups": len(set(groups)),
-        "validation_rows": len(validation),
-        "validation_tokens": tokens,
-        "prompts_sha256": records.sha256_ids(token for ids in prompts.values() for token in [*ids, -1]),
+            say(f"parity: {variant} through {'transformers' if kind is None else f'llama.cpp, {kind}'}")
+            setup = _setup(given, kind, facts, on_it, chosen)
+            engine = _load(setup, kind, merged)
+            conditions[setup.generation.backend] = _conditions(engine)
+            sides[kind][variant] = _side(engine, kind, chosen, given.evaluate)
+    # 3. What separates them.
+    of_types = {kind: _compared(sides[kind], sides[None], chosen, given, max_rise) for kind in types}
+    found = {
+        "test_rows": len(chosen.test),
+        "groups": len(set(chosen.groups)),
+        "validation_rows": len(chosen.validation),
+        "validation_tokens": chosen.tokens,
+        "prompts_sha256": records.sha256_ids(token for ids in chosen.prompts.values() for token in [*ids, -1]),
         "model_sha256": facts.sha256,
         "adapter_sha256": saved.sha256,
         "merged": merged,
         "max_rise": max_rise,
         "confidence": given.compare.confidence,
         "signature": metrics.signature(given.evaluate),
-        "transformers": {
-            "variants": {name: _told(side, tokens) for name, side in reference.items()},
-            "gain": _contrast(reference[base], reference[tuned], groups, given),
-        },
-        "llama.cpp": {},
+        "transformers": _summed(sides[None], chosen, given),
+        "llama.cpp": of_types,
+        "conditions": conditions,
     }
-    for kind in types:
-        sides = measured(kind)
-        told = {name: _told(side, tokens) for name, side in sides.items()}
-        for name, side in sides.items():
-            told[name] |= {
-                "agreement": asdict(agreement(reference[name].written, side.written)),
-                "rise": math.exp((side.loss - reference[name].loss) / tokens) - 1,
-                "difference": _contrast(reference[name], side, groups, given),
-            }
-        found["llama.cpp"][kind] = {
-            "variants": told,
-            "gain": _contrast(sides[base], sides[tuned], groups, given),
-            "loses": losing(told, given.compare.decide_by, max_rise),
-        }
-    found["conditions"] = conditions
     records.write_json(paths.PARITY_JSON, found)
     page = markdown(found, given.compare.decide_by)
     records.write_text(paths.PARITY_MD, page)
     say(page)
-    return any(one["loses"] for one in found["llama.cpp"].values())
+    return any(one["loses"] for one in of_types.values())
+
+
+def _rows(given: params.Params, facts: QuantizedFacts, count: int | None) -> Rows:
+    """The first `count` rows of both splits, in whole groups; UserError where none can be compared."""
+    tokenizer = checkpoint.tokenizer()
+    encoder = Encoder(tokenizer, given.prompt, facts.context)
+    test = _first_groups(records.read_rows(paths.split("test"), Example), count)
+    prompts = {example.id: encoder.prompt(example) for example in test}
+    encoder.require_fit(prompts, "test", given.generation.max_new_tokens)
+    config = infer.configuration(given.generation, sorted({encoder.end, *facts.stop_ids}), tokenizer)
+    chosen = Rows(test, prompts, references(encoder, count), tokenizer, config)
+    if not chosen.tokens:
+        raise UserError(f"no row of {paths.split('validation')} fits: parity needs references to take the loss of")
+    return chosen
+
+
+def _setup(
+    given: params.Params, kind: str | None, facts: QuantizedFacts, on_it: adapter.Saved | None, rows: Rows
+) -> backend.Setup:
+    runtime = given.runtime.model_copy(update={"processes": 1, "sharding": "none"})
+    longest = rows.longest(given.generation.max_new_tokens)
+    return backend.Setup(facts, rows.config, _generation(given, kind), runtime, on_it, longest)
+
+
+def _load(setup: backend.Setup, kind: str | None, merged: bool) -> Any:
+    if kind is None:
+        return choice.chosen(setup.generation.backend).load(setup)
+    return backend_llamacpp.load(setup, merged)
+
+
+def _conditions(engine: Any) -> dict[str, Any]:
+    """Where and how a backend computed; its GGUF type stands beside the figures."""
+    content = {"device": engine.device, "threads": engine.threads, **engine.conditions}
+    return {name: value for name, value in content.items() if name != "gguf_type"}
+
+
+def _summed(sides: dict[str, Side], rows: Rows, given: params.Params) -> dict[str, Any]:
+    """What one backend's variants reach, and what fine-tuning gains there."""
+    base, tuned = sides.values()
+    told = {name: _told(side, rows.tokens) for name, side in sides.items()}
+    return {"variants": told, "gain": _contrast(base, tuned, rows.groups, given)}
+
+
+def _compared(
+    sides: dict[str, Side], reference: dict[str, Side], rows: Rows, given: params.Params, max_rise: float
+) -> dict[str, Any]:
+    """The same of a GGUF type, with what separates it from transformers, and in which ways it loses."""
+    content = _summed(sides, rows, given)
+    for name, side in sides.items():
+        content["variants"][name] |= {
+            "agreement": asdict(agreement(reference[name].written, side.written)),
+            "rise": math.exp((side.loss - reference[name].loss) / rows.tokens) - 1,
+            "difference": _contrast(reference[name], side, rows.groups, given),
+        }
+    return content | {"loses": losing(content["variants"], given.compare.decide_by, max_rise)}
 
 
 def agreement(reference: dict[str, list[int]], other: dict[str, list[int]]) -> Agreement:
@@ -228,37 +269,30 @@ def _generation(given: params.Params, kind: str | None) -> params.Generation:
     return params.checked(params.Generation, given.generation.model_dump() | change, "generation, for parity")
 
 
-def _side(
-    engine: Any,
-    kind: str | None,
-    test: Sequence[Example],
-    prompts: dict[str, list[int]],
-    validation: Sequence[Row],
-    tokenizer: Any,
-    evaluate: params.Evaluate,
-) -> Side:
+def _side(engine: Any, kind: str | None, rows: Rows, evaluate: params.Evaluate) -> Side:
+    """What a loaded model writes for the test rows, and how likely it finds the references."""
     families = [
-        [(example.id, prompts[example.id]) for example in group]
-        for _, group in groupby(test, key=lambda one: one.group)
+        [(example.id, rows.prompts[example.id]) for example in group]
+        for _, group in groupby(rows.test, key=lambda one: one.group)
     ]
     started = time.perf_counter()
-    with bar("decode", len(test), "examples") as advance:
+    with bar("decode", len(rows.test), "examples") as advance:
         written = {}
         for name, ids in choice.chosen("transformers" if kind is None else "llama.cpp").complete(engine, families):
             written[name] = ids
             advance(1)
     seconds = time.perf_counter() - started
     total = 0.0
-    with bar("references", len(validation), "rows") as advance:
-        for row in validation:
+    with bar("references", len(rows.validation), "rows") as advance:
+        for row in rows.validation:
             if kind is None:
                 total += _loss(engine.model, row)
             else:
                 total += sum(backend_llamacpp.losses(engine, row.prompt, row.completion))
             advance(1)
-    texts = [generate.text(tokenizer, written[example.id]) for example in test]
+    texts = [infer.text(rows.tokenizer, written[example.id]) for example in rows.test]
     chosen = metrics.chosen(evaluate)
-    statistics = [metric.statistics(texts, [example.references for example in test]) for metric in chosen]
+    statistics = [metric.statistics(texts, [example.references for example in rows.test]) for metric in chosen]
     return Side(written, seconds, total, Table(chosen, statistics))
 
 
@@ -283,7 +317,7 @@ def _told(side: Side, tokens: int) -> dict[str, Any]:
 
 def _contrast(one: Side, other: Side, groups: Any, given: params.Params) -> dict[str, Any]:
     """`other` minus `one`: each metric's difference with its paired interval."""
-    results = comparison.contrast([one.table], [other.table], groups, given.compare)
+    results = compare.contrast([one.table], [other.table], groups, given.compare)
     return {name: asdict(result.diff) for name, result in results.items()}
 
 

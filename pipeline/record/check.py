@@ -9,7 +9,7 @@ def write() -> None:
     records.write_json(paths.CHECKED, {"params.yaml": "checked"})
 
 
-def check() -> None:
+def require_sound() -> None:
     """UserError with all mistakes of `params.yaml`, or of a `dvc.lock` that is there."""
     params.load()
     if paths.DVC_LOCK.exists():

@@ -94,7 +94,7 @@ class Project:
             return str(run.info.run_id)
 
     def promote(self, name: str, **change: Any) -> None:
-        registry.promote(name, change.get("model"), self.given, change.get("dry_run", False))
+        registry.register_and_decide(name, change.get("model"), self.given, change.get("dry_run", False))
 
     @property
     def client(self) -> Any:

@@ -160,7 +160,7 @@ def test_a_gated_model_names_its_licence() -> None:
 )
 def test_a_published_figure_is_one_that_can_be_compared(figure: str, message: str) -> None:
     with pytest.raises(UserError, match=message):
-        recipes.use(write("mine.yaml", f"params: {{compare: {{published: [{figure}]}}}}\n"))
+        recipes.apply(write("mine.yaml", f"params: {{compare: {{published: [{figure}]}}}}\n"))
 
 
 # Templates for one's own data
@@ -302,7 +302,7 @@ def test_values_keep_the_way_they_are_written() -> None:
         "    instructions: {default: 'Say it, please: in one line.', challenge: null}\n",
     )
     with pytest.raises(UserError, match="prompt.instructions.challenge = None"):
-        recipes.use(name)
+        recipes.apply(name)
     Path(name).write_text(Path(name).read_text().replace(", challenge: null", ""))
     text = used(name)
     for part in (

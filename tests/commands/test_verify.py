@@ -66,7 +66,7 @@ def flipped(path: Path, at: int | None = None) -> Iterator[None]:
 def checked(capsys: pytest.CaptureFixture[str]) -> str:
     """What `lora-repro verify` prints; its exit code and its last line say the same."""
     capsys.readouterr()
-    agreed = verify.verify()
+    agreed = verify.check_all()
     printed = capsys.readouterr().out
     assert (printed.splitlines()[-1] == "all agreed") == agreed
     return printed
@@ -121,7 +121,7 @@ def test_an_intact_project(here: Path) -> None:
 
 def apart() -> str:
     """What verify prints in a process of its own, which ends without having imported torch."""
-    code = "import sys\nfrom pipeline.commands import verify\nverify.verify()\nassert 'torch' not in sys.modules"
+    code = "import sys\nfrom pipeline.commands import verify\nverify.check_all()\nassert 'torch' not in sys.modules"
     done = subprocess.run(["python", "-c", code], env=environment(), capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     return done.stdout
@@ -405,7 +405,7 @@ class TestMlflow:
         flip(artifact("adapter/17/adapter_model.safetensors"))
         before = run().run_id
         with pytest.raises(UserError, match="(?s)is not what was written.*adapter_model.*not the adapter that the run"):
-            lineage.show(before, tracking())
+            lineage.print_run(before, tracking())
         printed = checked(capsys)
         assert f"({before}): artifacts/adapter/17/adapter_model.safetensors is not what was written" in printed
         mend(printed)
@@ -467,7 +467,7 @@ class TestShow:
     ) -> None:
         found = run()
         text = {name: Path(name).read_text() for name in ("dvc.lock", "params.yaml")}
-        lineage.show(found.name, tracking())
+        lineage.print_run(found.name, tracking())
         printed = capsys.readouterr().out
         assert f"adapter  17: sha256 {records.sha256_tree(paths.adapter(17))}, the one in dvc.lock" in printed
         assert f"digest   {found.tags[store.DIGEST]}" in printed

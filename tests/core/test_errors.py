@@ -43,7 +43,7 @@ def test_a_recipe_does_not_reach_the_terminal_as_it_is(
     }
     YAML().dump(recipe, recipes.FOLDER / "theirs.yaml")
     recipes.show()
-    recipes.use("theirs", dry_run=True)
+    recipes.apply("theirs", dry_run=True)
     printed = capsys.readouterr().out
     assert "red \ufffd[31m" in printed
     assert "\x1b" not in printed

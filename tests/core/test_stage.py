@@ -200,7 +200,7 @@ def dvc_project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_what_is_whole_is_left_alone(dvc_project: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    mend.mend()
+    mend.remove_half_written()
     assert dvc_project.exists()
     assert paths.DVC_LOCK.exists()
     assert capsys.readouterr().out == ""
@@ -210,7 +210,7 @@ def test_what_is_whole_is_left_alone(dvc_project: Path, capsys: pytest.CaptureFi
 def test_a_torn_lock_file_is_removed(dvc_project: Path, length: int, capsys: pytest.CaptureFixture[str]) -> None:
     paths.DVC_LOCK.write_text(LOCK[:length])
     dvc_project.write_text("")
-    mend.mend()
+    mend.remove_half_written()
     assert not paths.DVC_LOCK.exists()
     assert not dvc_project.exists()
     assert capsys.readouterr().out.count("removed") == 2
@@ -221,7 +221,7 @@ def test_nothing_is_mended_while_dvc_works(dvc_project: Path) -> None:
 
     dvc_project.write_text("")
     with make_lock(str(dvc_project.with_name("rwlock.lock"))), pytest.raises(UserError, match="DVC is running"):
-        mend.mend()
+        mend.remove_half_written()
     assert dvc_project.exists()
 
 

@@ -215,7 +215,7 @@ def test_an_earlier_export_is_replaced_whole_and_only_when_asked(
         run("adapter", str(folder))
     with monkeypatch.context() as patched, pytest.raises(ZeroDivisionError):
         patched.setattr(card, "render", lambda _: 1 / 0)
-        export.export(export.Asked("adapter", None, None, False, False), folder, True)
+        export.write(export.Asked("adapter", None, None, False, False), folder, True)
     assert (folder / export.RECORD).exists()
     (folder / "own").symlink_to(Path.cwd())
     (folder / ".git").mkdir()
@@ -345,7 +345,7 @@ def exported(copied: Path, tmp_path_factory: pytest.TempPathFactory) -> card.Con
         for name, value in environment().items():
             patched.setenv(name, value)
         patched.setattr(card, "render", render)
-        export.export(export.Asked("adapter", None, None, False, None), tmp_path_factory.mktemp("card") / "out", False)
+        export.write(export.Asked("adapter", None, None, False, None), tmp_path_factory.mktemp("card") / "out", False)
     return found[0]
 
 

@@ -22,7 +22,7 @@ def test_one_file_in_float32_is_the_same_and_one_in_4_bits_is_not(
 ) -> None:
     quantized(project, tiny_model)
     trained(rslora=True)
-    assert parity.parity(project, ["F32", "Q4_0"], None, False, 0.01)
+    assert parity.measure(project, ["F32", "Q4_0"], None, False, 0.01)
     found = records.read_json(paths.PARITY_JSON)
     exact, coarse = found["llama.cpp"]["F32"], found["llama.cpp"]["Q4_0"]
     assert exact["loses"] == []
@@ -42,7 +42,7 @@ def test_one_file_in_float32_is_the_same_and_one_in_4_bits_is_not(
 def test_an_adapter_merged_into_the_file_is_the_adapter_beside_it(project: params.Params, tiny_model: Path) -> None:
     quantized(project, tiny_model, "nf4")
     trained(rslora=False)
-    assert not parity.parity(project, ["F32"], 4, True, 0.01)
+    assert not parity.measure(project, ["F32"], 4, True, 0.01)
     found = records.read_json(paths.PARITY_JSON)
     assert found["merged"]
     assert (found["test_rows"], found["groups"], found["validation_rows"]) == (4, 2, 4)
@@ -77,12 +77,12 @@ def test_speed_counts_new_tokens() -> None:
 def test_what_llama_cpp_cannot_do_is_refused(project: params.Params) -> None:
     beams = project.model_copy(update={"generation": project.generation.model_copy(update={"num_beams": 2})})
     with pytest.raises(UserError, match="num_beams = 2: backend 'llama.cpp' decodes greedily alone"):
-        parity.parity(beams, ["F16"], None, False, 0.01)
+        parity.measure(beams, ["F16"], None, False, 0.01)
     with pytest.raises(UserError, match="gguf_type = 'Q3'"):
-        parity.parity(project, ["Q3"], None, False, 0.01)
+        parity.measure(project, ["Q3"], None, False, 0.01)
     int8 = project.quantize.model_copy(update={"method": "int8"})
     with pytest.raises(UserError, match="no GGUF file computes that"):
-        parity.parity(project.model_copy(update={"quantize": int8}), ["F16"], None, False, 0.01)
+        parity.measure(project.model_copy(update={"quantize": int8}), ["F16"], None, False, 0.01)
 
 
 def test_a_family_that_is_not_written_is_refused_before_anything_is_decoded(
@@ -93,7 +93,7 @@ def test_a_family_that_is_not_written_is_refused_before_anything_is_decoded(
     records.write_json(paths.QUANTIZED / "config.json", config | {"model_type": "phi3"})
     monkeypatch.setattr(parity, "_side", lambda *_: 1 / 0)
     with pytest.raises(UserError, match="family 'phi3', of which no GGUF file is written"):
-        parity.parity(project, ["F16"], None, False, 0.01)
+        parity.measure(project, ["F16"], None, False, 0.01)
 
 
 def test_an_experiment_that_has_changed_since_it_ran_is_not_compared(project: params.Params) -> None:

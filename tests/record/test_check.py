@@ -155,7 +155,7 @@ class TestInterpolation:
         recipe = {"about": "a", "source": "b", "needs": {}, "params": {"prompt": {"template": "{source}" + SECRET}}}
         YAML().dump(recipe, Path("theirs.yaml"))
         with pytest.raises(UserError, match="write the value itself"):
-            recipes.use("theirs.yaml", force=True)
+            recipes.apply("theirs.yaml", force=True)
         assert paths.PARAMS.read_bytes() == before
 
     def test_is_refused_on_the_command_line_of_a_sweep(self, project: params.Params) -> None:
@@ -250,7 +250,7 @@ class TestAliases:
         assert project
         file.write_text(BOMB)
         with pytest.raises(UserError, match=rf"^{file}:2: the alias \*a stands for another part of the file"):
-            check.check()
+            check.require_sound()
 
     def test_make_repro_checks_before_dvc_starts(self) -> None:
         recipe = (ROOT / "Makefile").read_text().partition("\nrepro:")[2].partition("\n\n")[0]

@@ -14,7 +14,7 @@ from ruamel.yaml import YAML
 
 from pipeline.core import paths, records
 from pipeline.core.errors import UserError
-from pipeline.report import dvc_page as viewer
+from pipeline.commands import viewer
 from pipeline.report import dvc_plots as plots
 from tests.conftest import ROOT, environment
 from tests.report.test_wording import several_seeds
