@@ -21,7 +21,7 @@ from pipeline.model import checkpoint, device, pack
 from pipeline.model.prompt import Encoder
 from pipeline.score import compare
 from pipeline.score.significance import Interval
-from tests.conftest import ROOT
+from tests import ROOT
 
 REGISTER = register.load(ROOT / register.FILE)
 DECLARED = training.load(ROOT / training.FILE)

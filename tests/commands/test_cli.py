@@ -14,7 +14,7 @@ from pipeline.core.errors import UserError
 from pipeline.record import track
 from pipeline.report import page
 from pipeline.report import words as report
-from tests.conftest import ROOT
+from tests import ROOT
 
 PARAMS = ROOT / "params.yaml"
 

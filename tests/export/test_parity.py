@@ -14,7 +14,7 @@ from pipeline.export import parity
 from pipeline.infer import backend_llamacpp
 from pipeline.model import checkpoint
 from pipeline.score.compare import Table
-from tests.infer.test_backend_llamacpp import quantized, trained
+from tests.made.variants import quantized, trained
 
 
 def test_one_file_in_float32_is_the_same_and_one_in_4_bits_is_not(

@@ -33,9 +33,10 @@ from pipeline.report import words as report
 from pipeline.score import metrics
 from pipeline.search import trial
 from pipeline.sources import source, tables
-from tests.conftest import ROOT, soon
-from tests.fetch.test_fetch import write_gguf
-from tests.report.test_words import comparison
+from tests import ROOT
+from tests.limits import soon
+from tests.made.comparison import comparison
+from tests.made.gguf_files import write_gguf
 
 TEXT = (ROOT / "params.yaml").read_text(encoding="utf-8")
 

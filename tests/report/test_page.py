@@ -29,7 +29,7 @@ from pipeline.score import side_by_side as examples
 from pipeline.score.compare import Comparison
 from pipeline.score.side_by_side import Row, Written
 from pipeline.score.side_effects import Cost
-from tests.report.test_words import FIRST, GUARDS, NASTY, comparison, several_seeds
+from tests.made.comparison import FIRST, GUARDS, NASTY, comparison, several_seeds
 
 EVALUATE = Evaluate(
     metrics=["rouge1", "rouge2"], use_stemmer=True, rouge_tokenizer="latin", bleu_tokenizer="13a", language=None
