@@ -29,7 +29,7 @@ from ruamel.yaml import YAML
 from bench import kills, sweeps
 from pipeline.core import params
 from pipeline.record import store
-from tests.conftest import ROOT
+from tests import ROOT
 
 SECRETS = {"AWS_ACCESS_KEY_ID": "a", "AWS_SECRET_ACCESS_KEY": "b", "AWS_DEFAULT_REGION": "us-east-1"}
 """Any will do for `moto`."""

@@ -13,7 +13,6 @@ training takes seconds.
 """
 
 import argparse
-import inspect
 import os
 import random
 import shutil
@@ -28,8 +27,9 @@ from pathlib import Path
 from ruamel.yaml import YAML
 
 from pipeline.core import paths, records
-from tests import conftest
-from tests.conftest import make_clone, tiny_model
+from tests.made import clone
+from tests.made.clone import make_clone
+from tests.made.models import tiny_llama
 
 STAGES = [
     "prepare", "fetch", "quantize", "infer@base", "evaluate@base",
@@ -119,8 +119,10 @@ class Trial:
 def make_project(folder: Path, project: Path) -> None:
     """A clone of this repository with a tiny model and data, dropout, and a checkpoint after each step; all in
     `folder`."""
-    (folder / "data").mkdir()
-    make_clone(project, folder / "data", inspect.unwrap(tiny_model)(Beside(folder)))
+    model = folder / "tiny"
+    for one in (folder / "data", model):
+        one.mkdir()
+    make_clone(project, folder / "data", tiny_llama(model))
     code = (project / "pipeline/lora/train.py").read_text()
     if code.count(EVERY_MINUTE) != 1:
         raise SystemExit(f"pipeline/lora/train.py has no line {EVERY_MINUTE!r} to change")
@@ -133,22 +135,10 @@ def make_project(folder: Path, project: Path) -> None:
     subprocess.run(["git", "commit", "-qam", "kills"], cwd=project, check=True, env=environment(project))
 
 
-class Beside:
-    """Gives pytest's fixture `tiny_model` a folder, as its `tmp_path_factory` would."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-
-    def mktemp(self, name: str) -> Path:
-        made = self.folder / name
-        made.mkdir(parents=True)
-        return made
-
-
 def environment(project: Path) -> dict[str, str]:
     """That of the tests; DVC's machine-wide cache is the project's own, and what is printed before a kill is seen."""
     own = {"DVC_SITE_CACHE_DIR": str(project.parent / "site"), "PYTHONUNBUFFERED": "1"}
-    return conftest.environment() | own
+    return clone.environment() | own
 
 
 def start(project: Path, *arguments: str) -> "subprocess.Popen[str]":

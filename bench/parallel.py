@@ -2,7 +2,7 @@
 
     python -m bench.parallel [--experiments 20] [--jobs 2]
 
-The project is the toy of tests/record/test_track.py (all stages of the pipeline, without the computing), run by
+The project is the toy of tests/made/toy.py (all stages of the pipeline, without the computing), run by
 `lora-repro sweep`; the store does not exist when the workers start, so its creation is raced for as well.
 """
 
@@ -18,8 +18,8 @@ import time
 from pathlib import Path
 
 from bench.kills import environment
-from tests.conftest import ROOT
-from tests.record.test_track import DVC_YAML, STAGE
+from tests import ROOT
+from tests.made.toy import DVC_YAML, STAGE
 
 FAILING_RANK = 5
 SWEEP = "import sys; from pipeline.search.grid import sweep; sys.exit(sweep(sys.argv[2:], int(sys.argv[1])))"

@@ -25,7 +25,8 @@ from ruamel.yaml import YAML
 
 from bench import kills
 from pipeline.core import paths
-from tests.conftest import ROOT, make_clone
+from tests import ROOT
+from tests.made.clone import make_clone
 
 TRIALS = 8
 PLAN: dict[str, Any] = {

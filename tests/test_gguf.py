@@ -15,8 +15,8 @@ from pipeline.core import params, paths, records
 from pipeline.core.errors import UserError
 from pipeline.infer import backend_llamacpp
 from pipeline.lora import adapter
-from tests.fetch.test_families import made
-from tests.infer.test_backend_llamacpp import quantized, trained
+from tests.made.models import of_family
+from tests.made.variants import quantized, trained
 
 ERRORS = {"F32": 0.0, "BF16": 0.003, "F16": 3e-4, "Q8_0": 0.01, "Q5_1": 0.04, "Q5_0": 0.05, "Q4_1": 0.08, "Q4_0": 0.11}
 """The relative error that each type may make of normally distributed weights, in blocks of 32 where it has blocks."""
@@ -53,7 +53,7 @@ def test_files_of_4_and_5_bits_keep_the_head_in_8(
     tiny_model: Path, tmp_path: Path, kind: str, head: str, tied: bool
 ) -> None:
     """As llama.cpp's quantizer does: of a Q4_1 file of SmolLM2, which ties them, it leaves the embedding in Q8_0."""
-    folder = made("llama", tied, tiny_model, tmp_path / "model")
+    folder = of_family("llama", tied, tiny_model, tmp_path / "model")
     gguf_file.write_base(folder, tmp_path / "base.gguf", kind)
     held = {one.name: one.tensor_type.name for one in gguf.GGUFReader(tmp_path / "base.gguf").tensors}
     embedding = {"token_embd.weight": head} if tied else {"token_embd.weight": kind, "output.weight": head}
@@ -81,7 +81,7 @@ def steps(name: str) -> Any:
 def test_llama_cpp_tokenizes_as_the_checkpoints_tokenizer(tiny_model: Path, tmp_path: Path, name: str) -> None:
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-    folder = made("llama", True, tiny_model, tmp_path / "model", vocab_size=480)
+    folder = of_family("llama", True, tiny_model, tmp_path / "model", vocab_size=480)
     bare = Tokenizer(models.BPE(ignore_merges=name == "llama-bpe"))
     bare.pre_tokenizer, bare.decoder = steps(name), decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
@@ -103,7 +103,7 @@ def test_llama_cpp_tokenizes_as_the_checkpoints_tokenizer(tiny_model: Path, tmp_
 def test_sentencepieces_merges_become_scores(tiny_model: Path, tmp_path: Path) -> None:
     from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, trainers
 
-    folder = made("llama", True, tiny_model, tmp_path / "model", vocab_size=480)
+    folder = of_family("llama", True, tiny_model, tmp_path / "model", vocab_size=480)
     space = "\u2581"
     bare = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True, fuse_unk=True))
     bare.normalizer = normalizers.Sequence([normalizers.Prepend(space), normalizers.Replace(" ", space)])
@@ -135,7 +135,7 @@ def test_llama_3s_frequencies_are_transformers(tiny_model: Path, tmp_path: Path)
         "rope_type": "llama3", "rope_theta": 10_000.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
         "original_max_position_embeddings": 64,
     }  # fmt: skip
-    folder = made("llama", True, tiny_model, tmp_path / "model", rope_parameters=scaling)
+    folder = of_family("llama", True, tiny_model, tmp_path / "model", rope_parameters=scaling)
     gguf_file.write_base(folder, tmp_path / "base.gguf", "F32")
     (told,) = [one for one in gguf.GGUFReader(tmp_path / "base.gguf").tensors if one.name == "rope_freqs.weight"]
     plain = 10_000.0 ** (-np.arange(0, 16, 2) / 16)
@@ -185,7 +185,7 @@ def test_types_are_those_that_a_file_can_have(tiny_model: Path, tmp_path: Path) 
         gguf_file.write_base(tiny_model, tmp_path / "base.gguf", "Q3_K")
     with pytest.raises(UserError, match="an adapter is written as F32, BF16, F16, not as 'Q8_0'"):
         gguf_file.write_adapter(tiny_model, tiny_model, tmp_path / "adapter.gguf", "Q8_0")
-    narrow = made("llama", True, tiny_model, tmp_path / "model", hidden_size=48, head_dim=12)
+    narrow = of_family("llama", True, tiny_model, tmp_path / "model", hidden_size=48, head_dim=12)
     with pytest.raises(UserError, match="has rows of 48 weights, which do not fill the blocks of 32 that .*: take F16"):
         gguf_file.write_base(narrow, tmp_path / "base.gguf", "Q4_0")
     assert list(tmp_path.glob("*.gguf")) == list(tmp_path.glob(".*.part")) == []
@@ -217,7 +217,7 @@ def test_an_adapter_that_does_nothing_or_is_of_another_base_is_refused(
     import torch
     from safetensors.torch import load_file, save_file
 
-    from tests.infer.test_backend_llamacpp import infer
+    from tests.made.variants import infer
 
     quantized(project, tiny_model)
     saved = trained(rslora=False)

@@ -14,7 +14,7 @@ from claims.evidence import Evidence
 from pipeline.core import params
 from pipeline.core.errors import UserError
 from pipeline.model import attention
-from tests.conftest import ROOT
+from tests import ROOT
 
 MEASUREMENTS: dict[str, Callable[[], Evidence]] = {
     "rmsnorm": architecture.rmsnorm,

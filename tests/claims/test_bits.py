@@ -14,7 +14,7 @@ from pipeline import quantize
 from pipeline.core import params
 from pipeline.model import checkpoint
 from pipeline.score.significance import Interval
-from tests.conftest import ROOT
+from tests import ROOT
 
 REGISTER = register.load(ROOT / register.FILE)
 

@@ -10,7 +10,7 @@ from claims.evidence import Evidence
 from pipeline.core import params
 from pipeline.model import checkpoint
 from pipeline.score.significance import Interval
-from tests.conftest import ROOT
+from tests import ROOT
 
 CPU = torch.device("cpu")
 

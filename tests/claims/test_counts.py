@@ -3,7 +3,7 @@
 import pytest
 
 from claims import counts, register
-from tests.conftest import ROOT
+from tests import ROOT
 
 REGISTER = register.load(ROOT / register.FILE)
 

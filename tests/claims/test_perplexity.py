@@ -15,7 +15,7 @@ from pipeline.core import params
 from pipeline.core.errors import UserError
 from pipeline.model import checkpoint, packed
 from pipeline.score.significance import Interval
-from tests.conftest import ROOT
+from tests import ROOT
 
 CPU = torch.device("cpu")
 

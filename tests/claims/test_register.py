@@ -15,7 +15,8 @@ from pipeline.commands import use as recipes
 from pipeline.core import params
 from pipeline.core.errors import UserError
 from pipeline.score.significance import Interval
-from tests.conftest import ROOT
+from tests import ROOT
+from tests.made.claims import EXACT
 
 IDS = {
     "rouge-parity", "tuned-beats-base", "tuned-beats-base-mt", "llm-int8", "merge", "lora-params", "nf4-bits",
@@ -23,19 +24,6 @@ IDS = {
     "gguf-bits", "stemming", "llama13b-gpt3", "samsum-7b",
 }  # fmt: skip
 """The claims that were researched before anything was measured; none may be dropped because of its verdict."""
-
-EXACT: dict[str, Any] = {
-    "kind": "EXACT",
-    "claim": "twice two",
-    "paper": "Anon",
-    "place": "table 1",
-    "published": {"four": 4},
-    "check": "counting",
-    "distance": None,
-    "reproduced_when": [{"value": "product", "equals": "published.four"}],
-    "needs": {},
-    "recipe": None,
-}
 
 
 def claim(*conditions: dict[str, Any], **change: Any) -> Claim:

@@ -12,8 +12,8 @@ from claims.evidence import Evidence
 from pipeline.core import params, paths, records
 from pipeline.record import store
 from pipeline.score.significance import Interval
-from tests.claims.test_register import EXACT
-from tests.conftest import ROOT
+from tests import ROOT
+from tests.made.claims import EXACT
 
 SCALED = {**EXACT, "kind": "DIR", "distance": "a tenth of the size", "claim": "more | is better"}
 

@@ -8,7 +8,7 @@ from claims import register, rouge
 from pipeline.core import params
 from pipeline.score import metrics
 from pipeline.score.significance import Interval
-from tests.conftest import ROOT
+from tests import ROOT
 
 REGISTER = register.load(ROOT / register.FILE)
 

@@ -21,7 +21,7 @@ from pipeline.model import checkpoint, devices, pack
 from pipeline.model.prompt import Encoder
 from pipeline.score import compare
 from pipeline.score.significance import Interval
-from tests.conftest import ROOT
+from tests import ROOT
 
 REGISTER = register.load(ROOT / register.FILE)
 DECLARED = training.load(ROOT / training.FILE)
@@ -190,7 +190,7 @@ def test_within_disable_adapter_both_is_the_base(inputs_made: params.Params) -> 
         both = full_tuning.load(devices.choose(inputs_made.runtime))
     for tensor in both.tuned.parameters():
         tensor.data.mul_(1.5)
-    window = forget.Window("a", list(range(20, 40)))
+    window = forget.Tokens("a", list(range(20, 40)))
     (found,) = forget.measure(both, [window], "both")
     (alone,) = forget.measure(full_tuning.Both(both.base, both.base), [window], "base")
     assert found.base == alone.base == alone.tuned

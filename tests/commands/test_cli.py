@@ -12,9 +12,8 @@ from pipeline.commands import cli
 from pipeline.core import params
 from pipeline.core.errors import UserError
 from pipeline.record import track
-from pipeline.report import page
-from pipeline.report import wording
-from tests.conftest import ROOT
+from pipeline.report import page, wording
+from tests import ROOT
 
 PARAMS = ROOT / "params.yaml"
 

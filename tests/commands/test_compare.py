@@ -12,7 +12,7 @@ from pipeline.core import params, paths, records
 from pipeline.core.errors import UserError
 from pipeline.core.records import Example, Prediction
 from pipeline.score import evaluate as scores
-from tests.score.test_compare import COMPARE, examples, plant
+from tests.made.experiment import COMPARE, examples, plant
 
 GIVEN = {
     "evaluate.metrics": '["rouge1", "rouge2", "rougeL"]',

@@ -19,8 +19,8 @@ from pipeline.core import params, paths, records
 from pipeline.core.errors import UserError
 from pipeline.core.records import Example, Prediction
 from pipeline.record import store
-from tests.conftest import ROOT
-from tests.score.test_compare import COMPARE, examples, plant
+from tests import ROOT
+from tests.made.experiment import COMPARE, examples, plant
 
 pytestmark = pytest.mark.usefixtures("mlflow_calls_what_its_dependencies_deprecate")
 

@@ -21,7 +21,8 @@ from pipeline.core import params, paths, records
 from pipeline.core.errors import UserError
 from pipeline.prepare import prepare as data
 from pipeline.sources import source
-from tests.conftest import ROOT, environment
+from tests import ROOT
+from tests.made.clone import environment
 
 RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
 DATA_SETS = ("samsum", "dialogsum", "cnn_dailymail", "xsum", "wmt16", "e2e_nlg")

@@ -25,7 +25,7 @@ from pipeline.core.errors import UserError
 from pipeline.record import current, lockfile, provenance, store
 from pipeline.report import page as pages
 from pipeline.sources import source
-from tests.conftest import Finished, environment
+from tests.made.clone import Finished, environment
 
 pytestmark = pytest.mark.usefixtures("mlflow_calls_what_its_dependencies_deprecate")
 

@@ -12,7 +12,8 @@ from pipeline.commands import use as recipes
 from pipeline.core import params, paths, progress
 from pipeline.core.errors import UserError, printable
 from pipeline.record import store
-from tests.conftest import ROOT, environment
+from tests import ROOT
+from tests.made.clone import environment
 
 OBEYED = ("\x1b[2J", "\x07", "\r", "\x9b31m", "\x1b]0;title\x07", "\x00", "\x7f", "\u202e", "\u2066", "\b")
 

@@ -8,7 +8,7 @@ from ruamel.yaml import YAML
 
 from pipeline.core import params
 from pipeline.core.errors import UserError
-from tests.conftest import ROOT
+from tests import ROOT
 
 
 def default() -> dict[str, Any]:

@@ -11,7 +11,7 @@ import pytest
 from pipeline.core import records
 from pipeline.core.errors import UserError
 from pipeline.core.records import Example
-from tests.conftest import soon
+from tests.limits import soon
 
 
 def test_json_refuses_nan_and_leaves_the_old_file(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from pipeline.core import params, paths, stage
 from pipeline.core.errors import UserError
 from pipeline.model import processes as distributed
 from pipeline.model import resume
-from tests.conftest import ROOT
+from tests import ROOT
 
 HOLD = (
     "import sys; from pipeline.core.stage import alone\n"

@@ -25,7 +25,7 @@ from pipeline.commands import cli
 from pipeline.core import params, paths, records
 from pipeline.core.errors import UserError
 from pipeline.export import card, export, licence
-from tests.conftest import Finished, environment
+from tests.made.clone import Finished, environment
 
 pytestmark = pytest.mark.usefixtures("mlflow_calls_what_its_dependencies_deprecate")
 

@@ -14,7 +14,7 @@ from pipeline.fetch import fetch
 from pipeline.lora import adapter
 from pipeline.model import checkpoint
 from pipeline.model import load as models
-from tests.fetch.test_families import act
+from tests.made.variants import act
 
 CPU = torch.device("cpu")
 

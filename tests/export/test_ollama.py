@@ -9,7 +9,7 @@ from transformers import AutoTokenizer
 from pipeline.core import params
 from pipeline.core.errors import UserError
 from pipeline.export import ollama
-from tests.conftest import soon
+from tests.limits import soon
 
 CHATML = (
     "{% for m in messages %}{% if loop.first and m.role != 'system' %}<|im_start|>system\nBe kind.<|im_end|>\n"

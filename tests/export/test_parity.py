@@ -14,7 +14,7 @@ from pipeline.export import parity
 from pipeline.infer import backend_llamacpp
 from pipeline.model import checkpoint
 from pipeline.score.compare import Table
-from tests.infer.test_backend_llamacpp import quantized, trained
+from tests.made.variants import quantized, trained
 
 
 def test_one_file_in_float32_is_the_same_and_one_in_4_bits_is_not(
@@ -106,8 +106,7 @@ def test_losses_are_those_of_transformers_token_by_token(project: params.Params,
     import torch
     from transformers import AutoModelForCausalLM
 
-    from pipeline.infer import backend
-    from pipeline.infer import infer
+    from pipeline.infer import backend, infer
 
     quantized(project, tiny_model)
     generation = project.generation.model_copy(update={"backend": "llama.cpp", "gguf_type": "F32"})

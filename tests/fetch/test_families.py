@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers import AutoModelForCausalLM, GenerationConfig
 
 from pipeline import quantize
 from pipeline.core import params, paths, records
@@ -18,39 +18,13 @@ from pipeline.lora import adapter
 from pipeline.model import load as models
 from pipeline.model import loss, pack, packed
 from pipeline.model.prompt import Row
-from tests.conftest import runtime
+from tests.made.models import of_family
+from tests.made.parameters import runtime
+from tests.made.variants import act
 
 CPU = torch.device("cpu")
-OF_ITS_OWN: dict[str, dict[str, Any]] = {
-    "mistral": {"sliding_window": None},
-    "gemma3_text": {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 96},
-    "smollm3": {"no_rope_layers": [1, 0]},
-    "granite": {
-        "embedding_multiplier": 2.0, "logits_scaling": 3.0, "residual_multiplier": 0.5, "attention_multiplier": 0.1,
-    },
-}  # fmt: skip
 STOPS = [7, 30, 61, 83, 111, 140, 170, 200, 222, 250]
 LORA = params.Lora(r=4, alpha=8.0, rslora=False, dropout=0.0, target_modules="all-linear")
-
-
-def made(family: str, tied: bool, tiny_model: Path, folder: Path, **changes: Any) -> Path:
-    """A small random checkpoint of a family, with the tiny tokenizer, in the hub's layout."""
-    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
-    sizes = {
-        "vocab_size": len(tokenizer), "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2,
-        "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "max_position_embeddings": 512,
-        "bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id,
-        "pad_token_id": tokenizer.pad_token_id, "tie_word_embeddings": tied,
-    }  # fmt: skip
-    settings = AutoConfig.for_model(family, **sizes | OF_ITS_OWN.get(family, {}) | changes)
-    with torch.random.fork_rng():
-        torch.manual_seed(3)
-        model = AutoModelForCausalLM.from_config(settings)
-        for parameter in model.parameters():
-            torch.nn.init.normal_(parameter, std=0.12)
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
 
 
 def taken(folder: Path, method: str) -> Any:
@@ -88,14 +62,6 @@ def rows() -> list[Row]:
     ]
 
 
-def act(model: Any) -> Any:
-    """Give an adapter values with which it acts, the same for the same shapes."""
-    with torch.no_grad():
-        for number, (_, tensor) in enumerate(sorted(adapter.tensors(model).items())):
-            tensor.copy_(0.1 * torch.randn(tensor.shape, generator=torch.Generator().manual_seed(number)))
-    return model
-
-
 def trained(total: torch.Tensor, model: Any) -> tuple[float, dict[str, torch.Tensor]]:
     model.zero_grad()
     total.backward()
@@ -120,7 +86,7 @@ def row_by_row(model: Any) -> torch.Tensor:
 def test_a_family_trains_writes_and_saves_as_its_libraries_do(
     family: str, tied: bool, method: str, tiny_model: Path, tmp_path: Path
 ) -> None:
-    ours = act(adapter.attach(taken(made(family, tied, tiny_model, tmp_path / "m"), method), LORA, 1))
+    ours = act(adapter.attach(taken(of_family(family, tied, tiny_model, tmp_path / "m"), method), LORA, 1))
     plain = as_it_comes(method)
     adapter.save(ours, adapter.tensors(ours), tmp_path / "adapter", "x")
     theirs = PeftModel.from_pretrained(plain, tmp_path / "adapter", is_trainable=True).eval()
@@ -154,7 +120,7 @@ def test_a_family_trains_writes_and_saves_as_its_libraries_do(
 
 @pytest.mark.usefixtures("project")
 def test_shards_are_read(tiny_model: Path, tmp_path: Path) -> None:
-    folder = made("llama", True, tiny_model, tmp_path / "m")
+    folder = of_family("llama", True, tiny_model, tmp_path / "m")
     model = AutoModelForCausalLM.from_pretrained(folder)
     shutil.copytree(folder, tmp_path / "shards", ignore=shutil.ignore_patterns("*.safetensors"))
     model.save_pretrained(tmp_path / "shards", max_shard_size="60KB")
@@ -166,7 +132,7 @@ def test_shards_are_read(tiny_model: Path, tmp_path: Path) -> None:
 @pytest.mark.usefixtures("project")
 def test_a_window_or_a_change_of_frequencies_ends_the_context(tiny_model: Path, tmp_path: Path) -> None:
     def context(family: str, **changes: Any) -> int:
-        folder = made(family, True, tiny_model, tmp_path / f"{family}{len(changes)}", **changes)
+        folder = of_family(family, True, tiny_model, tmp_path / f"{family}{len(changes)}", **changes)
         fetch.fetch(params.Model(source=str(folder), sha256=records.sha256_tree(folder), dtype="float32"))
         return int(records.read_json(paths.BASE_FACTS)["context"])
 
@@ -186,12 +152,12 @@ def refused(folder: Path, message: str) -> None:
 
 @pytest.mark.usefixtures("project")
 def test_other_families_are_refused(tiny_model: Path, tmp_path: Path) -> None:
-    refused(made("gemma2", True, tiny_model, tmp_path / "m"), "not a causal language model of a known family")
+    refused(of_family("gemma2", True, tiny_model, tmp_path / "m"), "not a causal language model of a known family")
 
 
 @pytest.mark.usefixtures("project")
 def test_pickled_weights_are_never_read(tiny_model: Path, tmp_path: Path) -> None:
-    folder = made("llama", True, tiny_model, tmp_path / "m")
+    folder = of_family("llama", True, tiny_model, tmp_path / "m")
     model = AutoModelForCausalLM.from_pretrained(folder)
     (folder / "model.safetensors").unlink()
     torch.save(model.state_dict(), folder / "pytorch_model.bin")
@@ -202,7 +168,7 @@ def test_pickled_weights_are_never_read(tiny_model: Path, tmp_path: Path) -> Non
 def test_a_checkpoint_that_is_not_whole_is_refused(tiny_model: Path, tmp_path: Path) -> None:
     from safetensors.torch import load_file, save_file
 
-    folder = made("llama", True, tiny_model, tmp_path / "m")
+    folder = of_family("llama", True, tiny_model, tmp_path / "m")
     weights = load_file(folder / "model.safetensors")
     del weights["model.layers.1.mlp.up_proj.weight"]
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
@@ -211,7 +177,7 @@ def test_a_checkpoint_that_is_not_whole_is_refused(tiny_model: Path, tmp_path: P
 
 @pytest.mark.usefixtures("project")
 def test_weights_of_another_configuration_are_refused(tiny_model: Path, tmp_path: Path) -> None:
-    folder = made("llama", True, tiny_model, tmp_path / "m")
+    folder = of_family("llama", True, tiny_model, tmp_path / "m")
     settings = records.read_json(folder / "config.json")
     records.write_json(folder / "config.json", settings | {"intermediate_size": 96})
     refused(folder, "its weights do not fit its configuration")
@@ -219,12 +185,12 @@ def test_weights_of_another_configuration_are_refused(tiny_model: Path, tmp_path
 
 @pytest.mark.usefixtures("project")
 def test_a_model_that_sees_what_follows_is_refused(tiny_model: Path, tmp_path: Path) -> None:
-    folder = made("gemma3_text", True, tiny_model, tmp_path / "m", use_bidirectional_attention=True)
+    folder = of_family("gemma3_text", True, tiny_model, tmp_path / "m", use_bidirectional_attention=True)
     refused(folder, "attends to what follows a token")
 
 
 @pytest.mark.usefixtures("project")
 def test_an_adapter_beside_the_model_is_refused(tiny_model: Path, tmp_path: Path) -> None:
-    folder = made("llama", True, tiny_model, tmp_path / "m")
+    folder = of_family("llama", True, tiny_model, tmp_path / "m")
     (folder / "adapter_config.json").write_text("{}")
     refused(folder, "holds an adapter beside the model")

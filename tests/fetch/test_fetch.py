@@ -16,10 +16,10 @@ from pipeline.core import params, paths, records
 from pipeline.core.errors import UserError
 from pipeline.fetch import fetch
 from pipeline.model import apart
-from tests.conftest import soon, trained_words
-from tests.fetch import test_meta_layout
-from tests.fetch.test_families import made
-from tests.model import test_prompt
+from tests.limits import soon
+from tests.made import meta_files, templates
+from tests.made.gguf_files import GGUF_SIZES, SCALES, WINDOW, write_gguf
+from tests.made.models import of_family, sharded, trained_words
 
 
 def test_a_local_folder_becomes_a_checkpoint_with_its_facts(project: params.Params, tiny_model: Path) -> None:
@@ -116,21 +116,8 @@ def fetched(folder: Path, file: Path, family: str, kind: str = "F32", **more: An
 def test_a_gguf_file_becomes_the_checkpoint_it_holds(kind: str, tiny_model: Path, tmp_path: Path) -> None:
     """Of every type: the model is what the gguf library makes of the file's numbers."""
     sizes = {"hidden_size": 256, "intermediate_size": 256, "head_dim": 64} if kind in SCALES else {}
-    folder = made("llama", kind in SCALES, tiny_model, tmp_path / "m", **sizes)
+    folder = of_family("llama", kind in SCALES, tiny_model, tmp_path / "m", **sizes)
     fetched(folder, tmp_path / "tiny.gguf", "llama", kind)
-
-
-GGUF_SIZES: dict[str, dict[str, Any]] = {
-    # Room for the token that transformers adds to every tokenizer of Qwen 2; heads as large as Qwen 3's always are.
-    "qwen2": {"vocab_size": 320},
-    "qwen3": {"vocab_size": 320, "head_dim": 128},
-    # As Gemma 3's: five layers with a window, the sixth without, scores scaled by heads of 256.
-    "gemma3": {
-        "vocab_size": 320, "head_dim": 256, "query_pre_attn_scalar": 256, "num_hidden_layers": 6, "layer_types": None,
-        "sliding_window": 16, "num_attention_heads": 2, "num_key_value_heads": 1,
-    },
-}  # fmt: skip
-WINDOW: dict[str, Any] = {"attention.sliding_window": 16, "attention.key_length": 256, "attention.value_length": 256}
 
 
 @pytest.mark.usefixtures("project")
@@ -138,7 +125,7 @@ WINDOW: dict[str, Any] = {"attention.sliding_window": 16, "attention.key_length"
 @pytest.mark.parametrize("family", GGUF_SIZES)
 def test_a_gguf_file_of_another_family_is_read(family: str, kind: str, tiny_model: Path, tmp_path: Path) -> None:
     name = "gemma3_text" if family == "gemma3" else family
-    folder = made(name, True, tiny_model, tmp_path / "m", **GGUF_SIZES[family])
+    folder = of_family(name, True, tiny_model, tmp_path / "m", **GGUF_SIZES[family])
     fetched(folder, tmp_path / "m.gguf", family, kind, **(WINDOW if family == "gemma3" else {}))
     assert records.read_json(paths.BASE_FACTS)["context"] == (16 if family == "gemma3" else 512)
 
@@ -153,7 +140,7 @@ def test_the_words_of_a_gguf_file_are_sentencepiece_s(family: str, tiny_model: P
     own = SentencePieceProcessor(model_file=str(words))
     name = "gemma3_text" if family == "gemma3" else family
     sizes = GGUF_SIZES.get(family, {}) | {"vocab_size": own.vocab_size()}
-    folder = made(name, True, tiny_model, tmp_path / "m", **sizes)
+    folder = of_family(name, True, tiny_model, tmp_path / "m", **sizes)
     fetched(folder, tmp_path / "m.gguf", family, words=words, **(WINDOW if family == "gemma3" else {}))
     tokenizer = AutoTokenizer.from_pretrained(paths.BASE)
     for text in ("red cat runs", "two  spaces", "Grüße, 世界 🙂", "didn't", "12 345\n\tx"):
@@ -176,7 +163,7 @@ def test_a_gguf_file_that_would_not_be_read_faithfully_is_refused(
     family: str, sizes: dict[str, Any], more: dict[str, Any], message: str, tiny_model: Path, tmp_path: Path
 ) -> None:
     name = "gemma3_text" if family == "gemma3" else family
-    folder = made(name, True, tiny_model, tmp_path / "m", **(GGUF_SIZES.get(family, {}) | sizes))
+    folder = of_family(name, True, tiny_model, tmp_path / "m", **(GGUF_SIZES.get(family, {}) | sizes))
     file = tmp_path / "m.gguf"
     write_gguf(folder, file, family, **(more | ({"attention.key_length": 16} if sizes and more else {})))
     with pytest.raises(UserError, match=message):
@@ -225,129 +212,6 @@ def test_a_spoilt_gguf_file_is_one_clear_error(
     given = params.Model(source=str(file), sha256=records.sha256_file(file), dtype="float32")
     with pytest.raises(UserError, match="scales its rotary" if fault == "scaled" else "is not a sound GGUF file"):
         fetch.fetch(given)
-
-
-def write_gguf(
-    folder: Path,
-    file: Path,
-    family: str = "llama",
-    kind: str = "F32",
-    words: Path | None = None,
-    template: str | None = None,
-    **more: Any,
-) -> dict[str, torch.Tensor]:
-    """A checkpoint as a GGUF file whose matrices are of a type; gives what they hold, by transformers' names.
-
-    `words`: a sentencepiece model with a chat `template`, else the tokenizer of the checkpoint. `more`: header fields
-    of the family.
-    """
-    import gguf
-
-    model = AutoModelForCausalLM.from_pretrained(folder)
-    config = model.config
-    writer = gguf.GGUFWriter(file, family)
-    writer.add_context_length(config.max_position_embeddings)
-    writer.add_embedding_length(config.hidden_size)
-    writer.add_block_count(config.num_hidden_layers)
-    writer.add_feed_forward_length(config.intermediate_size)
-    writer.add_head_count(config.num_attention_heads)
-    writer.add_head_count_kv(config.num_key_value_heads)
-    rotation = config.rope_parameters
-    writer.add_rope_freq_base(rotation.get("full_attention", rotation)["rope_theta"])
-    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    writer.add_vocab_size(config.vocab_size)
-    for name, value in more.items():
-        add = writer.add_string if isinstance(value, str) else writer.add_float32
-        (writer.add_uint32 if isinstance(value, int) else add)(f"{family}.{name}", value)
-    if words:
-        _sentencepiece(writer, words)
-        if template:
-            writer.add_chat_template(template)
-    else:
-        _pairs(writer, AutoTokenizer.from_pretrained(folder), folder, config.vocab_size)
-    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH[family.upper()], config.num_hidden_layers)
-    held = {}
-    for name, tensor in model.state_dict().items():
-        if name == "lm_head.weight" and config.tie_word_embeddings:
-            continue
-        array = tensor.float().numpy()
-        if family == "llama" and name.endswith(("q_proj.weight", "k_proj.weight")):
-            # GGUF stores the two halves of a rotary head interleaved.
-            heads = config.num_attention_heads if "q_proj" in name else config.num_key_value_heads
-            array = array.reshape(heads, 2, -1, array.shape[1]).swapaxes(1, 2).reshape(array.shape)
-        if family == "gemma3" and name.endswith("norm.weight"):
-            array = array + 1
-        mapped = names.get_name(name, try_suffixes=(".weight", ".bias"))
-        assert mapped is not None
-        if name.endswith(".bias") and not mapped.endswith(".bias"):
-            mapped += ".bias"
-        of = gguf.GGMLQuantizationType[kind if array.ndim == 2 else "F32"]
-        stored = blocks(array, of)
-        writer.add_tensor(mapped, stored, raw_dtype=of)
-        array = gguf.dequantize(stored, of)
-        if family == "llama" and name.endswith(("q_proj.weight", "k_proj.weight")):
-            array = array.reshape(heads, -1, 2, array.shape[1]).swapaxes(1, 2).reshape(array.shape)
-        if family == "gemma3" and name.endswith("norm.weight"):
-            array = array - 1
-        held[name] = torch.from_numpy(array.copy())
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return held
-
-
-SCALES = {"Q2_K": (80, 84), "Q3_K": (108, 110), "Q4_K": (0, 4), "Q5_K": (0, 4), "Q6_K": (208, 210)} | {
-    kind: (0, 2) for kind in fetch.GGUF_TYPES if kind.startswith("IQ")
-}
-"""Where the half-precision scales of a block stand; the gguf library reads these types and writes none."""
-
-
-def blocks(array: Any, of: Any) -> Any:
-    import gguf
-    import numpy as np
-
-    if of.name not in SCALES:
-        return gguf.quantize(array, of)
-    elements, size = gguf.GGML_QUANT_SIZES[of]
-    draw = np.random.default_rng(len(array))
-    raw = draw.integers(0, 256, (*array.shape[:-1], array.shape[-1] // elements, size), dtype=np.uint8)
-    start, end = SCALES[of.name]
-    scales = draw.uniform(1e-4, 3e-4, (*raw.shape[:-1], (end - start) // 2)).astype(np.float16)
-    raw[..., start:end] = scales.view(np.uint8)
-    return raw.reshape(*array.shape[:-1], -1)
-
-
-def _pairs(writer: Any, tokenizer: Any, folder: Path, size: int) -> None:
-    writer.add_tokenizer_model("gpt2")
-    vocabulary = sorted(tokenizer.get_vocab().items(), key=lambda item: item[1])
-    # A vocabulary may be embedded in more rows than it has words.
-    extra = [f"[PAD{number}]" for number in range(len(vocabulary), size)]
-    writer.add_token_list([token for token, _ in vocabulary] + extra)
-    types = [3 if index in tokenizer.added_tokens_decoder else 1 for _, index in vocabulary]
-    writer.add_token_types(types + [5] * len(extra))
-    merges = json.loads((folder / "tokenizer.json").read_text())["model"]["merges"]
-    writer.add_token_merges([merge if isinstance(merge, str) else " ".join(merge) for merge in merges])
-    writer.add_bos_token_id(tokenizer.bos_token_id)
-    writer.add_eos_token_id(tokenizer.eos_token_id)
-    writer.add_unk_token_id(tokenizer.bos_token_id)  # without one, transformers would add a token of its own
-    writer.add_pad_token_id(tokenizer.pad_token_id)
-    writer.add_chat_template(tokenizer.chat_template)
-
-
-def _sentencepiece(writer: Any, words: Path) -> None:
-    from sentencepiece import SentencePieceProcessor
-
-    own = SentencePieceProcessor(model_file=str(words))
-    numbers = range(own.vocab_size())
-    writer.add_tokenizer_model("llama")
-    writer.add_token_list([own.id_to_piece(n) for n in numbers])
-    writer.add_token_scores([own.get_score(n) for n in numbers])
-    kinds = (("is_unknown", 2), ("is_control", 3), ("is_byte", 6))
-    writer.add_token_types([next((kind for of, kind in kinds if getattr(own, of)(n)), 1) for n in numbers])
-    writer.add_bos_token_id(own.bos_id())
-    writer.add_eos_token_id(own.eos_id())
-    writer.add_unk_token_id(own.unk_id())
 
 
 @pytest.mark.parametrize("file", ["../outside.safetensors", "/tmp/outside.safetensors", ".hidden.safetensors"])
@@ -415,12 +279,6 @@ def test_what_lies_beside_a_gguf_file_does_not_enter(project: params.Params, tin
         digests.append((records.sha256_tree(paths.BASE), records.read_json(paths.BASE_FACTS)["stop_ids"]))
         shutil.rmtree(paths.BASE)
     assert digests[0] == digests[1]
-
-
-def sharded(folder: Path, tiny_model: Path) -> list[Path]:
-    shutil.copytree(tiny_model, folder, ignore=shutil.ignore_patterns("*.safetensors"))
-    AutoModelForCausalLM.from_pretrained(tiny_model).save_pretrained(folder, max_shard_size="100KB")
-    return sorted(folder.glob("*.safetensors"))
 
 
 def part(folder: Path, number: int) -> Path:
@@ -527,8 +385,8 @@ def test_weights_are_read_by_the_time_that_their_files_are_let_go(
     """Libraries map files and read them when numbers are needed: here, when they are saved."""
     assert project
     if meta_layout:
-        test_meta_layout.written(tmp_path / "model", words)
-        given = test_meta_layout.given(tmp_path / "model")
+        meta_files.written(tmp_path / "model", words)
+        given = meta_files.given(tmp_path / "model")
         weights = tmp_path / "model" / "consolidated.00.pth"
     else:
         given = changed(tiny_model, tmp_path / "model")
@@ -598,7 +456,7 @@ def test_frequencies_without_number_are_refused(project: params.Params, tiny_mod
     """They are in no file: they are computed, as many as the configuration says."""
     assert project
     rotation = {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 1e9}
-    given = changed(made("phi3", True, tiny_model, tmp_path / "m"), tmp_path / "other", rope_parameters=rotation)
+    given = changed(of_family("phi3", True, tiny_model, tmp_path / "m"), tmp_path / "other", rope_parameters=rotation)
     with soon(), pytest.raises(UserError, match="do not fit its configuration, which describes a model of [0-9,]{10,}"):
         fetch.fetch(given)
     assert not paths.BASE.exists()
@@ -666,7 +524,7 @@ def test_a_template_that_never_ends_is_refused_before_the_weights_are_read(
     project: params.Params, tiny_model: Path, tmp_path: Path
 ) -> None:
     folder = shutil.copytree(tiny_model, tmp_path / "model")
-    (folder / "chat_template.jinja").write_text(test_prompt.LOOPS)
+    (folder / "chat_template.jinja").write_text(templates.LOOPS)
     given = params.Model(source=str(folder), sha256=records.sha256_tree(folder), dtype="float32")
     with soon(), pytest.raises(UserError, match="the model's chat template takes more than 2 s of the processor"):
         fetch.fetch(given, project)

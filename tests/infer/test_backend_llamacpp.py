@@ -1,54 +1,19 @@
 """llama.cpp computes what transformers computes, from files that hold the same numbers, and stops where it should."""
 
-import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from pipeline import quantize
 from pipeline.core import params, paths, records
 from pipeline.core.errors import UserError
-from pipeline.core.records import Prediction
 from pipeline.infer import backend_llamacpp
-from pipeline.infer import infer
-from pipeline.lora import adapter
-from pipeline.model import load as models
-from tests import conftest
-from tests.fetch.test_families import made
+from tests.made import parameters
+from tests.made.models import of_family
+from tests.made.variants import infer, quantized, trained
 
 CPU = torch.device("cpu")
-
-
-def quantized(project: params.Params, checkpoint: Path, method: str = "none") -> params.Params:
-    """The project with this base; float32 throughout, so that two engines can write the same tokens."""
-    shutil.copytree(checkpoint, paths.BASE)
-    facts = {"context": 512, "dtype": "float32", "stop_ids": [1], "sha256": records.sha256_tree(paths.BASE)}
-    records.write_json(paths.BASE_FACTS, facts)
-    settings = {"method": method, "double_quantization": method != "none"}
-    quantize.quantize(project.quantize.model_copy(update=settings), project.runtime)
-    return project
-
-
-def trained(rslora: bool, seed: int = 17) -> adapter.Saved:
-    """An adapter whose B is not zero."""
-    lora = params.Lora(r=4, alpha=8.0, rslora=rslora, dropout=0.0, target_modules="all-linear")
-    adapted = adapter.attach(models.quantized(CPU, keep_dequantized=True), lora, seed)
-    with torch.no_grad(), torch.random.fork_rng():
-        torch.manual_seed(seed)
-        for tensor in adapter.tensors(adapted).values():
-            tensor.normal_(std=0.2)
-    adapter.save(
-        adapted, adapter.tensors(adapted), paths.adapter(seed), records.read_json(paths.QUANTIZED_FACTS)["sha256"]
-    )
-    return adapter.Saved(paths.adapter(seed))
-
-
-def infer(project: params.Params, variant: str, saved: adapter.Saved | None, **changes: Any) -> list[Prediction]:
-    generation = project.generation.model_copy(update={"gguf_type": "F32", "max_new_tokens": 16} | changes)
-    infer.decode(variant, project.prompt, generation, project.runtime, saved)
-    return records.read_rows(paths.predictions(variant), Prediction)
 
 
 @pytest.mark.parametrize(
@@ -70,7 +35,7 @@ def test_base_and_adapted_write_what_transformers_writes(
     method: str,
     changes: dict[str, Any],
 ) -> None:
-    quantized(project, made(family, tied, tiny_model, tmp_path / family, **changes), method)
+    quantized(project, of_family(family, tied, tiny_model, tmp_path / family, **changes), method)
     saved = trained(rslora=family == "llama")
     written = {}
     for name in ("transformers", "llama.cpp"):
@@ -161,7 +126,7 @@ def test_the_device_is_one_of_this_build_of_llama_cpp(
     import xllamacpp
 
     monkeypatch.setattr(xllamacpp, "get_device_info", lambda: [{"name": name} for name in names])
-    runtime = conftest.runtime(device=asked)
+    runtime = parameters.runtime(device=asked)
     if found is None:
         with pytest.raises(UserError, match=f"runtime.device = '{asked}', but this build of llama.cpp offers"):
             backend_llamacpp._device(runtime)

@@ -10,8 +10,8 @@ import pytest
 from pipeline.core import params, paths, records
 from pipeline.core.errors import UserError
 from pipeline.lora import adapter
-from tests.conftest import edit
-from tests.infer.test_backend_llamacpp import infer, quantized, trained
+from tests.made.parameters import edit
+from tests.made.variants import infer, quantized, trained
 
 FAKE = """
 import json, os, pathlib

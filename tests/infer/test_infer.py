@@ -10,8 +10,7 @@ from transformers import AutoModelForCausalLM
 from pipeline.core import params, paths, records
 from pipeline.core.errors import UserError
 from pipeline.core.records import Prediction
-from pipeline.infer import backend_transformers
-from pipeline.infer import infer
+from pipeline.infer import backend_transformers, infer
 from pipeline.model import checkpoint, resume
 from pipeline.model import load as model
 

@@ -10,7 +10,7 @@ from pipeline.core import params
 from pipeline.core.errors import UserError
 from pipeline.lora import optimizer, train
 from pipeline.model import loss
-from tests.lora.test_train import LORA, fresh, section, some_trees, trainer
+from tests.made.trainer import LORA, fresh, section, some_trees, trainer
 
 SUMMED = loss.summed
 

@@ -7,52 +7,12 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
 
 from pipeline.core import params, paths, records
 from pipeline.core.errors import UserError
 from pipeline.lora import adapter, train
-from pipeline.model import attention, devices, pack
-from pipeline.model.prompt import Row
-
-LORA = params.Lora(r=4, alpha=8.0, rslora=False, dropout=0.1, target_modules="all-linear")
-
-
-def section(**changes: Any) -> params.Train:
-    base = {
-        "epochs": 1,
-        "batch_size": 4,
-        "micro_batch_tokens": 64,
-        "optimizer": "adamw",
-        "learning_rate": 1e-2,
-        "schedule": "linear",
-        "warmup": 0.0,
-        "weight_decay": 0.0,
-        "beta2": 0.999,
-        "max_grad_norm": 1.0,
-        "max_dropped_share": 0.0,
-        "validate_every": 0,
-        "early_stopping": 0,
-    }
-    return params.Train.model_validate(base | changes)
-
-
-def some_trees() -> list[pack.Tree]:
-    return pack.trees(
-        Row(f"{group}/{n}", str(group), [*range(20, 40 + group), 60 + n], [80 + n] * (n + 1) + [1])
-        for group in range(6)
-        for n in range(2)
-    )
-
-
-def fresh(folder: Path, lora: params.Lora = LORA) -> Any:
-    base = AutoModelForCausalLM.from_pretrained(folder, attn_implementation=attention.NAME).requires_grad_(False)
-    return adapter.attach(base, lora, 7)
-
-
-def trainer(folder: Path, **changes: Any) -> train.Trainer:
-    without_dropout = LORA.model_copy(update={"dropout": 0.0})
-    return train.Trainer(fresh(folder, without_dropout), section(**changes), seed=7, steps=10)
+from pipeline.model import devices, pack
+from tests.made.trainer import section, some_trees, trainer
 
 
 def test_a_step_does_not_depend_on_how_its_batch_is_split(tiny_model: Path) -> None:

@@ -25,14 +25,13 @@ from pipeline.lora import (
     optimizer,
     train,  # fmt: skip
 )
-from pipeline.model import attention, checkpoint, memory, pack
-from pipeline.model import devices
+from pipeline.model import attention, checkpoint, devices, memory, pack
 from pipeline.model import load as models
 from pipeline.model.prompt import Row
 from pipeline.model.shape import Shape
-from tests import conftest
-from tests.conftest import ROOT
-from tests.fetch import test_families
+from tests import ROOT
+from tests.made import parameters
+from tests.made.models import of_family
 
 GB = memory.GB
 SIZES = {
@@ -90,7 +89,7 @@ def test_the_architecture_of_a_checkpoint_is_read_and_its_parameters_counted(tin
 @pytest.mark.parametrize("family", fetch.FAMILIES)
 def test_every_family_that_is_taken_is_counted(family: str, tiny_model: Path, tmp_path: Path) -> None:
     """All but biases and additional norms: a hundredth of these small models."""
-    folder = test_families.made(family, tied=False, tiny_model=tiny_model, folder=tmp_path)
+    folder = of_family(family, tied=False, tiny_model=tiny_model, folder=tmp_path)
     shape, facts = Shape.read(folder), checkpoint.architecture(checkpoint.pretrained(folder, torch.device("cpu")))
     assert shape.parameters == pytest.approx(facts["parameters"], rel=0.01)
     assert sorted(shape.linears) == facts["linear_layers"]
@@ -277,15 +276,15 @@ def test_of_a_shared_base_each_device_holds_its_part_and_what_it_gathers() -> No
         part = replace(whole, sharding="fsdp", devices=count).weights
         expected = whole.packed_bytes - linears + linears / count + memory.GATHERED * linears / whole.shape.layers
         assert part == pytest.approx(expected)
-        split = memory.loaded(whole, conftest.runtime(processes=count, sharding="tensor"), "cuda")
+        split = memory.loaded(whole, parameters.runtime(processes=count, sharding="tensor"), "cuda")
         assert split.weights == pytest.approx(whole.dense_bytes / count)
-    shared = conftest.runtime(processes=8, sharding="fsdp", keep_dequantized=False)
+    shared = parameters.runtime(processes=8, sharding="fsdp", keep_dequantized=False)
     assert memory.loaded(whole, shared, "cpu").weights == whole.weights
     assert memory.loaded(whole, shared, "cuda").devices == 8
 
 
 def test_a_base_is_not_divided_among_gpus_without_main_memory_for_the_whole(monkeypatch: pytest.MonkeyPatch) -> None:
-    shared = conftest.runtime(processes=8, sharding="fsdp", keep_dequantized=False)
+    shared = parameters.runtime(processes=8, sharding="fsdp", keep_dequantized=False)
     monkeypatch.setattr(memory, "main_memory", lambda: 3 * GB)
     with pytest.raises(UserError, match="reads the base into main memory before it divides it: 3.9 GB, and 3.0 GB are"):
         memory.held(llama(keep_dequantized=False), shared, torch.device("cuda"))

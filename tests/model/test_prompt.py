@@ -13,7 +13,8 @@ from pipeline.core.errors import UserError
 from pipeline.core.records import Example
 from pipeline.model import apart, checkpoint, prompt
 from pipeline.model.prompt import Encoder, rendered
-from tests.conftest import soon
+from tests.limits import soon
+from tests.made.templates import LOOPS
 
 EXAMPLE = Example("a/what", "a", "what", "red cat runs {fast} here.", "blue dog", "red cat")
 
@@ -178,7 +179,6 @@ def test_truncation_cuts_the_source_and_keeps_the_instruction(tokenizer: Any) ->
 
 # What a template may take
 
-LOOPS = "".join(f"{{% for {name} in range(99999) %}}" for name in "abc") + "{% endfor %}" * 3
 HOSTILE = {
     "loops": LOOPS,
     "a number": "{{ 9 ** (9 ** 9) }}",

@@ -25,9 +25,9 @@ from pipeline.model import checkpoint, fused, loss, pack, shard
 from pipeline.model import load as models
 from pipeline.model import processes as distributed
 from pipeline.model.prompt import Row
-from tests.conftest import edit
-from tests.fetch import test_families
-from tests.model.test_processes import inferred, members
+from tests.made.models import of_family
+from tests.made.parameters import edit
+from tests.made.processes import inferred, members
 
 CPU = torch.device("cpu")
 
@@ -276,7 +276,7 @@ def learning(project: Params) -> None:
 
 def test_every_family_is_shared_or_refused(packed: Params, tiny_model: Path) -> None:
     for family in fetch.FAMILIES:
-        test_families.made(family, tied=True, tiny_model=tiny_model, folder=Path(family))
+        of_family(family, tied=True, tiny_model=tiny_model, folder=Path(family))
     assert members(packed, learning) == [0, 0]
     refused = [line.partition(":")[0] for line in Path("printed-0").read_text().splitlines() if "are not split" in line]
     assert refused == ["phi3", "olmo2"]

@@ -15,7 +15,7 @@ from pipeline.core.records import Example, read_rows, sha256_file, sha256_tree
 from pipeline.prepare import prepare as data
 from pipeline.prepare.prepare import Overlap, _places, prepare
 from pipeline.score import significance
-from tests.conftest import soon
+from tests.limits import soon
 
 Files = Mapping[str, str | bytes]
 Prepare = Callable[..., dict[str, Any]]

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import ROOT
+from tests import ROOT
 
 PAGES = sorted([*(ROOT / "docs").glob("*.md"), ROOT / "README.md"])
 NAMED = re.compile(r"`(tests/[\w/]+\.py)((?:::\w+)*)`(?: \(`(\w+)`\))?")

@@ -28,14 +28,14 @@ from pipeline.prepare import prepare as data
 from pipeline.record import lockfile, store
 from pipeline.report import figures as charts
 from pipeline.report import marks as overlap
-from pipeline.report import page
-from pipeline.report import wording
+from pipeline.report import page, wording
 from pipeline.score import metrics
 from pipeline.search import trial
 from pipeline.sources import source, tables
-from tests.conftest import ROOT, soon
-from tests.fetch.test_fetch import write_gguf
-from tests.report.test_wording import comparison
+from tests import ROOT
+from tests.limits import soon
+from tests.made.comparison import comparison
+from tests.made.gguf_files import write_gguf
 
 TEXT = (ROOT / "params.yaml").read_text(encoding="utf-8")
 

@@ -13,7 +13,7 @@ from ruamel.yaml import YAML
 
 from pipeline.core import params, records
 from pipeline.model import resume
-from tests.conftest import ROOT
+from tests import ROOT
 
 STAGES: dict[str, Any] = YAML(typ="safe", pure=True).load((ROOT / "dvc.yaml").read_text())["stages"]
 CLAIMS: dict[str, Any] = {
@@ -125,6 +125,30 @@ def test_no_module_is_imported_by_one_that_it_imports() -> None:
     while free := {module for module, imported in left.items() if not imported & left.keys()}:
         left = {module: imported for module, imported in left.items() if module not in free}
     assert left == {}
+
+
+def imported(path: Path) -> set[str]:
+    """The modules that a file may import by its `import` statements; of `from a import b`, `a` and `a.b`."""
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom):
+            origin = "." * node.level + (node.module or "")
+            found |= {origin, *(f"{origin}.{alias.name}" for alias in node.names)}
+        elif isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+    return found
+
+
+def test_no_test_file_is_imported() -> None:
+    """What several of them need stands in tests/made, and a fixture is asked for by its name."""
+    files = [*(ROOT / "tests").rglob("*.py"), *(ROOT / "bench").glob("*.py")]
+    assert len([path for path in files if path.name.startswith("test_")]) > 70
+    wrong = {
+        path.relative_to(ROOT).as_posix(): sorted(names)
+        for path in files
+        if (names := {one for one in imported(path) if re.search(r"(^|\.)(test_\w+|conftest)(\.|$)", one)})
+    }
+    assert wrong == {}
 
 
 def test_a_checkpoint_belongs_to_the_code_that_its_stage_declares() -> None:

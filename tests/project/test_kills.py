@@ -5,7 +5,6 @@ A server process imports torch once and forks a process for each run of a stage 
 """
 
 import contextlib
-import multiprocessing
 import os
 import random
 import runpy
@@ -23,6 +22,7 @@ from ruamel.yaml import YAML
 
 from bench import kills
 from pipeline.core import paths, records
+from tests.made.processes import SPAWNING
 
 Identity = tuple[str, ...]
 SCRIPTS: dict[str, Identity] = {
@@ -38,11 +38,6 @@ SCRIPTS: dict[str, Identity] = {
     "compare": ("stages.compare",),
 }
 KILLS = dict.fromkeys(SCRIPTS, 2) | {"train@17": 5} | dict.fromkeys(("prepare", "evaluate@base", "forget@17"), 1)
-SPAWNING = multiprocessing.get_context("forkserver")
-SPAWNING.set_forkserver_preload(
-    ["torch", "transformers.models.llama", "peft", "bitsandbytes", "rouge_score.rouge_scorer", "altair", "pytest",
-     "scipy.stats", "pipeline.lora.train", "pipeline.infer.infer", "pipeline.report.words", "tests.project.test_kills"]
-)  # fmt: skip
 
 
 def run_script(project: Path, script: Identity) -> None:

@@ -17,7 +17,7 @@ import pip
 import pytest
 
 from lock import check, renew
-from tests.conftest import ROOT
+from tests import ROOT
 
 FILES = sorted(check.FOLDER.glob("*.txt"))
 ENTRY = re.compile(

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import ROOT
+from tests import ROOT
 
 STORE = "postgresql://me:a-secret@host/runs"
 LOCKS = [f"lock/{name}.txt" for name in ("build", "torch", "cuda", "run", "dev")]

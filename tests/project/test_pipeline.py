@@ -16,7 +16,8 @@ import pytest
 from pipeline.core import paths, records
 from pipeline.record import track
 from pipeline.report import page
-from tests.conftest import ASPECTS, SECRET, SPLIT_GROUPS, Finished, environment, make_clone
+from tests.made.clone import SECRET, Finished, environment, make_clone
+from tests.made.data import ASPECTS, SPLIT_GROUPS
 
 pytestmark = pytest.mark.usefixtures("mlflow_calls_what_its_dependencies_deprecate")
 

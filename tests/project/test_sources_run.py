@@ -19,10 +19,12 @@ from transformers import AutoModelForCausalLM
 from pipeline.core import paths, records
 from pipeline.lora import adapter
 from pipeline.model import checkpoint
-from tests.conftest import ROOT, SPLIT_GROUPS, edit, trained_words
-from tests.fetch import test_meta_layout
-from tests.fetch.test_families import made
-from tests.fetch.test_fetch import GGUF_SIZES, WINDOW, sharded, write_gguf
+from tests import ROOT
+from tests.made import meta_files
+from tests.made.data import SPLIT_GROUPS
+from tests.made.gguf_files import GGUF_SIZES, WINDOW, write_gguf
+from tests.made.models import of_family, sharded, trained_words
+from tests.made.parameters import edit
 
 TEXT = "red cat runs, 12 now"
 IDS = torch.tensor([[1, 5, 6, 7, 8, 9, *range(20, 50)]])
@@ -48,8 +50,8 @@ class Source:
 def meta_layout(folder: Path, tiny_model: Path) -> Source:
     del tiny_model
     words = trained_words(folder.with_suffix(".model"), "bpe")
-    whole = test_meta_layout.written(folder, words, ranks=2)
-    return Source(folder, "llama", test_meta_layout.forward(whole, IDS[0])[None], pieces(words), "plain")
+    whole = meta_files.written(folder, words, ranks=2)
+    return Source(folder, "llama", meta_files.forward(whole, IDS[0])[None], pieces(words), "plain")
 
 
 def shards(folder: Path, tiny_model: Path) -> Source:
@@ -58,14 +60,16 @@ def shards(folder: Path, tiny_model: Path) -> Source:
 
 
 def qwen2_gguf(folder: Path, tiny_model: Path) -> Source:
-    made("qwen2", True, tiny_model, folder, **GGUF_SIZES["qwen2"])
+    of_family("qwen2", True, tiny_model, folder, **GGUF_SIZES["qwen2"])
     file = folder.with_suffix(".gguf")
     return Source(file, "qwen2", of_gguf(folder, file, "qwen2"), ids_by(tiny_model))
 
 
 def gemma3_gguf(folder: Path, tiny_model: Path) -> Source:
     words = trained_words(folder.with_suffix(".model"), "bpe", False, control=["<start_of_turn>", "<end_of_turn>"])
-    made("gemma3_text", True, tiny_model, folder, **(GGUF_SIZES["gemma3"] | {"vocab_size": 300, "sliding_window": 256}))
+    of_family(
+        "gemma3_text", True, tiny_model, folder, **(GGUF_SIZES["gemma3"] | {"vocab_size": 300, "sliding_window": 256})
+    )
     file, window = folder.with_suffix(".gguf"), WINDOW | {"attention.sliding_window": 256}
     return Source(
         file, "gemma3_text", of_gguf(folder, file, "gemma3", words=words, template=TURNS, **window), pieces(words)
@@ -149,7 +153,7 @@ def test_the_whole_experiment_runs_on(
 
 
 def gemma3(folder: Path, tiny_model: Path) -> Path:
-    return made("gemma3_text", True, tiny_model, folder)
+    return of_family("gemma3_text", True, tiny_model, folder)
 
 
 LATER: dict[str, tuple[Callable[[Path, Path], Path], dict[str, dict[str, Any]], str]] = {

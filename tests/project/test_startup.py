@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from tests.conftest import ROOT
+from tests import ROOT
 
 SLOW = {
     "torch", "transformers", "peft", "bitsandbytes", "mlflow", "datasets", "dvc", "altair", "pandas", "sklearn",

@@ -15,7 +15,8 @@ from pipeline.record import check, lockfile
 from pipeline.search import grid as sweep
 from pipeline.search import spec as space
 from pipeline.search import trial
-from tests.conftest import ROOT, Finished, environment, make_clone
+from tests import ROOT
+from tests.made.clone import Finished, environment, make_clone
 
 RUNS = "17; touch ran #"
 

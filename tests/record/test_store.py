@@ -23,7 +23,8 @@ from pipeline.commands import cli
 from pipeline.core import params
 from pipeline.core.errors import UserError
 from pipeline.record import store
-from tests.conftest import ROOT, SECRET
+from tests import ROOT
+from tests.made.clone import SECRET
 
 OWN = params.Tracking(uri=None, experiment="toy")
 RUN = "0123456789abcdef" * 2

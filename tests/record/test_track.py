@@ -1,6 +1,6 @@
 """The record: complete, one for each experiment, in one place wherever the experiment ran.
 
-The project here is a toy: a script of a few lines writes what the real stages write, in the same places and formats.
+The project here is the toy of tests/made/toy.py.
 """
 
 import hashlib
@@ -21,132 +21,8 @@ from ruamel.yaml import YAML
 from pipeline.core import params
 from pipeline.core.errors import UserError, without_passwords
 from pipeline.record import provenance, store, track
-from tests.conftest import ROOT
-
-STAGE = r"""
-import json, sys
-from pathlib import Path
-from ruamel.yaml import YAML
-
-def write(path, content):
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    Path(path).write_text(content if isinstance(content, str) else json.dumps(content))
-
-def rows(path, content):
-    write(path, "".join(json.dumps(row) + "\n" for row in content))
-
-def tuned(seed):
-    return "base" if seed == "base" else f"tuned-{seed}"
-
-def run(stage, seed=None):
-    p = YAML(typ="safe", pure=True).load(Path("params.yaml").read_text())
-    ids = ["a", "b"]
-    if stage == "prepare":
-        examples = [dict(id=i, group=i, aspect="who", source=f"text {i}", target=f"ref {i}", lead="") for i in ids]
-        rows("out/data/test.jsonl", examples)
-        sizes = dict(read=4, rows=3, groups=2, aspects={"who (?)": 3})
-        write("out/data/card.json", {"splits": {name: sizes for name in ("train", "test")}, "overlap": {}})
-    elif stage == "fetch":
-        write("out/models/base.json", {"parameters": 10})
-    elif stage == "quantize":
-        write("out/models/quantized.json", {"perplexity_after": 9.5, "method": "nf4", "double": True})
-    elif stage == "train":
-        write(f"out/adapters/{seed}/adapter_config.json", {"r": p["lora"]["r"]})
-        write(f"out/adapters/{seed}/adapter_model.safetensors", f"weights {seed} {p['lora']['r']}")
-        write(f"out/training/{seed}.json", {"seed": int(seed), "rows": 3, "final_loss": 1.25,
-            "validation": [{"step": 0, "loss": 3.0}, {"step": 3, "loss": 2.0}]})
-        write(f"out/training/{seed}.csv", "step,epoch,loss,tokens\n1,0.0,3.5,10\n2,0.3,2.5,11\n3,0.6,1.25,12\n")
-    elif stage == "forget":
-        write(f"out/forgetting/{seed}.json", {"seed": int(seed), "tuned_loss": 3.5})
-    elif stage == "infer":
-        rows(f"out/predictions/{tuned(seed)}.jsonl", [dict(id=i, prompt_sha256="0", prompt_tokens=1, finish="stop",
-            tokens=1, text=f"{tuned(seed)} says {i}") for i in ids])
-        write(f"out/predictions/{tuned(seed)}.json", {"device": "cpu"})
-    elif stage == "evaluate":
-        score = 10.0 if seed == "base" else 30.0
-        write(f"out/scores/{tuned(seed)}.json",
-            {"examples": [dict(id=i, group=i, aspect="who", rouge1=score + n) for n, i in enumerate(ids)]})
-    elif stage == "compare":
-        write("reports/metrics.json", {"examples": 2, "rouge1": {"base": 10.5, "tuned": 30.5, "ci_low": 19.0}})
-        write("out/comparison/comparison.md", "**Better**: by 20.\n\nand so on")
-        for name in ("comparison.svg", "figures/scores.svg", "tables/scores.csv"):
-            write(f"out/comparison/{name}", name)
-    elif stage == "track":
-        from pipeline.core import params
-        from pipeline.record import store, track
-        write("reports/index.html", "index.html")
-        track.track(p["seeds"], params.Tracking(**p["tracking"]))
-
-if __name__ == "__main__":
-    run(*sys.argv[1:])
-"""
-
-PARAMS = """\
-data: {source: here}
-prompt: {template: "{source}", instructions: {"who (?)": Who}}
-lora: {r: 8, dropout: 0.05, target_modules: [q_proj, v_proj]}
-seeds: [17]
-train: {learning_rate: 1e-3}
-tracking: {uri: null, experiment: toy}
-"""
-
-DVC_YAML = """\
-stages:
-  prepare: {cmd: python toy.py prepare, params: [data], outs: [out/data]}
-  fetch: {cmd: python toy.py fetch, outs: [out/models/base.json]}
-  quantize: {cmd: python toy.py quantize, deps: [out/models/base.json], outs: [out/models/quantized.json]}
-  train:
-    matrix: {seed: "${seeds}"}
-    cmd: python toy.py train ${item.seed}
-    params: [prompt, lora, train]
-    deps: [out/models/quantized.json, out/data]
-    outs: ["out/adapters/${item.seed}", "out/training/${item.seed}.json", "out/training/${item.seed}.csv"]
-  infer:
-    matrix: {variant: [base]}
-    cmd: python toy.py infer ${item.variant}
-    params: [prompt]
-    deps: [out/models/quantized.json, out/data]
-    outs: [out/predictions/base.jsonl, out/predictions/base.json]
-  infer-tuned:
-    matrix: {seed: "${seeds}"}
-    cmd: python toy.py infer ${item.seed}
-    params: [prompt]
-    deps: ["out/adapters/${item.seed}", out/data]
-    outs: ["out/predictions/tuned-${item.seed}.jsonl", "out/predictions/tuned-${item.seed}.json"]
-  forget:
-    matrix: {seed: "${seeds}"}
-    cmd: python toy.py forget ${item.seed}
-    deps: ["out/adapters/${item.seed}"]
-    outs: ["out/forgetting/${item.seed}.json"]
-  evaluate:
-    matrix: {variant: [base]}
-    cmd: python toy.py evaluate ${item.variant}
-    deps: [out/predictions/base.jsonl, out/predictions/base.json]
-    outs: [out/scores/base.json]
-  evaluate-tuned:
-    matrix: {seed: "${seeds}"}
-    cmd: python toy.py evaluate ${item.seed}
-    deps: ["out/predictions/tuned-${item.seed}.jsonl"]
-    outs: ["out/scores/tuned-${item.seed}.json"]
-  compare:
-    cmd: python toy.py compare
-    params: [seeds]
-    deps: [out/scores]
-    outs: [out/comparison]
-    metrics:
-      - reports/metrics.json: {cache: false}
-  track:
-    cmd: python toy.py track
-    params: [seeds, data, prompt, lora, train]
-    deps: [out/adapters, out/data, out/models/base.json, out/models/quantized.json, out/predictions, out/scores,
-      out/training, out/forgetting, out/comparison, reports/metrics.json]
-    outs:
-      - out/receipt.json: {cache: false}
-      - reports/comparison.md: {cache: false}
-      - reports/comparison.svg: {cache: false}
-      - reports/figures: {cache: false}
-      - reports/tables: {cache: false}
-"""
+from tests import ROOT
+from tests.made.toy import DVC_YAML, PARAMS, STAGE
 
 PARAMS_OF = {
     "prepare": ["data"],

@@ -12,13 +12,14 @@ from typing import Any
 import pytest
 from ruamel.yaml import YAML
 
+from pipeline.commands import viewer
 from pipeline.core import paths, records
 from pipeline.core.errors import UserError
-from pipeline.commands import viewer
 from pipeline.report import dvc_plots as plots
-from tests.conftest import ROOT, environment
-from tests.report.test_wording import several_seeds
-from tests.score.test_compare import examples, plant, run, training
+from tests import ROOT
+from tests.made.clone import environment
+from tests.made.comparison import several_seeds
+from tests.made.experiment import compared, examples, plant, training
 
 DECLARED: dict[str, dict[str, Any]] = {
     path: facts
@@ -49,13 +50,13 @@ def made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     plant(examples(), {"base": 0.3, "tuned-17": 0.8, "tuned-18": 0.7})
     for seed in (17, 18):
         train(seed, 5)
-    plots.write(run(17, 18), [17, 18])
+    plots.write(compared(17, 18), [17, 18])
     return tmp_path
 
 
 @pytest.mark.usefixtures("made")
 def test_the_intervals_are_those_of_the_comparison() -> None:
-    comparison = run(17, 18)
+    comparison = compared(17, 18)
     rows = {(row["metric"], row["what"]): row for row in table(paths.PLOT_INTERVALS)}
     assert len(rows) == 3 * len(comparison.results)
     one = comparison.results["rouge2"]
@@ -106,7 +107,7 @@ def test_equal_results_give_equal_bytes() -> None:
     files = [Path(path) for path in DECLARED]
     assert sorted(files) == sorted([paths.PLOT_INTERVALS, paths.PLOT_CURVES, paths.PLOT_LENGTHS])
     before = [path.read_bytes() for path in files]
-    plots.write(run(17, 18), [17, 18])
+    plots.write(compared(17, 18), [17, 18])
     assert [path.read_bytes() for path in files] == before
 
 
@@ -210,7 +211,7 @@ class TestPage:
     def test_dvc_draws_on_it_and_without_it_on_its_own(self) -> None:
         plant(examples(), {"base": 0.3, "tuned-17": 0.8})
         train(17, 5)
-        plots.write(run(17), [17])
+        plots.write(compared(17), [17])
         declared = [{path: {k: v for k, v in facts.items() if k != "cache"}} for path, facts in DECLARED.items()]
         Path("dvc.yaml").write_text(json.dumps({"plots": declared}))
         page = Path("dvc_plots") / "index.html"

@@ -9,7 +9,7 @@ from rouge_score.rouge_scorer import RougeScorer
 from pipeline.core.params import Evaluate
 from pipeline.report import marks as overlap
 from pipeline.report.marks import PAIR, WORD, Mark, Word
-from tests.conftest import WORDS
+from tests.made.data import WORDS
 
 
 def given(**change: Any) -> Evaluate:

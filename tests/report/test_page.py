@@ -20,8 +20,7 @@ from pipeline.core.params import Evaluate, Published
 from pipeline.core.records import Decoding, Example, Prediction, write_json, write_rows
 from pipeline.report import csv_tables as appendix
 from pipeline.report import figures as charts
-from pipeline.report import page
-from pipeline.report import wording
+from pipeline.report import page, wording
 from pipeline.report.page import Content, Origin, Spent
 from pipeline.score import compare
 from pipeline.score import evaluate as scores
@@ -29,7 +28,7 @@ from pipeline.score import side_by_side as examples
 from pipeline.score.compare import Comparison
 from pipeline.score.side_by_side import Row, Written
 from pipeline.score.side_effects import Cost
-from tests.report.test_wording import FIRST, GUARDS, NASTY, comparison, several_seeds
+from tests.made.comparison import FIRST, GUARDS, NASTY, comparison, several_seeds
 
 EVALUATE = Evaluate(
     metrics=["rouge1", "rouge2"], use_stemmer=True, rouge_tokenizer="latin", bleu_tokenizer="13a", language=None

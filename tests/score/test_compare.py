@@ -12,33 +12,14 @@ import sacrebleu
 
 from pipeline.core import paths, records
 from pipeline.core.errors import UserError
-from pipeline.core.params import Compare, Evaluate
-from pipeline.core.records import Decoding, Example, Prediction
+from pipeline.core.records import Example, Prediction
 from pipeline.score import compare
 from pipeline.score import evaluate as scores
-from pipeline.score.compare import Comparison
 from pipeline.score.significance import Interval
+from tests.made.experiment import ASPECTS, COMPARE, EVALUATE, compared, example, examples, plant
 
-EVALUATE = Evaluate(
-    metrics=["rouge1", "rouge2", "rougeL"],
-    use_stemmer=False,
-    rouge_tokenizer="latin",
-    bleu_tokenizer="13a",
-    language=None,
-)
 TRANSLATION = EVALUATE.model_copy(update={"metrics": ["rouge1", "chrf", "bleu"]})
-COMPARE = Compare(
-    bootstrap_samples=2000,
-    confidence=0.95,
-    seed=17,
-    decide_by=["rouge1", "rouge2"],
-    examples=3,
-    explorer=100,
-    published=[],
-)
 KEEP = {"base": 0.3, "tuned-17": 0.8}
-ASPECTS = ("challenge", "approach")
-WORDS = [f"w{i}" for i in range(18)]
 
 
 @pytest.mark.parametrize(
@@ -64,77 +45,18 @@ def test_cut() -> None:
 # --- whole comparisons ---
 
 
-def example(name: str, group: str, aspect: str, source: str, target: str, lead: str) -> Example:
-    return Example(name, group, aspect, source, target, lead, [target])
-
-
-def examples(n_groups: int = 12) -> list[Example]:
-    rng = random.Random(1)
-    return [
-        example(f"p{i}/{aspect}", f"p{i}", aspect, "source text", " ".join(rng.sample(WORDS, 8)), "alpha beta")
-        for i in range(n_groups)
-        for aspect in ASPECTS
-    ]
-
-
-def plant(rows: list[Example], keep: dict[str, float], evaluate: Evaluate = EVALUATE, **change: Any) -> None:
-    """Score variants in the current folder that keep a share of each reference's words; `change` alters the tuned."""
-    records.write_rows(paths.split("test"), rows)
-    for seed, (variant, share) in enumerate(keep.items()):
-        rng = random.Random(seed)
-        texts = [" ".join(w if rng.random() < share else "noise" for w in row.target.split()) for row in rows]
-        records.write_rows(
-            paths.predictions(variant),
-            [Prediction(row.id, "", 9, text, 9, "stop") for row, text in zip(rows, texts, strict=True)],
-        )
-        adapter = None if variant == "base" else f"{seed}" * 64
-        decoding = Decoding(
-            variant, "a" * 64, "b" * 64, adapter, {"num_beams": 1, "top_k": 50}, "cpu", 2, "float32", {}
-        )
-        if variant != "base":
-            decoding = replace(decoding, **change)
-            trained = int(variant.removeprefix("tuned-"))
-            records.write_json(paths.training_summary(trained), training(trained))
-            records.write_json(paths.forgetting(trained), {"source": None})
-        records.write_json(paths.decoding(variant), asdict(decoding))
-        scores.evaluate(variant, evaluate)
-
-
-def training(seed: int, **change: Any) -> dict[str, Any]:
-    """What a training of two epochs leaves: the lowest validation loss after the first."""
-    return {
-        "seed": seed,
-        "trainable_parameters": 1000,
-        "adapter_bytes": 4200,
-        "validation": [{"step": 0, "loss": 3.5}, {"step": 4, "loss": 2.5}, {"step": 8, "loss": 2.6}],
-        "steps": 8,
-        "planned_steps": 8,
-        "epochs": 2.0,
-        "best_loss": 2.5,
-        "best_epoch": 1.0,
-        "kept_loss": 2.6,
-        "kept_epoch": 2.0,
-        "training_loss": 2.1,
-        "gap": 0.5,
-    } | change
-
-
 @pytest.fixture
 def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
 
-def run(*seeds: int, compare_by: Compare = COMPARE) -> Comparison:
-    return compare.compare(seeds or (17,), EVALUATE, compare_by)
-
-
 @pytest.mark.usefixtures("project")
 def test_a_better_adapter_is_called_better_and_its_mirror_worse() -> None:
     plant(examples(), {"base": 0.3, "tuned-17": 0.8})
-    better = run()
+    better = compared()
     plant(examples(), {"tuned-17": 0.3, "base": 0.8})
-    worse = run()
+    worse = compared()
     assert (better.verdict, worse.verdict) == ("better", "worse")
     one = better.results["rouge1"]
     assert one.diff.low <= one.diff.value <= one.diff.high
@@ -151,7 +73,7 @@ def test_equal_outputs_differ_by_nothing() -> None:
     plant(examples(), {"base": 0.5, "tuned-17": 0.5})
     records.write_rows(paths.predictions("tuned-17"), records.read_rows(paths.predictions("base"), Prediction))
     scores.evaluate("tuned-17", EVALUATE)
-    found = run()
+    found = compared()
     assert found.verdict == "none"
     for result in found.results.values():
         assert result.diff == Interval(0, 0, 0)
@@ -168,7 +90,7 @@ def test_rounding_of_the_mean_over_seeds_is_no_gain() -> None:
     for variant in ("base", "tuned-1", "tuned-2", "tuned-3"):
         edit(variant, examples=[row | {"rouge1": 0.1, "rouge2": 0.1} for row in scores.read("base").examples])
     assert sum([0.1] * 3) / 3 > 0.1
-    found = run(1, 2, 3)
+    found = compared(1, 2, 3)
     assert found.verdict == "none"
     assert found.results["rouge1"].ties == 1
 
@@ -177,7 +99,7 @@ def test_rounding_of_the_mean_over_seeds_is_no_gain() -> None:
 def test_order_of_groups_does_not_matter() -> None:
     rows = examples()
     plant(rows, {"base": 0.3, "tuned-17": 0.8})
-    here = run()
+    here = compared()
     order = random.Random(3).sample(range(len(rows)), len(rows))
     for path, record in (
         (paths.split("test"), Example),
@@ -187,7 +109,7 @@ def test_order_of_groups_does_not_matter() -> None:
         records.write_rows(path, [lines[i] for i in order])
     scores.evaluate("base", EVALUATE)
     scores.evaluate("tuned-17", EVALUATE)
-    there = run()
+    there = compared()
     for name in EVALUATE.metrics:
         assert asdict(here.results[name].diff) == pytest.approx(asdict(there.results[name].diff))
     assert [pair.id for pair in here.best] == [pair.id for pair in there.best]
@@ -196,7 +118,7 @@ def test_order_of_groups_does_not_matter() -> None:
 @pytest.mark.usefixtures("project")
 def test_several_seeds_are_averaged_example_by_example() -> None:
     plant(examples(), {"base": 0.3, "tuned-1": 0.6, "tuned-2": 0.9})
-    both, first, second = run(1, 2), run(1), run(2)
+    both, first, second = compared(1, 2), compared(1), compared(2)
     for name in EVALUATE.metrics:
         a, b = (one.results[name].tuned.value for one in (first, second))
         assert both.results[name].tuned.value == pytest.approx((a + b) / 2)
@@ -212,17 +134,17 @@ def test_several_seeds_are_averaged_example_by_example() -> None:
 def test_seeds_that_disagree_take_the_verdict_back() -> None:
     """By the examples alone it is better, and each seed is; two seeds that differ as much are no proof."""
     plant(examples(), {"base": 0.3, "tuned-1": 0.45, "tuned-2": 0.95})
-    found = run(1, 2)
+    found = compared(1, 2)
     assert compare.verdict([found.results[name].diff for name in COMPARE.decide_by]) == "better"
     assert found.verdict == "none"
     plant(examples(), {"base": 0.3, "tuned-1": 0.85, "tuned-2": 0.9, "tuned-3": 0.87})
-    assert run(1, 2, 3).verdict == "better"
+    assert compared(1, 2, 3).verdict == "better"
 
 
 @pytest.mark.usefixtures("project")
 def test_aspects_are_corrected_for_their_number() -> None:
     plant(examples(), {"base": 0.45, "tuned-17": 0.6})
-    found = run()
+    found = compared()
     raw = {(one.name, name): one.results[name].p for one in found.aspects for name in COMPARE.decide_by}
     adjusted = {(one.name, name): one.p_holm[name] for one in found.aspects for name in COMPARE.decide_by}
     assert adjusted.keys() == raw.keys()
@@ -254,14 +176,14 @@ def test_translation_is_compared_by_corpus_scores() -> None:
 @pytest.mark.usefixtures("project")
 def test_extremes_are_ordered_and_disjoint() -> None:
     plant(examples(), {"base": 0.5, "tuned-17": 0.5})
-    found = run(compare_by=COMPARE.model_copy(update={"examples": 100}))
+    found = compared(compare_by=COMPARE.model_copy(update={"examples": 100}))
     gains = [pair.tuned_score - pair.base_score for pair in found.best]
     losses = [pair.tuned_score - pair.base_score for pair in found.worst]
     assert gains == sorted(gains, reverse=True)
     assert losses == sorted(losses)
     assert min(gains) > 0 > max(losses)
     assert not {pair.id for pair in found.best} & {pair.id for pair in found.worst}
-    assert run(compare_by=COMPARE.model_copy(update={"examples": 0})).best == []
+    assert compared(compare_by=COMPARE.model_copy(update={"examples": 0})).best == []
 
 
 @pytest.mark.usefixtures("project")
@@ -280,7 +202,7 @@ def test_reference_lines_by_hand() -> None:
         [Prediction(row.id, "", 1, text, 1, "stop") for row, text in zip(rows, texts, strict=True)],
     )
     scores.evaluate("base", EVALUATE)
-    lines = {line.key: line for line in run().lines}
+    lines = {line.key: line for line in compared().lines}
     assert lines["lead"].scores["rouge1"] == pytest.approx((100 + 25 + 0 + 50 + 100) / 5)
     # r has one aspect, so no other aspect's reference
     assert lines["wrong_aspect"].n == 4
@@ -296,7 +218,7 @@ def test_reference_lines_by_hand() -> None:
 @pytest.mark.usefixtures("project")
 def test_no_wrong_aspect_and_no_table_without_aspects() -> None:
     plant([replace(row, id=f"{i}", group=f"{i}", aspect="default") for i, row in enumerate(examples())], KEEP)
-    found = run()
+    found = compared()
     assert [line.key for line in found.lines] == ["lead", "base_cut"]
     assert found.aspects == []
 
@@ -305,7 +227,7 @@ def test_no_wrong_aspect_and_no_table_without_aspects() -> None:
 def test_an_aspect_within_one_group_has_no_interval_and_no_row() -> None:
     rows = examples()
     plant([*rows, replace(rows[0], id="p0/outcome", aspect="outcome")], KEEP)
-    assert [aspect.name for aspect in run().aspects] == list(ASPECTS)
+    assert [aspect.name for aspect in compared().aspects] == list(ASPECTS)
 
 
 # --- refusals ---
@@ -334,7 +256,7 @@ def test_an_aspect_within_one_group_has_no_interval_and_no_row() -> None:
 def test_unequal_conditions_are_refused(change: dict[str, Any], said: str) -> None:
     plant(examples(), KEEP, **change)
     with pytest.raises(UserError) as refusal:
-        run()
+        compared()
     assert said in str(refusal.value)
 
 
@@ -344,7 +266,7 @@ def test_all_differences_are_listed_at_once() -> None:
     for variant in KEEP:
         edit(variant, signature="rouge-score 0.0.1")
     with pytest.raises(UserError) as refusal:
-        run()
+        compared()
     assert len(str(refusal.value).splitlines()) == 1 + 2 + 2
 
 
@@ -353,7 +275,7 @@ def test_base_with_an_adapter_is_refused() -> None:
     plant(examples(), KEEP)
     edit("base", decoding=json.loads(paths.scores("tuned-17").read_text())["decoding"])
     with pytest.raises(UserError, match="base was decoded with an adapter"):
-        run()
+        compared()
 
 
 @pytest.mark.parametrize("what", ["scores", "predictions"])
@@ -366,7 +288,7 @@ def test_other_rows_are_refused(what: str) -> None:
         rows = records.read_rows(paths.predictions("tuned-17"), Prediction)
         records.write_rows(paths.predictions("tuned-17"), rows[1:])
     with pytest.raises(UserError, match=rf"tuned-17 \({what}\)"):
-        run()
+        compared()
 
 
 @pytest.mark.parametrize("bad", ["NaN", "Infinity"])
@@ -377,14 +299,14 @@ def test_a_score_that_is_no_number_is_refused(bad: str) -> None:
     content["examples"][3]["rouge2"] = float(bad)
     paths.scores("tuned-17").write_text(json.dumps(content))
     with pytest.raises(UserError, match="not a finite number"):
-        run()
+        compared()
 
 
 @pytest.mark.usefixtures("project")
 def test_missing_scores_and_missing_seeds_are_refused() -> None:
     plant(examples(), KEEP)
     with pytest.raises(UserError, match=r"tuned-18\.json is missing"):
-        run(17, 18)
+        compared(17, 18)
     with pytest.raises(UserError, match="no tuned variant"):
         compare.compare([], EVALUATE, COMPARE)
 
@@ -392,16 +314,16 @@ def test_missing_scores_and_missing_seeds_are_refused() -> None:
 @pytest.mark.usefixtures("project")
 def test_files_that_params_do_not_name_are_not_read() -> None:
     plant(examples(), {**KEEP, "tuned-99": 1.0})
-    with_stray = run()
+    with_stray = compared()
     for path in (paths.scores("tuned-99"), paths.predictions("tuned-99")):
         path.unlink()
-    assert run() == with_stray
+    assert compared() == with_stray
 
 
 @pytest.mark.usefixtures("project")
 def test_seeds_in_any_order_give_the_same_result() -> None:
     plant(examples(), {"base": 0.3, "tuned-1": 0.6, "tuned-2": 0.9, "tuned-3": 0.7})
-    found = [run(*seeds).results["rouge1"].diff for seeds in itertools.permutations((1, 2, 3))]
+    found = [compared(*seeds).results["rouge1"].diff for seeds in itertools.permutations((1, 2, 3))]
     assert len(found) == 6
     assert all(asdict(one) == pytest.approx(asdict(found[0])) for one in found)
 

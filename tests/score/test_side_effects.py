@@ -8,7 +8,7 @@ import pytest
 
 from pipeline.core import params, paths, records
 from pipeline.score import side_effects as cost
-from tests.score.test_compare import COMPARE, training
+from tests.made.experiment import COMPARE, training
 
 
 def measured(seed: int, rise: float, places: list[str]) -> dict[str, Any]:

@@ -10,7 +10,7 @@ import pytest
 from bench import kills, parallel
 from pipeline.core.errors import UserError
 from pipeline.search import grid as sweep
-from tests.conftest import ROOT
+from tests import ROOT
 
 
 @pytest.fixture

@@ -1,7 +1,7 @@
 """A search: what it may change, what it tries, what it prunes, what a kill costs; that only the winner is tested; and
 what travels to other machines.
 
-The project is the toy of tests/record/test_track.py, whose training here gives losses that follow from its parameters.
+The project is the toy of tests/made/toy.py, whose training here gives losses that follow from its parameters.
 """
 
 import contextlib
@@ -31,8 +31,9 @@ from pipeline.search import cluster, study, trial
 from pipeline.search import run as search
 from pipeline.search import spec as space
 from pipeline.search.study import Study
-from tests.conftest import ROOT, SECRET
-from tests.record.test_track import DVC_YAML, STAGE
+from tests import ROOT
+from tests.made.clone import SECRET
+from tests.made.toy import DVC_YAML, STAGE
 
 TRAINING = """\
     elif stage == "train":

@@ -22,7 +22,7 @@ from pipeline.core.errors import UserError
 from pipeline.core.records import sha256_path
 from pipeline.sources import source
 from pipeline.sources.source import check, mounted, resolved
-from tests.conftest import soon
+from tests.limits import soon
 
 REVISION = "0123456789abcdef0123456789abcdef01234567"
 WRONG = "0" * 64

@@ -11,7 +11,7 @@ import pytest
 from pipeline.core.errors import UserError
 from pipeline.sources import tables
 from pipeline.sources.tables import ABSENT, File
-from tests.conftest import soon
+from tests.limits import soon
 
 HEADER = 'msgid ""\nmsgstr "Content-Type: text/plain; charset=UTF-8\\n"\n\n'
 

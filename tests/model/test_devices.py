@@ -10,11 +10,11 @@ import torch
 from pipeline.core import params
 from pipeline.core.errors import UserError
 from pipeline.model import devices
-from tests import conftest
+from tests.made import parameters
 
 
 def runtime(name: str, threads: int = 0) -> params.Runtime:
-    return conftest.runtime(device=name, threads=threads)
+    return parameters.runtime(device=name, threads=threads)
 
 
 def test_what_is_asked_for_is_used_and_said(capsys: pytest.CaptureFixture[str]) -> None:

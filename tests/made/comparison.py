@@ -1,0 +1,111 @@
+"""A comparison with known values, as `pipeline.score.compare` finds one."""
+
+from dataclasses import replace
+from typing import Any
+
+from pipeline.score.compare import Aspect, Comparison, Line, Output, Pair, Result, Spread
+from pipeline.score.guard_record import Guard
+from pipeline.score.side_effects import Cost, Forgetting, Training
+from pipeline.score.significance import Interval
+
+GUARDS = [Guard("a <doubled> BOS", "600 prompts | 1 BOS at most")]
+NASTY = (
+    "a | b\n<script>alert(1)</script> `code` [x](https://evil.example/) **bold** &amp; $x$ \\ <!-- "
+    "\x00 www.evil.example"
+)
+
+
+def result(base: float, tuned: float, low: float, high: float) -> Result:
+    diff = tuned - base
+    return Result(
+        base=Interval(base, base - 1, base + 1),
+        tuned=Interval(tuned, tuned - 1, tuned + 1),
+        diff=Interval(diff, low, high),
+        seeds=None,
+        p=0.0002,
+        effect=0.41,
+        detectable=2.2,
+        wins=0.7,
+        ties=0.1,
+        losses=0.2,
+    )
+
+
+TRAINING = Training(
+    seed=17,
+    epochs=1.0,
+    steps=25,
+    planned_steps=25,
+    first_loss=3.552,
+    best_loss=2.748,
+    best_epoch=1.0,
+    last_loss=2.748,
+    kept_loss=2.748,
+    kept_epoch=1.0,
+    training_loss=2.701,
+    gap=0.047,
+)
+FORGETTING = Forgetting(
+    source="pip:texts==1/texts",
+    tokens=8192,
+    texts=33,
+    units="texts",
+    base_loss=2.9,
+    tuned_loss=2.895,
+    base_perplexity=18.2,
+    tuned_perplexity=18.0,
+    diff=Interval(-0.005, -0.012, 0.002),
+    cross_entropy=Interval(2.95, 2.9, 3.0),
+    kl=Interval(0.05, 0.04, 0.06),
+)
+
+
+def several_seeds() -> Comparison:
+    """Three seeds, whose spread makes the interval that decides wider."""
+    spread = {"rouge1": Spread(0.3, Interval(5.7, 3.5, 7.9)), "rouge2": Spread(0.2, Interval(2.7, -0.1, 5.5))}
+    one = comparison()
+    return replace(
+        one,
+        verdict="mixed",
+        results={name: replace(one.results[name], seeds=spread[name]) for name in one.results},
+        tuned=[replace(one.tuned[0], variant=f"tuned-{i}") for i in range(3)],
+    )
+
+
+def comparison(**change: Any) -> Comparison:
+    results = {"rouge1": result(25.6, 31.3, 4.1, 7.2), "rouge2": result(7.8, 10.5, 1.2, 3.9)}
+    scores = {"rouge1": 22.0, "rouge2": 6.0}
+    ahead = {"rouge1": Interval(9.3, 8, 10), "rouge2": Interval(4.5, 3, 6)}
+    pair = Pair("p1/approach", "The source.", "The reference.", "Base said.", "Tuned said.", 10.0, 60.0)
+    return replace(
+        Comparison(
+            verdict="better",
+            decide_by=["rouge1", "rouge2"],
+            confidence=0.95,
+            samples=10000,
+            seed=17,
+            n=300,
+            groups=100,
+            signature="rouge-score 0.1.2|F1x100",
+            decoding={"device": "cpu", "dtype": "bfloat16", "prompts_sha256": "a" * 64, "model_sha256": "b" * 64},
+            results=results,
+            aspects=[Aspect("approach", 100, results, {"rouge1": 0.0004, "rouge2": 0.2})],
+            lines=[Line("lead", "Lead", "the first sentence", 300, scores, ahead)],
+            base=Output("base", 49.2, 0.01, 0.0, 0.0, None, {"rouge1": 25.6, "rouge2": 7.8}),
+            tuned=[Output("tuned-17", 21.0, 0.0, 0.0, 0.0, None, {"rouge1": 31.3, "rouge2": 10.5})],
+            language=None,
+            references_in_language=None,
+            published=[],
+            reference_words=22.2,
+            best=[pair],
+            worst=[],
+            cost=Cost(4_884_480, 19_600_000, [TRAINING], FORGETTING),
+        ),
+        **change,
+    )
+
+
+FIRST = (
+    "**Fine-tuning made the model better**: ROUGE-1 25.6 → 31.3 (+5.7, 95 % interval +4.1 to +7.2), "
+    "ROUGE-2 7.8 → 10.5 (+2.7, +1.2 to +3.9), over 300 test examples of 100 groups."
+)

@@ -1,0 +1,49 @@
+"""Parameters of small experiments, and their edits."""
+
+from pathlib import Path
+from typing import Any
+
+from ruamel.yaml import YAML
+
+from pipeline.core import params, paths, records, yaml12
+from tests import ROOT
+
+
+def tiny_params(tiny_model: Path, data: Path) -> dict[str, Any]:
+    """The default params.yaml, made small: local sources, tiny limits."""
+    content: dict[str, Any] = YAML(typ="safe", pure=True).load((ROOT / "params.yaml").read_text(encoding="utf-8"))
+    content["data"] |= {
+        "source": str(data),
+        "sha256": records.sha256_tree(data),
+        "format": "table",
+        "files": {split: f"{split}.jsonl" for split in paths.SPLITS},
+        "columns": {name: name for name in ("id", "group", "aspect", "source", "target")},
+    }
+    content["model"] |= {"source": str(tiny_model), "sha256": records.sha256_tree(tiny_model), "dtype": "float32"}
+    content["quantize"] |= {"perplexity_tokens": 256}
+    content["prompt"] |= {"max_tokens": 200, "instructions": {"what": "Say what.", "who": "Say who."}}
+    content["lora"] |= {"r": 4, "alpha": 8}
+    content["train"] |= {"batch_size": 4, "micro_batch_tokens": 64, "learning_rate": 1e-2}
+    content["forget"] |= {"source": str(data), "sha256": records.sha256_tree(data), "files": "general.jsonl"}
+    content["forget"] |= {"column": "text", "html": False, "tokens": 200, "window": 32}
+    content["generation"] |= {"max_new_tokens": 8, "batch_size": 4}
+    content["compare"] |= {"bootstrap_samples": 1000, "examples": 2}
+    content["runtime"] |= {"device": "cpu", "threads": 1}
+    return content
+
+
+def edit(**sections: dict[str, Any]) -> None:
+    """Change values of params.yaml, as a user does."""
+    content = yaml12.read(paths.PARAMS)
+    for name, values in sections.items():
+        content[name] |= values
+    YAML().dump(content, paths.PARAMS)
+
+
+def runtime(**settings: Any) -> params.Runtime:
+    """One process on one CPU thread, unless `settings` have it otherwise."""
+    given: dict[str, Any] = {
+        "device": "cpu", "threads": 1, "processes": 1, "sharding": "none", "gradient_checkpointing": False,
+        "keep_dequantized": True,
+    }  # fmt: skip
+    return params.Runtime(**given | settings)

@@ -1,0 +1,52 @@
+"""What a project's model is and writes, once its stages have run: the quantized base, adapters, predictions."""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pipeline import quantize
+from pipeline.core import params, paths, records
+from pipeline.core.records import Prediction
+from pipeline.infer import infer
+from pipeline.lora import adapter
+from pipeline.model import load as models
+
+
+def act(model: Any) -> Any:
+    """Give an adapter values with which it acts, the same for the same shapes."""
+    with torch.no_grad():
+        for number, (_, tensor) in enumerate(sorted(adapter.tensors(model).items())):
+            tensor.copy_(0.1 * torch.randn(tensor.shape, generator=torch.Generator().manual_seed(number)))
+    return model
+
+
+def quantized(project: params.Params, checkpoint: Path, method: str = "none") -> params.Params:
+    """The project with this base; float32 throughout, so that two engines can write the same tokens."""
+    shutil.copytree(checkpoint, paths.BASE)
+    facts = {"context": 512, "dtype": "float32", "stop_ids": [1], "sha256": records.sha256_tree(paths.BASE)}
+    records.write_json(paths.BASE_FACTS, facts)
+    settings = {"method": method, "double_quantization": method != "none"}
+    quantize.quantize(project.quantize.model_copy(update=settings), project.runtime)
+    return project
+
+
+def trained(rslora: bool, seed: int = 17) -> adapter.Saved:
+    """An adapter whose B is not zero."""
+    lora = params.Lora(r=4, alpha=8.0, rslora=rslora, dropout=0.0, target_modules="all-linear")
+    adapted = adapter.attach(models.quantized(torch.device("cpu"), keep_dequantized=True), lora, seed)
+    with torch.no_grad(), torch.random.fork_rng():
+        torch.manual_seed(seed)
+        for tensor in adapter.tensors(adapted).values():
+            tensor.normal_(std=0.2)
+    adapter.save(
+        adapted, adapter.tensors(adapted), paths.adapter(seed), records.read_json(paths.QUANTIZED_FACTS)["sha256"]
+    )
+    return adapter.Saved(paths.adapter(seed))
+
+
+def infer(project: params.Params, variant: str, saved: adapter.Saved | None, **changes: Any) -> list[Prediction]:
+    generation = project.generation.model_copy(update={"gguf_type": "F32", "max_new_tokens": 16} | changes)
+    infer.decode(variant, project.prompt, generation, project.runtime, saved)
+    return records.read_rows(paths.predictions(variant), Prediction)
