@@ -25,7 +25,7 @@ from ruamel.yaml import YAML
 
 from pipeline import quantize
 from pipeline.core import contracts, params, paths, records, yaml12
-from pipeline.core.contracts import QuantizedFacts
+from pipeline.core.contracts import QuantizedFacts, TrainingSummary
 from pipeline.model import checkpoint, devices
 from pipeline.model import load as models
 from pipeline.model import processes as distributed
@@ -102,7 +102,7 @@ def training(processes: int, **settings: object) -> float:
         seconds.append(stage(count, "stages.train", "--seed", "17", **chosen))
         steps = contracts.read_curve(paths.training_log(17))
         validation = contracts.read(paths.training_summary(17), TrainingSummary).validation
-        seen.append([one.loss for one in (*steps, *validation)])
+        seen.append([one.loss for one in steps] + [one.loss for one in validation])
     differences: list[float] = [abs(one - two) / one for one, two in zip(*seen, strict=True)]
     largest, validated = max(differences[: len(steps)]), max(differences[len(steps) :])
     facts = contracts.read(paths.QUANTIZED_FACTS, QuantizedFacts)

@@ -12,13 +12,14 @@ from filelock import FileLock
 from ruamel.yaml import YAML
 
 from claims import lab
-from pipeline.core import params, paths, records
+from pipeline.core import contracts, params, paths, records
 from pipeline.record import store
 from tests import ROOT
 from tests.made.clone import SECRETS, Finished, environment, make_clone
 from tests.made.data import SPLIT_GROUPS, rows, write_data
 from tests.made.models import tiny_llama, trained_words
 from tests.made.parameters import tiny_params
+from tests.made.records import base_facts
 
 
 @pytest.fixture(autouse=True)
@@ -62,7 +63,7 @@ def claims_base(project: params.Params, tiny_model: Path, monkeypatch: pytest.Mo
     """The project with its base and its splits where measurements of claims find them; gives its parameters."""
     monkeypatch.setattr(lab, "experiment", lambda *_: project)
     shutil.copytree(tiny_model, lab.BASE)
-    records.write_json(lab.BASE_FACTS, {"context": 512, "dtype": "float32", "stop_ids": [1]})
+    contracts.write(lab.BASE_FACTS, base_facts())
     shutil.copytree(paths.DATA, lab.data("default"))
     return project
 
@@ -104,8 +105,7 @@ def quantized(project: params.Params, tiny_model: Path) -> params.Params:
     from pipeline import quantize
 
     shutil.copytree(tiny_model, paths.BASE)
-    facts = {"context": 512, "dtype": "float32", "stop_ids": [1], "sha256": records.sha256_tree(paths.BASE)}
-    records.write_json(paths.BASE_FACTS, facts)
+    contracts.write(paths.BASE_FACTS, base_facts(sha256=records.sha256_tree(paths.BASE)))
     quantize.quantize(project.quantize, project.runtime)
     return project
 

@@ -14,13 +14,15 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from pipeline import forget
-from pipeline.core import params, paths, records
+from pipeline.core import contracts, params, paths, records
+from pipeline.core.contracts import Forgetting
 from pipeline.core.errors import UserError
-from pipeline.forget import Text, Window
+from pipeline.forget import Text, Tokens
 from pipeline.lora import adapter
 from pipeline.model import attention, checkpoint, loss, pack
 from pipeline.model import load as models
 from pipeline.model.prompt import Row
+from tests.made.records import quantized_facts
 
 LORA = params.Lora(r=4, alpha=8.0, rslora=False, dropout=0.0, target_modules="all-linear")
 
@@ -44,7 +46,7 @@ def test_the_sums_are_those_of_plain_passes_however_they_are_cut(
     tiny_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = adapted(tiny_model)
-    windows = [Window(str(i), list(range(40 + i, 40 + i + length))) for i, length in enumerate((30, 2, 17, 44, 30))]
+    windows = [Tokens(str(i), list(range(40 + i, 40 + i + length))) for i, length in enumerate((30, 2, 17, 44, 30))]
     found = forget.measure(model, windows, "forget")
     monkeypatch.setattr(forget, "POSITIONS", 7)
     monkeypatch.setattr(forget, "TOGETHER", 40)
@@ -66,12 +68,12 @@ def test_the_sums_are_those_of_plain_passes_however_they_are_cut(
         assert one.cross_entropy > one.entropy
 
 
-def tree(window: Window) -> Any:
+def tree(window: Tokens) -> Any:
     return pack.tree([Row("", "", window.ids[:1], window.ids[1:])])
 
 
 def test_an_adapter_that_does_nothing_forgets_nothing(tiny_model: Path) -> None:
-    (one,) = forget.measure(adapted(tiny_model, strength=0.0), [Window("a", list(range(40, 70)))], "forget")
+    (one,) = forget.measure(adapted(tiny_model, strength=0.0), [Tokens("a", list(range(40, 70)))], "forget")
     assert one.tuned == one.base
     assert one.cross_entropy == one.entropy
 
@@ -202,29 +204,32 @@ def test_a_character_of_thousands_of_digits_is_none() -> None:
 @pytest.fixture
 def ready(project: params.Params, tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> params.Params:
     """A project with an adapter of seed 17, and the tiny model in the place of the quantized base."""
-    facts = {"sha256": "a" * 64, "context": 512, "dtype": "float32", "method": "none", "double_quantization": False}
-    records.write_json(paths.QUANTIZED_FACTS, facts)
+    facts = quantized_facts(sha256="a" * 64, dtype="float32", method="none", double_quantization=False)
+    contracts.write(paths.QUANTIZED_FACTS, facts)
     shutil.copytree(tiny_model, paths.QUANTIZED)
     model = adapted(tiny_model)
     adapter.save(model, adapter.tensors(model), paths.adapter(17), "a" * 64)
     monkeypatch.setattr(checkpoint, "tokenizer", lambda: AutoTokenizer.from_pretrained(tiny_model))
     monkeypatch.setattr(
-        models, "load", lambda *_: AutoModelForCausalLM.from_pretrained(tiny_model, attn_implementation=attention.NAME)
+        models,
+        "quantized",
+        lambda *_: AutoModelForCausalLM.from_pretrained(tiny_model, attn_implementation=attention.NAME),
     )
     return project
 
 
 def test_the_stage_writes_sums_and_means(ready: params.Params) -> None:
     forget.forget(17, ready.forget, ready.runtime)
-    found = records.read_json(paths.forgetting(17))
-    assert found["tokens"] == ready.forget.tokens == sum(one["tokens"] for one in found["windows"])
-    assert found["texts"] == len({one["place"] for one in found["windows"]}) > 1
-    assert found["adapter_sha256"] == adapter.Saved(paths.adapter(17)).sha256
-    for name in ("base", "tuned"):
-        mean = sum(one[name] for one in found["windows"]) / found["tokens"]
-        assert found[f"{name}_loss"] == pytest.approx(mean)
-    assert found["kl"] == pytest.approx(found["cross_entropy"] - found["base_entropy"])
-    assert found["kl"] > 0
+    written = contracts.read(paths.forgetting(17), Forgetting)
+    found = written.measured
+    assert found is not None
+    assert found.tokens == ready.forget.tokens == sum(one.tokens for one in found.windows)
+    assert found.texts == len({one.place for one in found.windows}) > 1
+    assert written.adapter_sha256 == adapter.Saved(paths.adapter(17)).sha256
+    assert found.base_loss == pytest.approx(sum(one.base for one in found.windows) / found.tokens)
+    assert found.tuned_loss == pytest.approx(sum(one.tuned for one in found.windows) / found.tokens)
+    assert found.kl == pytest.approx(found.cross_entropy - found.base_entropy)
+    assert found.kl > 0
     first = paths.forgetting(17).read_bytes()
     forget.forget(17, ready.forget, ready.runtime)
     assert paths.forgetting(17).read_bytes() == first

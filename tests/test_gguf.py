@@ -217,7 +217,7 @@ def test_an_adapter_that_does_nothing_or_is_of_another_base_is_refused(
     import torch
     from safetensors.torch import load_file, save_file
 
-    from tests.made.variants import infer
+    from tests.made.variants import decoded
 
     quantized(project, tiny_model)
     saved = trained(rslora=False)
@@ -225,11 +225,11 @@ def test_an_adapter_that_does_nothing_or_is_of_another_base_is_refused(
     zero = {name: torch.zeros_like(one) if "lora_B" in name else one for name, one in held.items()}
     save_file(zero, saved.folder / adapter.WEIGHTS, {"format": "pt"})
     with pytest.raises(UserError, match="does not change what llama.cpp computes"):
-        infer(project, "tuned-17", saved, backend="llama.cpp")
+        decoded(project, "tuned-17", saved, backend="llama.cpp")
     save_file({name: one * float("nan") for name, one in held.items()}, saved.folder / adapter.WEIGHTS)
     with pytest.raises(UserError, match="holds NaN or infinity"):
-        infer(project, "tuned-17", saved, backend="llama.cpp")
+        decoded(project, "tuned-17", saved, backend="llama.cpp")
     records.write_json(saved.folder / adapter.ORIGIN, {"model_sha256": "another"})
     with pytest.raises(UserError, match="was trained on another base"):
-        infer(project, "tuned-17", saved, backend="llama.cpp")
+        decoded(project, "tuned-17", saved, backend="llama.cpp")
     assert list(paths.SCRATCH.glob(".*.part")) == []

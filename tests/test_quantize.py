@@ -2,6 +2,7 @@
 
 import copy
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +11,13 @@ import torch
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from pipeline import quantize
-from pipeline.core import params, paths, records
+from pipeline.core import contracts, params, paths, records
+from pipeline.core.contracts import QuantizedFacts
 from pipeline.core.errors import UserError
 from pipeline.lora import adapter
 from pipeline.model import attention, loss, memory, pack, packed
 from pipeline.model.prompt import Row
+from tests.made.records import base_facts, quantized_facts
 
 CPU = torch.device("cpu")
 ROWS = [Row("a", "a", list(range(20, 40)), [50, 51, 52, 1]), Row("b", "b", list(range(60, 75)), [80, 81, 1])]
@@ -91,25 +94,25 @@ def test_the_stage_writes_a_checkpoint_that_loads_as_it_is_and_its_facts(
     project: params.Params, tiny_model: Path
 ) -> None:
     shutil.copytree(tiny_model, paths.BASE)
-    of_base = {"context": 512, "dtype": "float32", "stop_ids": [1], "sha256": records.sha256_tree(paths.BASE)}
-    records.write_json(paths.BASE_FACTS, of_base)
+    of_base = base_facts(dtype="float32", sha256=records.sha256_tree(paths.BASE))
+    contracts.write(paths.BASE_FACTS, of_base)
     quantize.quantize(project.quantize, project.runtime)
-    facts = records.read_json(paths.QUANTIZED_FACTS)
+    facts = contracts.read(paths.QUANTIZED_FACTS, QuantizedFacts)
     # QLoRA, section 3: 4 bits and 0.127 bits of doubly quantized constants a parameter. The layers here are so small
     # that the second level's own constants weigh more.
-    assert 4.127 <= facts["bits_per_parameter"] < 4.16
-    assert facts["quantized_layers"] == 14
-    assert 0.05 < max(facts["layers"].values()) < 0.15
-    assert facts["perplexity_after"] != facts["perplexity_before"]
+    assert 4.127 <= facts.bits_per_parameter < 4.16
+    assert facts.quantized_layers == 14
+    assert 0.05 < max(facts.layers.values()) < 0.15
+    assert facts.perplexity_after != facts.perplexity_before
     loaded = AutoModelForCausalLM.from_pretrained(paths.QUANTIZED)
     packed.require_effective(loaded, facts)
-    assert facts["sha256"] == records.sha256_tree(paths.QUANTIZED)
+    assert facts.sha256 == records.sha256_tree(paths.QUANTIZED)
 
 
 def test_a_base_that_has_changed_on_the_disk_is_refused(project: params.Params, tiny_model: Path) -> None:
     shutil.copytree(tiny_model, paths.BASE)
-    of_base = {"context": 512, "dtype": "float32", "stop_ids": [1], "sha256": records.sha256_tree(paths.BASE)}
-    records.write_json(paths.BASE_FACTS, of_base)
+    of_base = base_facts(dtype="float32", sha256=records.sha256_tree(paths.BASE))
+    contracts.write(paths.BASE_FACTS, of_base)
     config = paths.BASE / "config.json"
     config.write_text(config.read_text().replace('"rms_norm_eps": 1e-06', '"rms_norm_eps": 1e-05'))
     with pytest.raises(UserError, match="out/models/base is not what its stage wrote.*lora-repro verify"):
@@ -117,13 +120,13 @@ def test_a_base_that_has_changed_on_the_disk_is_refused(project: params.Params, 
 
 
 def test_a_silent_downgrade_is_refused(tiny_model: Path) -> None:
-    facts = {"method": "nf4", "quantized_layers": 14}
+    facts = quantized_facts()
     packed.require_effective(nf4(tiny_model), facts)
     unquantized = AutoModelForCausalLM.from_pretrained(tiny_model)
     with pytest.raises(UserError, match="quantize.method = 'nf4' with 14 layers was asked for, but .* has 0 layers"):
         packed.require_effective(unquantized, facts)
     with pytest.raises(UserError, match="of {'nf4'}"):
-        packed.require_effective(nf4(tiny_model), facts | {"method": "fp4"})
+        packed.require_effective(nf4(tiny_model), replace(facts, method="fp4"))
 
 
 def test_layers_that_were_repacked_are_noticed(tiny_model: Path) -> None:
@@ -183,23 +186,23 @@ def test_int8_is_written_with_its_facts_and_stays_int8(project: params.Params, t
     from pipeline.model import load as models
 
     shutil.copytree(tiny_model, paths.BASE)
-    of_base = {"context": 512, "dtype": "bfloat16", "stop_ids": [1], "sha256": records.sha256_tree(paths.BASE)}
-    records.write_json(paths.BASE_FACTS, of_base)
+    of_base = base_facts(dtype="bfloat16", sha256=records.sha256_tree(paths.BASE))
+    contracts.write(paths.BASE_FACTS, of_base)
     wanted = {"method": "int8", "double_quantization": False, "int8_threshold": 4.0}
     quantize.quantize(project.quantize.model_copy(update=wanted), project.runtime)
-    facts = records.read_json(paths.QUANTIZED_FACTS)
+    facts = contracts.read(paths.QUANTIZED_FACTS, QuantizedFacts)
     # One float32 constant a row of 64 or 128 columns.
-    assert 8 + 32 / 128 <= facts["bits_per_parameter"] <= 8 + 32 / 64
-    assert facts["quantized_layers"] == 14
-    assert 0 < max(facts["layers"].values()) < 0.02
-    assert facts["perplexity_after"] == pytest.approx(facts["perplexity_before"], rel=0.05)
+    assert 8 + 32 / 128 <= facts.bits_per_parameter <= 8 + 32 / 64
+    assert facts.quantized_layers == 14
+    assert 0 < max(facts.layers.values()) < 0.02
+    assert facts.perplexity_after == pytest.approx(facts.perplexity_before, rel=0.05)
     for keep in (True, False):
         loaded = models.quantized(CPU, keep_dequantized=keep)
         assert {layer.state.threshold for layer in loaded.modules() if type(layer).__name__ == "Linear8bitLt"} == {4.0}
     with pytest.raises(UserError, match=r"int8_threshold = 6.0 was asked for, but the loaded model has 4.0"):
-        packed.require_effective(loaded, facts | {"int8_threshold": 6.0})
+        packed.require_effective(loaded, replace(facts, int8_threshold=6.0))
     with pytest.raises(UserError, match="with 14 layers was asked for, but the loaded model has 14 layers of {'int8'}"):
-        packed.require_effective(loaded, facts | {"method": "nf4"})
+        packed.require_effective(loaded, replace(facts, method="nf4"))
 
 
 def test_a_base_in_main_memory_gives_the_same_facts_and_says_so(
@@ -207,14 +210,14 @@ def test_a_base_in_main_memory_gives_the_same_facts_and_says_so(
 ) -> None:
     """The other device is faked: `cpu:0` is the CPU under another name."""
     shutil.copytree(tiny_model, paths.BASE)
-    of_base = {"context": 512, "dtype": "float32", "stop_ids": [1], "sha256": records.sha256_tree(paths.BASE)}
-    records.write_json(paths.BASE_FACTS, of_base)
+    of_base = base_facts(dtype="float32", sha256=records.sha256_tree(paths.BASE))
+    contracts.write(paths.BASE_FACTS, of_base)
     found = []
     for home in ("cpu", "cpu:0"):
         monkeypatch.setattr(memory, "require_quantizing", lambda *_, home=home: torch.device(home))
         quantize.quantize(project.quantize, project.runtime)
-        found.append(records.read_json(paths.QUANTIZED_FACTS))
-    assert found[1] == found[0] | {"base_on": "cpu"}
+        found.append(contracts.read(paths.QUANTIZED_FACTS, QuantizedFacts))
+    assert found[1] == replace(found[0], base_on="cpu")
 
 
 @pytest.mark.parametrize("kind", ["nf4", "fp4"])

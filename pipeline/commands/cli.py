@@ -59,8 +59,7 @@ def show(run: RUN = None) -> None:
     # Imported here: `--help` needs none of it.
     from pipeline.core import params
     from pipeline.record import store, track
-    from pipeline.report import page
-    from pipeline.report import wording
+    from pipeline.report import page, wording
 
     given = params.load()
     if run is not None:

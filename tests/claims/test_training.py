@@ -14,14 +14,15 @@ from claims import adapters, arms, full_tuning, gain, inputs, lab, register, tra
 from claims.arms import Look, Result, Run
 from claims.evidence import Evidence
 from pipeline import forget
-from pipeline.core import params, paths, records
+from pipeline.core import contracts, params, paths, records
 from pipeline.core.errors import UserError
 from pipeline.lora import adapter, train
 from pipeline.model import checkpoint, devices, pack
 from pipeline.model.prompt import Encoder
-from pipeline.score import compare
+from pipeline.score import reference_lines
 from pipeline.score.significance import Interval
 from tests import ROOT
+from tests.made.records import base_facts
 
 REGISTER = register.load(ROOT / register.FILE)
 DECLARED = training.load(ROOT / training.FILE)
@@ -42,8 +43,7 @@ def inputs_made(project: params.Params, tiny_model: Path, monkeypatch: pytest.Mo
     """A project with what the arms and variants start from, made by the claims' own stages."""
     monkeypatch.setattr(lab, "experiment", lambda *_: project)
     shutil.copytree(tiny_model, lab.BASE)
-    facts = {"context": 512, "dtype": "float32", "stop_ids": [1], "sha256": records.sha256_tree(lab.BASE)}
-    records.write_json(lab.BASE_FACTS, facts)
+    contracts.write(lab.BASE_FACTS, base_facts(sha256=records.sha256_tree(lab.BASE)))
     shutil.move(paths.DATA, lab.data("default"))
     for method in ("none", "nf4"):
         inputs.quantize_base(method)
@@ -222,8 +222,8 @@ def test_base_and_tuned_answer_and_are_compared() -> None:
     assert len(judged.findings) == 5
 
     with pytest.MonkeyPatch.context() as patch:
-        one_group = compare.Reference("alone", "", "", [["red"], ["red"], [], []])
-        patch.setattr(compare, "reference_texts", lambda *_: [one_group])
+        one_group = reference_lines.Texts("alone", "", "", [["red"], ["red"], [], []])
+        patch.setattr(reference_lines, "texts", lambda *_: [one_group])
         assert not any(name.endswith("_over_alone") for name in gain.measure("default").values)
 
     decoding = variants.folder("default", "18") / variants.DECODING

@@ -11,8 +11,7 @@ from pipeline.commands.compare import Experiment
 from pipeline.core import params, paths, records
 from pipeline.core.errors import UserError
 from pipeline.core.records import Example, Prediction
-from pipeline.score import evaluate as scores
-from tests.made.experiment import COMPARE, examples, plant
+from tests.made.experiment import COMPARE, examples, plant, scores_of
 
 GIVEN = {
     "evaluate.metrics": '["rouge1", "rouge2", "rougeL"]',
@@ -30,9 +29,9 @@ def made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Experimen
     monkeypatch.chdir(tmp_path)
     shares = {"tuned-1": 0.4, "tuned-2": 0.9, "tuned-3": 0.88, "tuned-4": 0.9}
     plant(examples(40), {"base": 0.3, **shares})
-    base = scores.read("base")
+    base = scores_of("base")
     references = {row.id: row.target for row in records.read_rows(paths.split("test"), Example)}
-    one = {variant: scores.read(variant) for variant in shares}
+    one = {variant: scores_of(variant) for variant in shares}
 
     def experiment(name: str, rank: str, *tuned: str) -> Experiment:
         given = {**GIVEN, "lora.r": rank, "seeds": "[1]"}
@@ -105,7 +104,7 @@ def test_the_examples_on_which_the_best_two_differ_most_are_shown(made: dict[str
     found = [made["strong"], made["weak"]]
     page = experiments.page(found, experiments.rank(found, COMPARE), COMPARE)
     gains = {
-        row["id"]: row["rouge1"] - other["rouge1"]
+        row.id: row.scores["rouge1"] - other.scores["rouge1"]
         for row, other in zip(found[0].tuned[0].examples, found[1].tuned[0].examples, strict=True)
     }
     rows = page.partition("furthest apart in ROUGE-1")[2].split("\n- ")[1:]
@@ -135,11 +134,11 @@ def test_what_was_tested_or_scored_otherwise_is_refused(made: dict[str, Experime
     (tmp_path / "other").mkdir()
     rows = [replace(row, target=random.Random(1).choice(["a b", "c d"]), references=[]) for row in examples(40)]
     plant(rows, {"base": 0.3, "tuned-1": 0.4})
-    other = replace(weak, base=scores.read("base"), tuned=[scores.read("tuned-1")])
+    other = replace(weak, base=scores_of("base"), tuned=[scores_of("tuned-1")])
     with pytest.raises(UserError, match="weak was tested on other examples than strong$"):
         experiments.rank([strong, other], COMPARE)
     plant(rows[:30], {"base": 0.3, "tuned-1": 0.4})
-    fewer = replace(weak, base=scores.read("base"), tuned=[scores.read("tuned-1")])
+    fewer = replace(weak, base=scores_of("base"), tuned=[scores_of("tuned-1")])
     with pytest.raises(UserError, match=r"weak was tested on other examples than strong \(30, not 80\)"):
         experiments.rank([strong, fewer], COMPARE)
     with pytest.raises(UserError, match="strong is named twice"):

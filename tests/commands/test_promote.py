@@ -15,12 +15,13 @@ from typer.testing import CliRunner
 
 from pipeline.commands import cli
 from pipeline.commands import promote as registry
-from pipeline.core import params, paths, records
+from pipeline.core import contracts, params, paths, records
 from pipeline.core.errors import UserError
 from pipeline.core.records import Example, Prediction
 from pipeline.record import store
 from tests import ROOT
-from tests.made.experiment import COMPARE, examples, plant
+from tests.made.experiment import COMPARE, examples, plant, scores_of
+from tests.made.records import training
 
 pytestmark = pytest.mark.usefixtures("mlflow_calls_what_its_dependencies_deprecate")
 
@@ -67,8 +68,7 @@ class Project:
         files: list[tuple[Path, str | None]] = [(paths.scores(variant), "scores") for variant in ("base", *keep)]
         for seed in shares:
             loss = (losses or {}).get(seed, 1.0)
-            validation = [{"step": 0, "loss": 9.0}, {"step": 5, "loss": loss}]
-            records.write_json(paths.training_summary(seed), {"validation": validation})
+            contracts.write(paths.training_summary(seed), training(seed, kept_loss=loss))
             if adapter is None:
                 records.write_text(paths.adapter(seed) / "adapter_model.safetensors", f"{name} {seed}")
             else:
@@ -160,13 +160,11 @@ def test_the_champion_moves_on_a_significant_gain_only(project: Project, capsys:
 
 
 def test_it_says_why_with_the_figures_of_the_same_rows(project: Project, capsys: pytest.CaptureFixture[str]) -> None:
-    from pipeline.score import evaluate as scores
-
     project.record("good", {1: 0.7})
-    before = scores.read("tuned-1").corpus["rouge1"]
+    before = scores_of("tuned-1").corpus["rouge1"]
     project.promote("good")
     project.record("best", {1: 0.95})
-    after = scores.read("tuned-1").corpus["rouge1"]
+    after = scores_of("tuned-1").corpus["rouge1"]
     capsys.readouterr()
     project.promote("best")
     printed = capsys.readouterr().out
@@ -179,7 +177,7 @@ def test_it_says_why_with_the_figures_of_the_same_rows(project: Project, capsys:
     expected = {"verdict": "better", "seed": "1", "validation_loss": "1.000000", "dvc.digest": "best"}
     expected |= {"base_model": "pip:some-model==1/model", "quantization": "nf4"}
     assert version.tags.items() >= expected.items()
-    assert version.tags["test_sha256"] == scores.read("base").test_sha256
+    assert version.tags["test_sha256"] == scores_of("base").test_sha256
     assert version.tags["adapter_sha256"] == records.sha256_tree(paths.adapter(1))
 
 

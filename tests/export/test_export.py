@@ -24,7 +24,7 @@ from typer.testing import CliRunner
 from pipeline.commands import cli
 from pipeline.core import params, paths, records
 from pipeline.core.errors import UserError
-from pipeline.export import card, export, licence
+from pipeline.export import card, export, licence, merge
 from tests.made.clone import Finished, environment
 
 pytestmark = pytest.mark.usefixtures("mlflow_calls_what_its_dependencies_deprecate")
@@ -144,10 +144,10 @@ def test_a_merged_gguf_file_says_what_its_type_costs(tmp_path: Path) -> None:
 def test_files_that_lose_quality_are_said_to() -> None:
     """1 % of perplexity, as the bound of `lora-repro parity` is."""
     assert inspect.signature(cli.parity).parameters["max_rise"].default == card.MAX_RISE
-    measured = {"tokens": 801, "loss_measured": 2.0, "loss": 2.0 + math.log(1.0099)}
+    measured = merge.Difference(2.0, 2.0 + math.log(1.0099), 0.1, 0.01, 0.9, 801, 40)
     assert card.loss(measured) is None
     assert card.loss(None) is None
-    assert card.loss(measured | {"loss": 2.0 + math.log(1.28)}) == (
+    assert card.loss(replace(measured, loss=2.0 + math.log(1.28))) == (
         "These files lose quality: the perplexity of 801 tokens of validation answers is 28.0 % above that of the "
         "model as it was trained."
     )

@@ -47,9 +47,9 @@ def test_the_sum_is_the_model_with_its_adapter(
     plain = {name: tensor.clone() for name, tensor in base.state_dict().items()}
     merge.merged(base, paths.adapter(17)).save_pretrained(tmp_path)
     found = merge.difference(measured, checkpoint.pretrained(tmp_path, CPU), merge.rows(project.prompt))
-    assert found["loss"] == pytest.approx(found["loss_measured"], rel=1e-5)
-    assert found["logit_max"] < 1e-4
-    assert (found["same"], found["rows"]) == (1.0, 8)
+    assert found.loss == pytest.approx(found.loss_measured, rel=1e-5)
+    assert found.logit_max < 1e-4
+    assert (found.same, found.rows) == (1.0, 8)
     # As PEFT's own merge has it, and none of ours.
     AutoModelForCausalLM.from_pretrained(paths.BASE).save_pretrained(tmp_path / "base")
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
@@ -69,7 +69,7 @@ def test_what_separates_two_models_is_seen(project: params.Params) -> None:
     assert words.startswith("the weights before quantization, in float32: int8 layers quantize activations")
     trees = merge.rows(project.prompt)
     without = merge.difference(measured, base, trees)
-    assert without["logit_max"] > 0.1
-    assert without["same"] < 1
+    assert without.logit_max > 0.1
+    assert without.same < 1
     merged = merge.difference(measured, merge.merged(base, paths.adapter(17)), trees)
-    assert 0 < merged["logit_mean"] < without["logit_mean"] / 2
+    assert 0 < merged.logit_mean < without.logit_mean / 2

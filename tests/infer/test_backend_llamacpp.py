@@ -11,7 +11,7 @@ from pipeline.core.errors import UserError
 from pipeline.infer import backend_llamacpp
 from tests.made import parameters
 from tests.made.models import of_family
-from tests.made.variants import infer, quantized, trained
+from tests.made.variants import decoded, quantized, trained
 
 CPU = torch.device("cpu")
 
@@ -39,7 +39,10 @@ def test_base_and_adapted_write_what_transformers_writes(
     saved = trained(rslora=family == "llama")
     written = {}
     for name in ("transformers", "llama.cpp"):
-        written[name] = [infer(project, "base", None, backend=name), infer(project, "tuned-17", saved, backend=name)]
+        written[name] = [
+            decoded(project, "base", None, backend=name),
+            decoded(project, "tuned-17", saved, backend=name),
+        ]
         told = records.read_json(paths.decoding("tuned-17"))
         assert told["generation"]["backend"] == name
         assert told["recheck"] == {"examples": 4, "identical": 4}

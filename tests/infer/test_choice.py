@@ -11,7 +11,7 @@ from pipeline.core import params, paths, records
 from pipeline.core.errors import UserError
 from pipeline.lora import adapter
 from tests.made.parameters import edit
-from tests.made.variants import infer, quantized, trained
+from tests.made.variants import decoded, quantized, trained
 
 FAKE = """
 import json, os, pathlib
@@ -91,7 +91,7 @@ def notes(tmp_path: Path) -> list[dict[str, Any]]:
 
 
 def test_vllm_is_given_ids_plain_weights_and_the_adapter(vllm: params.Params, tmp_path: Path) -> None:
-    rows = infer(vllm, "tuned-17", trained(rslora=False), backend="vllm")
+    rows = decoded(vllm, "tuned-17", trained(rslora=False), backend="vllm")
     assert {(row.tokens, row.finish) for row in rows} == {(2, "stop")}
     load, *calls = notes(tmp_path)
     options = load["load"]
@@ -111,7 +111,7 @@ def test_vllm_is_given_ids_plain_weights_and_the_adapter(vllm: params.Params, tm
 
 
 def test_vllm_computes_the_base_without_an_adapter(vllm: params.Params, tmp_path: Path) -> None:
-    infer(vllm, "base", None, backend="vllm", recheck=0)
+    decoded(vllm, "base", None, backend="vllm", recheck=0)
     load, call = notes(tmp_path)
     assert "enable_lora" not in load["load"]
     assert call["lora"] is None
@@ -131,7 +131,7 @@ def test_what_vllm_cannot_do_is_an_error(
 ) -> None:
     monkeypatch.setenv(fault, value)
     with pytest.raises(UserError, match=told):
-        infer(vllm, "tuned-17", trained(rslora=False), backend="vllm")
+        decoded(vllm, "tuned-17", trained(rslora=False), backend="vllm")
 
 
 def test_vllm_without_cuda_or_with_too_large_a_rank_is_not_started(vllm: params.Params, tmp_path: Path) -> None:
@@ -139,17 +139,17 @@ def test_vllm_without_cuda_or_with_too_large_a_rank_is_not_started(vllm: params.
     config = records.read_json(saved.folder / adapter.CONFIG)
     records.write_json(saved.folder / adapter.CONFIG, config | {"r": 513})
     with pytest.raises(UserError, match="lora.r = 513, and vLLM takes adapters of rank 512 at most"):
-        infer(vllm, "tuned-17", saved, backend="vllm")
+        decoded(vllm, "tuned-17", saved, backend="vllm")
     runtime = vllm.runtime.model_copy(update={"device": "cpu"})
     with pytest.raises(UserError, match="computes on CUDA, but runtime.device = 'cpu'"):
-        infer(vllm.model_copy(update={"runtime": runtime}), "base", None, backend="vllm")
+        decoded(vllm.model_copy(update={"runtime": runtime}), "base", None, backend="vllm")
     assert not (tmp_path / "notes").exists()
 
 
 def test_an_environment_without_vllm_is_told(vllm: params.Params, tmp_path: Path) -> None:
     shutil.rmtree(tmp_path / "fake" / "vllm")
     with pytest.raises(UserError, match="has no usable vLLM"):
-        infer(vllm, "base", None, backend="vllm")
+        decoded(vllm, "base", None, backend="vllm")
 
 
 @pytest.mark.usefixtures("project")

@@ -15,13 +15,13 @@ from pipeline.model import checkpoint, resume
 from pipeline.model import load as model
 
 
-def infer(project: params.Params, **changes: Any) -> list[Prediction]:
+def decoded(project: params.Params, **changes: Any) -> list[Prediction]:
     infer.decode("base", project.prompt, project.generation.model_copy(update=changes), project.runtime)
     return records.read_rows(paths.predictions("base"), Prediction)
 
 
 def test_every_test_row_is_answered_in_order_with_its_conditions(quantized: params.Params) -> None:
-    rows = infer(quantized)
+    rows = decoded(quantized)
     assert [row.id for row in rows] == [f"test-{n}/{aspect}" for n in range(4) for aspect in ("what", "who")]
     assert all(1 <= row.tokens <= 8 for row in rows)
     assert all((row.finish == "stop") == (row.tokens < 8) or row.tokens == 8 for row in rows)
@@ -36,10 +36,10 @@ def test_every_test_row_is_answered_in_order_with_its_conditions(quantized: para
 
 
 def test_in_float32_the_batch_size_changes_no_token(quantized: params.Params) -> None:
-    one_by_one = [(row.text, row.tokens) for row in infer(quantized, batch_size=1)]
+    one_by_one = [(row.text, row.tokens) for row in decoded(quantized, batch_size=1)]
     assert len({text for text, _ in one_by_one}) > 1
-    assert [(row.text, row.tokens) for row in infer(quantized, batch_size=3)] == one_by_one
-    assert [(row.text, row.tokens) for row in infer(quantized, batch_size=8)] == one_by_one
+    assert [(row.text, row.tokens) for row in decoded(quantized, batch_size=3)] == one_by_one
+    assert [(row.text, row.tokens) for row in decoded(quantized, batch_size=8)] == one_by_one
 
 
 def test_greedy_decoding_is_the_argmax_chain(quantized: params.Params, tiny_model: Path) -> None:
@@ -59,17 +59,17 @@ def test_greedy_decoding_is_the_argmax_chain(quantized: params.Params, tiny_mode
 
 
 def test_a_models_own_generation_defaults_do_not_leak_in(quantized: params.Params) -> None:
-    before = infer(quantized)
+    before = decoded(quantized)
     planted = paths.QUANTIZED / "generation_config.json"
     leak = {"do_sample": True, "temperature": 9.0, "repetition_penalty": 1.9, "max_new_tokens": 3, "min_new_tokens": 3}
     planted.write_text(json.dumps(json.loads(planted.read_text()) | leak))
     facts = records.read_json(paths.QUANTIZED_FACTS)
     records.write_json(paths.QUANTIZED_FACTS, facts | {"sha256": records.sha256_tree(paths.QUANTIZED)})
-    assert infer(quantized) == before
+    assert decoded(quantized) == before
 
 
 def test_a_cap_on_new_tokens_is_reported_as_length(quantized: params.Params) -> None:
-    rows = infer(quantized, max_new_tokens=1)
+    rows = decoded(quantized, max_new_tokens=1)
     assert {row.tokens for row in rows} == {1}
     assert "length" in {row.finish for row in rows}
 
@@ -77,7 +77,7 @@ def test_a_cap_on_new_tokens_is_reported_as_length(quantized: params.Params) -> 
 def test_a_killed_run_goes_on_behind_its_last_whole_line(
     quantized: params.Params, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    expected = infer(quantized, batch_size=1)  # rounds of four examples
+    expected = decoded(quantized, batch_size=1)  # rounds of four examples
     original, calls = backend_transformers.complete, []
 
     def dies(*arguments: Any) -> Any:
@@ -89,20 +89,20 @@ def test_a_killed_run_goes_on_behind_its_last_whole_line(
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(backend_transformers, "complete", dies)
-        infer(quantized, batch_size=1)
+        decoded(quantized, batch_size=1)
     (file,) = paths.SCRATCH.glob("infer-base-*/predictions-0.jsonl")
     assert len(file.read_text().splitlines()) == 6
     file.write_text(file.read_text()[:-20])  # the last line cut off by a power failure
     capsys.readouterr()
-    decoded: list[str] = []
+    names: list[str] = []
 
     def notes(engine: Any, families: Any) -> Any:
-        decoded.extend(name for family in families for name, _ in family)
+        names.extend(name for family in families for name, _ in family)
         return original(engine, families)
 
     monkeypatch.setattr(backend_transformers, "complete", notes)
-    assert infer(quantized, batch_size=1, recheck=0) == expected
-    assert len(decoded) == 4  # the round that was under way, whole: its batches are those of an uninterrupted run
+    assert decoded(quantized, batch_size=1, recheck=0) == expected
+    assert len(names) == 4  # the round that was under way, whole: its batches are those of an uninterrupted run
     assert "going on behind 5 examples" in capsys.readouterr().out
     assert not list(paths.SCRATCH.glob("infer-base-*"))
 
@@ -118,23 +118,23 @@ def test_beam_search_is_what_transformers_does_within_the_limits(
         return original(model, config, prompts)
 
     monkeypatch.setattr(backend_transformers, "beam_search", notes)
-    greedy = infer(quantized, recheck=0)
+    greedy = decoded(quantized, recheck=0)
     assert not batches
-    beams = infer(quantized, num_beams=3, batch_size=3, recheck=0)
+    beams = decoded(quantized, num_beams=3, batch_size=3, recheck=0)
     assert [row.text for row in beams] != [row.text for row in greedy]
     assert [len(batch) for batch in batches] == [3, 3, 2]
     lengths = [length for batch in batches for length in batch]
     assert lengths == sorted(lengths, reverse=True)
     longest = batches[0][0]
     batches.clear()
-    assert infer(quantized, num_beams=3, batch_tokens=6 * (longest + 8), recheck=0) == beams
+    assert decoded(quantized, num_beams=3, batch_tokens=6 * (longest + 8), recheck=0) == beams
     assert len(batches[0]) == 2
 
 
 def test_examples_are_decoded_again_alone_and_counted(
     quantized: params.Params, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    infer(quantized, recheck=3)
+    decoded(quantized, recheck=3)
     assert records.read_json(paths.decoding("base"))["recheck"] == {"examples": 3, "identical": 3}
     original = backend_transformers.complete
 
@@ -144,15 +144,15 @@ def test_examples_are_decoded_again_alone_and_counted(
         return original(engine, families)
 
     monkeypatch.setattr(backend_transformers, "complete", depends_on_its_batch)
-    infer(quantized, recheck=3)
+    decoded(quantized, recheck=3)
     assert records.read_json(paths.decoding("base"))["recheck"] == {"examples": 3, "identical": 0}
-    infer(quantized, recheck=0)
+    decoded(quantized, recheck=0)
     assert records.read_json(paths.decoding("base"))["recheck"] == {"examples": 0, "identical": 0}
 
 
 def test_two_at_once_are_refused(quantized: params.Params) -> None:
     with resume.folder("infer-base", {}), pytest.raises(UserError, match="is being computed by another process"):
-        infer(quantized)
+        decoded(quantized)
 
 
 def test_a_prompt_that_does_not_fit_fails_before_the_model_is_loaded(

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from pipeline.core import params, paths, records
+from pipeline.core.contracts import Validation
 from pipeline.core.errors import UserError
 from pipeline.lora import adapter, train
 from pipeline.model import devices, pack
@@ -48,7 +49,7 @@ def test_validation_changes_nothing_and_is_taken_once_a_step(tiny_model: Path) -
     one, other = trainer(tiny_model), trainer(tiny_model)
     one.validate(some_trees())
     one.validate(some_trees())
-    assert [entry["step"] for entry in one.validation] == [0]
+    assert [entry.step for entry in one.validation] == [0]
     for each in (one, other):
         each.step(some_trees(), 0.0)
     assert one.log == other.log
@@ -197,8 +198,8 @@ def test_groups_are_taken_evenly() -> None:
     ],
 )
 def test_training_is_over_once_patience_has_passed(losses: list[float], patience: int, best: int, over: bool) -> None:
-    validation = [{"step": float(step), "loss": loss} for step, loss in enumerate(losses)]
-    assert train.lowest(validation)["step"] == best
+    validation = [Validation(step, loss) for step, loss in enumerate(losses)]
+    assert train.lowest(validation).step == best
     assert train.is_over(validation, patience) is over
 
 

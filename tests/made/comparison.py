@@ -3,7 +3,7 @@
 from dataclasses import replace
 from typing import Any
 
-from pipeline.score.compare import Aspect, Comparison, Line, Output, Pair, Result, Spread
+from pipeline.score.comparison import Aspect, Comparison, Line, Output, Pair, Result, Spread
 from pipeline.score.guard_record import Guard
 from pipeline.score.side_effects import Cost, Forgetting, Training
 from pipeline.score.significance import Interval
@@ -100,6 +100,7 @@ def comparison(**change: Any) -> Comparison:
             best=[pair],
             worst=[],
             cost=Cost(4_884_480, 19_600_000, [TRAINING], FORGETTING),
+            guards=GUARDS,
         ),
         **change,
     )

@@ -1,15 +1,17 @@
 """A finished experiment with known scores, in the places where its stages would have written it."""
 
 import random
-from dataclasses import asdict, replace
+from dataclasses import replace
 from typing import Any
 
-from pipeline.core import paths, records
+from pipeline.core import contracts, paths, records
+from pipeline.core.contracts import Forgetting, Scores
 from pipeline.core.params import Compare, Evaluate
 from pipeline.core.records import Decoding, Example, Prediction
 from pipeline.score import compare
-from pipeline.score import evaluate as scores
-from pipeline.score.compare import Comparison
+from pipeline.score.comparison import Comparison
+from pipeline.score.evaluate import score_variant
+from tests.made.records import data_card, quantized_facts, training
 
 EVALUATE = Evaluate(
     metrics=["rouge1", "rouge2", "rougeL"],
@@ -27,6 +29,7 @@ COMPARE = Compare(
     explorer=100,
     published=[],
 )
+GENERATION = {"num_beams": 1, "top_k": 50, "batch_size": 4, "backend": "transformers"}
 ASPECTS = ("challenge", "approach")
 WORDS = [f"w{i}" for i in range(18)]
 
@@ -47,6 +50,8 @@ def examples(n_groups: int = 12) -> list[Example]:
 def plant(rows: list[Example], keep: dict[str, float], evaluate: Evaluate = EVALUATE, **change: Any) -> None:
     """Score variants in the current folder that keep a share of each reference's words; `change` alters the tuned."""
     records.write_rows(paths.split("test"), rows)
+    contracts.write(paths.DATA_CARD, data_card())
+    contracts.write(paths.QUANTIZED_FACTS, quantized_facts())
     for seed, (variant, share) in enumerate(keep.items()):
         rng = random.Random(seed)
         texts = [" ".join(w if rng.random() < share else "noise" for w in row.target.split()) for row in rows]
@@ -56,35 +61,20 @@ def plant(rows: list[Example], keep: dict[str, float], evaluate: Evaluate = EVAL
         )
         adapter = None if variant == "base" else f"{seed}" * 64
         decoding = Decoding(
-            variant, "a" * 64, "b" * 64, adapter, {"num_beams": 1, "top_k": 50}, "cpu", 2, "float32", {}
+            variant, "a" * 64, "b" * 64, adapter, GENERATION, "cpu", 2, "float32", {"identical": 1, "examples": 1}
         )
         if variant != "base":
             decoding = replace(decoding, **change)
             trained = int(variant.removeprefix("tuned-"))
-            records.write_json(paths.training_summary(trained), training(trained))
-            records.write_json(paths.forgetting(trained), {"source": None})
-        records.write_json(paths.decoding(variant), asdict(decoding))
-        scores.evaluate(variant, evaluate)
+            contracts.write(paths.training_summary(trained), training(trained))
+            contracts.write(paths.forgetting(trained), Forgetting(trained, None, "b" * 64, "c" * 64))
+        contracts.write(paths.decoding(variant), decoding)
+        score_variant(variant, evaluate)
 
 
-def training(seed: int, **change: Any) -> dict[str, Any]:
-    """What a training of two epochs leaves: the lowest validation loss after the first."""
-    return {
-        "seed": seed,
-        "trainable_parameters": 1000,
-        "adapter_bytes": 4200,
-        "validation": [{"step": 0, "loss": 3.5}, {"step": 4, "loss": 2.5}, {"step": 8, "loss": 2.6}],
-        "steps": 8,
-        "planned_steps": 8,
-        "epochs": 2.0,
-        "best_loss": 2.5,
-        "best_epoch": 1.0,
-        "kept_loss": 2.6,
-        "kept_epoch": 2.0,
-        "training_loss": 2.1,
-        "gap": 0.5,
-    } | change
+def scores_of(variant: str) -> Scores:
+    return contracts.read(paths.scores(variant), Scores)
 
 
 def compared(*seeds: int, compare_by: Compare = COMPARE) -> Comparison:
-    return compare.compare(seeds or (17,), EVALUATE, compare_by)
+    return compare.compare_variants(seeds or (17,), EVALUATE, compare_by)

@@ -7,11 +7,12 @@ from typing import Any
 import torch
 
 from pipeline import quantize
-from pipeline.core import params, paths, records
+from pipeline.core import contracts, params, paths, records
 from pipeline.core.records import Prediction
 from pipeline.infer import infer
 from pipeline.lora import adapter
 from pipeline.model import load as models
+from tests.made.records import base_facts
 
 
 def act(model: Any) -> Any:
@@ -25,8 +26,7 @@ def act(model: Any) -> Any:
 def quantized(project: params.Params, checkpoint: Path, method: str = "none") -> params.Params:
     """The project with this base; float32 throughout, so that two engines can write the same tokens."""
     shutil.copytree(checkpoint, paths.BASE)
-    facts = {"context": 512, "dtype": "float32", "stop_ids": [1], "sha256": records.sha256_tree(paths.BASE)}
-    records.write_json(paths.BASE_FACTS, facts)
+    contracts.write(paths.BASE_FACTS, base_facts(sha256=records.sha256_tree(paths.BASE)))
     settings = {"method": method, "double_quantization": method != "none"}
     quantize.quantize(project.quantize.model_copy(update=settings), project.runtime)
     return project
@@ -46,7 +46,7 @@ def trained(rslora: bool, seed: int = 17) -> adapter.Saved:
     return adapter.Saved(paths.adapter(seed))
 
 
-def infer(project: params.Params, variant: str, saved: adapter.Saved | None, **changes: Any) -> list[Prediction]:
+def decoded(project: params.Params, variant: str, saved: adapter.Saved | None, **changes: Any) -> list[Prediction]:
     generation = project.generation.model_copy(update={"gguf_type": "F32", "max_new_tokens": 16} | changes)
     infer.decode(variant, project.prompt, generation, project.runtime, saved)
     return records.read_rows(paths.predictions(variant), Prediction)

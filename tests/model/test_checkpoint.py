@@ -15,9 +15,9 @@ SIZES: dict[str, Any] = {
 
 def test_keys_and_values_are_counted_with_grouped_heads() -> None:
     facts = checkpoint.architecture(LlamaForCausalLM(LlamaConfig(**SIZES)))
-    assert (facts["attention_heads"], facts["key_value_heads"], facts["head_dim"]) == (4, 2, 4)
-    assert facts["kv_bytes_per_token"] == 2 * 2 * 2 * 4 * 4  # keys and values, layers, heads, size, float32
-    assert facts["context"] == 64
+    assert (facts.attention_heads, facts.key_value_heads, facts.head_dim) == (4, 2, 4)
+    assert facts.kv_bytes_per_token == 2 * 2 * 2 * 4 * 4  # keys and values, layers, heads, size, float32
+    assert facts.context == 64
 
 
 @pytest.mark.parametrize(
@@ -31,4 +31,4 @@ def test_keys_and_values_are_counted_with_grouped_heads() -> None:
 )
 def test_a_sliding_window_ends_the_context(made: Any, context: int) -> None:
     """Attention of ours sees everything before a token; within the window so does the model's."""
-    assert checkpoint.architecture(made())["context"] == context
+    assert checkpoint.architecture(made()).context == context

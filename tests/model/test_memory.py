@@ -16,7 +16,7 @@ from bench import memory as bench
 from pipeline import quantize
 from pipeline.commands import cli, plan
 from pipeline.commands import use as recipes
-from pipeline.core import params, paths, records
+from pipeline.core import contracts, params, paths, records
 from pipeline.core.errors import UserError
 from pipeline.fetch import fetch
 from pipeline.infer import infer
@@ -32,6 +32,7 @@ from pipeline.model.shape import Shape
 from tests import ROOT
 from tests.made import parameters
 from tests.made.models import of_family
+from tests.made.records import base_facts, quantized_facts
 
 GB = memory.GB
 SIZES = {
@@ -82,7 +83,7 @@ def test_the_parameters_of_a_stated_architecture_are_those_of_the_model(recipe: 
 def test_the_architecture_of_a_checkpoint_is_read_and_its_parameters_counted(tiny_model: Path) -> None:
     shape = Shape.read(tiny_model)
     model = checkpoint.pretrained(tiny_model, torch.device("cpu"))
-    assert shape.parameters == checkpoint.architecture(model)["parameters"]
+    assert shape.parameters == checkpoint.architecture(model).parameters
     assert shape.group == 2
 
 
@@ -91,8 +92,8 @@ def test_every_family_that_is_taken_is_counted(family: str, tiny_model: Path, tm
     """All but biases and additional norms: a hundredth of these small models."""
     folder = of_family(family, tied=False, tiny_model=tiny_model, folder=tmp_path)
     shape, facts = Shape.read(folder), checkpoint.architecture(checkpoint.pretrained(folder, torch.device("cpu")))
-    assert shape.parameters == pytest.approx(facts["parameters"], rel=0.01)
-    assert sorted(shape.linears) == facts["linear_layers"]
+    assert shape.parameters == pytest.approx(facts.parameters, rel=0.01)
+    assert sorted(shape.linears) == facts.linear_layers
 
 
 def test_weights_in_4_bits_take_what_is_measured_of_them() -> None:
@@ -373,10 +374,11 @@ def test_a_containers_limit_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 def test_stages_refuse_before_they_load(
     project: params.Params, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for folder, facts in ((paths.BASE, paths.BASE_FACTS), (paths.QUANTIZED, paths.QUANTIZED_FACTS)):
+    for folder in (paths.BASE, paths.QUANTIZED):
         shutil.copytree(tiny_model, folder)
-        content = {"context": 512, "dtype": "float32", "stop_ids": [1], "sha256": records.sha256_tree(folder)}
-        records.write_json(facts, content | {"method": "nf4", "double_quantization": True, "quantized_layers": 14})
+    sha256 = records.sha256_tree(paths.BASE)
+    contracts.write(paths.BASE_FACTS, base_facts(sha256=sha256))
+    contracts.write(paths.QUANTIZED_FACTS, quantized_facts(sha256=sha256, dtype="float32"))
     monkeypatch.setattr(memory, "available", lambda _: 1000.0)
     monkeypatch.setattr(models, "quantized", lambda *_: pytest.fail("loaded"))
     monkeypatch.setattr(checkpoint, "pretrained", lambda *_, **__: pytest.fail("loaded"))

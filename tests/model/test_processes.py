@@ -23,7 +23,6 @@ from pipeline.lora import adapter, train
 from pipeline.model import devices, memory
 from pipeline.model import load as model
 from pipeline.model import processes as distributed
-from pipeline.report import page
 from tests import ROOT
 from tests.made.clone import environment
 from tests.made.parameters import edit, runtime
@@ -391,4 +390,3 @@ def test_the_stage_starts_its_members_and_notes_what_they_cost(quantized: params
     assert (cost["processes"], cost["threads"]) == (2, 1)
     assert cost["peak_memory_mb"] > 2 * 100
     assert cost["result_sha256"] == records.sha256_file(paths.training_summary(17))
-    assert page._spent("train@17", cost).device == "2 × cpu"

@@ -61,7 +61,7 @@ def everything(project: Params) -> None:
 
 def noted(project: Params) -> None:
     """The same; how much of the base's blocks is held here is noted."""
-    load = models.load
+    load = models.quantized
 
     def noting(device: torch.device, keep_dequantized: bool, sharding: str = "none") -> Any:
         model = load(device, keep_dequantized, sharding)
@@ -70,7 +70,7 @@ def noted(project: Params) -> None:
         Path(f"held-{os.environ['RANK']}").write_text(json.dumps([sum(map(torch.numel, weights)), sum(held)]))
         return model
 
-    models.load = noting
+    models.quantized = noting
     everything(project)
 
 

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from pipeline.core import paths, records
-from pipeline.record import track
+from pipeline.record import identity
 from pipeline.report import page
 from tests.made.clone import SECRET, Finished, environment, make_clone
 from tests.made.data import ASPECTS, SPLIT_GROUPS
@@ -83,7 +83,7 @@ def test_one_command_runs_everything(finished: Finished, clone: Path) -> None:
         assert (clone / report).stat().st_size > 500
         assert (clone / paths.published(report)).read_bytes() == (clone / report).read_bytes()
     lock = (clone / paths.DVC_LOCK).read_text()
-    assert page.faults(clone / paths.REPORT_HTML, track.digest_of(lock, [17])) == []
+    assert page.faults(clone / paths.REPORT_HTML, identity.digest_of(lock, [17])) == []
     data = re.search(r'id="data">(.*?)</script>', (clone / paths.REPORT_HTML).read_text(), flags=re.S)
     assert data is not None
     assert len(json.loads(data[1])["examples"]) == SPLIT_GROUPS["test"] * len(ASPECTS)

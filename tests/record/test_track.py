@@ -20,7 +20,7 @@ from ruamel.yaml import YAML
 
 from pipeline.core import params
 from pipeline.core.errors import UserError, without_passwords
-from pipeline.record import provenance, store, track
+from pipeline.record import identity, provenance, store, track
 from tests import ROOT
 from tests.made.toy import DVC_YAML, PARAMS, STAGE
 
@@ -110,7 +110,7 @@ class Toy:
         return params.Tracking(**self.given()["tracking"])
 
     def track(self) -> None:
-        track.track(self.given()["seeds"], self.tracking())
+        track.record(self.given()["seeds"], self.tracking())
 
     def describe(self) -> str:
         return track.describe(self.given()["seeds"], self.tracking())
@@ -319,7 +319,7 @@ class TestIdentity:
 
     def test_an_output_counts(self, toy: Toy) -> None:
         def digest() -> str:
-            return track._digest(track._stages([17]))
+            return identity.digest(identity.here([17]))
 
         first = digest()
         toy.lock["stages"]["fetch"]["outs"][0]["md5"] = "0" * 32
@@ -327,21 +327,21 @@ class TestIdentity:
         assert digest() != first
 
     def test_stages_of_another_experiment_do_not_count(self, toy: Toy) -> None:
-        first = track._digest(track._stages([17]))
+        first = identity.digest(identity.here([17]))
         stale = toy.lock["stages"]["train@17"] | {"params": {"params.yaml": {"lora": {"r": 1}}}}
         toy.lock["stages"] |= {"train@18": stale, "track": {"cmd": "x", "outs": [{"path": "r", "md5": "1" * 32}]}}
         toy.write_lock()
-        assert track._digest(track._stages([17])) == first
+        assert identity.digest(identity.here([17])) == first
         toy.track()
         [run] = runs(toy.database)
         assert run.data.params["lora.r"] == "8"
 
     def test_where_a_commands_words_change_the_experiment_is_the_same(self, toy: Toy) -> None:
-        first = track._digest(track._stages([17]))
+        first = identity.digest(identity.here([17]))
         toy.lock["stages"]["prepare"]["cmd"] = "python -m toy prepare"
         toy.lock["stages"] = dict(reversed(toy.lock["stages"].items()))
         toy.write_lock()
-        assert track._digest(track._stages([17])) == first
+        assert identity.digest(identity.here([17])) == first
 
 
 class TestRefusals:
@@ -349,7 +349,7 @@ class TestRefusals:
         with pytest.raises(
             UserError, match=r"dvc.lock has no train@18, infer-tuned@18, forget@18, evaluate-tuned@18: run `dvc repro`"
         ):
-            track.track([17, 18], toy.tracking())
+            track.record([17, 18], toy.tracking())
 
     def test_no_lock(self, toy: Toy) -> None:
         (toy.folder / "dvc.lock").unlink()

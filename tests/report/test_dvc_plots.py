@@ -13,13 +13,16 @@ import pytest
 from ruamel.yaml import YAML
 
 from pipeline.commands import viewer
-from pipeline.core import paths, records
+from pipeline.core import contracts, paths, records
+from pipeline.core.contracts import Step, Validation
 from pipeline.core.errors import UserError
-from pipeline.report import dvc_plots as plots
+from pipeline.report import curves, dvc_plots
+from pipeline.score import side_by_side
 from tests import ROOT
 from tests.made.clone import environment
 from tests.made.comparison import several_seeds
-from tests.made.experiment import compared, examples, plant, training
+from tests.made.experiment import compared, examples, plant
+from tests.made.records import training
 
 DECLARED: dict[str, dict[str, Any]] = {
     path: facts
@@ -36,11 +39,16 @@ def table(path: Path) -> list[dict[str, str]]:
 def train(seed: int, steps: int) -> list[float]:
     """Write a training's curves as the stage `train` does; the loss of each step."""
     losses = [3 + seed - step / steps for step in range(steps)]
-    rows = "".join(f"{step},0.0,{loss},12\n" for step, loss in enumerate(losses))
-    records.write_text(paths.training_log(seed), f"step,epoch,loss,rows\n{rows}")
-    validation = [{"step": 0, "loss": 4.0 + seed}, {"step": steps, "loss": 3.0 + seed}]
-    records.write_json(paths.training_summary(seed), training(seed, validation=validation))
+    curve = [Step(step, 0.0, loss, 1e-3, 1.0, 12, 900) for step, loss in enumerate(losses)]
+    records.write_text(paths.training_log(seed), contracts.curve_text(curve))
+    validation = [Validation(0, 4.0 + seed), Validation(steps, 3.0 + seed)]
+    contracts.write(paths.training_summary(seed), training(seed, validation=validation))
     return losses
+
+
+def write(*seeds: int) -> None:
+    """Write the tables as the stage `compare` does."""
+    dvc_plots.write(compared(*seeds), side_by_side.read(seeds), curves.read(seeds))
 
 
 @pytest.fixture
@@ -50,7 +58,7 @@ def made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     plant(examples(), {"base": 0.3, "tuned-17": 0.8, "tuned-18": 0.7})
     for seed in (17, 18):
         train(seed, 5)
-    plots.write(compared(17, 18), [17, 18])
+    write(17, 18)
     return tmp_path
 
 
@@ -66,7 +74,7 @@ def test_the_intervals_are_those_of_the_comparison() -> None:
 
 
 def test_the_difference_has_the_interval_that_decides() -> None:
-    rows = list(plots._intervals(several_seeds()))
+    rows = list(dvc_plots._intervals(several_seeds()))
     [difference] = [row for row in rows if (row["metric"], row["what"]) == ("ROUGE-2", "tuned − base")]
     assert (difference["low"], difference["high"]) == (-0.1, 5.5)
 
@@ -86,11 +94,11 @@ def test_the_curves_hold_every_step_and_validation_of_every_seed() -> None:
 
 def test_a_long_training_is_drawn_as_means(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    losses = train(1, 2 * plots.POINTS + 1)
-    rows = [row for row in plots._curves([1]) if row["split"] == "training"]
-    assert len(rows) <= plots.POINTS
-    assert rows[1] == {"seed": 1, "split": "training", "step": 4, "loss": pytest.approx(sum(losses[3:6]) / 3)}
-    assert rows[-1]["loss"] == pytest.approx(sum(losses[798:801]) / 3)
+    losses = train(1, 2 * curves.POINTS + 1)
+    [curve] = curves.read([1])
+    assert len(curve.training) <= curves.POINTS
+    assert curve.training[1] == pytest.approx((4, sum(losses[3:6]) / 3))
+    assert curve.training[-1] == pytest.approx((799, sum(losses[798:801]) / 3))
 
 
 @pytest.mark.usefixtures("made")
@@ -107,7 +115,7 @@ def test_equal_results_give_equal_bytes() -> None:
     files = [Path(path) for path in DECLARED]
     assert sorted(files) == sorted([paths.PLOT_INTERVALS, paths.PLOT_CURVES, paths.PLOT_LENGTHS])
     before = [path.read_bytes() for path in files]
-    plots.write(compared(17, 18), [17, 18])
+    write(17, 18)
     assert [path.read_bytes() for path in files] == before
 
 
@@ -211,7 +219,7 @@ class TestPage:
     def test_dvc_draws_on_it_and_without_it_on_its_own(self) -> None:
         plant(examples(), {"base": 0.3, "tuned-17": 0.8})
         train(17, 5)
-        plots.write(compared(17), [17])
+        write(17)
         declared = [{path: {k: v for k, v in facts.items() if k != "cache"}} for path, facts in DECLARED.items()]
         Path("dvc.yaml").write_text(json.dumps({"plots": declared}))
         page = Path("dvc_plots") / "index.html"

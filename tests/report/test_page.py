@@ -6,7 +6,7 @@ import hashlib
 import json
 import re
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from html.parser import HTMLParser
 from itertools import pairwise
 from pathlib import Path
@@ -15,24 +15,26 @@ from xml.etree import ElementTree
 
 import pytest
 
-from pipeline.core import paths
+from pipeline.core import contracts, paths
+from pipeline.core.contracts import Validation
 from pipeline.core.params import Evaluate, Published
-from pipeline.core.records import Decoding, Example, Prediction, write_json, write_rows
-from pipeline.report import csv_tables as appendix
-from pipeline.report import figures as charts
-from pipeline.report import page, wording
-from pipeline.report.page import Content, Origin, Spent
-from pipeline.score import compare
-from pipeline.score import evaluate as scores
-from pipeline.score import side_by_side as examples
-from pipeline.score.compare import Comparison
+from pipeline.core.records import Decoding, Example, Prediction, write_rows
+from pipeline.record.origin import Origin
+from pipeline.report import csv_tables, figures, page, wording
+from pipeline.report.curves import Curve
+from pipeline.report.page import Content
+from pipeline.score import side_by_side
+from pipeline.score.comparison import Comparison, Pair
+from pipeline.score.evaluate import score_variant
 from pipeline.score.side_by_side import Row, Written
 from pipeline.score.side_effects import Cost
-from tests.made.comparison import FIRST, GUARDS, NASTY, comparison, several_seeds
+from tests.made.comparison import FIRST, NASTY, comparison, several_seeds
+from tests.made.records import base_facts, data_card, quantized_facts, training
 
 EVALUATE = Evaluate(
     metrics=["rouge1", "rouge2"], use_stemmer=True, rouge_tokenizer="latin", bleu_tokenizer="13a", language=None
 )
+COST = contracts.Cost("f" * 64, 75.5, 3000.0, device="cpu", threads=2, energy_kwh=0.0012, energy_meter="RAPL")
 DIGEST = "0123456789abcdef" * 4
 HARD = (
     "</script><!-- <script> ]]> \u2028\u2029 \u202eRTL\u202c zero\u200bwidth \ufeff שלום 👩‍🔬 \x00 http://evil.example"
@@ -41,12 +43,13 @@ HARD = (
 
 @pytest.fixture(autouse=True)
 def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A folder with three seeds' training curves, which the figures read."""
     monkeypatch.chdir(tmp_path)
-    for seed in (17, 18, 19):
-        paths.training_log(seed).parent.mkdir(parents=True, exist_ok=True)
-        paths.training_log(seed).write_text("step,loss\n" + "".join(f"{i},{3 - i / 999}\n" for i in range(999)))
-        write_json(paths.training_summary(seed), {"validation": [{"step": 0, "loss": 3.0}, {"step": 9, "loss": 2.0}]})
+
+
+def losses(*seeds: int) -> list[Curve]:
+    """The training curves of some seeds."""
+    steps = [(step, 3 - step / 999) for step in range(0, 999, 3)]
+    return [Curve(seed, steps, [Validation(0, 3.0), Validation(9, 2.0)]) for seed in seeds]
 
 
 def row(name: str, aspect: str = "approach", text: str = "The model sings.", seeds: int = 1, **change: Any) -> Row:
@@ -62,17 +65,12 @@ def content(made: Comparison | None = None, rows: Sequence[Row] | None = None, *
     ids = {one.example.id for one in rows}
     costs = replace(made.cost, training=[replace(made.cost.training[0], seed=17 + i) for i in range(len(made.tuned))])
     made = replace(made, cost=costs, best=[pair for pair in made.best if pair.id in ids])
-    summary = {
-        "rows": 300, "steps": 25, "tokens": 1000, "final_loss": 2.5, "validation": [{"step": 0, "loss": 3.0}],
-        "largest_grad_norm": 1.5, "trainable_parameters": 4884480,
-    }  # fmt: skip
     return replace(
         Content(
             comparison=made,
-            guards=GUARDS,
             rows=rows,
-            training=[summary | {"seed": 17 + i} for i in range(len(made.tuned))],
-            spent=[Spent("train-17", 75.5, 3000.0, None, 0.0012, "RAPL", "cpu", 2), Spent("fetch", *[None] * 7)],
+            training=[training(17 + i, steps=25) for i in range(len(made.tuned))],
+            costs={"train-17": COST, "fetch": None},
             origin=Origin(
                 digest=DIGEST,
                 commit="c" * 40,
@@ -84,17 +82,17 @@ def content(made: Comparison | None = None, rows: Sequence[Row] | None = None, *
                 versions={"python": "3.11.7"},
                 machine={"cpu": "a <cpu>", "cores": 2, "system": "Linux 6"},
             ),
-            card={"source": "pip:a==1/x", "sha256": None, "splits": {"train": {"rows": 300}}},
-            base={"source": "pip:m==1/m.gguf", "parameters": 134515008, "sha256": "e" * 64},
-            quantized={"method": "nf4", "double_quantization": True, "bits_per_parameter": 4.127, "dtype": "bfloat16"},
+            card=data_card(),
+            base=base_facts(),
+            quantized=quantized_facts(),
         ),
         **change,
     )
 
 
 def drawn(one: Content) -> Content:
-    seeds = [summary["seed"] for summary in one.training]
-    return replace(one, figures=charts.figures(one.comparison, one.rows, seeds, charts.PAGE))
+    curves = losses(*(summary.seed for summary in one.training))
+    return replace(one, figures=figures.all_of(one.comparison, one.rows, curves, figures.PAGE))
 
 
 def render(one: Content, explorer: int = 50) -> str:
@@ -202,7 +200,7 @@ def test_texts_survive_and_stay_texts() -> None:
         references=[HARD, "another"],
         history=[{"role": "user", "content": HARD}],
     )
-    extreme = compare.Pair(HARD, HARD, HARD, HARD, HARD, 1.0, 2.0)
+    extreme = Pair(HARD, HARD, HARD, HARD, HARD, 1.0, 2.0)
     tags = Tags(render(content(comparison(best=[extreme]), [replace(one, example=example), row("p2", "b")])))
     expected = HARD.replace("\x00", "\ufffd").replace("\u2028", "\n").replace("\u2029", "\n")
     data = tags.data()
@@ -275,7 +273,7 @@ def test_it_has_a_dark_mode_a_print_style_and_no_motion_for_those_who_want_none(
     used = set(re.findall(r"var\((--[\w-]+)\)", render(drawn(content(several_seeds())))))
     light, dark, printed = (style.split(":root {")[i].split("}")[0] for i in (1, 2, 3))
     assert all(f"{name}: " in light and f"{name}: " in dark for name in used)
-    colours = used & set(re.findall(r"--[\w-]+", " ".join(charts.PAGE.lines + charts.PAGE.seeds)))
+    colours = used & set(re.findall(r"--[\w-]+", " ".join(figures.PAGE.lines + figures.PAGE.seeds)))
     assert all(f"{name}: " in printed for name in colours)
 
 
@@ -345,7 +343,7 @@ def test_costs_say_what_was_measured_and_what_was_not() -> None:
     assert "4,884,480 trainable parameters, 3.63 % of the base's; an adapter of 19.6 MB." in text
     assert "Energy: RAPL." in text
     assert not any(cell[:1] == ["all of them"] for cell in cells)
-    known = render(content(spent=[Spent("a", 30.0, *[None] * 6), Spent("b", 45.0, *[None] * 6)]))
+    known = render(content(costs={"a": replace(COST, seconds=30.0), "b": replace(COST, seconds=45.0)}))
     assert '<th scope="row">all of them</th><td>1 min 15 s</td>' in known
 
 
@@ -356,7 +354,7 @@ def test_what_it_cost_in_general_ability_is_shown_where_it_was_measured() -> Non
     cost = comparison().cost
     unknown = comparison(cost=Cost(cost.trainable_parameters, cost.adapter_bytes, cost.training, None))
     assert "Forgetting was not measured: forget.source is null." in Tags(render(content(unknown))).shown()
-    assert "forgetting" not in appendix.tables(unknown, GUARDS)
+    assert "forgetting" not in csv_tables.tables(unknown)
 
 
 @pytest.mark.parametrize(
@@ -376,12 +374,12 @@ def test_durations(seconds: float, text: str) -> None:
 
 def test_how_to_reproduce_it_depends_on_the_commit() -> None:
     origin = content().origin
-    commands = [command for command, _ in page.reproduction(origin)]
+    commands = [command for command, _ in origin.commands()]
     assert commands[:2] == [f"git checkout {'c' * 40}", "make repro"]
     dirty = replace(origin, changed=["params.yaml"])
-    assert [command for command, _ in page.reproduction(dirty)][1] == "$EDITOR params.yaml"
+    assert [command for command, _ in dirty.commands()][1] == "$EDITOR params.yaml"
     assert "differed from its commit in params.yaml." in Tags(render(content(origin=dirty))).shown()
-    assert page.reproduction(replace(origin, commit=None))[0][0] == "$EDITOR params.yaml"
+    assert replace(origin, commit=None).commands()[0][0] == "$EDITOR params.yaml"
     assert "seeds: [17] # http://example.org" in "".join(Tags(render(content())).text)
 
 
@@ -390,7 +388,7 @@ def test_a_table_without_rows_is_left_out() -> None:
     text = render(bare)
     assert "Reference lines" not in text
     assert "<tbody>\n</tbody>" not in text
-    assert not {"lines", "aspects", "seeds", "published"} & set(appendix.tables(bare.comparison, GUARDS))
+    assert not {"lines", "aspects", "seeds", "published"} & set(csv_tables.tables(bare.comparison))
 
 
 def test_two_kinds_of_chance_stand_there_with_several_seeds_alone() -> None:
@@ -438,9 +436,9 @@ def test_json_that_stands_in_html_is_json() -> None:
 
 def test_tables_and_figures_are_the_same_bytes_each_time() -> None:
     made, rows = several_seeds(), [row(f"p{i}", seeds=3) for i in range(5)]
-    appendix.write(made, GUARDS, rows, [17, 18, 18])
+    csv_tables.write(made, rows, losses(17, 18, 18))
     files = {path: path.read_bytes() for path in paths.COMPARISON.rglob("*.*")}
-    appendix.write(made, GUARDS, rows, [17, 18, 18])
+    csv_tables.write(made, rows, losses(17, 18, 18))
     assert {path: path.read_bytes() for path in paths.COMPARISON.rglob("*.*")} == files
     assert {path.name for path in files} == {
         *("differences.svg", "scores.svg", "gains.svg", "aspects.svg", "training.svg", "lengths.svg", "endings.svg"),
@@ -454,8 +452,8 @@ def test_tables_and_figures_are_the_same_bytes_each_time() -> None:
 
 
 def test_tables_hold_all_digits() -> None:
-    tables = appendix.tables(several_seeds(), GUARDS)
-    [first, _] = list(csv.DictReader(appendix.text(tables["scores"]).splitlines()))
+    tables = csv_tables.tables(several_seeds())
+    [first, _] = list(csv.DictReader(csv_tables.text(tables["scores"]).splitlines()))
     assert (first["metric"], float(first["base"]), float(first["low"]), float(first["p"])) == (
         "rouge1",
         25.6,
@@ -475,16 +473,16 @@ def test_no_text_but_an_aspect_is_in_a_figure() -> None:
     made = several_seeds()
     lines = [replace(made.lines[0], about=nasty)]
     made = replace(made, lines=lines, best=[], worst=[], published=[Published(metric="rouge1", value=1, about="a")])
-    figures = charts.figures(made, [replace(one, example=whole)], [17, 18], charts.FILE)
-    assert len(figures) == 7
-    assert not [name for name, figure in figures.items() if "word" in re.sub("words", "", figure)]
+    drawings = figures.all_of(made, [replace(one, example=whole)], losses(17, 18), figures.FILE)
+    assert len(drawings) == 7
+    assert not [name for name, figure in drawings.items() if "word" in re.sub("words", "", figure)]
 
 
 def test_aspects_that_vega_cannot_draw_are_told_apart() -> None:
     made = comparison()
     names = ["constructor", "__proto__", "\U0001f600" * 50, "\U0001f600" * 51, "\U0001f600", "a" * 200, "plain"]
     aspects = [replace(made.aspects[0], name=name) for name in names]
-    figure = charts.figures(replace(made, aspects=aspects), [row("p")], [17], charts.FILE)["aspects"]
+    figure = figures.all_of(replace(made, aspects=aspects), [row("p")], losses(17), figures.FILE)["aspects"]
     shown = "".join(ElementTree.fromstring(figure).itertext())
     face = "\U0001f600"
     for label in ("1. constructor", "2. __proto__", f"3. {face * 6}…", f"4. {face * 6}…", f"{face}", "plain"):
@@ -494,16 +492,16 @@ def test_aspects_that_vega_cannot_draw_are_told_apart() -> None:
 def test_figures_of_extreme_rows() -> None:
     same = row("p", tuned=[row("p").base])
     for rows in ([same], [same, row("q", text="word " * 3000)], [row("p", text="")]):
-        figures = charts.figures(comparison(aspects=[]), rows, [17], charts.FILE)
-        assert "aspects" not in figures
-        assert "NaN" not in "".join(figures.values())
+        drawings = figures.all_of(comparison(aspects=[]), rows, losses(17), figures.FILE)
+        assert "aspects" not in drawings
+        assert "NaN" not in "".join(drawings.values())
 
 
 @pytest.mark.parametrize(
     ("about", "step"), [(0, 1), (0.9, 1), (1, 1), (1.1, 2), (3, 5), (7, 10), (0.03, 0.05), (120, 200)]
 )
 def test_round_steps(about: float, step: float) -> None:
-    assert charts._round_step(about) == pytest.approx(step)
+    assert figures._round_step(about) == pytest.approx(step)
 
 
 def test_examples_are_read_in_the_order_of_the_test_split() -> None:
@@ -514,12 +512,12 @@ def test_examples_are_read_in_the_order_of_the_test_split() -> None:
         write_rows(
             paths.predictions(variant), [Prediction(name, "0", 1, f"{variant} {name}", 2, "length") for name in "ba"]
         )
-        write_json(paths.decoding(variant), asdict(decoding))
-        scores.evaluate(variant, EVALUATE)
-    [first, second] = examples.read([17], ["rouge1"])
+        contracts.write(paths.decoding(variant), decoding)
+        score_variant(variant, EVALUATE)
+    [first, second] = side_by_side.read([17])
     assert (first.example.id, second.base.text, second.tuned[0].text) == ("b", "base a", "tuned-17 a")
     assert first.base.capped
-    assert first.base.scores == {"rouge1": 0.0}
+    assert first.base.scores == {"rouge1": 0.0, "rouge2": 0.0}
     assert first.gain("rouge1") == 0
 
 

@@ -20,7 +20,7 @@ from pipeline.report import wording
 from pipeline.score.comparison import Aspect, Pair
 from pipeline.score.side_effects import Cost
 from pipeline.score.significance import Interval
-from tests.made.comparison import FIRST, FORGETTING, GUARDS, NASTY, TRAINING, comparison, several_seeds
+from tests.made.comparison import FIRST, FORGETTING, NASTY, TRAINING, comparison, several_seeds
 
 
 @pytest.fixture(autouse=True)
@@ -29,7 +29,7 @@ def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_the_first_line_is_the_verdict_everywhere() -> None:
-    wording.write(comparison(), GUARDS)
+    wording.write(comparison())
     assert paths.COMPARISON_MD.read_text().split("\n")[0] == FIRST
     track.publish()
     printed = wording.closing_lines("sqlite:///here.db", "there/index.html")
@@ -40,7 +40,7 @@ def test_the_first_line_is_the_verdict_everywhere() -> None:
 
 @pytest.mark.parametrize("verdict", sorted(wording.LEAD))
 def test_every_verdict_has_its_words(verdict: Any) -> None:
-    wording.write(comparison(verdict=verdict), GUARDS)
+    wording.write(comparison(verdict=verdict))
     assert paths.COMPARISON_MD.read_text().startswith(f"**{wording.LEAD[verdict]}**: ROUGE-1")
 
 
@@ -50,11 +50,11 @@ def test_groups_and_seeds_are_named_only_where_they_say_something() -> None:
 
 
 def test_with_several_seeds_both_kinds_of_chance_are_shown_and_the_wider_interval_decides() -> None:
-    wording.write(several_seeds(), GUARDS)
+    wording.write(several_seeds())
     text = paths.COMPARISON_MD.read_text()
     assert "ROUGE-2 7.8 → 10.5 (+2.7, −0.1 to +5.5)" in text
     assert "| ROUGE-1 | +5.7 | +4.1 to +7.2 | 0.30 | +3.5 to +7.9 |" in text
-    wording.write(comparison(), GUARDS)
+    wording.write(comparison())
     assert "Two kinds of chance" not in paths.COMPARISON_MD.read_text()
 
 
@@ -64,12 +64,12 @@ def test_the_size_of_the_test_set_is_judged() -> None:
         "A true difference of 2.2 points in ROUGE-1 is found by such a comparison in 80 % of repetitions; to find one "
         "of 1 point takes about 485 groups of examples (here 100)."
     )
-    wording.write(comparison(), GUARDS)
+    wording.write(comparison())
     assert wording.power(comparison()) in paths.COMPARISON_MD.read_text()
 
 
 def test_an_aspect_without_a_shown_difference_says_so() -> None:
-    wording.write(comparison(), GUARDS)
+    wording.write(comparison())
     text = paths.COMPARISON_MD.read_text()
     assert "| +4.1 to +7.2 | ≤ 0.001 | tuned higher |" in text
     assert "| +1.2 to +3.9 | 0.200 | no difference shown |" in text
@@ -80,7 +80,7 @@ def test_published_figures_stand_beside_the_result() -> None:
         Published(metric="rouge1", value=53.8, about="LoRA, Table 4: GPT-3 | SAMSum"),
         Published(metric="chrf", value=60.0, about="another paper"),
     ]
-    wording.write(comparison(published=given), GUARDS)
+    wording.write(comparison(published=given))
     text = paths.COMPARISON_MD.read_text()
     assert "| ROUGE-1 | 53.8 | 31.3 | LoRA, Table 4: GPT-3 \\| SAMSum |" in text
     assert "| chrF | 60.0 | not computed | another paper |" in text
@@ -96,12 +96,12 @@ def test_outputs_in_another_language_are_told() -> None:
     )
     assert "30 % of the outputs of base are identified as en, against 80 % of the references." in wording.caveats(found)
     assert not any("tuned-17 are identified" in caveat for caveat in wording.caveats(found))
-    wording.write(found, GUARDS)
+    wording.write(found)
     assert "| base | 49.2 | 1 % | 0 % | 0 % | 30 % |" in paths.COMPARISON_MD.read_text()
 
 
 def test_guards_stand_in_the_report_with_what_they_measured() -> None:
-    wording.write(comparison(), GUARDS)
+    wording.write(comparison())
     text = paths.COMPARISON_MD.read_text(encoding="utf-8")
     assert "| a &lt;doubled&gt; BOS | 600 prompts \\| 1 BOS at most |" in text
 
@@ -113,9 +113,9 @@ def test_closing_lines_without_a_report() -> None:
 
 def test_equal_comparisons_give_equal_bytes() -> None:
     files = [paths.METRICS, paths.COMPARISON_MD, paths.COMPARISON_SVG]
-    wording.write(comparison(), GUARDS)
+    wording.write(comparison())
     before = [path.read_bytes() for path in files]
-    wording.write(comparison(), GUARDS)
+    wording.write(comparison())
     assert [path.read_bytes() for path in files] == before
     assert sorted([*paths.COMPARISON.iterdir(), *paths.REPORTS.iterdir()]) == sorted(files)
 
@@ -129,7 +129,7 @@ def leaves(content: Any) -> Iterator[Any]:
 
 
 def test_metrics_hold_numbers_only() -> None:
-    wording.write(several_seeds(), GUARDS)
+    wording.write(several_seeds())
     content = json.loads(paths.METRICS.read_text())
     numbers = list(leaves(content))
     assert len(numbers) > 30
@@ -154,7 +154,7 @@ def test_metrics_hold_numbers_only() -> None:
 
 def test_a_number_that_is_none_stops_the_report() -> None:
     with pytest.raises(ValueError, match="not JSON compliant"):
-        wording.write(comparison(reference_words=float("nan")), GUARDS)
+        wording.write(comparison(reference_words=float("nan")))
 
 
 def test_line_breaks_are_replaced_as_the_plain_expression_does() -> None:
@@ -187,8 +187,7 @@ def test_markdown_keeps_foreign_text_in_its_cell() -> None:
             best=[nasty],
             worst=[nasty],
             aspects=[Aspect(NASTY, 3, comparison().results, {"rouge1": 1.0, "rouge2": 1.0})],
-        ),
-        GUARDS,
+        )
     )
     text = paths.COMPARISON_MD.read_text()
     tables = re.findall(r"(?:^\|.*\n)+", text, flags=re.M)
@@ -247,7 +246,7 @@ def test_caveats() -> None:
 
 
 def test_the_chart_stands_alone_in_a_file() -> None:
-    wording.write(comparison(), GUARDS)
+    wording.write(comparison())
     drawing = paths.COMPARISON_SVG.read_text()
     assert drawing.startswith("<svg")
     assert "var(" not in drawing
@@ -265,7 +264,7 @@ def test_inline_svg_drops_namespaces_and_height() -> None:
 
 
 def test_what_it_cost_is_in_the_report_and_in_the_numbers() -> None:
-    wording.write(comparison(), GUARDS)
+    wording.write(comparison())
     text = paths.COMPARISON_MD.read_text()
     for line in (
         "4,884,480 trainable parameters, an adapter of 19,600,000 bytes.",
@@ -300,7 +299,7 @@ def test_general_text_forgotten_and_training_gone_too_far_are_to_be_read_with_ca
 
 def test_forgetting_that_was_not_measured_is_said() -> None:
     one = comparison(cost=Cost(1000, 4000, [replace(TRAINING, steps=20)], None))
-    wording.write(one, GUARDS)
+    wording.write(one)
     text = paths.COMPARISON_MD.read_text()
     assert "Forgetting was not measured: `forget.source` is null." in text
     assert "- Forgetting was not measured (forget.source is null)" in text

@@ -10,13 +10,13 @@ from typing import Any
 import pytest
 import sacrebleu
 
-from pipeline.core import paths, records
+from pipeline.core import contracts, paths, records
 from pipeline.core.errors import UserError
 from pipeline.core.records import Example, Prediction
-from pipeline.score import compare
-from pipeline.score import evaluate as scores
+from pipeline.score import compare, reference_lines
+from pipeline.score.evaluate import score_variant
 from pipeline.score.significance import Interval
-from tests.made.experiment import ASPECTS, COMPARE, EVALUATE, compared, example, examples, plant
+from tests.made.experiment import ASPECTS, COMPARE, EVALUATE, compared, example, examples, plant, scores_of
 
 TRANSLATION = EVALUATE.model_copy(update={"metrics": ["rouge1", "chrf", "bleu"]})
 KEEP = {"base": 0.3, "tuned-17": 0.8}
@@ -37,9 +37,9 @@ def test_verdict(bounds: list[tuple[float, float]], expected: str) -> None:
 
 
 def test_cut() -> None:
-    assert compare.cut("one two\nthree four", "a b c") == "one two three"
-    assert compare.cut("one", "a b c") == "one"
-    assert compare.cut("猫在跑", "狗叫") == "猫 在"  # no metric sees the space
+    assert reference_lines.cut("one two\nthree four", "a b c") == "one two three"
+    assert reference_lines.cut("one", "a b c") == "one"
+    assert reference_lines.cut("猫在跑", "狗叫") == "猫 在"  # no metric sees the space
 
 
 # --- whole comparisons ---
@@ -72,7 +72,7 @@ def test_a_better_adapter_is_called_better_and_its_mirror_worse() -> None:
 def test_equal_outputs_differ_by_nothing() -> None:
     plant(examples(), {"base": 0.5, "tuned-17": 0.5})
     records.write_rows(paths.predictions("tuned-17"), records.read_rows(paths.predictions("base"), Prediction))
-    scores.evaluate("tuned-17", EVALUATE)
+    score_variant("tuned-17", EVALUATE)
     found = compared()
     assert found.verdict == "none"
     for result in found.results.values():
@@ -88,7 +88,12 @@ def test_rounding_of_the_mean_over_seeds_is_no_gain() -> None:
     for seed in (1, 2, 3):
         records.write_rows(paths.predictions(f"tuned-{seed}"), records.read_rows(paths.predictions("base"), Prediction))
     for variant in ("base", "tuned-1", "tuned-2", "tuned-3"):
-        edit(variant, examples=[row | {"rouge1": 0.1, "rouge2": 0.1} for row in scores.read("base").examples])
+        edit(
+            variant,
+            examples=[
+                replace(row, scores=row.scores | {"rouge1": 0.1, "rouge2": 0.1}) for row in scores_of("base").examples
+            ],
+        )
     assert sum([0.1] * 3) / 3 > 0.1
     found = compared(1, 2, 3)
     assert found.verdict == "none"
@@ -107,8 +112,8 @@ def test_order_of_groups_does_not_matter() -> None:
     ):
         lines: list[Any] = records.read_rows(path, record)
         records.write_rows(path, [lines[i] for i in order])
-    scores.evaluate("base", EVALUATE)
-    scores.evaluate("tuned-17", EVALUATE)
+    score_variant("base", EVALUATE)
+    score_variant("tuned-17", EVALUATE)
     there = compared()
     for name in EVALUATE.metrics:
         assert asdict(here.results[name].diff) == pytest.approx(asdict(there.results[name].diff))
@@ -157,7 +162,7 @@ def test_aspects_are_corrected_for_their_number() -> None:
 def test_translation_is_compared_by_corpus_scores() -> None:
     rows = [replace(row, source=row.target.upper()) for row in examples()]
     plant(rows, KEEP, TRANSLATION)
-    found = compare.compare((17,), TRANSLATION, COMPARE.model_copy(update={"decide_by": ["rouge1", "chrf"]}))
+    found = compare.compare_variants((17,), TRANSLATION, COMPARE.model_copy(update={"decide_by": ["rouge1", "chrf"]}))
     targets = [row.target for row in rows]
     for variant, get in (("base", "base"), ("tuned-17", "tuned")):
         texts = [row.text for row in records.read_rows(paths.predictions(variant), Prediction)]
@@ -201,7 +206,7 @@ def test_reference_lines_by_hand() -> None:
         paths.predictions("base"),
         [Prediction(row.id, "", 1, text, 1, "stop") for row, text in zip(rows, texts, strict=True)],
     )
-    scores.evaluate("base", EVALUATE)
+    score_variant("base", EVALUATE)
     lines = {line.key: line for line in compared().lines}
     assert lines["lead"].scores["rouge1"] == pytest.approx((100 + 25 + 0 + 50 + 100) / 5)
     # r has one aspect, so no other aspect's reference
@@ -273,7 +278,7 @@ def test_all_differences_are_listed_at_once() -> None:
 @pytest.mark.usefixtures("project")
 def test_base_with_an_adapter_is_refused() -> None:
     plant(examples(), KEEP)
-    edit("base", decoding=json.loads(paths.scores("tuned-17").read_text())["decoding"])
+    edit("base", decoding=scores_of("tuned-17").decoding)
     with pytest.raises(UserError, match="base was decoded with an adapter"):
         compared()
 
@@ -283,7 +288,7 @@ def test_base_with_an_adapter_is_refused() -> None:
 def test_other_rows_are_refused(what: str) -> None:
     plant(examples(), KEEP)
     if what == "scores":
-        edit("tuned-17", examples=scores.read("tuned-17").examples[::-1])
+        edit("tuned-17", examples=scores_of("tuned-17").examples[::-1])
     else:
         rows = records.read_rows(paths.predictions("tuned-17"), Prediction)
         records.write_rows(paths.predictions("tuned-17"), rows[1:])
@@ -296,7 +301,7 @@ def test_other_rows_are_refused(what: str) -> None:
 def test_a_score_that_is_no_number_is_refused(bad: str) -> None:
     plant(examples(), KEEP)
     content = json.loads(paths.scores("tuned-17").read_text())
-    content["examples"][3]["rouge2"] = float(bad)
+    content["examples"][3]["scores"]["rouge2"] = float(bad)
     paths.scores("tuned-17").write_text(json.dumps(content))
     with pytest.raises(UserError, match="not a finite number"):
         compared()
@@ -308,7 +313,7 @@ def test_missing_scores_and_missing_seeds_are_refused() -> None:
     with pytest.raises(UserError, match=r"tuned-18\.json is missing"):
         compared(17, 18)
     with pytest.raises(UserError, match="no tuned variant"):
-        compare.compare([], EVALUATE, COMPARE)
+        compare.compare_variants([], EVALUATE, COMPARE)
 
 
 @pytest.mark.usefixtures("project")
@@ -329,4 +334,4 @@ def test_seeds_in_any_order_give_the_same_result() -> None:
 
 
 def edit(variant: str, **change: Any) -> None:
-    records.write_json(paths.scores(variant), asdict(scores.read(variant)) | change)
+    contracts.write(paths.scores(variant), replace(scores_of(variant), **change))

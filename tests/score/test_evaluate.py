@@ -3,18 +3,18 @@
 import json
 import subprocess
 import sys
-from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 import sacrebleu
 
-from pipeline.core import paths, records
+from pipeline.core import contracts, paths, records
 from pipeline.core.errors import UserError
 from pipeline.core.params import Evaluate
 from pipeline.core.records import Decoding, Example, Prediction
-from pipeline.score import evaluate as scores
-from pipeline.score import metrics
+from pipeline.score import compare, metrics, side_by_side
+from pipeline.score.evaluate import score_variant
+from tests.made.experiment import scores_of
 
 ALL = Evaluate(
     metrics=["rouge1", "rouge2", "rougeL", "rougeLsum"],
@@ -36,23 +36,23 @@ def plant(texts: dict[str, str], targets: dict[str, str]) -> None:
         [Prediction(key, "0" * 64, 9, text, 4, "stop" if text else "length") for key, text in texts.items()],
     )
     decoding = Decoding("base", "a" * 64, "b" * 64, None, {"num_beams": 1}, "cpu", 1, "float32", {})
-    records.write_json(paths.decoding("base"), asdict(decoding))
+    contracts.write(paths.decoding("base"), decoding)
 
 
 def test_file_of_scores(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     plant({"p/1": "a b c d", "p/2": "", "q/1": "x"}, {"p/1": "a b", "p/2": "a b c", "q/1": "x"})
-    scores.evaluate("base", ALL)
-    found = scores.read("base")
-    assert json.loads(paths.scores("base").read_text()) == asdict(found)
+    score_variant("base", ALL)
+    found = scores_of("base")
+    assert json.loads(paths.scores("base").read_text()) == contracts.content(found)
     assert (found.n, found.groups, found.signature) == (3, 2, metrics.signature(ALL))
     assert found.corpus["rouge1"] == pytest.approx((200 / 3 + 0 + 100) / 3)
-    assert found.length == {"predictions": pytest.approx(5 / 3), "references": 2}
+    assert [found.words, found.reference_words] == pytest.approx([5 / 3, 2])
     assert [found.stopped_by_cap, found.empty, found.copied] == pytest.approx([1 / 3, 1 / 3, 0])
     assert (found.in_language, found.statistics) == (None, {})
-    assert found.decoding["device"] == "cpu"
-    assert [row["id"] for row in found.examples] == ["p/1", "p/2", "q/1"]
-    assert found.examples[0]["group"] == "p"
+    assert found.decoding.device == "cpu"
+    assert [row.id for row in found.examples] == ["p/1", "p/2", "q/1"]
+    assert found.examples[0].group == "p"
 
 
 def test_translation_is_counted_over_the_corpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -60,21 +60,21 @@ def test_translation_is_counted_over_the_corpus(tmp_path: Path, monkeypatch: pyt
     targets = {"1": "The page was published by the editor.", "2": "Choose the images that you want to delete."}
     texts = {"1": "The page was published by an editor.", "2": "Choisissez les images que vous voulez supprimer."}
     plant(texts, targets)
-    scores.evaluate("base", TRANSLATION)
-    found = scores.read("base")
+    score_variant("base", TRANSLATION)
+    found = scores_of("base")
     expected = sacrebleu.BLEU().corpus_score([*texts.values()], [[*targets.values()]]).score
     assert found.corpus["bleu"] == pytest.approx(expected)
-    assert found.corpus["bleu"] != pytest.approx(sum(row["bleu"] for row in found.examples) / 2)
+    assert found.corpus["bleu"] != pytest.approx(sum(row.scores["bleu"] for row in found.examples) / 2)
     chrf = next(metric for metric in metrics.chosen(TRANSLATION) if metric.name == "chrf")
-    assert found.of(chrf).shape == (2, chrf.width)
+    assert compare.Table.of(found, [chrf]).statistics[0].shape == (2, chrf.width)
     assert (found.in_language, found.references_in_language) == (0.5, 1.0)
 
 
 def test_copies_of_the_source_are_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     plant({"1": " source ", "2": "other"}, {"1": "a", "2": "b"})
-    scores.evaluate("base", ALL)
-    assert scores.read("base").copied == 0.5
+    score_variant("base", ALL)
+    assert scores_of("base").copied == 0.5
 
 
 @pytest.mark.parametrize(
@@ -93,7 +93,7 @@ def test_other_rows_than_the_test_split_are_refused(
     plant({}, {"p/1": "a", "p/2": "b"})
     records.write_rows(paths.predictions("base"), [Prediction(key, "", 1, "a", 1, "stop") for key in predicted])
     with pytest.raises(UserError, match=said):
-        scores.evaluate("base", ALL)
+        score_variant("base", ALL)
     assert not paths.scores("base").exists()
 
 
@@ -101,33 +101,33 @@ def test_an_empty_test_split_is_refused(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.chdir(tmp_path)
     plant({}, {})
     with pytest.raises(UserError, match="nothing can be scored"):
-        scores.evaluate("base", ALL)
+        score_variant("base", ALL)
 
 
 def test_an_id_given_twice_is_refused() -> None:
     with pytest.raises(UserError, match="1 rows with the id of another"):
-        scores.same_rows("base", ["p/1", "p/1"], ["p/1", "p/1"])
+        side_by_side.require_same_rows("base", ["p/1", "p/1"], ["p/1", "p/1"])
 
 
 def test_references_that_the_tokenizer_cannot_see_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     plant({"p/1": "кошка спит"}, {"p/1": "кошка спит"})
     with pytest.raises(UserError, match=r"100% of the references' letters .*rouge_tokenizer to unicode"):
-        scores.evaluate("base", ALL)
-    scores.evaluate("base", ALL.model_copy(update={"rouge_tokenizer": "unicode"}))
-    assert scores.read("base").corpus["rouge1"] == pytest.approx(100)
+        score_variant("base", ALL)
+    score_variant("base", ALL.model_copy(update={"rouge_tokenizer": "unicode"}))
+    assert scores_of("base").corpus["rouge1"] == pytest.approx(100)
 
 
 def test_scores_of_another_form_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     records.write_json(paths.scores("base"), {"variant": "base"})
-    with pytest.raises(UserError, match="does not hold scores"):
-        scores.read("base")
+    with pytest.raises(UserError, match="base.json does not hold what this version writes there"):
+        scores_of("base")
 
 
 def test_importing_is_cheap() -> None:
     """No torch where scores are computed, and nothing slow before it is needed."""
     slow = "{'torch', 'nltk', 'altair', 'vl_convert', 'sacrebleu', 'py3langid', 'scipy'}"
-    code = f"import sys, pipeline.report.words, pipeline.score.evaluate; print({slow} & {{*sys.modules}})"
+    code = f"import sys, pipeline.report.wording, pipeline.score.evaluate; print({slow} & {{*sys.modules}})"
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert found.stdout.strip() == "set()"

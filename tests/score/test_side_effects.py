@@ -1,35 +1,28 @@
 """What an experiment cost, out of what its stages left: the same windows for all seeds, resampled by text."""
 
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 
-from pipeline.core import params, paths, records
+from pipeline.core import contracts, params, paths
+from pipeline.core.contracts import Forgetting, GeneralText, Window
 from pipeline.score import side_effects as cost
-from tests.made.experiment import COMPARE, training
+from tests.made.experiment import COMPARE
+from tests.made.records import training
 
 
-def measured(seed: int, rise: float, places: list[str]) -> dict[str, Any]:
+def measured(seed: int, rise: float, places: list[str]) -> Forgetting:
     """Windows of ten tokens each, of which every second rises by a little more."""
-    windows: list[dict[str, Any]] = [
-        {"place": place, "tokens": 10, "base": 30.0 + i, "tuned": 30.0 + i + 10 * rise + i % 2, "entropy": 28.0,
-         "cross_entropy": 29.0 + i % 3}
+    windows = [
+        Window(place, 10, base=30.0 + i, tuned=30.0 + i + 10 * rise + i % 2, cross_entropy=29.0 + i % 3, entropy=28.0)
         for i, place in enumerate(places)
-    ]  # fmt: skip
+    ]
     tokens = 10 * len(windows)
-    base, tuned = (sum(one[name] for one in windows) / tokens for name in ("base", "tuned"))
-    return {
-        "seed": seed,
-        "source": "some",
-        "tokens": tokens,
-        "texts": len(set(places)),
-        "base_loss": base,
-        "tuned_loss": tuned,
-        "base_perplexity": float(np.exp(base)),
-        "windows": windows,
-    }
+    base, tuned = sum(one.base for one in windows) / tokens, sum(one.tuned for one in windows) / tokens
+    perplexities = float(np.exp(base)), float(np.exp(tuned))
+    text = GeneralText("cpu", 2, tokens, len(set(places)), base, tuned, *perplexities, 2.9, 2.8, 0.1, windows)
+    return Forgetting(seed, "some", "b" * 64, "c" * 64, text)
 
 
 @pytest.fixture(autouse=True)
@@ -39,8 +32,8 @@ def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def read(rises: dict[int, float], places: list[str], compare: params.Compare = COMPARE) -> cost.Cost:
     for seed, rise in rises.items():
-        records.write_json(paths.training_summary(seed), training(seed))
-        records.write_json(paths.forgetting(seed), measured(seed, rise, places))
+        contracts.write(paths.training_summary(seed), training(seed))
+        contracts.write(paths.forgetting(seed), measured(seed, rise, places))
     return cost.read(list(rises), compare)
 
 
@@ -78,9 +71,9 @@ def test_several_seeds_widen_the_interval() -> None:
 
 
 def test_what_was_kept_is_past_its_best_or_not() -> None:
-    records.write_json(paths.forgetting(17), {"source": None})
-    for change, expected in (({}, True), ({"kept_loss": 2.5}, False), ({"kept_loss": 2.52}, False)):
-        records.write_json(paths.training_summary(17), training(17, **change))
+    contracts.write(paths.forgetting(17), Forgetting(17, None, "b" * 64, "c" * 64))
+    for kept, expected in ((2.6, True), (2.5, False), (2.52, False)):
+        contracts.write(paths.training_summary(17), training(17, kept_loss=kept))
         found = cost.read([17], COMPARE)
         assert found.forgetting is None
         assert found.training[0].overfitted is expected

@@ -26,7 +26,7 @@ from pipeline.commands import compare as experiments
 from pipeline.commands import show as lineage
 from pipeline.core import params, paths
 from pipeline.core.errors import UserError
-from pipeline.record import provenance, store, track
+from pipeline.record import identity, provenance, store
 from pipeline.search import cluster, study, trial
 from pipeline.search import run as search
 from pipeline.search import spec as space
@@ -373,13 +373,13 @@ def test_the_example_is_a_search(here: Path) -> None:
 
 def test_a_lock_of_a_trial_is_no_experiment(project: Path) -> None:
     lock = (project / paths.DVC_LOCK).read_text()
-    assert track.digest_of(lock, [17])
+    assert identity.digest_of(lock, [17])
     stages = YAML(typ="safe", pure=True).load(lock)
     [adapter] = [out for out in stages["stages"]["train@17"]["outs"] if out["path"] == "out/adapters/17"]
     other = lock.replace("x", "x")  # the text as it is, with another adapter that training made
     head, found, rest = other.partition("train@17:")
     with pytest.raises(UserError, match=r"infer-tuned@17 was run with another out/adapters/17"):
-        track.digest_of(head + found + rest.replace(adapter["md5"], "a" * 32, 1), [17])
+        identity.digest_of(head + found + rest.replace(adapter["md5"], "a" * 32, 1), [17])
 
 
 def test_what_a_leash_holds_ends_with_its_holder(tmp_path: Path) -> None:

@@ -1,0 +1,103 @@
+"""What stages leave as JSON (`pipeline.core.contracts`), with plausible values; a test changes what it is about."""
+
+from dataclasses import replace
+from typing import Any
+
+from pipeline.core.contracts import (
+    BaseFacts,
+    DataCard,
+    Overlap,
+    QuantizedFacts,
+    Split,
+    TrainingSummary,
+    Validation,
+    Words,
+)
+
+
+def data_card(**change: Any) -> DataCard:
+    words = Words(1, 2.0, 3)
+    split = Split(["a.jsonl"], 300, 300, 100, {"approach": 300}, words, words, {}, 0, 0, {})
+    splits = dict.fromkeys(("train", "validation", "test"), split)
+    return replace(DataCard("pip:a==1/x", None, splits, {"train in test": Overlap(0, 0)}), **change)
+
+
+def base_facts(**change: Any) -> BaseFacts:
+    """Of the tiny model of the tests (`tiny_model`), in float32."""
+    made = BaseFacts(
+        family="llama",
+        parameters=134515008,
+        layers=2,
+        hidden_size=64,
+        intermediate_size=128,
+        attention_heads=4,
+        key_value_heads=2,
+        head_dim=16,
+        vocabulary=512,
+        context=512,
+        tied_embeddings=True,
+        dtype="float32",
+        linear_layers=["q_proj"],
+        kv_bytes_per_token=512,
+        stop_ids=[1],
+        source="pip:m==1/m.gguf",
+        sha256="e" * 64,
+    )
+    return replace(made, **change)
+
+
+def quantized_facts(**change: Any) -> QuantizedFacts:
+    made = QuantizedFacts(
+        method="nf4",
+        double_quantization=True,
+        bits_per_parameter=4.127,
+        quantized_layers=14,
+        layers={"model.layers.0.mlp.up_proj": 0.09},
+        perplexity_before=10.0,
+        perplexity_after=11.0,
+        perplexity_tokens=4096,
+        bytes=1000,
+        sha256="b" * 64,
+        context=512,
+        dtype="bfloat16",
+        stop_ids=[1],
+    )
+    return replace(made, **change)
+
+
+def training(seed: int, **change: Any) -> TrainingSummary:
+    """A training of two epochs, whose validation loss was the lowest after the first."""
+    made = TrainingSummary(
+        seed=seed,
+        device="cpu",
+        threads=2,
+        attention="torch's",
+        rows=300,
+        dropped=0,
+        validation_rows=150,
+        steps=8,
+        planned_steps=8,
+        epochs=2.0,
+        stopped_early=False,
+        prompts_checked=450,
+        shortest_answer=14,
+        repacked_layers=0,
+        largest_grad_norm=1.5,
+        trainable_parameters=1000,
+        adapter_bytes=4200,
+        supervised_tokens=8000,
+        tokens=32000,
+        final_loss=2.5,
+        validation=[Validation(0, 3.5), Validation(4, 2.5), Validation(8, 2.6)],
+        best_step=4,
+        best_epoch=1.0,
+        best_loss=2.5,
+        kept_step=8,
+        kept_epoch=2.0,
+        kept_loss=2.6,
+        training_loss=2.1,
+        training_loss_rows=150,
+        gap=0.5,
+        logit_change=38.0,
+    )
+    return replace(made, **change)
