@@ -86,7 +86,7 @@ MAY_IMPORT = {
     "infer": {"core", "model", "gguf"},
     "forget": {"core", "sources", "model", "lora"},
     "score": {"core"},
-    "record": {"core"},
+    "record": {"core", "score"},
     "report": {"core", "score", "record"},
     "search": {"core", "record"},
     "export": {"core", "sources", "fetch", "model", "gguf", "lora", "infer", "score", "report", "record"},

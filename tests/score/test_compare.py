@@ -16,7 +16,7 @@ from pipeline.core.records import Example, Prediction
 from pipeline.score import compare, reference_lines
 from pipeline.score.evaluate import score_variant
 from pipeline.score.significance import Interval
-from tests.made.experiment import ASPECTS, COMPARE, EVALUATE, compared, example, examples, plant, scores_of
+from tests.made.experiment import ASPECTS, COMPARE, EVALUATE, GENERATION, compared, example, examples, plant, scores_of
 
 TRANSLATION = EVALUATE.model_copy(update={"metrics": ["rouge1", "chrf", "bleu"]})
 KEEP = {"base": 0.3, "tuned-17": 0.8}
@@ -244,11 +244,11 @@ def test_an_aspect_within_one_group_has_no_interval_and_no_row() -> None:
         ({"prompts_sha256": "c" * 64}, f"prompts_sha256: tuned-17 has {'c' * 64}, base has {'a' * 64}"),
         ({"model_sha256": "c" * 64}, "model_sha256: tuned-17"),
         (
-            {"generation": {"num_beams": 4, "top_k": 50}},
+            {"generation": GENERATION | {"num_beams": 4}},
             "generation: tuned-17 has {'num_beams': 4}, base has {'num_beams': 1}",
         ),
         (
-            {"generation": {"num_beams": 1, "top_k": 50, "backend": "llama.cpp"}},
+            {"generation": GENERATION | {"backend": "llama.cpp"}},
             "tuned-17 has {'backend': 'llama.cpp'}",
         ),
         ({"device": "cuda"}, "device: tuned-17 has cuda, base has cpu"),
@@ -310,7 +310,7 @@ def test_a_score_that_is_no_number_is_refused(bad: str) -> None:
 @pytest.mark.usefixtures("project")
 def test_missing_scores_and_missing_seeds_are_refused() -> None:
     plant(examples(), KEEP)
-    with pytest.raises(UserError, match=r"tuned-18\.json is missing"):
+    with pytest.raises(UserError, match=r"tuned-18\.jsonl is missing"):
         compared(17, 18)
     with pytest.raises(UserError, match="no tuned variant"):
         compare.compare_variants([], EVALUATE, COMPARE)
