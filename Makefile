@@ -50,8 +50,9 @@ ui: $(VENV)/installed ## every experiment's parameters, curves, tables and adapt
 experiments: $(VENV)/installed ## dvc exp show, as wide as a terminal: what differs, and the scores that decide
 	@dvc exp show --only-changed --drop '$(DROP)'
 
+# With --quiet, mkdocs would count no warning, and --strict would fail at none.
 docs: $(VENV)/installed-docs ## the pages of docs/ as a site that needs no network: site/index.html
-	@NO_MKDOCS_2_WARNING=1 mkdocs build --strict --quiet
+	@NO_MKDOCS_2_WARNING=1 mkdocs build --strict
 	@echo "site/index.html"
 
 lock: | $(VENV)/bin/python ## lock/*.txt anew, after a change of constraints.txt or pyproject.toml (needs the package index)

@@ -69,7 +69,7 @@ def test_what_a_killed_dvc_left_is_mended_before_the_next(here: Path) -> None:
 
 
 def test_the_site_is_built_by_what_is_pinned_and_a_warning_is_an_error(here: Path) -> None:
-    built = "mkdocs build --strict --quiet"
+    built = "mkdocs build --strict"
     assert make(here, "docs") == (True, [f"{HASHED} -r lock/docs.txt", "-m pip check", built])
     (here / "code").write_text("1")
     assert make(here, "docs") == (False, [built])
