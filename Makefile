@@ -1,4 +1,4 @@
-# make repro | test | verify | push | claims | bench | ui | experiments | lock. Needs Python 3.11 to 3.13, git, make; everything else goes into .venv.
+# make repro | test | verify | push | claims | bench | ui | experiments | docs | lock. Needs Python 3.11 to 3.13, git, make; everything else goes into .venv.
 
 PYTHON ?= python3
 VENV := .venv
@@ -12,7 +12,7 @@ INSTALL := $(PIP) install --quiet --require-hashes --no-deps --no-build-isolatio
 
 DROP := rouge(?!\d.(diff|tuned))|lines|words|stopped|out|pipeline|stages|reports|constraints
 
-.PHONY: repro test verify push claims bench ui experiments lock
+.PHONY: repro test verify push claims bench ui experiments docs lock
 .DEFAULT_GOAL := repro
 
 repro: $(VENV)/installed ## run what has changed of the experiment, then say the verdict
@@ -49,6 +49,11 @@ ui: $(VENV)/installed ## every experiment's parameters, curves, tables and adapt
 
 experiments: $(VENV)/installed ## dvc exp show, as wide as a terminal: what differs, and the scores that decide
 	@dvc exp show --only-changed --drop '$(DROP)'
+
+# With --quiet, mkdocs would count no warning, and --strict would fail at none.
+docs: $(VENV)/installed-docs ## the pages of docs/ as a site that needs no network: site/index.html
+	@NO_MKDOCS_2_WARNING=1 mkdocs build --strict
+	@echo "site/index.html"
 
 lock: | $(VENV)/bin/python ## lock/*.txt anew, after a change of constraints.txt or pyproject.toml (needs the package index)
 	@$(PIP) install --quiet --require-hashes -r lock/lock.txt

@@ -9,7 +9,7 @@ import pytest
 from tests import ROOT
 
 STORE = "postgresql://me:a-secret@host/runs"
-LOCKS = [f"lock/{name}.txt" for name in ("build", "torch", "cuda", "run", "dev")]
+LOCKS = [f"lock/{name}.txt" for name in ("build", "torch", "cuda", "run", "dev", "docs")]
 
 BEFORE = ("lora-repro mend", "lora-repro check", "lora-repro viewer")
 
@@ -28,6 +28,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     for name, code in {
         "python": 'echo "$*" >> called; [ "$*" != "-m pip check" ] || cat lacking; [ "$*" != "$(cat failing)" ]',
         "dvc": 'echo "dvc $*" >> called',
+        "mkdocs": 'echo "mkdocs $*" >> called; exit $(cat code)',
         "mlflow": 'echo "mlflow $* of $MLFLOW_BACKEND_STORE_URI" >> called',
         "lora-repro": f'echo "lora-repro $*" >> called; if [ "$*" = store ]; then echo "{STORE}"; fi; exit $(cat code)',
     }.items():
@@ -65,6 +66,13 @@ def test_nothing_is_pushed_that_does_not_agree(here: Path) -> None:
 
 def test_what_a_killed_dvc_left_is_mended_before_the_next(here: Path) -> None:
     assert make(here, "repro") == (True, [*BEFORE, "dvc repro", "lora-repro show"])
+
+
+def test_the_site_is_built_by_what_is_pinned_and_a_warning_is_an_error(here: Path) -> None:
+    built = "mkdocs build --strict"
+    assert make(here, "docs") == (True, [f"{HASHED} -r lock/docs.txt", "-m pip check", built])
+    (here / "code").write_text("1")
+    assert make(here, "docs") == (False, [built])
 
 
 # What is installed
