@@ -2,7 +2,7 @@
 
 from pipeline import forget
 from pipeline.core import params, paths, stage
-from pipeline.model import processes as distributed
+from pipeline.model import processes
 
 
 def main(declared: params.Declared, seed: int) -> None:
@@ -11,4 +11,4 @@ def main(declared: params.Declared, seed: int) -> None:
 
 if __name__ == "__main__":
     seed = stage.seed(__doc__)
-    distributed.run("forget", lambda declared: main(declared, seed), paths.forgetting(seed), seed)
+    processes.run("forget", lambda declared: main(declared, seed), paths.forgetting(seed), seed)

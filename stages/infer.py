@@ -2,7 +2,7 @@
 
 from pipeline.core import params, paths
 from pipeline.infer import infer
-from pipeline.model import processes as distributed
+from pipeline.model import processes
 
 
 def main(declared: params.Declared) -> None:
@@ -10,4 +10,4 @@ def main(declared: params.Declared) -> None:
 
 
 if __name__ == "__main__":
-    distributed.run("infer", main, result=paths.predictions("base"))
+    processes.run("infer", main, result=paths.predictions("base"))

@@ -3,7 +3,7 @@
 from pipeline.core import params, paths, stage
 from pipeline.infer import infer
 from pipeline.lora import adapter
-from pipeline.model import processes as distributed
+from pipeline.model import processes
 
 
 def main(declared: params.Declared, seed: int) -> None:
@@ -14,4 +14,4 @@ def main(declared: params.Declared, seed: int) -> None:
 if __name__ == "__main__":
     seed = stage.seed(__doc__)
     result = paths.predictions(paths.variant(seed))
-    distributed.run("infer-tuned", lambda declared: main(declared, seed), result, seed)
+    processes.run("infer-tuned", lambda declared: main(declared, seed), result, seed)

@@ -1,7 +1,7 @@
 """Stage prepare: the data source becomes three splits and a card."""
 
 from pipeline.core import params, paths, stage
-from pipeline.prepare import prepare as data
+from pipeline.prepare import prepare
 
 if __name__ == "__main__":
-    stage.run("prepare", lambda declared: data.prepare(declared[params.Data]), result=paths.DATA_CARD)
+    stage.run("prepare", lambda declared: prepare.prepare(declared[params.Data]), result=paths.DATA_CARD)

@@ -2,7 +2,7 @@
 
 from pipeline.core import params, paths, stage
 from pipeline.lora import train
-from pipeline.model import processes as distributed
+from pipeline.model import processes
 
 
 def main(declared: params.Declared, seed: int) -> None:
@@ -12,4 +12,4 @@ def main(declared: params.Declared, seed: int) -> None:
 
 if __name__ == "__main__":
     seed = stage.seed(__doc__)
-    distributed.run("train", lambda declared: main(declared, seed), paths.training_summary(seed), seed)
+    processes.run("train", lambda declared: main(declared, seed), paths.training_summary(seed), seed)

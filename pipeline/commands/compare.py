@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.commands import show as lineage
+from pipeline.commands import show
 from pipeline.core import contracts, params, paths, records
 from pipeline.core.contracts import Scores, TrainingSummary
 from pipeline.core.errors import UserError, listing
@@ -86,7 +86,7 @@ def find(name: str, tracking: params.Tracking) -> Experiment:
         return _from_lock(name, lockfile.text(paths.DVC_LOCK), tracking)
     if commit := _commit(name):
         return _from_lock(name, _shown(commit), tracking)
-    return _from_run(lineage.named(name, tracking), tracking)
+    return _from_run(show.named(name, tracking), tracking)
 
 
 def rank(found: Sequence[Experiment], settings: params.Compare) -> Ranking:
@@ -302,7 +302,7 @@ def _commit(name: str) -> str | None:
     for line in _git("for-each-ref", "--format=%(objectname) %(refname)", "refs/exps").splitlines():
         sha, _, ref = line.partition(" ")
         parts = ref.split("/")
-        if parts[2] not in lineage.STAGED and parts[-1] == name:
+        if parts[2] not in show.STAGED and parts[-1] == name:
             return sha
     return _git("rev-parse", "--verify", "--quiet", "--end-of-options", f"{name}^{{commit}}").strip() or None
 

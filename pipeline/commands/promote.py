@@ -17,9 +17,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from pipeline.commands import compare as experiments
-from pipeline.commands import show as lineage
-from pipeline.commands.compare import Experiment
+from pipeline.commands import show
+from pipeline.commands.compare import Experiment, gain, of_artifacts
 from pipeline.core import contracts, params, paths, records
 from pipeline.core.contracts import TrainingSummary
 from pipeline.core.errors import UserError, listing
@@ -73,7 +72,7 @@ class Decision:
 def register_and_decide(name: str | None, model: str | None, given: params.Params, dry_run: bool) -> None:
     """Register the adapter of a run as a version, unless it is one, move the alias if that is earned, and say why.
 
-    `name` is a run as `lineage.find` takes it, else that of the working directory; `model` a registered model, else one
+    `name` is a run as `show.find` takes it, else that of the working directory; `model` a registered model, else one
     named as `tracking.experiment`. UserError for a run that is none, not finished or not what was written, and where
     the champion was not tested on the same examples in the same way.
     """
@@ -81,7 +80,7 @@ def register_and_decide(name: str | None, model: str | None, given: params.Param
     model = _named(tracking.experiment if model is None else model)
     runs = store.stored(tracking)
     one = _candidate(_run(name, given, runs), tracking)
-    base = experiments.gain(one.scored, None, given.compare)
+    base = gain(one.scored, None, given.compare)
     settle = _planned if dry_run else _settled
     say(f"adapter   {one}")
     say(f"base      {_figures(base)}: {_word(base)} ({100 * given.compare.confidence:g} % intervals)")
@@ -148,7 +147,7 @@ def _stays(champion: Any) -> str:
 
 def _run(name: str | None, given: params.Params, runs: list[store.Stored]) -> store.Stored:
     if name is not None:
-        run = lineage.find(name, runs)
+        run = show.find(name, runs)
         if not run.finished or store.DIGEST not in run.tags:
             raise UserError(f"run {run.name} ({run.run_id}) is no finished experiment, its status is {run.status}")
         return run
@@ -166,14 +165,14 @@ def _candidate(run: store.Stored, tracking: params.Tracking, seed: int | None = 
         held = store.read_back(tracking, run.run_id, folder)
         if faults := store.spoilt(run, held, folder):
             raise listing(faults, f"run {run.name} ({run.run_id}) is not what was written, so it cannot be trusted:")
-        scored = experiments.of_artifacts(run, folder)
+        scored = of_artifacts(run, folder)
         seeds = run.seeds
         losses = {one: _loss(folder / "training" / f"{one}.json") for one in seeds}
         if seed is None:
             seed = min(losses, key=lambda one: losses[one])
         sha256 = records.sha256_tree(folder / "adapter" / str(seed))
     tuned = [item for item in scored.tuned if item.variant == paths.variant(seed)]
-    # Two runs may have one name, and two of one run are no two experiments.
+    # Two runs may have one name, and two of one run are no two
     scored = replace(scored, name=f"run {run.name} ({run.run_id})", tuned=tuned)
     return Candidate(run, seed, len(seeds), losses[seed], sha256, scored)
 
@@ -196,7 +195,7 @@ def _decide(
         return Decision(True, f"it is the adapter of version {champion.version}, whose run was recorded anew")
     before = _candidate_of(champion, runs, given.tracking)
     try:
-        gained = experiments.gain(one.scored, before.scored, given.compare)
+        gained = gain(one.scored, before.scored, given.compare)
     except UserError as error:
         other = shlex.quote(f"{champion.name}-2")
         elsewhere = f"\nAdapters of another test set belong to another registered model: --model {other}"

@@ -25,7 +25,7 @@ from pipeline.lora.adapter import ORIGIN
 from pipeline.record import current, identity, lockfile, store, track
 from pipeline.record.current import Outcome, word
 from pipeline.report import files
-from pipeline.report import page as pages
+from pipeline.report.page import faults
 from pipeline.score import compare
 from pipeline.sources import source
 
@@ -283,7 +283,7 @@ def page(project: lockfile.Project) -> Outcome:
     """
     outcome = Outcome("page")
     digest = identity.digest(identity.here(project.params.seeds))
-    for fault in pages.faults(paths.REPORT_HTML, digest):
+    for fault in faults(paths.REPORT_HTML, digest):
         outcome.find(paths.REPORT_HTML, fault, track.COMMAND)
     outcome.compared = f"seal and experiment of {paths.REPORT_HTML}, {word(outcome, 'one is right')}"
     return outcome

@@ -12,7 +12,7 @@ from pathlib import Path
 from tempfile import mkdtemp
 from typing import Any, Literal
 
-from pipeline import gguf as gguf_file
+from pipeline import gguf
 from pipeline.core import contracts, params, paths, records, stage
 from pipeline.core.contracts import QuantizedFacts, TrainingSummary
 from pipeline.core.errors import UserError, listing
@@ -73,7 +73,7 @@ def write(asked: Asked, destination: Path, overwrite: bool) -> None:
     comparison = Comparison.read()
     seed = _seed(asked.seed, given.seeds)
     if asked.what == "gguf":
-        gguf_file.refuse(paths.QUANTIZED)
+        gguf.refuse(paths.QUANTIZED)
     origin = Origin.read(given.seeds)
     with _written(destination) as folder:
         base, words = _write(asked, seed, given, folder)
@@ -202,13 +202,13 @@ def _write_gguf(kind: str, joined: bool, trained: Path, given: params.Params, fo
     words = "the base as it was trained on" + (f" ({method}, unpacked)" if method != "none" else "")
     if joined:
         model, lora = f"model-{kind}.gguf", None
-        gguf_file.write_merged(paths.QUANTIZED, trained, folder / model, kind)
-        words += f", with the adapter added in float32, written as {gguf_file.stored(kind)}"
+        gguf.write_merged(paths.QUANTIZED, trained, folder / model, kind)
+        words += f", with the adapter added in float32, written as {gguf.stored(kind)}"
     else:
         model, lora = f"base-{kind}.gguf", "adapter-F32.gguf"
-        gguf_file.write_base(paths.QUANTIZED, folder / model, kind)
-        gguf_file.write_adapter(trained, paths.QUANTIZED, folder / lora, "F32")
-        words += f", written as {gguf_file.stored(kind)}, and of the adapter in F32, which llama.cpp applies"
+        gguf.write_base(paths.QUANTIZED, folder / model, kind)
+        gguf.write_adapter(trained, paths.QUANTIZED, folder / lora, "F32")
+        words += f", written as {gguf.stored(kind)}, and of the adapter in F32, which llama.cpp applies"
     tokens = given.prompt.max_tokens + given.generation.max_new_tokens
     text = ollama.modelfile(model, lora, paths.QUANTIZED, given.generation, tokens)
     records.write_text(folder / "Modelfile", text)

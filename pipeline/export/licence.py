@@ -11,7 +11,7 @@ from typing import Any, Literal
 from zipfile import ZipFile
 
 from pipeline.core.errors import UserError
-from pipeline.fetch import gguf_header as header
+from pipeline.fetch import gguf_header
 from pipeline.sources import source
 
 LONGEST = 64
@@ -73,7 +73,7 @@ def _of_gguf(file: Path) -> str | None:
     import gguf
 
     try:
-        header.check(file)
+        gguf_header.check(file)
         fields = gguf.GGUFReader(str(file)).fields
     except Exception:  # whatever numbers that lead nowhere bring about
         return None

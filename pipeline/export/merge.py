@@ -13,8 +13,7 @@ from pipeline.core import contracts, params, paths, records
 from pipeline.core.contracts import BaseFacts, QuantizedFacts
 from pipeline.core.progress import bar
 from pipeline.lora import adapter, train
-from pipeline.model import checkpoint, devices, loss, pack, packed
-from pipeline.model import load as models
+from pipeline.model import checkpoint, devices, load, loss, pack, packed
 from pipeline.model.prompt import Encoder
 
 ROWS = 48
@@ -72,7 +71,7 @@ def rows(prompt: params.Prompt) -> list[pack.Tree]:
 def as_measured(seed: int, runtime: params.Runtime) -> Any:
     """The model whose scores the report has: the quantized base, whole in this process, with the adapter beside it."""
     facts = contracts.read(paths.QUANTIZED_FACTS, QuantizedFacts)
-    model = models.quantized(devices.choose(runtime), runtime.keep_dequantized)
+    model = load.quantized(devices.choose(runtime), runtime.keep_dequantized)
     return adapter.Saved(paths.adapter(seed)).load(model, facts.sha256)
 
 

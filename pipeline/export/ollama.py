@@ -4,7 +4,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from pipeline import gguf as gguf_file
+from pipeline import gguf
 from pipeline.core import params, records
 from pipeline.model import checkpoint, prompt
 
@@ -44,7 +44,7 @@ def modelfile(base: str, adapter: str | None, folder: Path, generation: params.G
         f"PARAMETER num_predict {generation.max_new_tokens}",
     ]
     config = records.read_json(folder / "config.json")
-    stops = [tokenizer.convert_ids_to_tokens(one) for one in gguf_file.stops(folder, config, tokenizer)]
+    stops = [tokenizer.convert_ids_to_tokens(one) for one in gguf.stops(folder, config, tokenizer)]
     for stop in stops:
         # Whatever stands between the first and the last quote; behind a quote, a line break ends it.
         lines.append(

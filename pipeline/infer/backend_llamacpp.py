@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 from urllib.request import ProxyHandler, Request, build_opener
 
-from pipeline import gguf as gguf_file
+from pipeline import gguf
 from pipeline.core import params, paths
 from pipeline.core.errors import UserError
 from pipeline.core.progress import say
@@ -65,11 +65,11 @@ def load(setup: Setup, merged: bool = False) -> Engine:
 
     With `merged` the adapter is part of the base's file, whose type then rounds both together.
 
-    UserError as of `gguf_file.write_base` and `write_adapter`, for a device that this build of llama.cpp does not
+    UserError as of `gguf.write_base` and `write_adapter`, for a device that this build of llama.cpp does not
     offer, for a base that is not what its stage wrote, and for an adapter of another base or without effect.
     """
     devices.quieten()
-    gguf_file.refuse(paths.QUANTIZED)
+    gguf.refuse(paths.QUANTIZED)
     device = _device(setup.runtime)
     if setup.adapter is not None:
         setup.adapter.require_of(setup.facts.sha256)
@@ -82,12 +82,12 @@ def load(setup: Setup, merged: bool = False) -> Engine:
         # Read into memory, then removed: they follow from what DVC keeps. A killed run's are removed by the next stage.
         base, adapter = _scratch("base", files), None
         if setup.adapter is not None and merged:
-            gguf_file.write_merged(paths.QUANTIZED, setup.adapter.folder, base, kind)
+            gguf.write_merged(paths.QUANTIZED, setup.adapter.folder, base, kind)
         else:
-            gguf_file.write_base(paths.QUANTIZED, base, kind)
+            gguf.write_base(paths.QUANTIZED, base, kind)
         if setup.adapter is not None and not merged:
             adapter = _scratch("adapter", files)
-            gguf_file.write_adapter(setup.adapter.folder, paths.QUANTIZED, adapter, "F32")
+            gguf.write_adapter(setup.adapter.folder, paths.QUANTIZED, adapter, "F32")
         server = serve(base, adapter, kind, slots, setup.tokens, threads, device)
     finally:
         for file in files:

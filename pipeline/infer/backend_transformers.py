@@ -8,9 +8,8 @@ from typing import Any
 
 from pipeline.core import params
 from pipeline.infer.backend import Families, Setup
-from pipeline.model import devices, memory, shard
-from pipeline.model import load as models
-from pipeline.model import processes as distributed
+from pipeline.model import devices, memory, processes, shard
+from pipeline.model.load import quantized
 
 
 @dataclass(frozen=True)
@@ -36,11 +35,11 @@ def load(setup: Setup) -> Engine:
     base = memory.held(memory.Base.quantized(setup.facts), setup.runtime, device)
     added = 0 if setup.adapter is None else setup.adapter.parameters
     memory.require_inference(device, base, setup.generation, setup.tokens - setup.generation.max_new_tokens, added)
-    distributed.gather(None)  # no process loads before all have asked what memory is left
-    model = models.quantized(device, setup.runtime.keep_dequantized, setup.runtime.sharding)
+    processes.gather(None)  # no process loads before all have asked what memory is left
+    model = quantized(device, setup.runtime.keep_dequantized, setup.runtime.sharding)
     if setup.adapter is not None:
         model = setup.adapter.load(model, setup.facts.sha256)
-    rounding = {"tensor_parallel": distributed.count()} if setup.runtime.sharding == "tensor" else {}
+    rounding = {"tensor_parallel": processes.count()} if setup.runtime.sharding == "tensor" else {}
     return Engine(model, setup.config, setup.generation, device.type, devices.threads(device), rounding)
 
 
@@ -48,10 +47,10 @@ def complete(engine: Engine, families: Families) -> Iterator[tuple[str, list[int
     """As of `pipeline.infer.backend.Backend`."""
     config, generation = engine.config, engine.generation
     if config.num_beams == 1:
-        from pipeline.infer import scheduler as decode
+        from pipeline.infer import scheduler
 
-        requests = [[decode.Request(name, prompt) for name, prompt in family] for family in families]
-        for request in decode.greedy(engine.model, config, requests, generation.batch_size, generation.batch_tokens):
+        requests = [[scheduler.Request(name, prompt) for name, prompt in family] for family in families]
+        for request in scheduler.greedy(engine.model, config, requests, generation.batch_size, generation.batch_tokens):
             yield request.name, request.new
     else:
         named = [item for family in families for item in family]

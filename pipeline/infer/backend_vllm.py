@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pipeline import gguf as gguf_file
+from pipeline import gguf
 from pipeline.core import params, paths, records
 from pipeline.core.contracts import QuantizedFacts
 from pipeline.core.errors import UserError
@@ -131,7 +131,7 @@ def _plain(facts: QuantizedFacts) -> Path:
         from safetensors.torch import save_file
 
         folder.mkdir(parents=True, exist_ok=True)
-        tensors = {name: tensor.contiguous() for name, tensor in gguf_file.weights(paths.QUANTIZED).items()}
+        tensors = {name: tensor.contiguous() for name, tensor in gguf.weights(paths.QUANTIZED).items()}
         save_file(tensors, folder / "model.safetensors", {"format": "pt"})
         config = records.read_json(paths.QUANTIZED / "config.json")
         del config["quantization_config"]

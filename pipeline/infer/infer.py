@@ -17,10 +17,9 @@ from pipeline.core import contracts, params, paths, records
 from pipeline.core.contracts import QuantizedFacts
 from pipeline.core.progress import bar, say
 from pipeline.core.records import Decoding, Example, Prediction
-from pipeline.infer import backend as backends
 from pipeline.infer import choice
-from pipeline.model import checkpoint, resume
-from pipeline.model import processes as distributed
+from pipeline.infer.backend import Adapter, Backend, Setup
+from pipeline.model import checkpoint, processes, resume
 from pipeline.model.prompt import Encoder
 
 ROUND = 4
@@ -33,7 +32,7 @@ def decode(
     prompt: params.Prompt,
     generation: params.Generation,
     runtime: params.Runtime,
-    adapter: backends.Adapter | None = None,
+    adapter: Adapter | None = None,
 ) -> None:
     """Write what the base, or the base with `adapter`, answers to every test prompt, and under which conditions.
 
@@ -49,7 +48,7 @@ def decode(
     config = configuration(generation, sorted({encoder.end, *facts.stop_ids}), tokenizer)
     tokens = max(map(len, prompts.values())) + generation.max_new_tokens
     backend = choice.chosen(generation.backend)
-    engine = backend.load(backends.Setup(facts, config, generation, runtime, adapter, tokens))
+    engine = backend.load(Setup(facts, config, generation, runtime, adapter, tokens))
     decoding = Decoding(
         variant=variant,
         prompts_sha256=records.sha256_ids(token for ids in prompts.values() for token in [*ids, -1]),
@@ -68,17 +67,17 @@ def decode(
         recheck={},
     )
     identity = [asdict(decoding), runtime.model_dump(mode="json")]
-    distributed.require_same(resume.key("infer", identity), "experiment")
+    processes.require_same(resume.key("infer", identity), "experiment")
     planned = rounds(examples, prompts, generation.batch_size)
-    if len(planned) < distributed.shares():
+    if len(planned) < processes.shares():
         say(
-            f"infer {variant}: {len(planned)} rounds for {distributed.shares()} processes, some of which have "
+            f"infer {variant}: {len(planned)} rounds for {processes.shares()} processes, some of which have "
             f"nothing to do; a smaller generation.batch_size gives more rounds"
         )
-    own = distributed.share(planned, lambda families: sum(len(prompts[name]) for names in families for name in names))
+    own = processes.share(planned, lambda families: sum(len(prompts[name]) for names in families for name in names))
     with resume.folder(f"infer-{variant}", identity) as scratch:
-        written = Written(scratch / f"predictions-{distributed.rank()}.jsonl")
-        done = distributed.done_by_all(set(written.rows))
+        written = Written(scratch / f"predictions-{processes.rank()}.jsonl")
+        done = processes.done_by_all(set(written.rows))
         progress = bar(f"infer {variant}", sum(len(names) for families in own for names in families), "examples")
         with engine.together(), progress as advance:
             for families in own:
@@ -101,8 +100,8 @@ def decode(
         alone = recheck(backend, engine, prompts, generation.recheck)
         again = {name: text(tokenizer, ids) for name, ids in alone.items()}
         held: dict[str, Any] = {"rows": [asdict(row) for row in written.rows.values()], "again": again}
-        everything = distributed.gather(held)[: distributed.shares()]
-        if distributed.rank() > 0:
+        everything = processes.gather(held)[: processes.shares()]
+        if processes.rank() > 0:
             return
         predicted = {row["id"]: Prediction(**row) for one in everything for row in one["rows"]}
         same = [predicted[name].text == said for one in everything for name, said in one["again"].items()]
@@ -145,12 +144,10 @@ def rounds(examples: Sequence[Example], prompts: Mapping[str, Sequence[int]], ro
     return filled
 
 
-def recheck(
-    backend: backends.Backend, engine: Any, prompts: Mapping[str, list[int]], count: int
-) -> dict[str, list[int]]:
+def recheck(backend: Backend, engine: Any, prompts: Mapping[str, list[int]], count: int) -> dict[str, list[int]]:
     """New token ids of `count` prompts, evenly spread, each decoded alone; of those, this process's."""
     names = list(prompts)[:: max(1, len(prompts) // count)][:count] if count else []
-    own = distributed.share(names, lambda name: len(prompts[name]))
+    own = processes.share(names, lambda name: len(prompts[name]))
     alone = ([[(name, prompts[name])]] for name in own)
     with engine.together():
         return dict(answer for families in alone for answer in backend.complete(engine, families))

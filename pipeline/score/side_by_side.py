@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from pipeline.core import contracts, paths, records
-from pipeline.core import text as sentences
 from pipeline.core.contracts import Scores
 from pipeline.core.errors import UserError, listing
 from pipeline.core.records import Example, Prediction
+from pipeline.core.text import words
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,7 +24,7 @@ class Written:
 
     @property
     def words(self) -> int:
-        return len(sentences.words(self.text))
+        return len(words(self.text))
 
 
 @dataclass(frozen=True, slots=True)
