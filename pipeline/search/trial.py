@@ -81,7 +81,7 @@ class Job:
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """How a trial ended. `loss` is the mean validation loss of its adapters, `log` the last output of a failed trial."""
+    """How a trial ended. `loss` is the mean validation loss of its adapters, `log` the last output if it failed."""
 
     state: str
     curve: Curve = field(default_factory=list)
