@@ -6,7 +6,6 @@ is computed but the statistics. Test sets and signatures must be the same, promp
 
 import json
 import re
-import subprocess
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -17,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from pipeline.commands import show
-from pipeline.core import contracts, params, paths, records
+from pipeline.core import contracts, git, params, paths, records
 from pipeline.core.contracts import Scores, TrainingSummary
 from pipeline.core.errors import UserError, listing
 from pipeline.record import identity, lockfile, store
@@ -299,16 +298,14 @@ def _loaded(text: str) -> Any:
 
 def _commit(name: str) -> str | None:
     """The commit of a DVC experiment or of a git revision; None where git knows neither."""
-    for line in _git("for-each-ref", "--format=%(objectname) %(refname)", "refs/exps").splitlines():
-        sha, _, ref = line.partition(" ")
-        parts = ref.split("/")
-        if parts[2] not in show.STAGED and parts[-1] == name:
+    for sha, experiment in show.experiments():
+        if experiment == name:
             return sha
-    return _git("rev-parse", "--verify", "--quiet", "--end-of-options", f"{name}^{{commit}}").strip() or None
+    return git.ask("rev-parse", "--verify", "--quiet", "--end-of-options", f"{name}^{{commit}}")
 
 
 def _shown(commit: str) -> str:
-    lock = _git("show", f"{commit}:./{paths.DVC_LOCK}")
+    lock = git.ask("show", f"{commit}:./{paths.DVC_LOCK}")
     if not lock:
         raise UserError(f"{commit[:12]} holds no {paths.DVC_LOCK}: nothing was run there")
     return lock
@@ -390,11 +387,3 @@ def _of(
         if values := [value for metric, value in logged.items() if re.fullmatch(pattern, metric)]:
             costs[key] = combine(values)
     return Experiment(name, dict(given), base[0], tuned, references, texts, costs)
-
-
-def _git(*arguments: str) -> str:
-    """What git printed; nothing where it failed, as for a name that is not here."""
-    try:
-        return subprocess.run(["git", *arguments], capture_output=True, text=True, check=True).stdout
-    except (OSError, subprocess.CalledProcessError):
-        return ""

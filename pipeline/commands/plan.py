@@ -1,7 +1,7 @@
-"""What `lora-repro plan` prints: the memory that each stage of an experiment is predicted to take, and what fits.
+"""`lora-repro plan`: predicts the memory that each stage of an experiment needs, and the settings that fit a device.
 
-Before rows are read, the longest are taken to be as long as the parameters allow: `prompt.max_tokens`, and for each
-instruction an answer of `generation.max_new_tokens`. A stage knows its rows and counts them (`pipeline.model.memory`).
+No rows are read. The longest row is assumed to be as long as the parameters allow: `prompt.max_tokens`, and for each
+instruction an answer of `generation.max_new_tokens`. A stage counts its own rows (`pipeline.model.memory`).
 """
 
 import json
@@ -21,16 +21,16 @@ from pipeline.model.memory import GB, Device, Parts, total
 from pipeline.model.shape import Shape
 
 CARDS = (24, 48, 80)
-"""GPUs, in GB of 10^9 bytes: what a card of that name has at least, or nearly."""
+"""Sizes of GPUs, in GB of 10^9 bytes. A card sold by this size has about so much."""
 MEMORY = ("keep_dequantized", "gradient_checkpointing", "sharding")
-"""Of `runtime`, what decides the memory of a process."""
+"""The settings of `runtime` that decide how much memory a process needs."""
 MOST = 131_072
-"""Settings above are not looked at."""
+"""The largest number of tokens that is tried."""
 
 
 @dataclass(frozen=True)
 class Plan:
-    """An experiment's parameters and its model's architecture, on one kind of device."""
+    """An experiment's parameters and its model's architecture, on one kind of device. Each method predicts a stage."""
 
     given: params.Params
     shape: Shape
@@ -51,20 +51,17 @@ class Plan:
 
     @property
     def longest(self) -> int:
-        """Tokens of the longest group of rows."""
-        aspects = max(1, len(self.given.prompt.instructions)) if self._shares else 1
-        return self.prompt + aspects * self.given.generation.max_new_tokens
-
-    @property
-    def _shares(self) -> bool:
+        """Tokens of the longest group of rows, which share a prompt and have an answer each."""
         columns = self.given.data.columns
-        return self.given.data.format == "aclsum" or bool(columns and columns.group)
+        shared = self.given.data.format == "aclsum" or bool(columns and columns.group)
+        answers = max(1, len(self.given.prompt.instructions)) if shared else 1
+        return self.prompt + answers * self.given.generation.max_new_tokens
 
     def quantize(self) -> Parts:
         return memory.quantizing(self.base, self.device)
 
     def quantize_alone(self) -> Parts:
-        """With the unquantized base in main memory."""
+        """As `quantize`, with the unquantized base in main memory."""
         return memory.quantizing(self.base, self.device, base_elsewhere=self.given.quantize.method != "none")
 
     def train(self, micro_batch_tokens: int | None = None) -> Parts:
@@ -85,6 +82,7 @@ class Plan:
 
     @property
     def _added(self) -> int:
+        """Parameters of the adapter."""
         return memory.adapter_parameters(self.shape, self.given.lora)
 
     def stages(self) -> dict[str, Parts]:
@@ -93,7 +91,8 @@ class Plan:
 
 
 def gpu_gb(given: params.Params, shape: Shape) -> int:
-    """The GB of a GPU that runs every stage, with 4 bits unpacked on the fly and the unquantized base where it fits."""
+    """The GB of a GPU on which every stage runs, if a 4-bit base is unpacked on the fly, and the unquantized base may
+    lie in main memory."""
     plan = Plan(given, shape, "cuda", keep_dequantized=False)
     needed = {**plan.stages(), "quantize": plan.quantize_alone()}
     return math.ceil(max(map(total, needed.values())) / GB)
@@ -113,7 +112,7 @@ def show(recipe: str | None) -> None:
 
 
 def _shape(given: params.Params) -> Shape:
-    """The architecture of the model: of the fetched one, of a local folder, or as a recipe states it."""
+    """The architecture of the model: from the fetched base, from a local folder, or from a recipe that states it."""
     if paths.BASE_FACTS.is_file():
         facts = json.loads(paths.BASE_FACTS.read_text(encoding="utf-8"))
         if facts["source"] == given.model.source:
@@ -124,12 +123,13 @@ def _shape(given: params.Params) -> Shape:
     if found := recipes.shape_of(given.model.source):
         return found
     raise UserError(
-        f"the architecture of {given.model.source} is not known before it is fetched: `dvc repro fetch` does that; or "
-        f"a recipe states it as needs.model (keys: {', '.join(Shape.model_fields)})"
+        f"the architecture of {given.model.source} is unknown: fetch the model with `dvc repro fetch`, or state the "
+        f"architecture in a recipe as needs.model (keys: {', '.join(Shape.model_fields)})"
     )
 
 
 def lines(name: str, given: params.Params, shape: Shape) -> Iterator[str]:
+    """The lines of the plan: the settings, the peak of each stage by parts, and the settings that fit each device."""
     keep = given.runtime.keep_dequantized
     plan = Plan(given, shape, "cuda", keep)
     adapter = memory.adapter_parameters(shape, given.lora)
@@ -159,14 +159,14 @@ def lines(name: str, given: params.Params, shape: Shape) -> Iterator[str]:
 
 
 def _runtime(runtime: params.Runtime) -> str:
-    """What of it decides memory."""
+    """The settings that decide memory, as they are printed."""
     settings = [f"runtime.{name}: {str(getattr(runtime, name)).lower()}" for name in MEMORY]
     divided = f", over {runtime.processes} devices" if runtime.sharding != "none" else ""
     return ", ".join(settings) + divided
 
 
 def _fitting(given: params.Params, shape: Shape, devices: list[tuple[str, float, Device]]) -> Iterator[str]:
-    """What fits on each device: whether the stages do, and the largest settings."""
+    """For each device, given by name and bytes: whether the stages fit, and the largest settings that do."""
     yield f"{'largest that fits':36}" + "".join(f"{name:>18}" for name, _, _ in devices)
     either = given.runtime.sharding == "none" and Plan(given, shape, "cpu", True).base.packed
     modes = [True, False] if either else [given.runtime.keep_dequantized]
@@ -205,7 +205,8 @@ def _infer(plan: Plan, room: float) -> str:
 
 
 def _tokens(fits: int | None, longest: int) -> str:
-    """What is below the longest group takes as much as that one, which is computed alone."""
+    """A number of tokens that fits. A smaller number than `longest`, the longest group, needs as much memory as that
+    group, which is computed alone."""
     if fits is None:
         return "no"
     return f">= {fits:,}" if fits == MOST else f"{max(fits, longest):,}"

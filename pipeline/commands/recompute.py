@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from pipeline.core import contracts, params, paths, records
+from pipeline.core import contracts, git, params, paths, records
 from pipeline.core.errors import UserError
 from pipeline.core.progress import say
 from pipeline.core.records import Decoding
@@ -73,11 +73,8 @@ def _differing(then: dict[str, Any], now: dict[str, Any]) -> list[str]:
 
 def _copy(copy: Path, given: params.Params) -> None:
     """The project's own files, in a git repository of their own; neither `dvc.lock` nor what stages wrote."""
-    command = ["git", "ls-files", "--cached", "--others", "--exclude-standard", "--deduplicate", "-z"]
-    listed = subprocess.run(command, capture_output=True, check=False)
-    if listed.returncode:
-        raise UserError(f"git cannot list the project's files: {listed.stderr.decode(errors='replace').strip()}")
-    names = {Path(os.fsdecode(name)) for name in listed.stdout.split(b"\0") if name} - {paths.DVC_LOCK}
+    listed = git.run("ls-files", "--cached", "--others", "--exclude-standard", "--deduplicate", "-z")
+    names = {Path(name) for name in listed.split("\0") if name} - {paths.DVC_LOCK}
     # A local source may be ignored by git; one outside of the project, by a relative path, cannot come along.
     for local in (Path(source) for source, _ in given.sources):
         if not local.is_absolute() and local.exists():
@@ -88,7 +85,7 @@ def _copy(copy: Path, given: params.Params) -> None:
         if name.is_file():
             (copy / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(name, copy / name)
-    subprocess.run(["git", "init", "--quiet", str(copy)], check=True)
+    git.run("init", "--quiet", str(copy))
     (copy / ".dvc" / "config.local").write_text("[cache]\n    dir = cache\n", encoding="utf-8")
 
 

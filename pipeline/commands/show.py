@@ -1,11 +1,11 @@
 """From an MLflow run back to the commit, the outputs and the commands that restore them."""
 
 import shlex
-import subprocess
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
-from pipeline.core import params, paths, records
+from pipeline.core import git, params, paths, records
 from pipeline.core.errors import UserError, listing
 from pipeline.core.progress import say
 from pipeline.record import identity, lockfile, provenance, store, track
@@ -97,15 +97,13 @@ def restoring(run: store.Stored, seeds: list[int]) -> list[str]:
     digest = run.tags[store.DIGEST]
     seen = [sha for sha in run.tags.get(store.COMMITS, "").split(", ") if provenance.is_commit(sha)]
     # The commit that a run started from rarely holds its result, which is committed afterwards.
-    later = _git("log", "--format=%H", "--exclude=refs/exps/*", "--all", "--", paths.DVC_LOCK.as_posix()).split()
-    for sha in dict.fromkeys([*seen, *later]):
+    later = git.ask("log", "--format=%H", "--exclude=refs/exps/*", "--all", "--", paths.DVC_LOCK.as_posix()) or ""
+    for sha in dict.fromkeys([*seen, *later.split()]):
         if _holds(sha, digest, seeds):
             return [f"git checkout {sha}", _outputs(f"{sha}:./{paths.DVC_LOCK}")]
-    for line in _git("for-each-ref", "--format=%(objectname) %(refname)", "refs/exps").splitlines():
-        sha, _, ref = line.partition(" ")
-        parts = ref.split("/")
-        if parts[2] not in STAGED and _holds(sha, digest, seeds):
-            return [f"dvc exp apply {shlex.quote(parts[-1])}"]
+    for sha, name in experiments():
+        if _holds(sha, digest, seeds):
+            return [f"dvc exp apply {shlex.quote(name)}"]
     fetch = f"{store.COMMAND} artifacts download --run-id {shlex.quote(run.run_id)} --dst-path . --artifact-path"
     base = run.tags.get(store.COMMIT, "")
     # `dvc repro` last: it fills what the cache has lost, and finds nothing to do otherwise.
@@ -117,11 +115,20 @@ def restoring(run: store.Stored, seeds: list[int]) -> list[str]:
     ]
 
 
+def experiments() -> Iterator[tuple[str, str]]:
+    """The commit and the name of each DVC experiment in this repository."""
+    for line in (git.ask("for-each-ref", "--format=%(objectname) %(refname)", "refs/exps") or "").splitlines():
+        sha, _, ref = line.partition(" ")
+        parts = ref.split("/")
+        if parts[2] not in STAGED:
+            yield sha, parts[-1]
+
+
 def _holds(commit: str, digest: str, seeds: list[int]) -> bool:
     """Whether the `dvc.lock` of a commit is of the experiment with this digest."""
-    lock = _git("show", f"{commit}:./{paths.DVC_LOCK}")
+    lock = git.ask("show", f"{commit}:./{paths.DVC_LOCK}")
     try:
-        return bool(lock) and identity.digest_of(lock, seeds) == digest
+        return lock is not None and identity.digest_of(lock, seeds) == digest
     except UserError:  # of another pipeline, or of other seeds
         return False
 
@@ -130,14 +137,6 @@ def _outputs(lock: str) -> str:
     """`dvc checkout` where the cache has everything that is locked there, else `dvc pull`."""
     with tempfile.TemporaryDirectory(prefix="lora-repro-") as folder:
         path = Path(folder) / paths.DVC_LOCK
-        path.write_text(_git("show", lock), encoding="utf-8")
+        path.write_text(git.run("show", lock), encoding="utf-8")
         missing = lockfile.missing(path)
     return "dvc checkout" if not missing else f"dvc pull   # {missing} objects are not in the cache; or: dvc repro"
-
-
-def _git(*arguments: str) -> str:
-    """What git printed; nothing where it failed, as for a commit that is not here."""
-    try:
-        return subprocess.run(["git", *arguments], capture_output=True, text=True, check=True).stdout
-    except (OSError, subprocess.CalledProcessError):
-        return ""

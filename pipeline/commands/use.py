@@ -1,4 +1,4 @@
-"""Recipes: experiments by name. `recipes/<name>.yaml` lies over `params.default.yaml`, which gives `params.yaml`.
+"""Recipes: named experiments. A recipe replaces values of `params.default.yaml`; the result is `params.yaml`.
 
     about: One line for `lora-repro use`.
     source: arXiv 2305.14314, section 5.2
@@ -6,12 +6,12 @@
     params:
       lora: {r: 64, alpha: 16}
 
-A section, and a mapping in it whose keys the schema fixes (files, limits, holdout, words), is merged key by key; every
-other value, `instructions`, `columns` and lists among them, replaces the default's whole.
+Sections, and mappings whose keys the schema fixes (files, limits, holdout, words), are merged key by key. Every other
+value, such as `instructions`, `columns` or a list, replaces the default's value as a whole.
 
-What a recipe gives does not depend on what was in `params.yaml` before, but for `runtime` and `tracking`: they describe
-the user's machine and stay, byte by byte. Values are replaced inside the default's text, not in a tree that is printed
-again: what is not replaced, comments above all, cannot move.
+The result does not depend on the previous `params.yaml`, except for `runtime` and `tracking`: they describe the user's
+machine and stay, byte by byte. Values are replaced inside the default's text, so that comments and all other values
+stay where they are.
 """
 
 import difflib
@@ -31,7 +31,7 @@ from rich.console import Console
 from rich.text import Text
 from ruamel.yaml.nodes import MappingNode, ScalarNode, SequenceNode
 
-from pipeline.core import params, paths, records, yaml12
+from pipeline.core import git, params, paths, records, yaml12
 from pipeline.core.errors import UserError, listing, printable
 from pipeline.core.progress import say
 from pipeline.model.shape import Shape
@@ -39,7 +39,7 @@ from pipeline.model.shape import Shape
 DEFAULT = Path("params.default.yaml")
 FOLDER = Path("recipes")
 MACHINE = params.UNDECLARED
-"""The sections that are the user's and no recipe's."""
+"""The sections that belong to the user's machine. No recipe sets them."""
 
 LINE_WIDTH = 120
 SECONDS_FOR_NVIDIA_SMI = 10.0
@@ -52,11 +52,11 @@ class Needs(params.Section):
 
     hub: bool = False
     licence: list[str] = Field(default_factory=list)
-    """Pages on which a licence must be accepted first."""
+    """Pages on which the user must accept a licence first."""
     gpu_gb: Annotated[float, Field(gt=0)] | None = None
-    """As `lora-repro plan` predicts it, of the stage that takes most, with runtime.keep_dequantized: false."""
+    """The prediction of `lora-repro plan` for the stage that needs most, with runtime.keep_dequantized: false."""
     model: Shape | None = None
-    """The architecture, for the prediction: a model on the hub is not here to ask."""
+    """The architecture, for the prediction before the model is downloaded."""
 
     def __str__(self) -> str:
         gpu = f"GPU {self.gpu_gb:g} GB" if self.gpu_gb else ""
@@ -72,7 +72,7 @@ class Recipe(params.Section):
 
 @dataclass(frozen=True)
 class Document:
-    """A YAML file: its text, its content, and where in the text each value stands."""
+    """A YAML file: its text, its content, and its nodes, which know their places in the text."""
 
     path: Path
     text: str
@@ -90,7 +90,7 @@ class Document:
 
 @dataclass(frozen=True)
 class Choice:
-    """A recipe and what it gives: `content` without the sections of `MACHINE`, which it leaves alone."""
+    """A recipe and its result: `content` holds all sections but those of `MACHINE`."""
 
     name: str
     recipe: Recipe
@@ -98,29 +98,29 @@ class Choice:
     content: dict[str, Any]
 
 
-# What the command does
+# The command
 
 
 def show() -> None:
-    """Print every recipe: whether `params.yaml` is at it, its name, what it needs, what it is about."""
+    """Print a line for each recipe: a mark if `params.yaml` holds it, its name, its needs, its purpose."""
     default, now = _default(), _now()
     here = _experiment(now.content) if now else None
     choices = [_choice(path, default) for path in _files().values()]
     if not choices:
-        raise UserError(f"{FOLDER}/ holds no recipes: restore it with git")
+        raise UserError(f"{FOLDER}/ holds no recipes: restore the folder with git")
     wants = {choice.name: _needs_in_short(choice) for choice in choices}
     names, needs = max(map(len, wants)), max(map(len, wants.values()))
     for choice in choices:
         mark = "*" if choice.content == here else " "
         say(f"{mark} {choice.name:{names}}  {wants[choice.name]:{needs}}  {choice.recipe.about}")
-    say("\n* what params.yaml holds now. `lora-repro use <name>` writes it; --dry-run shows what would change.")
+    say("\n* the recipe in params.yaml. `lora-repro use <name>` writes another; --dry-run shows what would change.")
 
 
 def apply(name: str, force: bool = False, dry_run: bool = False) -> None:
-    """Write `params.yaml` by a recipe, print what changes, what the recipe needs, and what to do next.
+    """Write `params.yaml` from a recipe, and print the changes, the recipe's needs, and the next command.
 
-    `name` is one of `recipes/`, or the path of a file. UserError when `params.yaml` holds changes that neither a recipe
-    nor git has, unless `force`.
+    `name` is the name of a recipe in `recipes/`, or the path of a file. UserError if `params.yaml` holds changes that
+    neither a recipe nor git has, unless `force`. With `dry_run` nothing is written.
     """
     default, now = _default(), _now()
     choice = _choice(_path(name), default)
@@ -130,7 +130,7 @@ def apply(name: str, force: bool = False, dry_run: bool = False) -> None:
         raise lost
     _print_diff(now.text if now else "", text, choice.name)
     if now and text == now.text:
-        say(f"params.yaml is what recipe {choice.name} gives: nothing changes")
+        say(f"params.yaml holds recipe {choice.name} already: nothing changes")
     elif dry_run:
         say("nothing was written (--dry-run)" + (f"; it would be refused: {lost}" if lost else ""))
     else:
@@ -143,24 +143,24 @@ def apply(name: str, force: bool = False, dry_run: bool = False) -> None:
 
 
 def experiment(name: str, machine: params.Params) -> params.Params:
-    """The parameters of a recipe, by name or path, with the sections of `MACHINE` as `machine` has them."""
+    """The parameters of a recipe, by name or path, with the sections of `MACHINE` from `machine`."""
     choice = _choice(_path(name), _default())
     mine = {section: getattr(machine, section).model_dump() for section in MACHINE}
     return params.check(choice.content | mine, str(choice.document.path))
 
 
 def stated_shape(name: str) -> Shape | None:
-    """The architecture that a recipe states, by name or path."""
+    """The architecture that a recipe, by name or path, states; None if it states none."""
     return _choice(_path(name), _default()).recipe.needs.model
 
 
 def shape_of(source: str) -> Shape | None:
-    """The architecture that a recipe of the project states for a model's source."""
+    """The architecture that any recipe of the project states for a model's source; None if none does."""
     default = _default()
     for path in _files().values():
         try:
             choice = _choice(path, default)
-        except UserError:  # told when that recipe is used
+        except UserError:  # reported when that recipe is used
             continue
         if choice.recipe.needs.model and choice.content["model"]["source"] == source:
             return choice.recipe.needs.model
@@ -168,9 +168,9 @@ def shape_of(source: str) -> Shape | None:
 
 
 def result(choice: Choice, default: Document, now: Document | None) -> str:
-    """The text of `params.yaml` by a recipe, with the sections of `MACHINE` as they are in `now`.
+    """The new text of `params.yaml`: the recipe over the default, with the sections of `MACHINE` from `now`.
 
-    UserError for what the schema does not allow.
+    UserError for values that the schema does not allow, and for YAML that cannot be replaced in the default's text.
     """
     kept = {section: now.content[section] for section in MACHINE if now and section in now.content}
     expected = default.content | choice.content | kept
@@ -198,7 +198,7 @@ def _default() -> Document:
 
 
 def _now() -> Document | None:
-    """`params.yaml`, if there is one; UserError when its sections cannot be told apart."""
+    """`params.yaml`, if there is one; UserError if it holds no sections."""
     if not paths.PARAMS.exists():
         return None
     now = Document(paths.PARAMS, paths.PARAMS.read_text(encoding="utf-8"))
@@ -216,7 +216,7 @@ def _files() -> dict[str, Path]:
 
 
 def _path(name: str) -> Path:
-    """The file of a recipe that is given by name or by path."""
+    """The file of a recipe, by name or path; UserError if there is none."""
     files = _files()
     if name in files:
         return files[name]
@@ -236,28 +236,29 @@ def _choice(path: Path, default: Document) -> Choice:
     content = _merged(default.content, recipe.params, params.Params)
     params.check(content, f"{path} over {default.path}")
     if recipe.needs.hub != any(map(_is_on_hub, itertools.chain(*_sources(content).values()))):
-        raise UserError(f"{path}: needs.hub = {recipe.needs.hub}, but that is not where its sources are")
+        where = "not on the hub" if recipe.needs.hub else "on the hub"
+        raise UserError(f"{path}: needs.hub = {recipe.needs.hub}, but its sources are {where}")
     return Choice(path.stem, recipe, document, _experiment(content))
 
 
 def _recipe(document: Document) -> Recipe:
     if not isinstance(document.content, Mapping):
-        raise UserError(f"{document.path} is no recipe: it must hold {', '.join(Recipe.model_fields)}")
+        raise UserError(f"{document.path} is not a recipe: it must hold {', '.join(Recipe.model_fields)}")
     try:
         recipe = Recipe.model_validate(document.content)
     except ValidationError as error:
         problems = [f"{'.'.join(map(str, one['loc']))}: {one['msg']}" for one in error.errors(include_url=False)]
-        raise listing(problems, f"{document.path} is no recipe:") from None
+        raise listing(problems, f"{document.path} is not a recipe:") from None
     if mine := [section for section in MACHINE if section in recipe.params]:
         raise UserError(
-            f"{document.path}: params.{mine[0]} is the machine's, not the experiment's: leave it out, and set it in "
-            f"{paths.PARAMS}, where every recipe keeps it"
+            f"{document.path}: params.{mine[0]} describes the machine, not the experiment: leave it out here, and set "
+            f"it in {paths.PARAMS}, where every recipe keeps it"
         )
     return recipe
 
 
 def _experiment(content: Content) -> dict[str, Any]:
-    """All but the sections of `MACHINE`."""
+    """All sections but those of `MACHINE`."""
     return {section: value for section, value in content.items() if section not in MACHINE}
 
 
@@ -275,7 +276,7 @@ def _merged(default: Content, over: Content, schema: type[params.Section]) -> di
 
 
 def _keys_of(schema: type[params.Section], key: str) -> type[params.Section] | None:
-    """The schema of the mapping at `key`, if it is one with fixed keys that cannot be null."""
+    """The schema of the mapping at `key`, if its keys are fixed and it cannot be null."""
     field = schema.model_fields.get(key)
     kind = field.annotation if field else None
     return kind if isinstance(kind, type) and issubclass(kind, params.Section) else None
@@ -285,7 +286,7 @@ Edit = tuple[int, int, str]
 
 
 def _spliced(choice: Choice, default: Document) -> str:
-    """The default's text with the recipe's values in the place of its own."""
+    """The default's text with the recipe's values in place of its own."""
     over = next(value for key, value in choice.document.root.value if key.value == "params")
     text = default.text
     edits = _edits(default.root, over, choice.document.text, params.Params)
@@ -295,7 +296,8 @@ def _spliced(choice: Choice, default: Document) -> str:
 
 
 def _edits(base: MappingNode, over: MappingNode, written: str, schema: type[params.Section]) -> Iterator[Edit]:
-    """What to replace by what, from behind a key's name to the end of its value; `written` is the recipe's text."""
+    """The replacements (start, end, new text) in the default's text, each from behind a key's name to the end of its
+    value. `written` is the recipe's text."""
     places = {key.value: (key, value) for key, value in base.value}
     for key, value in over.value:
         base_key, base_value = places[key.value]
@@ -309,7 +311,7 @@ def _edits(base: MappingNode, over: MappingNode, written: str, schema: type[para
 
 
 def _same(one: Any, other: Any) -> bool:
-    """Whether two values are equal, whichever way they are written."""
+    """Whether two values are equal, however they are written."""
     if type(one) is not type(other) or str(one.tag) != str(other.tag):
         return False
     if isinstance(one, ScalarNode):
@@ -322,7 +324,7 @@ def _same(one: Any, other: Any) -> bool:
 
 
 def _end(node: Any) -> int:
-    """Where a value ends; the parser lets a block end where the next key begins, behind that key's comment."""
+    """Where a value ends. The parser would let a block end at the next key, behind that key's comment."""
     if isinstance(node, ScalarNode) or node.flow_style or not node.value:
         return int(node.end_mark.index)
     last = node.value[-1]
@@ -331,13 +333,16 @@ def _end(node: Any) -> int:
 
 @dataclass(frozen=True)
 class _Layout:
-    """Writes a recipe's values where the default's stood: numbers and quotes as the recipe has them (1e-3 stays 1e-3),
-    braces and brackets as long as they fit into the line. Lines are relative to the column at which a block starts."""
+    """Writes a recipe's values in place of the default's.
+
+    Numbers and quotes stay as the recipe writes them (1e-3 stays 1e-3); braces and brackets stay if they fit into the
+    line. Lines are returned relative to the column at which their block starts.
+    """
 
     written: str
 
     def behind_key(self, node: Any, column: int, key: str, flow: bool = False) -> list[str]:
-        """What follows `key`, which starts at `column`: the rest of its line, and the lines of a block below it."""
+        """The text behind `key`, which starts at `column`: the rest of its line, then the lines of a block below it."""
         if flow or self._fits(node, column + len(f"{key}: ")):
             return [f": {self._inline(node, in_flow=flow)}"]
         return [":", *(f"  {line}" for line in self._block(node, column + 2))]
@@ -356,8 +361,8 @@ class _Layout:
         return lines
 
     def _fits(self, node: Any, column: int) -> bool:
-        """Whether a value stands behind what ends at `column`; as a block it must have been written as one, or be too
-        long."""
+        """Whether a value continues the line that ends at `column`. A mapping or list does if the recipe writes it in
+        braces or brackets and the line has room for it."""
         if isinstance(node, ScalarNode) or not node.value:
             return True
         return bool(node.flow_style) and column + len(self._inline(node)) <= LINE_WIDTH
@@ -378,7 +383,7 @@ class _Layout:
 
 
 def _with_section_of(source: str, text: str, section: str) -> str:
-    """`text` with the lines of one section as they stand in `source`."""
+    """`text` with the lines of one section copied from `source`."""
     lines, own = text.splitlines(keepends=True), source.splitlines(keepends=True)
     place, taken = _section(lines, section), _section(own, section)
     if taken is None or place is None:
@@ -388,7 +393,7 @@ def _with_section_of(source: str, text: str, section: str) -> str:
 
 
 def _section(lines: Sequence[str], section: str) -> slice | None:
-    """The lines of a top-level section: its name and all that is indented below it."""
+    """The lines of a top-level section: its name, and everything indented below it."""
     start = next((i for i, line in enumerate(lines) if line.startswith(f"{section}:")), None)
     if start is None:
         return None
@@ -398,11 +403,11 @@ def _section(lines: Sequence[str], section: str) -> slice | None:
     return slice(start, end)
 
 
-# What would be lost
+# Changes that would be lost
 
 
 def _only_here(now: Document | None, choice: Choice, default: Document) -> UserError | None:
-    """The refusal, when `params.yaml` holds what can be had neither from a recipe nor from git's HEAD."""
+    """The refusal, if neither a recipe nor git's HEAD has the content of `params.yaml`; else None."""
     if now is None:
         return None
     here = _experiment(now.content)
@@ -415,14 +420,14 @@ def _only_here(now: Document | None, choice: Choice, default: Document) -> UserE
     return listing(
         [
             *changes[nearest],
-            f"keep it with `git commit {paths.PARAMS}`, or as a recipe of its own in {FOLDER}/; or give it up: --force",
+            f"keep it with `git commit {paths.PARAMS}` or as a new recipe in {FOLDER}/, or overwrite it with --force",
         ],
-        f"{paths.PARAMS} holds what no recipe and no commit has. Beside {nearest}:",
+        f"{paths.PARAMS} holds changes that are in no recipe and no commit. Compared with {nearest}:",
     )
 
 
 def _known(choice: Choice, default: Document) -> Iterator[tuple[str, Content]]:
-    """What can be had again, by the name that the refusal gives it: cheapest first."""
+    """Contents that can be restored, by the name that the refusal gives them; the cheapest first."""
     yield f"recipe {choice.name}", choice.content
     head = _head()
     if isinstance(head, Mapping):
@@ -430,24 +435,21 @@ def _known(choice: Choice, default: Document) -> Iterator[tuple[str, Content]]:
     for path in _files().values():
         try:
             yield f"recipe {path.stem}", _choice(path, default).content
-        except UserError:  # another recipe's mistake is told when that one is used, or all are listed
+        except UserError:  # reported when that recipe is used, or all are listed
             continue
 
 
 def _head() -> Any:
-    """What git's HEAD has as `params.yaml`; None without git, a commit, or YAML in it."""
-    if shutil.which("git") is None:
-        return None
-    command = ["git", "show", f"HEAD:./{paths.PARAMS}"]
-    done = subprocess.run(command, capture_output=True, check=False, encoding="utf-8")
+    """The content of `params.yaml` at git's HEAD; None without git, a commit, or YAML there."""
+    text = git.ask("show", f"HEAD:./{paths.PARAMS}")
     try:
-        return None if done.returncode else Document(Path("HEAD"), done.stdout).content
+        return None if text is None else Document(Path("HEAD"), text).content
     except UserError:
         return None
 
 
 def _changes(old: Content, new: Content) -> list[str]:
-    """`lora.r = 8 (16)`: what differs, with the old value behind it."""
+    """The values that differ, as `lora.r = 8 (16)`, with the old value in brackets."""
     before, after = dict(_leaves(old)), dict(_leaves(new))
     missing = object()
     return [
@@ -465,11 +467,11 @@ def _leaves(content: Content, above: str = "") -> Iterator[tuple[str, Any]]:
             yield f"{above}{key}", value
 
 
-# What is printed
+# Output
 
 
 def _print_diff(old: str, new: str, name: str) -> None:
-    """A unified diff, coloured where a terminal reads it."""
+    """Print a unified diff, in colours on a terminal."""
     console = Console(soft_wrap=True, highlight=False)
     colours = {"+": "green", "-": "red", "@": "cyan"}
     title = f"{paths.PARAMS} (recipe {name})"
@@ -503,7 +505,7 @@ def _needs_at_length(choice: Choice) -> Iterator[str]:
     if any(source.startswith("pip:") for source in everything):
         yield "needs  a package index (PyPI or a mirror)"
     elif general and general.startswith("pip:"):
-        yield "needs  a package index, for the text of forget; forget.source: null goes without"
+        yield "needs  a package index, for the text of forget; not with forget.source: null"
     if hub := [source.removeprefix("hf:") for source in everything if _is_on_hub(source)]:
         yield f"needs  the Hugging Face hub (huggingface.co), for {' and '.join(hub)}"
     for page in needs.licence:
@@ -511,7 +513,7 @@ def _needs_at_length(choice: Choice) -> Iterator[str]:
     for key, given in sources.items():
         for source in filter(_is_local, given):
             there = "found" if Path(source).expanduser().exists() else "not there yet"
-            yield f"needs  your {key} in {source} ({there}); with {key}.sha256: null the error tells its digest"
+            yield f"needs  your {key} in {source} ({there}); with {key}.sha256: null the error names its digest"
     if needs.gpu_gb:
         yield f"needs  a GPU with {needs.gpu_gb:g} GB: {_gpu_found(needs.gpu_gb)}"
         if needs.model:
@@ -521,10 +523,10 @@ def _needs_at_length(choice: Choice) -> Iterator[str]:
 
 
 def _gpu_found(gb: float) -> str:
-    """What `nvidia-smi` says, against what is wanted. torch would know better, but takes seconds to import."""
+    """The largest GPU that `nvidia-smi` reports, compared with `gb`. torch knows more, but takes seconds to import."""
     found = gpus()
     if not found:
-        return "warning, no NVIDIA GPU found here"
+        return "warning, no NVIDIA GPU was found"
     name, most = max(found, key=lambda one: one[1])
     return (
         f"{name} with {most:.0f} GB found" if most >= gb else f"warning, the largest here is {name} with {most:.0f} GB"
@@ -532,7 +534,7 @@ def _gpu_found(gb: float) -> str:
 
 
 def gpus() -> list[tuple[str, float]]:
-    """Name and memory, in GB of 10^9 bytes, of each NVIDIA GPU."""
+    """Name and memory, in GB of 10^9 bytes, of each NVIDIA GPU; empty without `nvidia-smi`."""
     command = ["nvidia-smi", "--query-gpu=name,memory.total", "--format=csv,noheader,nounits"]
     if shutil.which(command[0]) is None:
         return []

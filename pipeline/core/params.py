@@ -1,8 +1,8 @@
 """`params.yaml`: its schema, its only reader, and its error messages.
 
-A stage is given only the sections that `dvc.yaml` declares for it, so that nothing undeclared can enter a result;
-`runtime` and `tracking`, which no stage declares, are open to all. The whole file is checked every time, and every
-mistake is reported at once.
+A stage can read only the sections that `dvc.yaml` declares for it, so that nothing undeclared can change a result.
+Every stage can read `runtime` and `tracking`. The whole file is checked each time, and all mistakes are reported at
+once.
 """
 
 import codecs
@@ -48,7 +48,8 @@ S = TypeVar("S", bound=Section)
 T = TypeVar("T")
 
 BRANCHES = ("a value", "a list")
-"""Pydantic names the branch of a union in an error's location; chosen beforehand, there is one error, not two."""
+"""Names of a union's branches in pydantic's errors. `_branch` chooses one, so that a mistake is reported once, not for
+each branch."""
 
 
 def _branch(given: Any) -> str:
@@ -61,18 +62,18 @@ OneOrSeveral = Annotated[
 
 
 NOT_OF_FILES = ("idna", "punycode", "undefined", "unicode_escape", "raw_unicode_escape")
-"""What Python calls encodings of text as well: of host names, and of its own source code."""
+"""Python's text encodings that are not for files, but for host names and for its own source code."""
 
 
 def codec(name: str) -> str:
-    """`name`, if it is an encoding that a text file can have; else ValueError."""
+    """Return `name` if it is an encoding that a text file can have; else ValueError."""
     try:
         "a".encode(name)
         of_files = codecs.lookup(name).name.replace("-", "_") not in NOT_OF_FILES
     except (LookupError, ValueError):
         of_files = False
     if not of_files:
-        raise ValueError(f"'{name}' is no encoding of text files, such as utf-8, cp1252 or gb18030")
+        raise ValueError(f"'{name}' is not an encoding of text files, such as utf-8, cp1252 or gb18030")
     return name
 
 
@@ -83,7 +84,7 @@ def _label(text: str) -> str:
 
 
 Label = Annotated[str, Field(min_length=1), AfterValidator(_label)]
-"""A name that charts, tables and MLflow show as it is."""
+"""A name that charts, tables and MLflow show unchanged."""
 
 
 class Files(Section):
@@ -140,7 +141,7 @@ class Data(Section):
 
     @property
     def pinned(self) -> list[tuple[str, str | None]]:
-        """Each source with its digest."""
+        """Each source with its digest; a digest is None where the source pins its content itself."""
         sources = self.source if isinstance(self.source, list) else [self.source]
         digests = self.sha256 if isinstance(self.sha256, list) else [self.sha256]
         return list(zip(sources, digests, strict=True))
@@ -198,7 +199,9 @@ class Prompt(Section):
     def template_is_known(self) -> Self:
         names = set(re.findall(r"\{(\w*)\}", self.template))
         if "source" not in names or names - {"source", "instruction"}:
-            raise ValueError("template must hold {source}, may hold {instruction}, and no other name in braces")
+            raise ValueError(
+                "template must hold {source}, may hold {instruction}, and must hold no other name in braces"
+            )
         return self
 
 
@@ -265,7 +268,7 @@ class Generation(Section):
         asked = [f"{name} = {getattr(self, name)}" for name, value in plain.items() if getattr(self, name) != value]
         if self.backend != "transformers" and asked:
             raise ValueError(
-                f"{', '.join(asked)}: backend {self.backend!r} decodes greedily alone; set backend to transformers"
+                f"{', '.join(asked)}: backend {self.backend!r} can only decode greedily; set backend to transformers"
             )
         return self
 
@@ -281,7 +284,7 @@ class Evaluate(Section):
     @model_validator(mode="after")
     def stemming_is_for_latin_words(self) -> Self:
         if self.use_stemmer and self.rouge_tokenizer == "unicode":
-            raise ValueError("use_stemmer must be false with rouge_tokenizer unicode: Porter's stemmer knows English")
+            raise ValueError("use_stemmer must be false with rouge_tokenizer unicode: Porter's stemmer is for English")
         return self
 
     @model_validator(mode="after")
@@ -292,7 +295,7 @@ class Evaluate(Section):
 
 
 class Published(Section):
-    """A figure that somebody has published, in points, and where it stands."""
+    """A published figure, in points, and its source."""
 
     metric: Metric
     value: Annotated[float, Field(ge=0, le=100)]
@@ -323,8 +326,8 @@ class Runtime(Section):
 def _without_password(uri: str | None) -> str | None:
     if uri and without_passwords(uri) != uri:
         raise ValueError(
-            "an address with a user name or password, and params.yaml is kept in git and in every run: give the "
-            "address as MLFLOW_TRACKING_URI, or both as MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD"
+            "an address with a user name or password, but git and every run keep params.yaml: give the address as "
+            "MLFLOW_TRACKING_URI, or both as MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD"
         )
     return uri
 
@@ -336,7 +339,7 @@ class Tracking(Section):
 
 
 class Params(Section):
-    """The whole file. Stages compute with none of it but what they declare (`Declared`)."""
+    """The whole file. A stage reads only the sections that it declares (`Declared`)."""
 
     data: Data
     model: Model
@@ -354,14 +357,14 @@ class Params(Section):
 
     @property
     def sources(self) -> list[tuple[str, str | None]]:
-        """Everything that is read from outside, with its digest."""
+        """Every external source, with its digest."""
         general = [] if self.forget.source is None else [(self.forget.source, self.forget.sha256)]
         return [*self.data.pinned, (self.model.source, self.model.sha256), *general]
 
     @model_validator(mode="after")
     def seeds_differ(self) -> Self:
         if len(set(self.seeds)) < len(self.seeds):
-            raise ValueError("seeds must differ: the same seed twice is the same adapter twice")
+            raise ValueError("seeds must differ: the same seed gives the same adapter again")
         return self
 
     @model_validator(mode="after")
@@ -376,7 +379,7 @@ class Params(Section):
         if self.generation.backend != "transformers" and self.quantize.method == "int8":
             raise ValueError(
                 f"generation.backend = {self.generation.backend!r} with quantize.method = 'int8', which quantizes "
-                "activations as well: only transformers computes that"
+                "activations as well: set generation.backend to transformers, which alone computes that"
             )
         return self
 
@@ -418,7 +421,7 @@ class Params(Section):
             )
         if method != "none" and runtime.keep_dequantized:
             raise ValueError(
-                f"runtime.sharding = {runtime.sharding!r} hands on weights as they are packed: set "
+                f"runtime.sharding = {runtime.sharding!r} sends weights as they are packed: set "
                 "runtime.keep_dequantized to false"
             )
         return self
@@ -432,18 +435,19 @@ class Params(Section):
 
 
 VLLM = "0.33.0"
-"""The version that `backend_vllm` is written for. It wants another torch and other transformers than the pinned ones,
-so it has an environment of its own."""
+"""The version that `backend_vllm` is written for. It needs another torch and other transformers than the pinned ones,
+and so an environment of its own."""
 
 VLLM_PYTHON = "LORA_REPRO_VLLM"
-"""The environment variable that names the Python of that environment. As a parameter, a stranger's params file would
-name a program that is started."""
+"""The environment variable that names the Python of that environment. It is no parameter, since a params file from
+somebody else could then name a program that we start."""
 
 UNDECLARED = (Runtime.key, Tracking.key)
+"""The sections that every stage can read without declaring them."""
 
 
 class Declared:
-    """The sections that one stage may read: `declared[Lora]` is the section, or an error for an undeclared one."""
+    """The sections that one stage may read. `declared[Lora]` is a section; LookupError if it is not declared."""
 
     def __init__(self, stage: str, params: Params, sections: frozenset[str]) -> None:
         self._stage, self._params, self._sections = stage, params, sections
@@ -465,15 +469,19 @@ class Declared:
 
 
 def read(stage: str, folder: Path = Path()) -> Declared:
-    """Check `params.yaml` and return what `dvc.yaml` lets `stage` see of it."""
+    """Check `params.yaml` of the project `folder`, and return the sections that `dvc.yaml` declares for `stage`.
+
+    UserError lists every mistake. It is also raised if the backend of inference is missing, by every stage that
+    computes: nothing is trained for an inference that cannot run.
+    """
     given, sections = load(folder / paths.PARAMS), sections_of(stage, folder / paths.DVC_YAML)
-    if "runtime.threads" in sections:  # it computes: nothing is trained for an inference that cannot run
+    if "runtime.threads" in sections:
         require_backend(given)
     return Declared(stage, given, sections)
 
 
 def require_backend(given: Params) -> None:
-    """UserError where what `generation.backend` computes with is not installed."""
+    """UserError if the program or package behind `generation.backend` is not installed."""
     backend, remedy = given.generation.backend, "or set generation.backend to transformers"
     if backend == "llama.cpp" and importlib.util.find_spec("xllamacpp") is None:
         raise UserError(
@@ -490,17 +498,17 @@ def require_backend(given: Params) -> None:
 
 
 def load(path: Path = paths.PARAMS) -> Params:
-    """Parse and check a params file; UserError lists every mistake with its key, its value and the remedy."""
+    """Read and check a params file. UserError lists every mistake with its key, its value and the remedy."""
     return check(yaml12.read(path), str(path))
 
 
 def check(content: Any, name: str) -> Params:
-    """Check parsed params; `name` heads the error."""
+    """Check the content of a params file; `name` heads the error. UserError as of `load`."""
     return checked(Params, content, name)
 
 
 def checked(model: type[S], content: Any, name: str) -> S:
-    """Check what a file `name` holds against a model of it; UserError as of `load`."""
+    """Check the content of a file against its schema `model`; `name` heads the error. UserError as of `load`."""
     if not isinstance(content, Mapping):
         first, second = list(model.model_fields)[:2]
         raise UserError(f"{name} must hold sections ({first}:, {second}:, ...), not {type(content).__name__}")
@@ -511,31 +519,34 @@ def checked(model: type[S], content: Any, name: str) -> S:
         problems += [_explain(problem, model) for problem in error.errors(include_url=False)]
     except UnicodeEncodeError as error:  # as YAML can write it: "\ud800"
         raise UserError(f"{name}: {error.object!r} holds half a character (U+D800 to U+DFFF): remove it") from None
-    if problems:
-        raise listing(problems, f"{name}: {len(problems)} to mend")
+    _refuse(problems, name)
     return checked
 
 
 def require_plain(name: str, content: Any) -> None:
-    """UserError, headed by `name`, where a string in `content` asks for an interpolation."""
-    if problems := _interpolated(content):
-        raise listing(problems, f"{name}: {len(problems)} to mend")
+    """UserError, headed by `name`, if a string in `content` asks for an interpolation."""
+    _refuse(_interpolated(content), name)
+
+
+def _refuse(problems: Sequence[str], name: str) -> None:
+    if problems:
+        raise listing(problems, f"{name}: {len(problems)} error{'s' if len(problems) > 1 else ''}")
 
 
 def _interpolated(content: Any) -> list[str]:
-    """The mistake of each string that holds `${`: `dvc exp run -S` would put in what it names, and keep that in git,
-    in `dvc.lock` and in the record."""
+    """An error for each string that holds `${`. `dvc exp run -S` would replace it with the value that it names, and
+    keep that value in git, in `dvc.lock` and in the record."""
     return [
-        f"{at} = {_shown(text)}: DVC would replace ${{...}} by what it names, such as a secret of the environment; "
-        "write the value itself"
+        f"{at} = {_shown(text)}: DVC would replace ${{...}} with the value that it names, such as a secret in the "
+        "environment; write the value itself"
         for at, text in _texts(content)
         if "${" in text
     ]
 
 
 def _texts(content: Any) -> Iterator[tuple[str, str]]:
-    """Every string in parsed YAML, keys included, with the dotted name of its place; one of several places for what is
-    shared."""
+    """Every string in parsed YAML, keys included, with the dotted name of its place. A value that stands in several
+    places is visited once."""
     waiting, seen = [("", content)], set[int]()
     while waiting:
         at, value = waiting.pop()
@@ -554,13 +565,13 @@ def _texts(content: Any) -> Iterator[tuple[str, str]]:
 
 
 def sections_of(stage: str, dvc_yaml: Path) -> frozenset[str]:
-    """The params sections that `dvc.yaml` declares for a stage, and those that need no declaration."""
+    """The sections that `dvc.yaml` declares for a stage, and `UNDECLARED`."""
     declared = yaml12.read(dvc_yaml)["stages"][stage].get("params", [])
     return frozenset([*declared, *UNDECLARED])
 
 
 def _explain(problem: Any, model: type[BaseModel]) -> str:
-    """One pydantic error as `key = value: what is wrong and what is legal`."""
+    """One of pydantic's errors as `key = value: what is wrong and what is legal`."""
     at = ".".join(str(part) for part in problem["loc"] if not _is_branch(part))
     kind, given = problem["type"], problem["input"]
     if kind == "missing":
@@ -574,25 +585,24 @@ def _explain(problem: Any, model: type[BaseModel]) -> str:
 
 
 def _shown(given: Any) -> str:
-    """A value as an error shows it: a few lines of aliases can stand for more than fits into memory."""
+    """A value, cut short for an error message."""
     short = reprlib.Repr()
     short.maxlevel, short.maxstring, short.maxother, short.maxlong = 2, 200, 200, 200
     return short.repr(given)
 
 
 def _is_branch(part: str | int) -> bool:
-    """Pydantic adds the branch of a union to an error's location: not a key of the file."""
+    """Whether a part of an error's location is the name of a union's branch, which is not a key of the file."""
     return isinstance(part, str) and bool(
         part in BRANCHES or re.match(r"(literal|list|constrained|function|str|int)\b.*[\[\]]|^(str|int)$", part)
     )
 
 
 def _suggestion(location: tuple[str | int, ...], model: Any) -> str:
+    """The keys that an unknown key may have meant, by the schema at its place."""
     for part in location[:-1]:
-        if isinstance(part, int):  # of a list, whose items are in view already
-            continue
         field = model.model_fields.get(part)
-        if field is None:  # the key of a mapping, whose values the model is of
+        if field is None:  # the index of a list, or the key of a mapping: `model` is the schema of its items already
             continue
         options = [field.annotation, *getattr(field.annotation, "__args__", ())]
         model = next((option for option in options if hasattr(option, "model_fields")), model)

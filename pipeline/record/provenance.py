@@ -7,6 +7,8 @@ import subprocess
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+from pipeline.core import git
+
 PACKAGES = (
     "torch",
     "transformers",
@@ -49,19 +51,20 @@ def commit(folder: Path) -> tuple[str | None, bool]:
 
     `(None, False)` outside a git repository, before its first commit, and without git.
     """
-    sha = _git(folder, "rev-parse", "--verify", "HEAD")
+    sha = git.ask("rev-parse", "--verify", "HEAD", cwd=folder)
     if sha is None:
         return None, False
     excluded = [f":(exclude){name}" for name in RESULTS]
-    status = _git(folder, "status", "--porcelain", "--", ".", *excluded)
+    status = git.ask("status", "--porcelain", "--", ".", *excluded, cwd=folder)
     return sha, status != ""
 
 
 def changes(folder: Path) -> list[str]:
     """The files under `folder`, relative to it, for which `commit` says that something differs."""
     excluded = [f":(exclude){name}" for name in RESULTS]
-    listed = _git(folder, "status", "--porcelain", "-z", "--no-renames", "--untracked-files=all", "--", ".", *excluded)
-    prefix = _git(folder, "rev-parse", "--show-prefix") or ""
+    listing = ("status", "--porcelain", "-z", "--no-renames", "--untracked-files=all", "--", ".", *excluded)
+    listed = git.ask(*listing, cwd=folder)
+    prefix = git.ask("rev-parse", "--show-prefix", cwd=folder) or ""
     return sorted(entry[3:].removeprefix(prefix) for entry in (listed or "").split("\0") if entry)
 
 
@@ -105,10 +108,6 @@ def _cpu_model() -> str:
     except OSError:
         pass  # not Linux
     return _output("sysctl", "-n", "machdep.cpu.brand_string") or platform.processor() or "unknown"
-
-
-def _git(folder: Path, *arguments: str) -> str | None:
-    return _output("git", "-C", str(folder), *arguments)
 
 
 def _output(*command: str) -> str | None:

@@ -1,20 +1,20 @@
 """Trials on a Ray cluster: each task clones the commit on its node, and results travel through the shared remotes.
 
-A node needs this project's environment, the git remote, DVC's default remote and the MLflow server; nothing else is
-shared. A task whose worker or node dies is run again by Ray elsewhere: what the dead one had pushed is found there,
-and a record is written once, because a trial is known by its content.
+A node needs this project's environment, and access to the git remote, DVC's default remote and the MLflow server;
+nothing else is shared. If a worker or a node dies, Ray runs the task again elsewhere. The new task finds what the dead
+one had pushed, and writes no second record, because a trial is identified by its content.
 """
 
 import contextlib
 import os
 import re
-import subprocess
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from pipeline.core.errors import UserError, without_passwords
+from pipeline.core import git
+from pipeline.core.errors import UserError, listing, without_passwords
 from pipeline.core.progress import say
 from pipeline.record import bounds
 from pipeline.search import trial
@@ -22,13 +22,13 @@ from pipeline.search.spec import Search
 from pipeline.search.study import Judge
 
 RETRIES = 3
-"""How often a task is run again whose worker died."""
+"""How often Ray runs a task again if its worker died."""
 
 SSH = ("ssh", "git+ssh", "ssh+git")
 
 
 class Cluster:
-    """Where trials run: `plan.at_once` tasks at once, as far as the cluster has room for what each takes."""
+    """Trials run as Ray tasks: up to `plan.at_once` at once, as many as the cluster has room for."""
 
     then = "dvc pull && "
 
@@ -40,10 +40,10 @@ class Cluster:
         options = ray.remote(
             num_cpus=plan.cluster.cpus, num_gpus=plan.cluster.gpus, max_retries=RETRIES, retry_exceptions=False
         )
-        self.trial, self.whole = options(_trial), options(_whole)
+        self.task = options(_on_node)
 
     def start(self, job: trial.Job, judge: Judge) -> Any:
-        return self.trial.remote(self.source, job, self.folder, judge)
+        return self.task.remote(self.source, self.folder, trial.run, job, judge)
 
     def wait(self, handles: Sequence[Any]) -> list[tuple[Any, trial.Outcome]]:
         import ray
@@ -52,20 +52,22 @@ class Cluster:
         return [(handle, self._fetched(_outcome(handle))) for handle in ended]
 
     def test(self, job: trial.Job) -> trial.Outcome:
-        return self._fetched(_outcome(self.whole.remote(self.source, job, self.folder)))
+        return self._fetched(_outcome(self.task.remote(self.source, self.folder, trial.test, job)))
 
     def _fetched(self, outcome: trial.Outcome) -> trial.Outcome:
-        """Take the experiments that the tasks have pushed into this repository."""
+        """Fetch the experiments that the tasks have pushed."""
         if outcome.commit is not None:
             ref = trial.reference(self.source.commit, "*")
-            _git("fetch", "-q", self.source.url, f"+{ref}:{ref}")
+            git.ask("fetch", "-q", self.source.url, f"+{ref}:{ref}")  # if this fails, the next one fetches them all
         return outcome
 
 
 @contextlib.contextmanager
 def connected(plan: Search, here: trial.Source, address: str) -> Iterator[Cluster]:
-    """The cluster at `address`: `auto` for the one that this machine is part of, `local` for one that lives as long as
-    the search. UserError where its nodes could not reach what they need."""
+    """The Ray cluster at `address`: `auto`, this machine's own, or `local`, one that ends with the search.
+
+    UserError if Ray is missing, no cluster answers, no node has room for a trial, or nodes cannot reach the remotes.
+    """
     if plan.cluster is None:
         raise UserError("--ray needs `cluster: {cpus: ..., gpus: ..., folder: ...}` in the search's file")
     try:
@@ -86,8 +88,8 @@ def connected(plan: Search, here: trial.Source, address: str) -> Iterator[Cluste
         wanted = {"CPU": plan.cluster.cpus, "GPU": plan.cluster.gpus}
         if not any(all(node["Resources"].get(key, 0) >= value for key, value in wanted.items()) for node in nodes):
             raise UserError(
-                f"no node of the cluster has what cluster: asks for a trial, {plan.cluster.cpus} CPUs and "
-                f"{plan.cluster.gpus} GPUs: it would wait for ever"
+                f"no node of the cluster has what a trial takes, {plan.cluster.cpus} CPUs and {plan.cluster.gpus} "
+                "GPUs: it would wait for ever"
             )
         say(f"{len(nodes)} Ray nodes")
         yield Cluster(plan, source)
@@ -96,24 +98,24 @@ def connected(plan: Search, here: trial.Source, address: str) -> Iterator[Cluste
 
 
 def shared(here: trial.Source) -> trial.Source:
-    """The source of trials as other machines can reach it; UserError with all that is in the way."""
+    """The source of trials by addresses that other machines can reach; UserError lists everything that prevents it."""
     from dvc.repo import Repo
 
     problems = []
-    url = _git("remote", "get-url", "origin")
+    url = git.ask("remote", "get-url", "origin")
     if not url:
         problems.append("git has no remote origin: `git remote add origin <url>`, then push")
     elif _holds_secret(url):
         problems.append(
             f"the address of the git remote origin, {without_passwords(url)}, holds a password or a token, and would "
-            "travel to every node: take it out with `git remote set-url origin <address>`, and let git's credential "
-            "helper, or an SSH key, give it on each node"
+            "travel to every node: remove it with `git remote set-url origin <address>`, and let git's credential "
+            "helper or an SSH key provide it on each node"
         )
     else:
         if Path(url).is_dir():
             url = str(Path(url).resolve())
-        _git("fetch", "-q", "origin")
-        if not _git("branch", "-r", "--contains", here.commit):
+        git.ask("fetch", "-q", "origin")  # offline, what was fetched last decides
+        if not git.ask("branch", "-r", "--contains", here.commit):
             problems.append("the commit is not at the git remote origin: `git push`")
     with Repo() as repo:
         if not repo.config["core"].get("remote"):
@@ -121,21 +123,22 @@ def shared(here: trial.Source) -> trial.Source:
     uri = str(here.tracking.uri)
     if uri.startswith(("sqlite:", "file:")):
         problems.append(
-            f"the MLflow store {uri} is a file of this machine: set MLFLOW_TRACKING_URI or tracking.uri to a server"
+            f"the MLflow store {uri} is a file on this machine: set MLFLOW_TRACKING_URI or tracking.uri to a server"
         )
     elif _holds_secret(uri):
         problems.append(
             f"the address of the MLflow store, {without_passwords(uri)}, holds a password or a token, and would travel "
-            "to every node: set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD on each node instead, and there "
-            "MLFLOW_TRACKING_URI as well"
+            "to every node: set MLFLOW_TRACKING_USERNAME, MLFLOW_TRACKING_PASSWORD and MLFLOW_TRACKING_URI on each "
+            "node instead"
         )
     if problems:
-        raise UserError("\n".join(["the nodes of a cluster could not share:", *(f"  - {one}" for one in problems)]))
+        raise listing(problems, "the nodes of a cluster could not share this project:")
+    assert url is not None
     return replace(here, url=url, remote=True)
 
 
 def _holds_secret(address: str) -> bool:
-    """Whether an address holds a password, or a user name, which may be a token; over SSH a name alone is neither."""
+    """Whether an address holds a password, or a user name, which may be a token. Over SSH a name alone is no secret."""
     scheme, _, rest = address.partition("://")
     user, at, _ = re.split(r"[/?#]", rest)[0].rpartition("@")
     query = address[address.find("?") :] if "?" in address else ""
@@ -143,28 +146,26 @@ def _holds_secret(address: str) -> bool:
     return named or without_passwords(query) != query
 
 
-def _trial(source: trial.Source, job: trial.Job, folder: str, judge: Judge) -> trial.Outcome:
-    """On a node: one trial."""
-    return _on_node(source, folder, lambda own, place: trial.run(own, job, place / job.name, judge))
+def _on_node(
+    source: trial.Source, folder: str, call: Callable[..., trial.Outcome], job: trial.Job, *judge: Judge
+) -> trial.Outcome:
+    """Runs on a node: `trial.run` or `trial.test` with this node's cache, in a clone below `folder`.
 
-
-def _whole(source: trial.Source, job: trial.Job, folder: str) -> trial.Outcome:
-    """On a node: the winner's whole pipeline."""
-    return _on_node(source, folder, lambda own, place: trial.test(own, job, place / job.name))
-
-
-def _on_node(source: trial.Source, folder: str, call: Callable[[trial.Source, Path], trial.Outcome]) -> trial.Outcome:
+    A UserError becomes a failed outcome.
+    """
     place = Path(folder).expanduser()
     place.mkdir(parents=True, exist_ok=True)
     os.chdir(place)
-    # Ray sets it to the CPUs of the task; rounding depends on threads, and runtime.threads says how many there are.
+    # Ray sets it to the CPUs of the task. Rounding depends on the number of threads, which runtime.threads sets.
     os.environ.pop("OMP_NUM_THREADS", None)
     address = str(source.tracking.uri)
     try:
-        if os.environ.get("MLFLOW_TRACKING_URI") != address:  # passwords of this node are for what this node names
+        # This node's passwords may only be sent to an address that this node names itself.
+        if os.environ.get("MLFLOW_TRACKING_URI") != address:
             bounds.require_unsigned(address, f"the MLflow store of this sweep is {address}")
         os.environ["MLFLOW_TRACKING_URI"] = address
-        return call(replace(source, cache=str(place / "cache")), place / "trials" / source.commit[:12])
+        clone = place / "trials" / source.commit[:12] / job.name
+        return call(replace(source, cache=str(place / "cache")), job, clone, *judge)
     except UserError as error:
         return trial.Outcome(trial.FAILED, log=str(error))
 
@@ -177,9 +178,5 @@ def _outcome(handle: Any) -> trial.Outcome:
     except ray.exceptions.RayTaskError as error:
         return trial.Outcome(trial.FAILED, log=str(error))
     except ray.exceptions.RayError as error:
-        return trial.Outcome(trial.FAILED, log=f"Ray gave it up after {RETRIES} more tries: {error}")
+        return trial.Outcome(trial.FAILED, log=f"Ray gave up after {RETRIES} more tries: {error}")
     return outcome
-
-
-def _git(*arguments: str) -> str:
-    return subprocess.run(["git", *arguments], capture_output=True, text=True, check=False).stdout.strip()

@@ -1,13 +1,12 @@
-"""A search over training parameters, declared in a file: chosen on validation loss, the winner tested once.
+"""A search over training parameters, declared in a file. Validation loss decides; the winner alone is tested, once.
 
-Optuna suggests and prunes (`pipeline.search.study`); DVC runs; MLflow records. One machine, a cluster
-(`pipeline.search.cluster`) and
-a search that was killed and started again try the same and choose the same.
+Optuna suggests and prunes (`pipeline.search.study`), DVC runs, and MLflow records. One machine, a cluster
+(`pipeline.search.cluster`), and a search that was killed and started again try the same trials and choose the same
+winner.
 """
 
 import contextlib
 import os
-import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from concurrent import futures
@@ -15,27 +14,24 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from filelock import FileLock, Timeout
-from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
 
-from pipeline.core import params, paths, records
-from pipeline.core.errors import UserError, printable
+from pipeline.core import git, params, paths, records
+from pipeline.core.errors import UserError
 from pipeline.core.progress import say
 from pipeline.record import identity, lockfile, provenance, store
-from pipeline.search import grid as sweep
-from pipeline.search import spec as space
-from pipeline.search import trial
+from pipeline.search import grid, spec, trial
+from pipeline.search.printing import print_table, quoted
 from pipeline.search.spec import Search
 from pipeline.search.study import Judge, Study, hydra
 
 
 class Runner(Protocol):
-    """Where trials run: `start` begins one, `wait` gives the next ones that ended of those begun, `then` is what brings
-    outputs here after `dvc exp apply`."""
+    """A place where trials run. `start` begins a trial and returns a handle; `wait` returns the trials that end next,
+    by their handles; `test` runs the winner's whole pipeline."""
 
     at_once: int
     then: str
+    """The commands that bring outputs here after `dvc exp apply`."""
 
     def start(self, job: trial.Job, judge: Judge) -> Any: ...
 
@@ -45,7 +41,7 @@ class Runner(Protocol):
 
 
 class Local:
-    """On this machine, each in a clone under `.sweeps/`."""
+    """Trials run on this machine, each in a clone under `.sweeps/`."""
 
     then = ""
 
@@ -72,25 +68,25 @@ def _outcome(future: "futures.Future[trial.Outcome]") -> trial.Outcome:
 
 
 def search(path: Path, jobs: int | None, address: str | None) -> int:
-    """Run the search that the file `path` declares, or go on with it; the exit code.
+    """Run the search that the file `path` declares, or continue it, and return the exit code.
 
-    `jobs` trials at once here, or on the Ray cluster at `address`. 0: all trials ended, the winner is tested; 1: some
-    failed, and the end names each with the last lines of its output; 130: interrupted. UserError before anything runs
-    for what cannot work.
+    `jobs` trials run at once: here, or on the Ray cluster at `address`. Exit codes: 0, all trials ended and the winner
+    is tested; 1, some failed, and each is printed with the last lines of its output; 130, interrupted. UserError,
+    before anything runs, for mistakes in the file and for what is missing on this machine or cluster.
     """
-    plan = space.load(path)
+    plan = spec.load(path)
     name = path.stem
-    given = space.check(plan, path)
+    given = spec.check(plan, path)
     if jobs is not None and jobs > plan.at_once:
         raise UserError(
-            f"-j {jobs} is more than at_once = {plan.at_once} in {path}, the number that may run without knowing of "
-            "each other: raise that, which makes it another search, or lower -j"
+            f"-j {jobs} is more than at_once = {plan.at_once} in {path}, so trials would not know the outcomes that "
+            "they depend on: lower -j, or raise at_once, which makes it another search"
         )
-    sweep.require_git()
+    grid.require_git()
     _require_optuna()
     commit, within = _committed(path)
     uri = store.tracking_uri(given.tracking)
-    # The address of the environment is the user's own: the rules for one in params.yaml are not for it.
+    # The rules for addresses in params.yaml do not hold for one from the user's environment: so no validation.
     tracking = params.Tracking.model_construct(uri=uri, experiment=given.tracking.experiment)
     folder = (paths.SWEEPS / name).resolve()
     folder.mkdir(parents=True, exist_ok=True)
@@ -98,12 +94,12 @@ def search(path: Path, jobs: int | None, address: str | None) -> int:
     try:
         lock.acquire(blocking=False)
     except Timeout:
-        raise UserError(f"the sweep {name} is being run by another process: wait for it, or end that one") from None
+        raise UserError(f"another process runs the sweep {name}: wait for it, or end it") from None
     with lock, contextlib.ExitStack() as stack:
         here = trial.Source(
-            url=_git("rev-parse", "--show-toplevel"), commit=commit, within=within,
+            url=git.run("rev-parse", "--show-toplevel"), commit=commit, within=within,
             cache=str(lockfile.cache_folder(Path())), remote=False, tracking=tracking, sweep=name,
-            identity=(_who("name"), _who("email")),
+            identity=(grid.identity("name"), grid.identity("email")),
         )  # fmt: skip
         runner: Runner
         if address is None:
@@ -116,13 +112,30 @@ def search(path: Path, jobs: int | None, address: str | None) -> int:
         try:
             return _run(plan, study, runner, tracking, folder)
         except KeyboardInterrupt:
-            say(f"\ninterrupted: `lora-repro sweep {path}` goes on from here")
+            say(f"\ninterrupted: `lora-repro sweep {path}` continues from here")
             sys.stdout.flush()
-            os._exit(130)  # what runs here ends with this process
+            os._exit(130)  # trials that run on this machine end with this process
 
 
 def _run(plan: Search, study: Study, runner: Runner, tracking: params.Tracking, folder: Path) -> int:
-    total = plan.total
+    """Run the trials that have not ended, print and write their table, test the winner, and return the exit code."""
+    _run_trials(study, runner, plan.total)
+    rows = list(_rows(study, plan.total))
+    print_table(_header(study)[:-1], [row[:-1] for row in rows])
+    table = folder / f"{study.name}.csv"
+    records.write_text(table, records.csv_text(_header(study), rows))
+    failed = [number for number in range(plan.total) if study.ended[number].state == trial.FAILED]
+    for number in failed:
+        say(f"\n{study.jobs[number].name}: failed\n{quoted(study.ended[number].log)}")
+    code = _test_winner(study, runner, tracking, table, plan.total)
+    if failed:
+        names = ", ".join(study.jobs[number].name for number in failed)
+        say(f"\n{len(failed)} of {plan.total} trials failed: {names}; the same command tries them again")
+    return 1 if failed else code
+
+
+def _run_trials(study: Study, runner: Runner, total: int) -> None:
+    """Begin trials in order, each as soon as every trial has ended that it depends on."""
     running: dict[Any, trial.Job] = {}
     begun = 0
     say(f"sweep {study.name}: {total} trials, {len(study.ended)} done before")
@@ -140,33 +153,20 @@ def _run(plan: Search, study: Study, runner: Runner, tracking: params.Tracking, 
             study.add(job, outcome)
             loss = "" if outcome.loss is None else f", validation loss {outcome.loss:.4f}"
             say(f"{len(study.ended)}/{total} {job.name}: {outcome.state}{loss} ({job})")
-    _print_table(study, total)
-    table = folder / f"{study.name}.csv"
-    records.write_text(table, records.csv_text(_header(study), _rows(study, total)))
-    failed = [number for number in range(total) if study.ended[number].state == trial.FAILED]
-    for number in failed:
-        log = "\n".join(f"  | {line}" for line in study.ended[number].log.splitlines())
-        say(f"\n{study.jobs[number].name}: failed\n{log}")
-    code = _test_winner(study, runner, tracking, table, total)
-    if failed:
-        names = ", ".join(study.jobs[number].name for number in failed)
-        say(f"\n{len(failed)} of {total} trials failed: {names}; the same command tries them again")
-    return 1 if failed else code
 
 
 def _test_winner(study: Study, runner: Runner, tracking: params.Tracking, table: Path, total: int) -> int:
-    """Run the whole pipeline for the trial of the lowest validation loss, unless that was done; the exit code."""
+    """Run the whole pipeline for the trial with the lowest validation loss, unless it has run; the exit code."""
     complete = [number for number in range(total) if study.ended[number].state == trial.COMPLETE]
     if not complete:
-        say("no trial is complete: there is no winner")
+        say("no trial is complete, so there is no winner")
         return 1
     job = study.jobs[min(complete, key=study.place)]
     tested = trial.Job(job.number, f"{job.name}-tested", job.overrides, job.given)
-    say(f"\nwinner on validation: {job.name} ({job}); it alone is tested, as {tested.name}")
+    say(f"\nwinner on validation: {job.name} ({job}); only this trial is tested, as {tested.name}")
     outcome = runner.test(tested)
     if outcome.state == trial.FAILED:
-        lines = "\n".join(f"  | {line}" for line in outcome.log.splitlines())
-        say(f"{tested.name}: failed; the same command tries it again\n{lines}")
+        say(f"{tested.name}: failed; the same command tries it again\n{quoted(outcome.log)}")
         return 1
     digest = identity.digest_of(outcome.log, job.seeds)
     run = store.crown(tracking, digest, study.name, table)
@@ -179,8 +179,8 @@ def _test_winner(study: Study, runner: Runner, tracking: params.Tracking, table:
     earlier = [one for one in runs if study.name in one.tags.get(store.WINNER, "").split(", ") and one.run_id != run]
     if earlier:
         names = ", ".join(one.name for one in earlier)
-        say(f"an earlier winner of this sweep was tested too, {names}: the test split was looked at more than once\n")
-    say(f"  record  run {run} in {tracking.uri}; it holds the table of the trials")
+        say(f"{names}, an earlier winner of this sweep, was tested too: the test split was used more than once\n")
+    say(f"  record  run {run} in {tracking.uri}, with the table of all trials")
     say(f"  take it dvc exp apply {tested.name} && {runner.then}git add -u && git commit -m '{study.name}: {job.name}'")
     return 0
 
@@ -195,27 +195,18 @@ def _require_optuna() -> None:
 
 
 def _committed(path: Path) -> tuple[str, str]:
-    """The commit that trials start from, and the project's folder in the repository; UserError unless all is in it, but
-    the search's file and what `dvc repro` writes."""
+    """The commit that trials start from, and the project's folder in the repository.
+
+    UserError for changes that are not committed, except in the search's own file and in what `dvc repro` writes.
+    """
     own, here = path.resolve(), Path.cwd()
     apart = [*provenance.RESULTS, *([own.relative_to(here).as_posix()] if own.is_relative_to(here) else [])]
-    changed = _git(
-        "status", "--porcelain", "--untracked-files=no", "--", ".",
-        *(f":(exclude){name}" for name in apart),
-    )  # fmt: skip
+    excluded = [f":(exclude){name}" for name in apart]
+    changed = git.run("status", "--porcelain", "--untracked-files=no", "--", ".", *excluded)
     if changed:
         files = ", ".join(line[2:].strip() for line in changed.splitlines())
-        raise UserError(f"trials start from the last commit, and {files} differs from it: `git commit` first")
-    return _git("rev-parse", "HEAD"), _git("rev-parse", "--show-prefix")
-
-
-def _who(key: str) -> str:
-    return os.environ.get(f"GIT_COMMITTER_{key.upper()}") or _git("config", f"user.{key}")
-
-
-def _git(*arguments: str) -> str:
-    done = subprocess.run(["git", *arguments], capture_output=True, text=True, check=False)
-    return done.stdout.strip("\n")
+        raise UserError(f"trials start from the last commit, which lacks changes in {files}: `git commit` first")
+    return git.run("rev-parse", "HEAD"), git.run("rev-parse", "--show-prefix")
 
 
 def _rows(study: Study, total: int) -> Iterator[list[str]]:
@@ -229,10 +220,3 @@ def _rows(study: Study, total: int) -> Iterator[list[str]]:
 
 def _header(study: Study) -> list[str]:
     return ["trial", "experiment", *study.plan.parameters, "state", "validation_loss", "trainable", "run"]
-
-
-def _print_table(study: Study, total: int) -> None:
-    table = Table(*_header(study)[:-1], box=None, pad_edge=False)
-    for row in _rows(study, total):
-        table.add_row(*(escape(printable(cell)) for cell in row[:-1]))
-    Console(soft_wrap=True, width=1000).print(table)  # as wide as the names are

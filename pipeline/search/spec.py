@@ -1,6 +1,6 @@
-"""What a search declares in its file, and whether it can be run.
+"""The file that declares a search: its schema, and the checks before anything runs.
 
-The parameters that it may change and how, how often, and with what of a machine; sweeps/example.yaml explains each key.
+sweeps/example.yaml explains each key.
 """
 
 import json
@@ -16,15 +16,18 @@ from pipeline.core import params, paths, yaml12
 from pipeline.core.errors import UserError, listing
 
 SECTIONS = ("lora", "train")
-"""What a search may change: anything else would change the base, or what the validation loss is a loss of."""
+"""The sections that a search may change. Others change the base or the text that validation losses are taken on, so
+that losses could not be compared."""
 
 Scalar = bool | int | float | str | None
 Value = Scalar | list[str]
 
 
 class Parameter(params.Section):
-    """What a parameter may be: one of `choices`, or anything from `low` to `high`, evenly in its logarithm with `log`;
-    whole numbers where both ends are."""
+    """The values of one parameter: one of `choices`, or a number from `low` to `high`.
+
+    With `log`, numbers are drawn evenly in their logarithm. If both ends are whole numbers, all drawn ones are.
+    """
 
     choices: Annotated[list[Value], Field(min_length=1)] | None = None
     low: int | float | None = None
@@ -51,29 +54,37 @@ class Parameter(params.Section):
         return self.choices if self.choices is not None else [self.low, self.high]
 
     @property
+    def range(self) -> tuple[float, float]:
+        """The lowest and the highest number of a parameter without choices."""
+        assert self.low is not None
+        assert self.high is not None
+        return self.low, self.high
+
+    @property
     def whole(self) -> bool:
         return isinstance(self.low, int) and isinstance(self.high, int)
 
     @property
     def count(self) -> float:
-        """How many values there are."""
+        """How many values there are; infinite for a range of fractions."""
         if self.choices is not None:
             return len(self.choices)
-        assert self.low is not None
-        assert self.high is not None
-        return self.high - self.low + 1 if self.whole else math.inf
+        low, high = self.range
+        return high - low + 1 if self.whole else math.inf
 
 
 class Pruner(params.Section):
-    """At the same validation, a trial whose best loss so far is not among the best `keep` % of complete trials ends;
-    not before validation number `after`, where 0 is the one before training."""
+    """A trial ends early if its best loss so far is not among the best `keep` % that complete trials had by then.
+
+    No trial ends before validation number `after`; number 0 is the one before training.
+    """
 
     keep: Annotated[int | float, Field(gt=0, lt=100)]
     after: Annotated[int, Field(ge=1)]
 
 
 class Cluster(params.Section):
-    """What one trial takes of a Ray node, and the folder there that clones and the DVC cache lie in."""
+    """What one trial takes of a Ray node, and the node's folder for clones and the DVC cache."""
 
     cpus: Annotated[int | float, Field(gt=0)]
     gpus: Annotated[int | float, Field(ge=0)]
@@ -99,42 +110,46 @@ class Search(params.Section):
         count = math.prod(parameter.count for parameter in self.parameters.values())
         problems = []
         if self.sampler == "grid" and ranges:
-            problems.append(f"a grid needs choices for {', '.join(ranges)}: a range has no end of values")
+            problems.append(f"a grid needs choices for {', '.join(ranges)}: it cannot try every value of a range")
         if self.trials is None and self.sampler != "grid":
             problems.append(f"trials must be a number with sampler {self.sampler}; null means the whole grid")
         if self.trials is not None and self.trials > count:
             problems.append(f"trials = {self.trials} is more than there are combinations, {count:.0f}")
         if (self.startup is None) == (self.sampler == "tpe" or self.pruner is not None):
-            problems.append("startup is read with sampler tpe and by a pruner: a number with either, null without")
+            problems.append(
+                "startup is read by sampler tpe and by a pruner: give a number with either of them, else null"
+            )
         if problems:
             raise ValueError("; ".join(problems))
         return self
 
     @property
     def total(self) -> int:
+        """How many trials there are."""
         return self.trials or math.prod(int(parameter.count) for parameter in self.parameters.values())
 
 
 def load(path: Path) -> Search:
-    """The file, checked; UserError lists every mistake."""
+    """Read and check the file of a search; UserError lists every mistake."""
     if not path.is_file():
-        raise UserError(f"{path} is no file: give that of a search, such as sweeps/example.yaml")
+        raise UserError(f"{path} is not a file: name the file of a search, such as sweeps/example.yaml")
     if not re.fullmatch(r"[A-Za-z0-9][\w\-]*", path.stem):
-        raise UserError(f"{path}: experiments are named after the file: letters, digits, - and _ only")
+        raise UserError(f"{path}: experiments are named after the file, so use letters, digits, - and _ only")
     return params.checked(Search, yaml12.read(path), str(path))
 
 
 def check(plan: Search, path: Path) -> params.Params:
-    """The project's parameters with the search's seeds; UserError unless each end of each range and each choice is
-    allowed."""
+    """Check every choice and both ends of every range against the schema of `params.yaml`.
+
+    Returns the project's parameters with the search's seeds. UserError lists every mistake; `path` heads it.
+    """
     content = params.load().model_dump(mode="json") | {"seeds": plan.seeds}
     problems: dict[str, None] = {}
     for name, parameter in plan.parameters.items():
         section, _, key = name.partition(".")
         if section not in SECTIONS:
             ours = " and ".join(f"{one}.*" for one in SECTIONS)
-            problem = f"a search changes {ours}: with others, validation losses are not of one base on one text"
-            problems[f"{name}: {problem}"] = None
+            problems[f"{name}: a search changes {ours} only, so that all losses are of one base on one text"] = None
         elif key not in content[section]:
             problems[f"{name}: there is no such parameter; known here: {', '.join(content[section])}"] = None
         else:
@@ -142,18 +157,23 @@ def check(plan: Search, path: Path) -> params.Params:
                 try:
                     params.check(replaced(content, {name: value}), str(path))
                 except UserError as error:
-                    problems |= dict.fromkeys(line.removeprefix("  - ") for line in str(error).splitlines()[1:])
+                    problems |= dict.fromkeys(mistakes(error))
     often = content["train"]["epochs"] > 1 or content["train"]["validate_every"]
     if plan.pruner and not often and not {"train.epochs", "train.validate_every"} & plan.parameters.keys():
         problems["pruner: training validates at its beginning and its end only, so there is nothing to prune by: set "
-                 "train.validate_every, or give null"] = None  # fmt: skip
+                 "train.validate_every, or pruner to null"] = None  # fmt: skip
     if problems:
         raise listing(problems, f"{path}: nothing was run:")
     return params.check(content, str(paths.PARAMS))
 
 
+def mistakes(error: UserError) -> list[str]:
+    """The lines of an error that was made by `pipeline.core.errors.listing`."""
+    return [line.removeprefix("  - ") for line in str(error).splitlines()[1:]]
+
+
 def replaced(content: Mapping[str, Any], values: Mapping[str, Value]) -> dict[str, Any]:
-    """Parameters with some of them, by dotted name, replaced."""
+    """A copy of the parameters `content` with `values`, by dotted name, in place of its own."""
     changed = {section: dict(value) if isinstance(value, Mapping) else value for section, value in content.items()}
     for name, value in values.items():
         section, _, key = name.partition(".")

@@ -1,8 +1,8 @@
-"""The trials of one search, as Optuna has them: what the next one is, whether one is pruned, which is the best.
+"""The trials of one search, drawn and pruned by Optuna.
 
-What trial number n is depends on the file's seed and on trials 0 to n - at_once alone, however many run at once and
-wherever. Optuna's own studies promise this for one process only, and one that is loaded again draws its random numbers
-from the start: so each draw has a sampler of its own here, seeded by the trial's number.
+Trial number n depends only on the file's seed and on trials 0 to n - at_once, however many trials run at once, and
+wherever they run. Optuna's own studies promise this for one process only, and a study that is loaded again starts its
+random numbers anew. So each draw here has a sampler of its own, seeded by the trial's number.
 """
 
 import hashlib
@@ -10,7 +10,7 @@ import itertools
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from filelock import FileLock
@@ -21,15 +21,16 @@ from pipeline.search import trial
 from pipeline.search.spec import Parameter, Pruner, Search, Value, replaced
 
 DIGITS = 4
-"""Significant digits of a value drawn from a range: more say nothing, and names and tables become unreadable."""
+"""Significant digits of a value drawn from a range: more mean nothing, and make names and tables unreadable."""
 
 ATTEMPTS = 100
-"""How often a combination that was tried already is drawn again."""
+"""How often trial n is drawn again if it repeats an earlier one."""
 
 
 @dataclass(frozen=True, slots=True)
 class Judge:
-    """Optuna's pruner on the complete trials' curves that a trial may know of."""
+    """Optuna's pruner, with the curves of the complete trials that one trial may know. Called with a curve, it says
+    whether that trial is to be pruned."""
 
     pruner: Pruner | None
     startup: int | None
@@ -49,9 +50,10 @@ class Judge:
 
 
 class Study:
-    """The trials of one search: Optuna's records of them, and what the next ones are.
+    """The trials of one search: those that have ended, kept in Optuna's database, and the next ones.
 
-    `ended` has the outcome of each trial by number, `jobs` what it was. Those that failed earlier are to be run again.
+    By a trial's number, `values` holds its parameters, `jobs` the trial itself, and `ended` its outcome. A trial that
+    failed when the search ran before is not among `ended`: it runs again.
     """
 
     def __init__(self, plan: Search, name: str, given: params.Params, commit: str) -> None:
@@ -64,34 +66,32 @@ class Study:
         self.ended: dict[int, trial.Outcome] = {}
         self.jobs: dict[int, trial.Job] = {}
         self.values: dict[int, dict[str, Value]] = {}
-        # More trials of the same are the same search; so is one on other machines.
-        identity = plan.model_dump(mode="json", exclude={"trials", "cluster"}) | {
-            "commit": commit,
-            "given": self.content,
-        }
+        # A search stays the same with more trials, and on other machines.
+        identity = plan.model_dump(mode="json", exclude={"trials", "cluster"})
+        identity |= {"commit": commit, "given": self.content}
         study_name = f"{name}-{_digest(identity)}"
         self.study = optuna.create_study(storage=_storage(), study_name=study_name, load_if_exists=True)
         for frozen in self.study.get_trials(deepcopy=False):
             number = frozen.user_attrs["number"]
             self.values[number] = json.loads(frozen.user_attrs["values"])
             outcome = trial.Outcome(**json.loads(frozen.user_attrs["outcome"]))
-            if outcome.state == trial.FAILED or number >= plan.total:
-                continue
-            curve = [(int(step), float(loss)) for step, loss in outcome.curve]
-            self.ended[number] = trial.Outcome(**{**json.loads(frozen.user_attrs["outcome"]), "curve": curve})
-            self.jobs[number] = self.job(number)
+            if outcome.state != trial.FAILED and number < plan.total:
+                curve = [(int(step), float(loss)) for step, loss in outcome.curve]
+                self.ended[number] = replace(outcome, curve=curve)
+                self.jobs[number] = self.job(number)
 
     def knows(self, number: int) -> bool:
-        """Whether all has ended that trial `number` depends on."""
+        """Whether every trial has ended that trial `number` depends on."""
         return all(earlier in self.ended for earlier in range(number - self.plan.at_once + 1))
 
     def judge(self, number: int) -> Judge:
+        """The pruner of trial `number`."""
         known = [self.ended[earlier] for earlier in range(max(0, number - self.plan.at_once + 1))]
         curves = [outcome.curve for outcome in known if outcome.state == trial.COMPLETE]
         return Judge(self.plan.pruner, self.plan.startup, curves)
 
     def job(self, number: int) -> trial.Job:
-        """Trial `number`: what it was, or what it is to be."""
+        """Trial `number`, whether or not it has run. UserError if no combination is left for it."""
         if number not in self.jobs:
             if number not in self.values:
                 self.values[number] = self._drawn(number)
@@ -104,25 +104,31 @@ class Study:
         return self.jobs[number]
 
     def place(self, number: int) -> tuple[float, int, int]:
-        """What a complete trial is ranked by: lowest validation loss, fewest parameters, first."""
+        """The rank of a complete trial: by validation loss, then by trainable parameters, then by number."""
         outcome = self.ended[number]
         assert outcome.loss is not None
         assert outcome.parameters is not None
         return outcome.loss, outcome.parameters, number
 
     def add(self, job: trial.Job, outcome: trial.Outcome) -> None:
+        """Keep the outcome of a trial, also in Optuna's database."""
         self.ended[job.number] = outcome
-        values = {key: _optuna(value) for key, value in self.values[job.number].items()}
-        frozen = _frozen(values, self.space, outcome.state, outcome.loss, outcome.curve)
+        frozen = self._ended(job.number)
         frozen.set_user_attr("number", job.number)
         frozen.set_user_attr("experiment", job.name)
         frozen.set_user_attr("values", json.dumps(self.values[job.number]))
-        content = {key: getattr(outcome, key) for key in trial.Outcome.__dataclass_fields__}
-        frozen.set_user_attr("outcome", json.dumps(content | {"log": ""}))
+        frozen.set_user_attr("outcome", json.dumps(asdict(outcome) | {"log": ""}))
         self.study.add_trial(frozen)
 
+    def _ended(self, number: int) -> Any:
+        """A trial that has ended, in Optuna's form."""
+        values = {key: _optuna(value) for key, value in self.values[number].items()}
+        outcome = self.ended[number]
+        return _frozen(values, self.space, outcome.state, outcome.loss, outcome.curve)
+
     def _drawn(self, number: int) -> dict[str, Value]:
-        """What trial `number` is: of the grid, or drawn by Optuna, knowing what it may know; not what another was."""
+        """The parameters of trial `number`: the next of the grid, or drawn by Optuna, which knows the trials that this
+        one depends on. They differ from those of every earlier trial."""
         import optuna
 
         if self.plan.sampler == "grid":
@@ -130,12 +136,7 @@ class Study:
             combination = next(itertools.islice(itertools.product(*choices), number, None))
             return dict(zip(self.plan.parameters, combination, strict=True))
         taken = [replaced(self.content, self.values[earlier]) for earlier in range(number)]
-        known = []
-        for earlier in range(number):
-            values = {key: _optuna(value) for key, value in self.values[earlier].items()}
-            if earlier <= number - self.plan.at_once:
-                outcome = self.ended[earlier]
-                known.append(_frozen(values, self.space, outcome.state, outcome.loss, outcome.curve))
+        known = [self._ended(earlier) for earlier in range(number - self.plan.at_once + 1)]
         for attempt in range(ATTEMPTS):
             seed = int(hashlib.sha256(f"{self.plan.seed}/{number}/{attempt}".encode()).hexdigest()[:8], 16)
             sampler: optuna.samplers.BaseSampler = optuna.samplers.RandomSampler(seed=seed)
@@ -147,24 +148,24 @@ class Study:
             values = {key: self._value(key, drawn[key]) for key in self.plan.parameters}
             if replaced(self.content, values) not in taken:
                 return values
-        raise UserError(f"{ATTEMPTS} draws gave nothing that was not tried before: trials = {number} is enough")
+        raise UserError(f"{ATTEMPTS} draws gave only combinations that were tried before: set trials to {number}")
 
     def _value(self, key: str, drawn: Any) -> Value:
-        """A value as it goes into params.yaml."""
+        """A drawn value in the form that params.yaml has."""
         parameter = self.plan.parameters[key]
         if parameter.choices is not None:
             return next(choice for choice in parameter.choices if _optuna(choice) == drawn)
         if parameter.whole:
             return int(drawn)
-        assert parameter.low is not None
-        assert parameter.high is not None
-        return float(min(max(float(f"{drawn:.{DIGITS}g}"), parameter.low), parameter.high))
+        low, high = parameter.range
+        return float(min(max(float(f"{drawn:.{DIGITS}g}"), low), high))
 
 
 def _frozen(
     values: Mapping[str, Any], space: Mapping[str, Any], state: str, loss: float | None, curve: trial.Curve
 ) -> Any:
-    """A trial as Optuna has it; validations are counted, so that those of other batch sizes can be compared."""
+    """A trial in Optuna's form. Its curve is indexed by the number of the validation, not by the training step, so that
+    trials with different batch sizes can be compared."""
     import optuna
 
     states = {
@@ -187,21 +188,20 @@ def _distribution(parameter: Parameter) -> Any:
 
     if parameter.choices is not None:
         return distributions.CategoricalDistribution([_optuna(choice) for choice in parameter.choices])
-    low, high, log = parameter.low, parameter.high, bool(parameter.log)
-    if isinstance(low, int) and isinstance(high, int):
-        return distributions.IntDistribution(low, high, log=log)
-    assert low is not None
-    assert high is not None
+    low, high = parameter.range
+    log = bool(parameter.log)
+    if parameter.whole:
+        return distributions.IntDistribution(int(low), int(high), log=log)
     return distributions.FloatDistribution(low, high, log=log)
 
 
 def _optuna(value: Value) -> Any:
-    """A value as Optuna takes choices: a list as text."""
+    """A value in Optuna's form: it takes no lists as choices, so they become text."""
     return json.dumps(value) if isinstance(value, list) else value
 
 
 def hydra(value: Any) -> str:
-    """A value as `dvc exp run -S` takes it."""
+    """A value in the form that `dvc exp run -S` takes."""
     if isinstance(value, list):
         return f"[{','.join(map(hydra, value))}]"
     if isinstance(value, str):
@@ -215,7 +215,7 @@ def _digest(content: Any) -> str:
 
 
 def _storage() -> str:
-    """Optuna's SQLite database; made whole or not at all."""
+    """The address of Optuna's SQLite database, which is created whole or not at all."""
     import optuna
 
     file = paths.SWEEPS.resolve() / "optuna.db"

@@ -1,10 +1,12 @@
 """One trial of a search: a DVC experiment in a clone of its own, trained and validated, never tested.
 
-A clone, because nothing of the user's folder is then locked, read half-written or left torn by a kill, and because it
-is the same on another machine. Only DVC's stages up to `train@<seed>` run in it, so no trial can touch the test split;
-the winner's whole pipeline is run by `test`. What is computed goes into the DVC cache, the experiment's commit into
-git, and the record into MLflow, in this order: a trial that has its commit has everything. A killed one leaves its
-clone, whose checkpoints the next one goes on from.
+In a clone a trial locks nothing in the user's folder, reads no half-written file there, and leaves none if it is
+killed; and a clone is the same on another machine. Only DVC's stages up to `train@<seed>` run in it, so no trial can
+touch the test split; `test` runs the whole pipeline for the winner.
+
+A trial first writes its outputs to the DVC cache, then its record to MLflow, then its commit to git: a trial whose
+commit is found needs no computation. A killed trial leaves its clone, and the next attempt resumes from the checkpoints
+in it.
 """
 
 import json
@@ -22,32 +24,32 @@ from typing import Any
 from filelock import FileLock
 from ruamel.yaml import YAML
 
-from pipeline.core import contracts, params, paths
+from pipeline.core import contracts, git, params, paths
 from pipeline.core.contracts import TrainingSummary, Validation
 from pipeline.core.errors import UserError
 from pipeline.core.progress import VALIDATIONS
 from pipeline.record import identity, lockfile, store, track
 from pipeline.search import leash
+from pipeline.search.printing import tail
 
 SECONDS_BETWEEN_LOOKS = 0.2
-LOG_LINES = 15
 
 COMPLETE, PRUNED, FAILED = "complete", "pruned", "failed"
 
 BASE = ("infer@base", "evaluate@base")
-"""What a trial keeps of its commit beside the stages that it runs: it is the same for every adapter."""
+"""Results that a trial takes over from its commit: they do not depend on the adapter."""
 
 Curve = list[tuple[int, float]]
-"""Validation losses of a trial's first seed, by the number of training steps before them."""
+"""(training steps, validation loss) of a trial's first seed, in order."""
 
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """What trials are made of, the same on every machine: a commit, and where results go.
+    """The commit that trials start from, and where their results go.
 
-    `url` is what git clones, `within` the project's folder in it. `cache` is the DVC cache that trials on this machine
-    share. `remote` says whether what DVC computes travels through its remote. `identity` is the name and the email
-    that DVC commits under.
+    `url` is the repository that git clones, `within` the project's folder in it. `cache` is the DVC cache that trials
+    on this machine share. `remote` says whether outputs travel through DVC's remote. `sweep` is the name of the search.
+    `identity` is the name and the email that DVC commits under.
     """
 
     url: str
@@ -62,7 +64,7 @@ class Source:
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """One trial to be: `overrides` as DVC takes them, `lora.r=8`; `given` all parameters with them."""
+    """One trial before it has run: `overrides` as DVC takes them, `lora.r=8`; `given`, all parameters with them."""
 
     number: int
     name: str
@@ -80,7 +82,7 @@ class Job:
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """How a trial ended. `loss` is the mean validation loss of its adapters; `log` the end of a failed one's output."""
+    """How a trial ended. `loss` is the mean validation loss of its adapters, `log` the last output if it failed."""
 
     state: str
     curve: Curve = field(default_factory=list)
@@ -92,14 +94,15 @@ class Outcome:
 
 
 Judge = Callable[[Curve], bool]
-"""Whether a trial with this curve so far is to be pruned. Never asked with the last validation: that one is done."""
+"""Says whether a trial with this curve so far is to be pruned. It is never asked after the last validation: then there
+is nothing left to save."""
 
 
 def run(source: Source, job: Job, folder: Path, judge: Judge) -> Outcome:
-    """Train and validate one trial in the clone `folder`, which is removed at the end, and record it in MLflow.
+    """Train and validate one trial in the clone `folder`, record it in MLflow, and remove the clone.
 
-    A trial whose commit is there already is not run. It is pruned at the first validation that `judge` rejects, even
-    where the training was faster than the look: what is pruned does not depend on the machine.
+    A trial whose commit exists is not run again. A trial is pruned at the first validation that `judge` rejects, also
+    if training had gone on before this process looked: pruning does not depend on the machine's speed.
     """
     with FileLock(f"{folder}.lock"):
         project, log = _clone(source, folder), folder.with_suffix(".log")
@@ -118,7 +121,7 @@ def run(source: Source, job: Job, folder: Path, judge: Judge) -> Outcome:
                 record = track.gather_pruned(source.commit, job.given, job.name, source.sweep, rejected)
                 outcome = Outcome(PRUNED, rejected, run=_recorded(record, source))
             elif commit is None:
-                outcome = Outcome(FAILED, log=_end(log))
+                outcome = Outcome(FAILED, log=_end_of(log))
             else:
                 _publish_cache(source, project, targets)
                 outcome = _complete(source, job, project, commit)
@@ -129,8 +132,10 @@ def run(source: Source, job: Job, folder: Path, judge: Judge) -> Outcome:
 
 
 def test(source: Source, job: Job, folder: Path) -> Outcome:
-    """Run the whole pipeline with the winner's parameters in the clone `folder`, `track` included; `Outcome.log` is the
-    experiment's `dvc.lock`, or the end of the output of a failed one."""
+    """Run the whole pipeline, `track` included, with the winner's parameters in the clone `folder`.
+
+    `Outcome.log` is the experiment's `dvc.lock`, or the end of the output if it failed.
+    """
     with FileLock(f"{folder}.lock"):
         project = _clone(source, folder)
         commit = _fetched(source, folder, job.name)
@@ -139,26 +144,26 @@ def test(source: Source, job: Job, folder: Path) -> Outcome:
             with _started(source, job, project, log, [], _environment(source)) as process:
                 process.wait()
             if process.returncode == 0 and not (project / paths.RECEIPT).is_file():
-                # `dvc repro --pull` takes a stage without cached outputs for done.
+                # `dvc repro --pull` skips a stage that has no cached outputs.
                 subprocess.run(
                     ["dvc", "repro", "--force", "--single-item", "track"], cwd=project, env=_environment(source),
                     check=False, capture_output=True,
                 )  # fmt: skip
             commit = _experiment(folder, source.commit, job.name)
             if process.returncode or commit is None or not (project / paths.RECEIPT).is_file():
-                outcome = Outcome(FAILED, log=_end(log))
+                outcome = Outcome(FAILED, log=_end_of(log))
                 shutil.rmtree(folder)
                 return outcome
             _publish_cache(source, project, [])
             _publish_commit(source, folder, job.name)
-        lock = _git(folder, "show", f"{commit}:{Path(source.within, paths.DVC_LOCK).as_posix()}")
+        lock = git.run("show", f"{commit}:{Path(source.within, paths.DVC_LOCK).as_posix()}", cwd=folder)
         shutil.rmtree(folder)
         log.unlink(missing_ok=True)
         return Outcome(COMPLETE, commit=commit, log=lock)
 
 
 def reference(commit: str, name: str) -> str:
-    """Where DVC keeps the experiment `name` that began at `commit`."""
+    """The git reference of the DVC experiment `name` that started from `commit`."""
     return f"refs/exps/{commit[:2]}/{commit[2:]}/{name}"
 
 
@@ -166,7 +171,7 @@ def reference(commit: str, name: str) -> str:
 
 
 def _clone(source: Source, folder: Path) -> Path:
-    """A new clone of the commit in `folder`, with the checkpoints of an earlier one; the project's folder in it."""
+    """Clone the commit into `folder`, with the checkpoints of an earlier clone; returns the project's folder in it."""
     scratch = folder / source.within / paths.SCRATCH
     kept = folder.with_suffix(".scratch")
     if scratch.is_dir() and not kept.exists():
@@ -174,10 +179,10 @@ def _clone(source: Source, folder: Path) -> Path:
     if folder.exists():
         shutil.rmtree(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
-    _git(folder.parent, "clone", "-q", "--no-tags", "--no-checkout", source.url, folder.name)
-    _git(folder, "checkout", "-q", "--detach", source.commit)
+    git.run("clone", "-q", "--no-tags", "--no-checkout", source.url, folder.name, cwd=folder.parent)
+    git.run("checkout", "-q", "--detach", source.commit, cwd=folder)
     for key, value in zip(("user.name", "user.email"), source.identity, strict=True):
-        _git(folder, "config", key, value)
+        git.run("config", key, value, cwd=folder)
     project = folder / source.within
     if kept.is_dir():
         kept.replace(project / paths.SCRATCH)
@@ -186,7 +191,7 @@ def _clone(source: Source, folder: Path) -> Path:
 
 
 def _forget_tests(project: Path, targets: Sequence[str]) -> None:
-    """Take out of the clone what its commit knows of tests: they are of another adapter than the trial's will be.
+    """Remove the results of tests that the commit has: they belong to another adapter.
 
     Otherwise `dvc exp show` would print the commit's test scores beside every trial.
     """
@@ -202,7 +207,7 @@ def _forget_tests(project: Path, targets: Sequence[str]) -> None:
 
 
 def _remove(project: Path, name: str) -> None:
-    """Remove an output from the clone; UserError where its path leads out of it."""
+    """Remove an output from the clone; UserError if its path leads out of the clone."""
     try:
         path = paths.inside(project, name)
     except ValueError as error:
@@ -214,12 +219,12 @@ def _remove(project: Path, name: str) -> None:
 
 
 def _dvc(project: Path) -> Path:
-    """DVC's folder of a project: in it, or in a folder above."""
+    """The folder `.dvc` of a project, in its own folder or in one above it."""
     return next((folder / ".dvc" for folder in (project, *project.parents) if (folder / ".dvc").is_dir()), project)
 
 
 def _configure(project: Path, source: Source) -> None:
-    """Give the clone's DVC the shared cache, and what only this machine's configuration has."""
+    """Give the clone's DVC the shared cache, and the settings that only this machine's configuration holds."""
     from configobj import ConfigObj
 
     own = _dvc(Path(source.url) / source.within) / "config.local"
@@ -232,7 +237,7 @@ def _configure(project: Path, source: Source) -> None:
 def _started(
     source: Source, job: Job, project: Path, log: Path, targets: Sequence[str], environment: dict[str, str]
 ) -> "subprocess.Popen[bytes]":
-    """DVC at work on an experiment, in a process group that ends when this process does."""
+    """Start DVC on an experiment, in a process group that ends when this process does."""
     settings = [word for override in job.overrides for word in ("-S", override)]
     pull = ["--pull"] if source.remote else []
     command = ["dvc", "exp", "run", *pull, "--name", job.name, *settings, *targets]
@@ -244,7 +249,8 @@ def _started(
 
 
 def _environment(source: Source) -> dict[str, str]:
-    """This process's own, less what would lead DVC and git elsewhere; records go where the sweep's do."""
+    """This process's environment without variables that lead DVC or git to another repository, and with the address of
+    the sweep's MLflow store."""
     kept = {
         key: value
         for key, value in os.environ.items()
@@ -257,7 +263,7 @@ def _environment(source: Source) -> dict[str, str]:
 
 
 def _trained(source: Source, job: Job, project: Path, log: Path, targets: Sequence[str], judge: Judge) -> Curve | None:
-    """Run DVC up to the adapters; where `judge` rejects the trial on the way, end it and give its curve."""
+    """Run DVC up to the adapters. If `judge` rejects the trial before that, end it and return its curve."""
     published = (project / paths.SCRATCH / "validations.jsonl").resolve()
     published.parent.mkdir(exist_ok=True)
     published.unlink(missing_ok=True)
@@ -275,7 +281,7 @@ def _trained(source: Source, job: Job, project: Path, log: Path, targets: Sequen
 
 
 def _published(path: Path, seed: int) -> Curve:
-    """What a training has published of one seed; the last line may be on its way."""
+    """The validations of one seed that its training has published. The last line may be incomplete, and is left out."""
     if not path.is_file():
         return []
     lines = [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n")[:-1]]
@@ -283,23 +289,23 @@ def _published(path: Path, seed: int) -> Curve:
 
 
 def _curve(validations: Iterable[Validation]) -> Curve:
-    """By step; one that a resumed training published again counts once."""
+    """The curve of `validations`, by step. A validation that a resumed training published again counts once."""
     return sorted({one.step: one.loss for one in validations}.items())
 
 
 def _rejected(curve: Curve, judge: Judge) -> Curve | None:
-    """The shortest beginning of a curve that `judge` rejects."""
+    """The shortest beginning of a curve that `judge` rejects; None if it rejects none."""
     return next((curve[:end] for end in range(1, len(curve) + 1) if judge(curve[:end])), None)
 
 
 def _recorded(record: store.Record, source: Source) -> str:
-    """The id of the run of a trial, which is written unless it is there."""
+    """Write a trial's run to MLflow, unless it exists, and return its id."""
     [(run, _)] = store.write([record], source.tracking)
     return run.run_id
 
 
 def _complete(source: Source, job: Job, project: Path, commit: str) -> Outcome:
-    """The outcome of a trial whose outputs are in `project`, recorded."""
+    """Record a trial whose outputs are in `project`, and return its outcome."""
     summaries = [contracts.read(project / paths.training_summary(seed), TrainingSummary) for seed in job.seeds]
     loss = fmean(one.kept_loss for one in summaries)
     record = track.gather_trial(project, source.commit, job.seeds, job.name, source.sweep, loss)
@@ -312,35 +318,36 @@ def _complete(source: Source, job: Job, project: Path, commit: str) -> Outcome:
 
 
 def _fetched(source: Source, folder: Path, name: str) -> str | None:
-    """The commit of an experiment that is done, taken into the clone."""
+    """The commit of an experiment that is done, fetched into the clone; None if there is none."""
     ref = reference(source.commit, name)
-    if not _git(folder, "ls-remote", source.url, ref):
+    if not git.run("ls-remote", source.url, ref, cwd=folder):
         return None
-    _git(folder, "fetch", "-q", source.url, f"+{ref}:{ref}")
+    git.run("fetch", "-q", source.url, f"+{ref}:{ref}", cwd=folder)
     return _experiment(folder, source.commit, name)
 
 
 def _restored(source: Source, folder: Path, project: Path, commit: str, targets: Sequence[str]) -> bool:
-    """Bring a done experiment's adapters into the clone; where the cache has lost them, the clone is as it was."""
-    _git(folder, "checkout", "-q", "--force", commit)
+    """Bring the adapters of a finished experiment into the clone.
+
+    False if the cache has lost them. Then the clone is at the search's commit again, without the experiment.
+    """
+    git.run("checkout", "-q", "--force", commit, cwd=folder)
     command = ["dvc", "pull" if source.remote else "checkout", *targets]
     if subprocess.run(command, cwd=project, env=_environment(source), capture_output=True, check=False).returncode == 0:
         return True
-    ref = next(line for line in _git(folder, "for-each-ref", "--format=%(refname)", "--points-at", commit).split())
-    _git(folder, "update-ref", "-d", ref)
-    _git(folder, "checkout", "-q", "--force", source.commit)
+    ref = git.run("for-each-ref", "--format=%(refname)", "--points-at", commit, cwd=folder).split()[0]
+    git.run("update-ref", "-d", ref, cwd=folder)
+    git.run("checkout", "-q", "--force", source.commit, cwd=folder)
     return False
 
 
 def _experiment(folder: Path, commit: str, name: str) -> str | None:
-    found = subprocess.run(
-        ["git", "rev-parse", "--verify", "--quiet", reference(commit, name)], cwd=folder, capture_output=True, text=True
-    )
-    return found.stdout.strip() or None
+    """The commit of the experiment `name`; None if the clone has none of that name."""
+    return git.ask("rev-parse", "--verify", "--quiet", reference(commit, name), cwd=folder)
 
 
 def _publish_cache(source: Source, project: Path, targets: Sequence[str]) -> None:
-    """Push outputs and run cache to DVC's remote, where there is one between machines."""
+    """Push outputs and the run cache to DVC's remote, if results travel through it."""
     if not source.remote:
         return
     command = ["dvc", "push", "--run-cache", *(["--with-deps", *targets] if targets else [])]
@@ -348,24 +355,13 @@ def _publish_cache(source: Source, project: Path, targets: Sequence[str]) -> Non
         command, cwd=project, env=_environment(source), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
     if done.returncode:
-        raise UserError(f"`{' '.join(command)}` failed:\n{_tail(done.stdout)}")
+        raise UserError(f"`{' '.join(command)}` failed:\n{tail(done.stdout)}")
 
 
 def _publish_commit(source: Source, folder: Path, name: str) -> None:
     ref = reference(source.commit, name)
-    _git(folder, "push", "-q", source.url, f"+{ref}:{ref}")
+    git.run("push", "-q", source.url, f"+{ref}:{ref}", cwd=folder)
 
 
-def _git(folder: Path, *arguments: str) -> str:
-    done = subprocess.run(["git", *arguments], cwd=folder, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise UserError(f"`git {' '.join(arguments)}` failed: {done.stderr.strip()}")
-    return done.stdout
-
-
-def _end(log: Path) -> str:
-    return _tail(log.read_text(encoding="utf-8", errors="replace"))
-
-
-def _tail(text: str) -> str:
-    return "\n".join(text.strip().splitlines()[-LOG_LINES:])
+def _end_of(log: Path) -> str:
+    return tail(log.read_text(encoding="utf-8", errors="replace"))

@@ -327,7 +327,8 @@ def test_changes_that_are_nowhere_else_are_kept() -> None:
     change("  device: auto\n", "  device: cpu\n")
     result = use("default")
     assert result.exit_code == 1
-    assert "params.yaml holds what no recipe and no commit has. Beside recipe samsum-7b:" in result.stderr
+    assert "params.yaml holds changes that are in no recipe and no commit. Compared with" in result.stderr
+    assert " Compared with recipe samsum-7b:" in result.stderr
     assert "  - lora.r = 8 (64)\n" in result.stderr
     assert result.stderr.count("\n  - ") == 2  # device is the machine's
     assert "--force" in result.stderr
@@ -390,10 +391,10 @@ def test_an_unknown_name_is_told_what_is_near(name: str, message: str) -> None:
         ("params: {lora: {r: 0}}", None, "lora.r = 0"),
         ("params: {lorra: {r: 8}}", None, "lorra = {'r': 8}: unknown key; did you mean lora"),
         ("params: {lora: 8}", None, "lora = 8"),
-        ("params: {runtime: {device: cpu}}", None, "params.runtime is the machine's"),
+        ("params: {runtime: {device: cpu}}", None, "params.runtime describes the machine"),
         ("params: {model: {source: 'hf:a/b@main', sha256: null}}", None, "needs.hub = False"),
         ("params: [", None, "is not YAML"),
-        ("- 1", "", "is no recipe: it must hold about, source, needs, params"),
+        ("- 1", "", "is not a recipe: it must hold about, source, needs, params"),
         ("params: {}", "about: a\nneeds: {gpu: 3}\n", "source: Field required"),
         ("params: {}", "about: a\nsource: b\nneeds: {gpu: 3}\n", "needs.gpu: Extra inputs"),
         ("params:", None, "params: Input should be a valid dictionary"),
@@ -442,9 +443,9 @@ def test_what_a_recipe_needs_is_said_at_once() -> None:
     assert f"needs  the Hugging Face hub (huggingface.co), for {data[3:]} and {model[3:]}\n" in printed
     page = "https://huggingface.co/meta-llama/Llama-2-7b-hf"
     assert f"needs  the licence accepted on {page}, then `hf auth login` or HF_TOKEN\n" in printed
-    assert "needs  a GPU with 19 GB: warning, no NVIDIA GPU found here\n" in printed
-    assert "needs  a package index, for the text of forget; forget.source: null goes without\n" in printed
-    own = "needs  your data in data/mine (not there yet); with data.sha256: null the error tells its digest\n"
+    assert "needs  a GPU with 19 GB: warning, no NVIDIA GPU was found\n" in printed
+    assert "needs  a package index, for the text of forget; not with forget.source: null\n" in printed
+    own = "needs  your data in data/mine (not there yet); with data.sha256: null the error names its digest\n"
     assert own in use("local-csv").stdout
     Path("data/mine").mkdir(parents=True)
     assert "data/mine (found)" in use("local-csv").stdout
@@ -461,9 +462,9 @@ exit {code}
     [
         (r"NVIDIA A10G, 23028\nTesla T4, 15360\n", 0, "NVIDIA A10G with 24 GB found"),
         (r"Tesla T4, 15360\n", 0, "warning, the largest here is Tesla T4 with 16 GB"),
-        ("", 0, "warning, no NVIDIA GPU found here"),
-        (r"No devices were found\n", 0, "warning, no NVIDIA GPU found here"),
-        (r"NVIDIA A10G, 23028\n", 9, "warning, no NVIDIA GPU found here"),
+        ("", 0, "warning, no NVIDIA GPU was found"),
+        (r"No devices were found\n", 0, "warning, no NVIDIA GPU was found"),
+        (r"NVIDIA A10G, 23028\n", 9, "warning, no NVIDIA GPU was found"),
     ],
 )
 def test_a_gpu_is_asked_for_its_memory(

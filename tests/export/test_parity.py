@@ -76,7 +76,7 @@ def test_speed_counts_new_tokens() -> None:
 
 def test_what_llama_cpp_cannot_do_is_refused(project: params.Params) -> None:
     beams = project.model_copy(update={"generation": project.generation.model_copy(update={"num_beams": 2})})
-    with pytest.raises(UserError, match="num_beams = 2: backend 'llama.cpp' decodes greedily alone"):
+    with pytest.raises(UserError, match="num_beams = 2: backend 'llama.cpp' can only decode greedily"):
         parity.measure(beams, ["F16"], None, False, 0.01)
     with pytest.raises(UserError, match="gguf_type = 'Q3'"):
         parity.measure(project, ["Q3"], None, False, 0.01)

@@ -171,7 +171,7 @@ def test_a_backend_that_is_not_installed_is_told_before_anything_is_trained(monk
 @pytest.mark.parametrize(
     ("changes", "told"),
     [
-        ({"generation": {"num_beams": 4}}, "num_beams = 4: backend 'llama.cpp' decodes greedily alone"),
+        ({"generation": {"num_beams": 4}}, "num_beams = 4: backend 'llama.cpp' can only decode greedily"),
         ({"generation": {"repetition_penalty": 1.2}}, "repetition_penalty = 1.2: backend"),
         ({"generation": {"no_repeat_ngram_size": 3}}, "no_repeat_ngram_size = 3: backend"),
         ({"quantize": {"method": "int8", "double_quantization": False}}, "which quantizes activations as well"),

@@ -447,7 +447,7 @@ def test_the_plan_reads_the_architecture_where_it_can(project: params.Params, ti
     unknown = project.model_copy(update={"model": project.model.model_copy(update={"source": "hf:a/b@" + 40 * "0"})})
     monkey = recipes.DEFAULT
     monkey.write_text((ROOT / "params.default.yaml").read_text(encoding="utf-8"))
-    with pytest.raises(UserError, match="is not known before it is fetched: `dvc repro fetch`"):
+    with pytest.raises(UserError, match="is unknown: fetch the model with `dvc repro fetch`"):
         plan._shape(unknown)
 
 

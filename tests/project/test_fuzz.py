@@ -20,7 +20,7 @@ import pytest
 from ruamel.yaml import YAML
 
 from pipeline import forget
-from pipeline.core import params, paths, progress, records
+from pipeline.core import git, params, paths, progress, records
 from pipeline.core import text as sentences
 from pipeline.core.errors import UserError, without_passwords
 from pipeline.fetch import fetch
@@ -478,7 +478,7 @@ class TestAddresses:
     ) -> None:
         """git's own error quotes the address; a trial's log does; and the store's address is shown at the end."""
         with pytest.raises(UserError, match="git clone") as caught:
-            trial._git(tmp_path, "clone", "http://user:qzxjvw@127.0.0.1:9/a?token=qzxjvw", "b")
+            git.run("clone", "http://user:qzxjvw@127.0.0.1:9/a?token=qzxjvw", "b", cwd=tmp_path)
         progress.say("pip: Looking in indexes: https://user:qzxjvw@host/simple?key=qzxjvw, https://other/simple")
         monkeypatch.setenv("MLFLOW_TRACKING_URI", "https://user:qzxjvw@host/?token=qzxjvw")
         print(store.address(params.Tracking(uri=None, experiment="a")))

@@ -16,10 +16,8 @@ from pipeline.model import resume
 from tests import ROOT
 
 STAGES: dict[str, Any] = YAML(typ="safe", pure=True).load((ROOT / "dvc.yaml").read_text())["stages"]
-CLAIMS: dict[str, Any] = {
-    name: definition.get("do", definition)
-    for name, definition in YAML(typ="safe", pure=True).load((ROOT / "claims/dvc.yaml").read_text())["stages"].items()
-}
+TEMPLATES: dict[str, Any] = YAML(typ="safe", pure=True).load((ROOT / "claims/dvc.yaml").read_text())["stages"]
+CLAIMS: dict[str, Any] = {name: template.get("do", template) for name, template in TEMPLATES.items()}
 COMPUTES = {"quantize", "train", "infer", "infer-tuned", "forget"}
 
 
@@ -241,10 +239,10 @@ def test_every_claim_of_the_register_has_one_measurement() -> None:
     wanted = set(YAML(typ="safe", pure=True).load((ROOT / "claims/claims.yaml").read_text())["claims"])
     place = "out/claims/evidence/"
     measured = [
-        out.removeprefix(place).removesuffix(".json").replace("${item.claim}", claim)
-        for definition in CLAIMS.values()
+        out.removeprefix(place).removesuffix(".json").replace("${item.claim}", claim).replace("${key}", claim)
+        for name, definition in CLAIMS.items()
         for out in outs(definition)
-        for claim in definition.get("matrix", {}).get("claim", [""])
+        for claim in TEMPLATES[name].get("matrix", {}).get("claim") or TEMPLATES[name].get("foreach", [""])
         if out.startswith(place)
     ]
     assert sorted(measured) == sorted(wanted)

@@ -527,6 +527,7 @@ def test_a_nodes_own_passwords_are_not_sent_where_the_node_does_not_name(
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9/mine")
     tracking = params.Tracking(uri="http://127.0.0.1:9/theirs", experiment="toy")
     here = trial.Source("/nowhere", "0" * 40, "", "", True, tracking, "rates", ("a", "a@example.org"))
+    job = trial.Job(0, "rates-1", (), {})
     told: list[str] = []
 
     def note(*_: object) -> trial.Outcome:
@@ -534,14 +535,14 @@ def test_a_nodes_own_passwords_are_not_sent_where_the_node_does_not_name(
         return trial.Outcome(trial.COMPLETE)
 
     monkeypatch.setenv("MLFLOW_TRACKING_TOKEN", SECRET)
-    outcome = cluster._on_node(here, str(bare / "node"), note)
+    outcome = cluster._on_node(here, str(bare / "node"), note, job)
     assert (outcome.state, told) == (trial.FAILED, [])
     assert "set MLFLOW_TRACKING_URI=http://127.0.0.1:9/theirs if you trust it" in outcome.log
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9/theirs")
-    assert cluster._on_node(here, str(bare / "node"), note).state == trial.COMPLETE
+    assert cluster._on_node(here, str(bare / "node"), note, job).state == trial.COMPLETE
     monkeypatch.delenv("MLFLOW_TRACKING_TOKEN")
     monkeypatch.delenv("MLFLOW_TRACKING_URI")
-    assert cluster._on_node(here, str(bare / "node"), note).state == trial.COMPLETE
+    assert cluster._on_node(here, str(bare / "node"), note, job).state == trial.COMPLETE
     assert told == ["http://127.0.0.1:9/theirs"] * 2
 
 
