@@ -12,7 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Genera
 from pipeline import quantize
 from pipeline.core import params, paths, records
 from pipeline.core.errors import UserError
-from pipeline.fetch import fetch
+from pipeline.fetch import fetch, hub_layout
 from pipeline.infer import scheduler as decode
 from pipeline.lora import adapter
 from pipeline.model import load as models
@@ -116,7 +116,7 @@ def row_by_row(model: Any) -> torch.Tensor:
 @pytest.mark.usefixtures("project")
 @pytest.mark.parametrize("method", ["none", "nf4"])
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
-@pytest.mark.parametrize("family", fetch.FAMILIES)
+@pytest.mark.parametrize("family", hub_layout.FAMILIES)
 def test_a_family_trains_writes_and_saves_as_its_libraries_do(
     family: str, tied: bool, method: str, tiny_model: Path, tmp_path: Path
 ) -> None:

@@ -14,8 +14,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
 from pipeline.core import params, paths, records
 from pipeline.core.errors import UserError
-from pipeline.fetch import fetch
-from pipeline.model import apart
+from pipeline.fetch import fetch, gguf_layout
+from pipeline.model import apart_worker
 from tests import test_meta, test_prompt
 from tests.conftest import soon, trained_words
 from tests.test_families import made
@@ -111,7 +111,7 @@ def fetched(folder: Path, file: Path, family: str, kind: str = "F32", **more: An
 
 
 @pytest.mark.usefixtures("project")
-@pytest.mark.parametrize("kind", fetch.GGUF_TYPES)
+@pytest.mark.parametrize("kind", gguf_layout.GGUF_TYPES)
 def test_a_gguf_file_becomes_the_checkpoint_it_holds(kind: str, tiny_model: Path, tmp_path: Path) -> None:
     """Of every type: the model is what the gguf library makes of the file's numbers."""
     sizes = {"hidden_size": 256, "intermediate_size": 256, "head_dim": 64} if kind in SCALES else {}
@@ -297,7 +297,7 @@ def write_gguf(
 
 
 SCALES = {"Q2_K": (80, 84), "Q3_K": (108, 110), "Q4_K": (0, 4), "Q5_K": (0, 4), "Q6_K": (208, 210)} | {
-    kind: (0, 2) for kind in fetch.GGUF_TYPES if kind.startswith("IQ")
+    kind: (0, 2) for kind in gguf_layout.GGUF_TYPES if kind.startswith("IQ")
 }
 """Where the half-precision scales of a block stand; the gguf library reads these types and writes none."""
 
@@ -638,7 +638,7 @@ BROKEN: dict[str, dict[str, Any]] = {
 def test_a_tokenizer_that_breaks_its_library_is_one_error(
     kind: str, project: params.Params, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(apart.SECONDS, "tokenizer", 2)
+    monkeypatch.setitem(apart_worker.SECONDS, "tokenizer", 2)
     folder = shutil.copytree(tiny_model, tmp_path / "model")
     content = json.loads((folder / "tokenizer.json").read_text())
     for key, value in BROKEN[kind].items():
