@@ -19,15 +19,9 @@ GGUF_TYPES = (
 """Types of weights that are read from GGUF. tests/test_fetch.py compares each with what the gguf library reads."""
 
 UNREAD = (
-    "expert_count",
-    "attention.scale",
-    "attention.clamp_kqv",
-    "attn_logit_softcapping",
-    "final_logit_softcapping",
-    "logit_scale",
-    "residual_scale",
-    "embedding_scale",
-)
+    "expert_count", "attention.scale", "attention.clamp_kqv", "attn_logit_softcapping", "final_logit_softcapping",
+    "logit_scale", "residual_scale", "embedding_scale",
+)  # fmt: skip
 """Header fields that change what is computed, and that transformers does not read for the families above."""
 
 HEAD = {"qwen3": 128, "gemma3": 256}

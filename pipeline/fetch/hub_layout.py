@@ -13,18 +13,7 @@ from typing import Any
 from pipeline.fetch.unfit import UnfitError, require_few_layers
 from pipeline.model import apart
 
-FAMILIES = (
-    "llama",
-    "mistral",
-    "qwen2",
-    "qwen3",
-    "gemma",
-    "gemma3_text",
-    "smollm3",
-    "phi3",
-    "granite",
-    "olmo2",
-)
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma3_text", "smollm3", "phi3", "granite", "olmo2")
 """Decoder-only families whose layers are LLaMA's, or differ from them in details that are computed here too.
 
 For each, tests/test_families.py makes a small random model and compares, in float32, with unchanged transformers and

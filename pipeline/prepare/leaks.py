@@ -83,6 +83,7 @@ def drop(splits: Mapping[str, Split], threshold: float) -> dict[str, dict[str, i
     contexts = {name: [context(row) for row in split.rows] for name, split in splits.items()}
     held_out = {name: Overlap(contexts[name], threshold) for name in ("validation", "test")}
     found: dict[tuple[str, str], dict[str, str | None]] = {}
+    counts = {}
     with progress.bar("checking overlap", sum(len(splits[suspect].rows) for suspect, _ in pairs), "rows") as advance:
         for suspect, other in pairs:
             kinds = found[suspect, other] = {}
@@ -90,14 +91,12 @@ def drop(splits: Mapping[str, Split], threshold: float) -> dict[str, dict[str, i
                 if text not in kinds:
                     kinds[text] = held_out[other].kind(text)
                 advance(1)
-    counts = {}
-    for suspect, other in pairs:
-        tally = Counter(found[suspect, other][text] for text in contexts[suspect])
-        counts[f"{suspect} in {other}"] = {"exact": tally["exact"], "near": tally["near"]}
+            tally = Counter(kinds[text] for text in contexts[suspect])
+            counts[f"{suspect} in {other}"] = {"exact": tally["exact"], "near": tally["near"]}
 
     def leak(row: Example, suspect: str) -> str | None:
         return next((f"overlaps {b}" for a, b in pairs if a == suspect and found[a, b][context(row)]), None)
 
     for suspect in ("train", "validation"):
-        splits[suspect].drop(partial(leak, suspect=suspect))
+        splits[suspect].remove(partial(leak, suspect=suspect), splits[suspect].dropped)
     return counts

@@ -31,15 +31,8 @@ class Split:
     filtered: dict[str, list[str]] = field(default_factory=dict)
     dropped: dict[str, list[str]] = field(default_factory=dict)
 
-    def filter(self, reason: Callable[[Example], str | None]) -> None:
-        """Take out the rows for which `reason` has a name: the parameters exclude them."""
-        self._remove(reason, self.filtered)
-
-    def drop(self, reason: Callable[[Example], str | None]) -> None:
-        """Take out the rows for which `reason` has a name: they cannot be used."""
-        self._remove(reason, self.dropped)
-
-    def _remove(self, reason: Callable[[Example], str | None], gone: dict[str, list[str]]) -> None:
+    def remove(self, reason: Callable[[Example], str | None], gone: dict[str, list[str]]) -> None:
+        """Take out the rows for which `reason` returns one, and note their ids in `gone`: `filtered` or `dropped`."""
         kept = []
         for row in self.rows:
             if why := reason(row):
@@ -83,7 +76,7 @@ def plain(text: str) -> str:
 
 def filter_unwanted(split: Split, data: params.Data) -> None:
     """Take out the rows that `data.words` and `data.drop_copies` exclude."""
-    split.filter(partial(_unwanted, data=data))
+    split.remove(partial(_unwanted, data=data), split.filtered)
 
 
 def _unwanted(row: Example, data: params.Data) -> str | None:
@@ -193,4 +186,4 @@ def clean(split: Split) -> None:
         seen.add(content)
         return None
 
-    split.drop(fault)
+    split.remove(fault, split.dropped)

@@ -138,7 +138,7 @@ def _download(requirement: str, folder: Path, key: str) -> Path:
     if not sys.stdout.isatty():
         command.append("--quiet")
     say(f"{requirement}: downloading the wheel with pip")
-    started = said = time.monotonic()
+    started = time.monotonic()
     with (
         errors.open("wb") as stderr,
         # TMPDIR puts the growing file beside its destination: it can be watched, and does not fill a small /tmp.
@@ -147,12 +147,10 @@ def _download(requirement: str, folder: Path, key: str) -> Path:
         try:
             while pip.poll() is None:
                 try:
-                    pip.wait(timeout=0.5)
+                    pip.wait(timeout=SECONDS_BETWEEN_LINES)
                 except subprocess.TimeoutExpired:
-                    # On a terminal pip draws its own bar.
-                    if not sys.stdout.isatty() and time.monotonic() - said >= SECONDS_BETWEEN_LINES:
-                        said = time.monotonic()
-                        say(f"{requirement}: {_megabytes(folder):.1f} MB in {said - started:.0f} s")
+                    if not sys.stdout.isatty():  # on a terminal pip draws its own bar
+                        say(f"{requirement}: {_megabytes(folder):.1f} MB in {time.monotonic() - started:.0f} s")
         except BaseException:
             pip.kill()
             raise
