@@ -157,10 +157,8 @@ def _saved_bytes(model: Any, packed: pack.Packed) -> int:
 
 
 def test_the_numbers_of_other_modules_are_theirs() -> None:
-    assert memory.TILE == pack.WHOLE
     assert memory.KEPT_WEIGHTS == attention.Short.COLUMNS
     assert memory.PREFILL == decode.PREFILL_TOKENS
-    assert memory.WINDOW == quantize.WINDOW
 
 
 def test_the_largest_micro_batch_is_found() -> None:
