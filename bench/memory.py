@@ -104,7 +104,7 @@ def quantizing(setting: Setting) -> None:
     """What the stage quantize holds; nothing is written."""
     task = Task()
     base = checkpoint.pretrained(paths.BASE, task.device)
-    windows = [list(range(100, 100 + quantize.WINDOW))] * 2
+    windows = [list(range(100, 100 + memory.WINDOW))] * 2
     loss.perplexity(base, windows, "before")
     config = quantize._config(_of(task.params.quantize, setting), base.dtype)
     quantized = checkpoint.pretrained(paths.BASE, task.device, quantization_config=config)

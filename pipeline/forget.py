@@ -1,12 +1,11 @@
 """Forgetting: what the adapter does to text that has nothing to do with the task.
 
-Base and tuned read the same windows of general text. The loss on the text tells how much worse the tuned model knows
-it; the cross-entropy against the base's own distribution tells how far it has moved from the base, wherever that led:
-forgetting is measured so in arXiv 2401.05605, whose target is what the base predicts. The lowest that this
-cross-entropy can be is the base's entropy; what it is above is the KL divergence from base to tuned.
+Base and tuned read the same windows of general text. The loss on the text shows how much worse the tuned model predicts
+it. The cross-entropy against the base's distribution shows how far tuned has moved from the base in any direction, as
+in arXiv 2401.05605. It is at least the base's entropy; the difference is the KL divergence from base to tuned.
 
-The text is read as it is, without a chat template, also where prompts have one: so a chat model is out of its habit,
-base and tuned alike. They share one loaded model, with the adapter on and off; losses are in nats a token.
+The text is read without a chat template, also if prompts have one, so it is unusual for a chat model: for base and
+tuned alike. Both share one loaded model, with the adapter off and on. Losses are in nats per token.
 """
 
 import html
@@ -28,19 +27,19 @@ from pipeline.model.prompt import Row
 from pipeline.sources import source, tables
 
 TOGETHER = 512
-"""Tokens computed at once: the logits of all of them are held, twice, in the model's dtype."""
-POSITIONS = 32
-"""Places whose distributions are held in float32 at once: 6 MB each with 49,152 tokens of vocabulary."""
+"""Tokens computed at once. The logits of all of them are held twice, in the model's dtype."""
+POSITIONS = memory.PLACES
+"""Places whose distributions are held in float32 at once."""
 CHARACTERS = 64
-"""A token is taken to have at most so many: of a very long text, more than it can give is not tokenized."""
+"""Assumed as the most that a token has, so that only the needed part of a very long text is tokenized."""
 PLAIN = (".txt", ".md")
 FEWEST = 2
-"""Windows without which there is nothing to resample."""
+"""Windows that resampling needs at least."""
 
 
 @dataclass(frozen=True, slots=True)
 class Text:
-    """One document, and where it stands in the source."""
+    """One document, and its place in the source."""
 
     place: str
     content: str
@@ -48,16 +47,16 @@ class Text:
 
 @dataclass(frozen=True, slots=True)
 class Tokens:
-    """Consecutive tokens of one text; the first is only read, each of the others predicted."""
+    """Consecutive tokens of one text. The first is only read, the others are predicted."""
 
     place: str
     ids: list[int]
 
 
 def forget(seed: int, forget: params.Forget, runtime: params.Runtime) -> None:
-    """Write `out/forgetting/<seed>.json`: the sums of every window, and what they come to.
+    """Write `out/forgetting/<seed>.json`: the sums of every window, and the means over all tokens.
 
-    UserError for a source that cannot be read, or has too little text.
+    UserError for a source that cannot be read or has too little text, and for losses that are not finite.
     """
     facts = contracts.read(paths.QUANTIZED_FACTS, QuantizedFacts)
     saved = adapter.Saved(paths.adapter(seed))
@@ -133,9 +132,9 @@ def _chosen(facts: QuantizedFacts, forget: params.Forget) -> list[Tokens]:
 
 
 def texts(forget: params.Forget, name: str) -> list[Text]:
-    """The documents of the source, each content once, in an order that neither their places nor other documents decide.
+    """The documents of the source, each content once, ordered by digest: a text's place or file does not matter.
 
-    A file of plain text is one document, as is a record of a table. UserError where `forget.column` does not fit.
+    A file of plain text is one document, and so is a record of a table. UserError if `forget.column` does not fit.
     """
     found: list[Text] = []
     with source.mounted([(name, forget.sha256)], kind="dataset", key="forget") as places:
@@ -153,7 +152,7 @@ def texts(forget: params.Forget, name: str) -> list[Text]:
 
 
 def _column(file: tables.File, forget: params.Forget) -> list[Text]:
-    """The texts in one column of a table; records that have none there are left out."""
+    """The texts in one column of a table; records without a text there are left out."""
     if forget.column is None:
         raise UserError(f"forget.column is null, but {file.name} holds records: name the column of the text")
     located = list(tables.records(file, forget.encoding, "forget"))
@@ -171,17 +170,17 @@ def _column(file: tables.File, forget: params.Forget) -> list[Text]:
 
 
 def without_tags(text: str) -> str:
-    """HTML as plain text: paragraphs and breaks as new lines, other tags as nothing, entities as their characters."""
+    """HTML as plain text: line breaks for paragraphs and breaks, no other tags, and characters for entities."""
     text = _tags(r"(?i)<(?:br|/?p)\b[^>]*>", "\n", text)
     text = _tags(r"</?[A-Za-z][^>]*>", "", text)
-    # `html.unescape` takes no number of thousands of digits; whatever has more than eight is no character.
+    # `html.unescape` fails at thousands of digits. A number of more than eight is not a character.
     text = html.unescape(re.sub(r"&#0*([0-9]{8})[0-9]*", r"&#\1", text))
     text = re.sub(r"[ \t\xa0]+", " ", text)
     return re.sub(r"\s{2,}", lambda found: "\n" if "\n" in found[0] else found[0], text).strip()
 
 
 def _tags(pattern: str, instead: str, text: str) -> str:
-    """`text` with the tags replaced. What follows the last ">" holds none: each "<" there would be read to the end."""
+    """`text` with its tags replaced. What follows the last ">" holds no tag, and each "<" there would cost a search."""
     before, last, rest = text.rpartition(">")
     return re.sub(pattern, instead, before + last) + rest
 
@@ -189,7 +188,7 @@ def _tags(pattern: str, instead: str, text: str) -> str:
 def windows(tokenizer: Any, texts: Sequence[Text], tokens: int, length: int) -> list[Tokens]:
     """Windows of `length` tokens, a text's last one shorter, until they have `tokens` to predict, or the texts end.
 
-    The first window of every text comes before the second of any: many texts say more than much of one.
+    The first window of every text comes before the second of any: many texts tell more than much of one.
     """
     begin = [tokenizer.bos_token_id] if prompt.starts_with_bos(tokenizer) else []
     size = length - len(begin)
@@ -203,7 +202,7 @@ def windows(tokenizer: Any, texts: Sequence[Text], tokens: int, length: int) -> 
             if left <= 0:
                 return chosen
             if text.place not in ids:
-                # verbose: it would warn of texts that are longer than a prompt may be.
+                # verbose=False: no warning of texts that are longer than the model's context.
                 content = text.content[: CHARACTERS * tokens]
                 ids[text.place] = tokenizer(content, add_special_tokens=False, verbose=False).input_ids
             window = [*begin, *ids[text.place][number * size : (number + 1) * size]][: left + 1]
@@ -219,7 +218,7 @@ def windows(tokenizer: Any, texts: Sequence[Text], tokens: int, length: int) -> 
 def measure(model: Any, windows: Sequence[Tokens], label: str) -> list[Window]:
     """The sums of every window, in their order; `model` is the base with the adapter on it.
 
-    Several processes compute whole parts each, the same ones as one process does.
+    Several processes divide the micro-batches of one process among them.
     """
     import torch
 
@@ -228,7 +227,7 @@ def measure(model: Any, windows: Sequence[Tokens], label: str) -> list[Window]:
     parts = pack.micro_batches(trees, TOGETHER)
     own = distributed.share(parts, lambda part: sum(tree.tokens for tree in part))
     progress = bar(label, sum(tree.supervised for part in own for tree in part), "tokens")
-    measured: dict[str, list[float]] = {}  # by the window's number, as JSON has names
+    measured: dict[str, list[float]] = {}  # by the window's number, as text for JSON
     with torch.no_grad(), shard.together(model), progress as advance:
         for part in own:
             packed = pack.pack(part, model.device)

@@ -1,18 +1,18 @@
-"""GGUF, the file format of llama.cpp: base, adapter and merged model written with the `gguf` library.
+"""GGUF, the file format of llama.cpp: base, adapter and merged model, written with the `gguf` library.
 
-A base that `quantize` left in 4 bits is written with the values that its layers compute with, so both backends multiply
-by the same numbers; GGUF has no type that holds NF4's. LoRA becomes an adapter file of its own, which llama.cpp scales
-by alpha / r: with rslora, whose scale is alpha / sqrt(r), the file's alpha is alpha * sqrt(r).
+GGUF has no type for NF4. So a base in 4 bits is written with the unpacked values that its layers compute with, and both
+backends multiply by the same numbers. LoRA becomes a separate adapter file, which llama.cpp scales by alpha / r: with
+rslora, whose scale is alpha / sqrt(r), the file's alpha is alpha * sqrt(r).
 
-llama.cpp rotates pairs of neighbouring dimensions where transformers' Llama rotates the two halves of a head, so the
-rows of q_proj and k_proj change places, in the adapter's B as well. Qwen's rotate as transformers does.
+For Llama, llama.cpp rotates pairs of neighbouring dimensions, where transformers rotates the two halves of a head. So
+the rows of q_proj and k_proj are reordered, and those of the adapter's B. For Qwen both rotate halves.
 
 Dimensions: O and I a layer's outputs and inputs, R the adapter's rank.
 """
 
 import json
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 from pipeline.core import params, records
 from pipeline.core.errors import UserError
 from pipeline.model import checkpoint, packed
+from pipeline.model.shape import Shape
 
 if TYPE_CHECKING:
     import torch
@@ -30,19 +31,20 @@ if TYPE_CHECKING:
 Array = NDArray[Any]
 
 HEAD_TYPES = dict.fromkeys(("Q5_1", "Q5_0", "Q4_1", "Q4_0"), "Q8_0")
-"""What the head is written as in files of 4 and 5 bits, and with it the embedding where that is the head.
+"""The type of the output head in files of 4 and 5 bits; also of the embedding, if the two are one.
 
-llama.cpp's quantizer (src/llama-quant.cpp, `llama_tensor_get_type_impl`) takes Q6_K, or Q8_0 where rows do not fill
-blocks of 256, and leaves an embedding apart from the head in the file's type. `gguf` cannot quantize to Q6_K.
+llama.cpp's quantizer (src/llama-quant.cpp, `llama_tensor_get_type_impl`) takes Q6_K, or Q8_0 if rows do not fill blocks
+of 256, and gives a separate embedding the file's type. `gguf` cannot quantize to Q6_K.
 """
 
 ADAPTER_TYPES = ("F32", "BF16", "F16")
-"""An adapter is small: rounding it to blocks of 4 or 8 bits would cost more than it saves."""
+"""An adapter is small: rounding it to blocks of 4 or 8 bits would lose more than it saves."""
 
 FAMILIES = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qwen3"}
-"""transformers' families that are written, and llama.cpp's names for them.
+"""transformers' families that can be written, and llama.cpp's names for them.
 
-Of each, tests/infer/test_backend_llamacpp.py has llama.cpp decode a small random model, adapted and not, and compares.
+For each, tests/infer/test_backend_llamacpp.py compares the texts that llama.cpp and transformers decode with a small
+random model, with and without an adapter.
 """
 
 ROTATE_NEIGHBOURS = ("llama", "mistral")
@@ -51,26 +53,29 @@ ROTATE_NEIGHBOURS = ("llama", "mistral")
 WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
 REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 SPLITS = {WORDS + r"\p{N}{1,3}" + REST: "llama-bpe", WORDS + r"\p{N}" + REST: "qwen2"}
-"""The expressions that Llama 3's and Qwen 2's tokenizers split text by, and llama.cpp's names for them."""
+"""The expressions by which Llama 3's and Qwen 2's tokenizers split text, and llama.cpp's names for them."""
+SENTENCEPIECE = "sentencepiece"
 
 
 def write_base(folder: Path, path: Path, kind: str) -> None:
     """Write the checkpoint in `folder`, in the hub's layout, with its tokenizer as one GGUF file.
 
-    UserError as of `refuse`, and where the layers' inputs do not fill whole blocks of `kind`.
+    `kind` is one of `params.GGUF_TYPES`. UserError as of `refuse`, and if the layers' inputs do not fill whole blocks
+    of `kind`.
     """
     _write_model(folder, path, kind, None)
 
 
 def write_merged(folder: Path, adapter: Path, path: Path, kind: str) -> None:
-    """As `write_base`, with the update of the PEFT adapter in `adapter` added to the weights in float32."""
+    """Like `write_base`, with the update of the PEFT adapter in `adapter` added to the weights in float32."""
     _write_model(folder, path, kind, _read_lora(adapter))
 
 
 def write_adapter(adapter: Path, base: Path, path: Path, kind: str) -> None:
-    """Write the PEFT adapter in `adapter` as a GGUF adapter for the base in `base`, of which the configuration is read.
+    """Write the PEFT adapter in `adapter` as a GGUF adapter for the base in `base`, whose configuration is read.
 
-    UserError for what a GGUF adapter cannot hold: see `_read_lora`.
+    `kind` is one of `ADAPTER_TYPES`. UserError for what a GGUF adapter cannot hold: anything but plain LoRA of the
+    linear layers with one rank and one alpha.
     """
     import gguf
 
@@ -91,32 +96,32 @@ def write_adapter(adapter: Path, base: Path, path: Path, kind: str) -> None:
 
 
 def stored(kind: str) -> str:
-    """A file's type in words, with what the head is written as where that is another."""
+    """A file's type in words, with the type of the head if it differs."""
     return f"{kind} with the output head in {HEAD_TYPES[kind]}" if kind in HEAD_TYPES else kind
 
 
 def refuse(folder: Path) -> None:
-    """UserError with the reason where the checkpoint in `folder` cannot be written; its weights are not read."""
+    """UserError with the reason if the checkpoint in `folder` cannot be written; its weights are not read."""
     checkpoint = _Checkpoint.read(folder)
     checkpoint.rotation()
-    _vocabulary(folder, checkpoint.config)
+    _Vocabulary.read(folder, checkpoint.config)
 
 
 @dataclass(frozen=True)
 class _Checkpoint:
-    """What the configuration of a checkpoint says of its layers, in GGUF's terms."""
+    """A checkpoint's configuration in GGUF's terms."""
 
     folder: Path
     config: dict[str, Any]
 
     @classmethod
     def read(cls, folder: Path) -> "_Checkpoint":
-        """UserError for a checkpoint whose layers llama.cpp would compute otherwise."""
+        """UserError for a checkpoint whose layers llama.cpp would compute differently."""
         config = records.read_json(folder / "config.json")
         family = config["model_type"]
         if family not in FAMILIES:
             raise UserError(
-                f"{folder} is a model of family {family!r}, of which no GGUF file is written; only of "
+                f"{folder} is a model of family {family!r}, and GGUF files are written only of "
                 f"{', '.join(FAMILIES)}: for it, set generation.backend to transformers, and export adapter or merged"
             )
         if (config.get("quantization_config") or {}).get("load_in_8bit"):
@@ -137,16 +142,8 @@ class _Checkpoint:
         return FAMILIES[self.family]
 
     @property
-    def heads(self) -> int:
-        return int(self.config["num_attention_heads"])
-
-    @property
-    def kv_heads(self) -> int:
-        return int(self.config.get("num_key_value_heads") or self.heads)
-
-    @property
-    def head_dim(self) -> int:
-        return int(self.config.get("head_dim") or self.config["hidden_size"] // self.heads)
+    def shape(self) -> Shape:
+        return Shape.of(self.config)
 
     def name(self, name: str) -> str:
         """GGUF's name of one of transformers' tensors, or of a module's weight."""
@@ -164,14 +161,14 @@ class _Checkpoint:
         part = next((one for one in ("q_proj", "k_proj") if f".{one}." in name), None)
         if part is None or self.family not in ROTATE_NEIGHBOURS:
             return array_Ox
-        heads = self.heads if part == "q_proj" else self.kv_heads
+        heads = self.shape.attention_heads if part == "q_proj" else self.shape.key_value_heads
         halves = array_Ox.reshape(heads, 2, len(array_Ox) // heads // 2, *array_Ox.shape[1:])
         return np.ascontiguousarray(halves.swapaxes(1, 2).reshape(array_Ox.shape))
 
     def rotation(self) -> tuple[float, Array | None]:
-        """The base of the rotary embedding's frequencies, and Llama 3's factors of them; UserError for other scalings.
+        """The base of the rotary frequencies, and Llama 3's divisors for them; UserError for other scalings.
 
-        Llama 3.1 (arXiv 2407.21783) slows the low frequencies down by a factor, and the middle ones by part of it.
+        Llama 3.1 (arXiv 2407.21783) divides low frequencies by a factor, and middle ones by a part of it.
         """
         rope = self.config.get("rope_parameters") or {}
         kind, theta = rope.get("rope_type", "default"), float(rope.get("rope_theta", 10_000.0))
@@ -182,7 +179,8 @@ class _Checkpoint:
                 f"{self.folder} scales its rotary embedding by {kind!r}, which is not written to GGUF files; only "
                 "llama3 is, and none at all"
             )
-        wave = 2 * math.pi * theta ** (np.arange(0, self.head_dim, 2, dtype=np.float64) / self.head_dim)
+        width = self.shape.head_dim
+        wave = 2 * math.pi * theta ** (np.arange(0, width, 2, dtype=np.float64) / width)
         context, factor = rope["original_max_position_embeddings"], rope["factor"]
         low, high = rope["low_freq_factor"], rope["high_freq_factor"]
         share = (context / wave - low) / (high - low)
@@ -193,7 +191,7 @@ class _Checkpoint:
 
 @dataclass(frozen=True)
 class _Lora:
-    """An adapter: `pairs` maps a layer's weight (transformers' name) to A (RxI) and B (OxR), in float32."""
+    """An adapter: `pairs` maps transformers' name of a weight to A (RxI) and B (OxR), in float32."""
 
     rank: int
     scale: float
@@ -201,7 +199,7 @@ class _Lora:
 
 
 def _read_lora(adapter: Path) -> _Lora:
-    """UserError for what is no plain LoRA of the layers' linear parts with one rank and one alpha."""
+    """UserError unless it is plain LoRA of the blocks' linear layers with one rank and one alpha."""
     from safetensors import safe_open
 
     config = records.read_json(adapter / "adapter_config.json")
@@ -212,7 +210,7 @@ def _read_lora(adapter: Path) -> _Lora:
     held = [name for name in asked if config.get(name)]
     if config.get("peft_type") != "LORA" or config.get("bias", "none") != "none" or held:
         raise UserError(
-            f"{adapter} is no plain LoRA ({', '.join(held) or config.get('peft_type')}), and a GGUF adapter holds "
+            f"{adapter} is not plain LoRA ({', '.join(held) or config.get('peft_type')}), and a GGUF adapter holds "
             "nothing else"
         )
     rank, alpha = config["r"], config["lora_alpha"]
@@ -226,7 +224,7 @@ def _read_lora(adapter: Path) -> _Lora:
                 raise UserError(f"{adapter}: {key} holds NaN or infinity")
     for name, pair in halves.items():
         if ".layers." not in name or set(pair) != {"A", "B"}:
-            raise UserError(f"{adapter} adapts {name}, which is no linear layer of a block: a GGUF adapter cannot")
+            raise UserError(f"{adapter} adapts {name}, which is not a linear layer of a block: a GGUF adapter cannot")
     return _Lora(rank, scale, {name: (pair["A"], pair["B"]) for name, pair in halves.items()})
 
 
@@ -237,30 +235,30 @@ def _write_model(folder: Path, path: Path, kind: str, lora: _Lora | None) -> Non
         raise UserError(f"a GGUF file is written as {', '.join(params.GGUF_TYPES)}, not as {kind!r}")
     checkpoint = _Checkpoint.read(folder)
     theta, factors = checkpoint.rotation()
-    vocabulary = _vocabulary(folder, checkpoint.config)
+    vocabulary = _Vocabulary.read(folder, checkpoint.config)
     tensors = weights(folder)
     pairs = lora.pairs if lora else {}
     if unknown := sorted(set(pairs) - set(tensors)):
         raise UserError(f"the adapter changes {unknown[0]}, which {folder} does not have")
-    config = checkpoint.config
+    config, shape = checkpoint.config, checkpoint.shape
     with records.replacing(path) as temporary:
         writer = gguf.GGUFWriter(temporary, checkpoint.architecture)
         writer.add_type(gguf.GGUFType.MODEL)
         writer.add_file_type(_file_type(kind))
         writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
-        writer.add_context_length(config["max_position_embeddings"])
-        writer.add_embedding_length(config["hidden_size"])
-        writer.add_block_count(config["num_hidden_layers"])
-        writer.add_feed_forward_length(config["intermediate_size"])
-        writer.add_head_count(checkpoint.heads)
-        writer.add_head_count_kv(checkpoint.kv_heads)
-        writer.add_key_length(checkpoint.head_dim)
-        writer.add_value_length(checkpoint.head_dim)
-        writer.add_rope_dimension_count(checkpoint.head_dim)
+        writer.add_context_length(shape.context)
+        writer.add_embedding_length(shape.hidden_size)
+        writer.add_block_count(shape.layers)
+        writer.add_feed_forward_length(shape.intermediate_size)
+        writer.add_head_count(shape.attention_heads)
+        writer.add_head_count_kv(shape.key_value_heads)
+        writer.add_key_length(shape.head_dim)
+        writer.add_value_length(shape.head_dim)
+        writer.add_rope_dimension_count(shape.head_dim)
         writer.add_rope_freq_base(theta)
         writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
-        writer.add_vocab_size(config["vocab_size"])
-        vocabulary(writer)
+        writer.add_vocab_size(shape.vocabulary)
+        vocabulary.write(writer)
         head = "lm_head.weight" if "lm_head.weight" in tensors else "model.embed_tokens.weight"
         kinds = dict.fromkeys(tensors, kind) | {head: HEAD_TYPES.get(kind, kind)}
         listed = [(checkpoint.name(name), tuple(tensor.shape), kinds[name]) for name, tensor in tensors.items()]
@@ -281,7 +279,7 @@ def _write_model(folder: Path, path: Path, kind: str, lora: _Lora | None) -> Non
 
 
 def weights(folder: Path) -> dict[str, "torch.Tensor"]:
-    """A checkpoint's tensors as its layers compute with them; the head is left out where it is the embedding."""
+    """A checkpoint's tensors by name, as its layers compute with them; without a head that is the embedding."""
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -295,9 +293,9 @@ def weights(folder: Path) -> dict[str, "torch.Tensor"]:
 
 
 def _write(writer: Any, listed: Sequence[tuple[str, tuple[int, ...], str]], arrays: Iterator[Array]) -> None:
-    """Write the file: `listed` names each tensor with its shape and type, `arrays` gives them, in the same order.
+    """Write the file. `listed`: the name, shape and type of each tensor; `arrays`: their values, in the same order.
 
-    Vectors stay in float32, as llama.cpp wants them. One tensor at a time is held in its new type.
+    Vectors stay in float32, as llama.cpp expects. Only one tensor at a time is held in its new type.
     """
     import gguf
 
@@ -328,57 +326,65 @@ def _file_type(kind: str) -> int:
     return int(gguf.LlamaFileType["ALL_F32" if kind == "F32" else f"MOSTLY_{kind}"])
 
 
-def _vocabulary(folder: Path, config: dict[str, Any]) -> Callable[[Any], None]:
-    """What writes the tokenizer into a file; UserError for one that llama.cpp would not tokenize alike by.
+@dataclass(frozen=True)
+class _Vocabulary:
+    """A tokenizer in GGUF's terms: byte-level BPE, with the name of how it splits text, or SentencePiece's BPE.
 
-    Byte-level BPE, by the expression that it splits text by, and BPE of SentencePiece's make (Llama 2), of which the
-    order of merges becomes scores: llama.cpp joins what makes the token of the highest score.
+    `texts` and `types` are by token id. `scores` are SentencePiece's alone (Llama 2), made of the order of its merges:
+    llama.cpp joins the pair that makes the token of the highest score.
     """
-    import gguf
 
-    from pipeline.model import prompt
+    tokenizer: Any
+    pre_tokenizer: str
+    texts: list[str]
+    types: list[Any]
+    merges: list[str]
+    scores: list[float] | None
+    ends: list[int]
 
-    tokenizer = checkpoint.tokenizer(folder)
-    content = json.loads(tokenizer.backend_tokenizer.to_str())
-    model = content["model"]
-    kind = _pre_tokenizer(content, folder)
-    size = config["vocab_size"]
-    texts = [f"[PAD{number}]" for number in range(size)]
-    types = [gguf.TokenType.UNUSED] * size
-    for text, number in model["vocab"].items():
-        texts[number], types[number] = text, gguf.TokenType.NORMAL
-    for added in content["added_tokens"]:
-        if added["id"] < size:
-            special = added["special"]
-            texts[added["id"]] = added["content"]
-            types[added["id"]] = gguf.TokenType.CONTROL if special else gguf.TokenType.USER_DEFINED
-    merges = [pair if isinstance(pair, str) else " ".join(pair) for pair in model["merges"]]
-    scores: list[float] = []
-    if kind == "sentencepiece":
-        ranks: dict[str, int] = {}
-        for rank, pair in enumerate(model["merges"]):
-            ranks.setdefault("".join(pair.split(" ") if isinstance(pair, str) else pair), rank)
-        scores = [float(-ranks.get(text, len(merges))) for text in texts]
-        for number, text in enumerate(texts):
-            if len(text) == 6 and text.startswith("<0x") and text.endswith(">"):
-                types[number] = gguf.TokenType.BYTE
-        if model["unk_token"] is not None:
-            types[model["vocab"][model["unk_token"]]] = gguf.TokenType.UNKNOWN
-    ends = stops(folder, config, tokenizer)
+    @classmethod
+    def read(cls, folder: Path, config: dict[str, Any]) -> "_Vocabulary":
+        """UserError for a tokenizer that llama.cpp would not follow."""
+        import gguf
 
-    def write(writer: Any) -> None:
-        writer.add_tokenizer_model("llama" if kind == "sentencepiece" else "gpt2")
-        writer.add_tokenizer_pre("default" if kind == "sentencepiece" else kind)
-        writer.add_token_list(texts)
-        writer.add_token_types(types)
-        if kind == "sentencepiece":
-            writer.add_token_scores(scores)
-            writer.add_add_space_prefix("\u2581" in "".join(tokenizer.tokenize("a")))
+        tokenizer = checkpoint.tokenizer(folder)
+        content = json.loads(tokenizer.backend_tokenizer.to_str())
+        model = content["model"]
+        kind = _pre_tokenizer(content, folder)
+        texts, types = _tokens(content, config["vocab_size"])
+        pairs = [pair.split(" ") if isinstance(pair, str) else pair for pair in model["merges"]]
+        scores = None
+        if kind == SENTENCEPIECE:
+            ranks: dict[str, int] = {}
+            for rank, pair in enumerate(pairs):
+                ranks.setdefault("".join(pair), rank)
+            scores = [float(-ranks.get(text, len(pairs))) for text in texts]
+            for number, text in enumerate(texts):
+                if len(text) == 6 and text.startswith("<0x") and text.endswith(">"):
+                    types[number] = gguf.TokenType.BYTE
+            if model["unk_token"] is not None:
+                types[model["vocab"][model["unk_token"]]] = gguf.TokenType.UNKNOWN
+        merges = [" ".join(pair) for pair in pairs]
+        return cls(tokenizer, kind, texts, types, merges, scores, stops(folder, config, tokenizer))
+
+    def write(self, writer: Any) -> None:
+        """Write the tokenizer into a file's header."""
+        from pipeline.model import prompt
+
+        tokenizer = self.tokenizer
+        writer.add_tokenizer_model("gpt2" if self.scores is None else "llama")
+        writer.add_tokenizer_pre(self.pre_tokenizer if self.scores is None else "default")
+        writer.add_token_list(self.texts)
+        writer.add_token_types(self.types)
+        if self.scores is None:
+            writer.add_token_merges(self.merges)
         else:
-            writer.add_token_merges(merges)
+            writer.add_token_scores(self.scores)
+            writer.add_add_space_prefix("\u2581" in "".join(tokenizer.tokenize("a")))
         if tokenizer.bos_token_id is not None:
             writer.add_bos_token_id(tokenizer.bos_token_id)
-        for add, end in zip((writer.add_eos_token_id, writer.add_eot_token_id, writer.add_eom_token_id), ends):  # noqa: B905  # a model has one to three
+        ending = (writer.add_eos_token_id, writer.add_eot_token_id, writer.add_eom_token_id)
+        for add, end in zip(ending, self.ends):  # noqa: B905  # a model has one to three
             add(end)
         if tokenizer.unk_token_id is not None:
             writer.add_unk_token_id(tokenizer.unk_token_id)
@@ -388,20 +394,33 @@ def _vocabulary(folder: Path, config: dict[str, Any]) -> Callable[[Any], None]:
         if isinstance(tokenizer.chat_template, str):
             writer.add_chat_template(tokenizer.chat_template)
 
-    return write
+
+def _tokens(content: dict[str, Any], size: int) -> tuple[list[str], list[Any]]:
+    """The text and the type of each of `size` tokens; those that the tokenizer lacks are padding."""
+    import gguf
+
+    texts = [f"[PAD{number}]" for number in range(size)]
+    types = [gguf.TokenType.UNUSED] * size
+    for text, number in content["model"]["vocab"].items():
+        texts[number], types[number] = text, gguf.TokenType.NORMAL
+    for added in content["added_tokens"]:
+        if added["id"] < size:
+            texts[added["id"]] = added["content"]
+            types[added["id"]] = gguf.TokenType.CONTROL if added["special"] else gguf.TokenType.USER_DEFINED
+    return texts, types
 
 
 def stops(folder: Path, config: dict[str, Any], tokenizer: Any) -> list[int]:
     """The tokens that end an answer: the tokenizer's EOS, and those of the model's authors."""
-    told = folder / "generation_config.json"
-    ids = (records.read_json(told) if told.is_file() else {}).get("eos_token_id", config.get("eos_token_id"))
+    file = folder / "generation_config.json"
+    ids = (records.read_json(file) if file.is_file() else {}).get("eos_token_id", config.get("eos_token_id"))
     listed = [ids] if isinstance(ids, int) else ids or []
     own = [tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else []
     return list(dict.fromkeys([*own, *listed]))
 
 
 def _pre_tokenizer(content: dict[str, Any], folder: Path) -> str:
-    """llama.cpp's name for how a tokenizer splits text before BPE, or `sentencepiece`."""
+    """llama.cpp's name for how a tokenizer splits text before BPE, or `SENTENCEPIECE`."""
     model, normalizer, steps = content["model"], content["normalizer"], content["pre_tokenizer"]
     reason = ""
     if model["type"] != "BPE":
@@ -409,7 +428,7 @@ def _pre_tokenizer(content: dict[str, Any], folder: Path) -> str:
     elif model.get("byte_fallback"):
         spaces = json.dumps([normalizer, steps], ensure_ascii=False)
         if "\u2581" in spaces and not model.get("ignore_merges"):
-            return "sentencepiece"
+            return SENTENCEPIECE
         reason = "byte fallback without SentencePiece's spaces"
     elif normalizer not in (None, {"type": "NFC"}):
         reason = f"the normalizer {normalizer['type']}"
@@ -429,6 +448,6 @@ def _pre_tokenizer(content: dict[str, Any], folder: Path) -> str:
         else:
             reason = f"the steps {', '.join(kinds) or 'none'}"
     raise UserError(
-        f"the tokenizer in {folder} splits text by {reason}, for which llama.cpp has no name that is known here: a "
-        "GGUF file would tokenize otherwise; set generation.backend to transformers"
+        f"the tokenizer in {folder} splits text by {reason}, for which no name of llama.cpp is known here: with a GGUF "
+        "file it would split text differently; set generation.backend to transformers"
     )

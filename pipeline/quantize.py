@@ -1,27 +1,30 @@
 """Quantization of the frozen base, through bitsandbytes: 4 bits (QLoRA, arXiv 2305.14314, section 3), or 8 bits for
 weights and activations (LLM.int8(), arXiv 2208.07339).
 
-The result is a checkpoint that transformers loads as it is. What quantization costs is measured: bits a parameter,
-the error of each layer's weights, and perplexity before and after. On a CPU, bitsandbytes quantizes activations in
-evaluation alone; in training, int8 layers compute with their weights' values and plain activations.
+The result is a checkpoint that transformers loads as it is. The cost of quantization is measured: bits per parameter,
+the error of each layer's weights, and perplexity before and after. On a CPU, bitsandbytes quantizes activations only in
+evaluation; in training, int8 layers compute with their weights' values and plain activations.
 """
 
 import shutil
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from pipeline.core import contracts, params, paths, records
 from pipeline.core.contracts import BaseFacts, QuantizedFacts
 from pipeline.core.progress import say
 from pipeline.model import checkpoint, devices, loss, memory, packed
+from pipeline.model.memory import WINDOW
 
 if TYPE_CHECKING:
     import torch
 
-WINDOW = 256  # tokens of the perplexity's windows
-
 
 def quantize(quantize: params.Quantize, runtime: params.Runtime) -> None:
-    """Write `out/models/quantized` and its facts; with method none, the base as it is."""
+    """Write `out/models/quantized` and its facts; with method none, the base as it is.
+
+    UserError if the base has changed since it was fetched, or does not fit into memory.
+    """
     device = devices.choose(runtime)
     facts = contracts.read(paths.BASE_FACTS, BaseFacts)
     checkpoint.require_intact(paths.BASE, facts.sha256)
@@ -86,28 +89,28 @@ def _reconstruction(base: Any, quantized: Any) -> tuple[dict[str, float], float]
     """Relative error |W - Q(W)| / |W| (Frobenius) of each layer, and the stored bits a parameter with the constants."""
     from bitsandbytes.functional import dequantize_4bit, int8_vectorwise_dequant
 
+    def layers() -> Iterator[tuple[str, list["torch.Tensor"], "torch.Tensor"]]:
+        """The name of each layer, what is stored of it, and its restored weight."""
+        for name, layer in packed.linear4bit(quantized):
+            weight, state = layer.weight.data, layer.weight.quant_state
+            yield name, [weight, *_block_constants(state)], dequantize_4bit(weight, state)
+        for name, layer in packed.linear8bit(quantized):
+            # One constant for each row. The first forward pass moves them to the layer's state.
+            weight, scale = layer.weight.data, layer.state.SCB if layer.weight.SCB is None else layer.weight.SCB
+            yield name, [weight, scale], int8_vectorwise_dequant(weight, scale)
+
     errors: dict[str, float] = {}
     bits = parameters = 0
-
-    def measure(name: str, stored: list["torch.Tensor"], restored: "torch.Tensor") -> None:
-        nonlocal bits, parameters
+    for name, stored, restored in layers():
         exact = base.get_submodule(name).weight.data.float()
         errors[name] = float((exact - restored.float().to(exact.device)).norm() / exact.norm())
         bits += sum(8 * tensor.numel() * tensor.itemsize for tensor in stored)
         parameters += exact.numel()
-
-    for name, layer in packed.linear4bit(quantized):
-        weight, state = layer.weight.data, layer.weight.quant_state
-        measure(name, [weight, *_block_constants(state)], dequantize_4bit(weight, state))
-    for name, layer in packed.linear8bit(quantized):
-        # One constant a row; the first forward pass moves them to the layer's state.
-        weight, scale = layer.weight.data, layer.state.SCB if layer.weight.SCB is None else layer.weight.SCB
-        measure(name, [weight, scale], int8_vectorwise_dequant(weight, scale))
     return errors, bits / parameters
 
 
 def _block_constants(state: Any) -> list["torch.Tensor"]:
-    """The constants of a 4-bit layer: one a block of 64, themselves quantized in blocks of 256 or not."""
+    """The constants of a 4-bit layer: one for each block of 64, quantized in blocks of 256 or not."""
     return [state.absmax, state.state2.absmax, state.offset] if state.nested else [state.absmax]
 
 

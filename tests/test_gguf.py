@@ -147,7 +147,7 @@ def test_llama_3s_frequencies_are_transformers(tiny_model: Path, tmp_path: Path)
 @pytest.mark.parametrize(
     ("changes", "told"),
     [
-        ({"model_type": "gemma3_text"}, "family 'gemma3_text', of which no GGUF file is written"),
+        ({"model_type": "gemma3_text"}, "family 'gemma3_text', and GGUF files are written only of"),
         ({"hidden_act": "gelu"}, "activation 'gelu'"),
         ({"quantization_config": {"load_in_8bit": True}}, r"LLM.int8\(\), which quantizes activations"),
         ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1.0}}, "rotary embedding by 'yarn'"),
@@ -176,7 +176,7 @@ def test_a_checkpoint_that_cannot_be_written_is_refused(
 def test_a_tokenizer_that_llama_cpp_has_no_name_for_is_refused(changes: dict[str, Any], told: str) -> None:
     content = {"model": {"type": "BPE"}, "normalizer": None, "pre_tokenizer": {"type": "ByteLevel", "use_regex": True}}
     assert gguf_file._pre_tokenizer(content, Path("here")) == "gpt-2"
-    with pytest.raises(UserError, match=f"splits text by {told}, for which llama.cpp has no name"):
+    with pytest.raises(UserError, match=f"splits text by {told}, for which no name of llama.cpp is known"):
         gguf_file._pre_tokenizer(content | changes, Path("here"))
 
 
@@ -194,10 +194,10 @@ def test_types_are_those_that_a_file_can_have(tiny_model: Path, tmp_path: Path) 
 @pytest.mark.parametrize(
     ("changes", "told"),
     [
-        ({"use_dora": True}, "no plain LoRA \\(use_dora\\)"),
+        ({"use_dora": True}, "not plain LoRA \\(use_dora\\)"),
         ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
         ({"rank_pattern": {"q_proj": 2}}, "rank_pattern"),
-        ({"peft_type": "LOHA"}, "no plain LoRA \\(LOHA\\)"),
+        ({"peft_type": "LOHA"}, "not plain LoRA \\(LOHA\\)"),
     ],
 )
 def test_an_adapter_that_gguf_cannot_hold_is_refused(

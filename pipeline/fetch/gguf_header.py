@@ -1,7 +1,7 @@
-"""The header of a GGUF file, walked before anything reads it: every length and count must lie within the file.
+"""The header of a GGUF file, checked before anything reads it: every length and count must lie within the file.
 
-`gguf` and transformers believe the numbers that they find: a count of 2**60 keeps them busy for years, and a wrong
-number of layers has them build as many. Format: github.com/ggml-org/ggml, docs/gguf.md, versions 2 and 3.
+`gguf` and transformers trust the numbers in it: a count of 2**60 keeps them busy for years, and they build as many
+layers as it says. Format: github.com/ggml-org/ggml, docs/gguf.md, versions 2 and 3.
 """
 
 import struct
@@ -13,13 +13,13 @@ SIZES = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}
 STRING, ARRAY = 8, 9
 DIMENSIONS = 4
 LONGEST = 2**16
-"""Bytes of a text that is looked at; longer ones are passed over."""
+"""Bytes of a text that is read; longer texts are skipped."""
 MOST_ITEMS = 10_000_000
-"""In one file; a vocabulary of 262,144 words has three arrays of them, and one of as many merges."""
+"""Items of all arrays in one file. A vocabulary of 262,144 words has three arrays of as many, and one of merges."""
 
 
 def check(path: Path) -> None:
-    """ValueError where the header of a GGUF file leads out of it, is larger than any is, or is of no whole model."""
+    """ValueError if the header leads out of the file, is larger than any model's, or is not of a whole model."""
     with path.open("rb") as file:
         if file.read(4) != b"GGUF":
             raise ValueError("it does not begin with GGUF")
@@ -41,7 +41,7 @@ def check(path: Path) -> None:
 
 
 def _require_whole(name: bytes, value: bytes) -> None:
-    """ValueError for a field by which a file says that it is a part of a model, or something else than one."""
+    """ValueError for a field that says that the file is a part of a model, or not a model."""
     if name == b"split.count" and (parts := int.from_bytes(value, "little")) > 1:
         raise ValueError(f"it is one of {parts} parts: `llama-gguf-split --merge` of llama.cpp makes one file of them")
     if name == b"general.type" and value != b"model":
@@ -49,7 +49,7 @@ def _require_whole(name: bytes, value: bytes) -> None:
 
 
 class _Walk:
-    """A place in the header, and how many items lie behind it."""
+    """A position in the header, and the number of items announced so far."""
 
     def __init__(self, file: BinaryIO, size: int) -> None:
         self.file, self.size, self.seen = file, size, 0
@@ -67,7 +67,7 @@ class _Walk:
         self.file.seek(length, 1)
 
     def read(self, length: int) -> bytes:
-        """So many bytes; none of more than `LONGEST`, which are passed over."""
+        """The next `length` bytes; more than `LONGEST` are skipped, and nothing is returned."""
         start = self.file.tell()
         self.skip(length)
         if length > LONGEST:
@@ -79,14 +79,14 @@ class _Walk:
         return self.read(self.number("Q"))
 
     def items(self, count: int, least: int) -> int:
-        """`count`, if as many items of `least` bytes can follow."""
+        """`count`; ValueError if the rest of the file cannot hold as many items of `least` bytes."""
         self.seen += count
         if count * least > self.size - self.file.tell() or self.seen > MOST_ITEMS:
             raise ValueError(f"{count:,} items are announced where {self.size - self.file.tell():,} bytes are left")
         return count
 
     def value(self, kind: int) -> bytes:
-        """A value as it stands in the file; none of an array."""
+        """The bytes of a value; nothing for an array."""
         if kind == STRING:
             return self.text()
         if kind in SIZES:

@@ -1,12 +1,12 @@
 """Meta's original layout of Llama checkpoints: `consolidated.NN.pth`, `params.json` and `tokenizer.model` in a folder.
 
-Each `.pth` file holds one rank's part of every tensor, as the model-parallel layers of fairscale split them: the input
-of a layer that ends a block (`wo`, `w2`) and the embedding's features, the output of all others; norms are in each rank
-whole. Llama 3 splits the embedding's words instead, which its shape tells. Files are pickles: they are read by torch's
-unpickler for weights alone, which refuses whatever could run code.
+Each `.pth` file holds one rank's part of every tensor, as the model-parallel layers of fairscale split them: layers
+that end a block (`wo`, `w2`) by their inputs, the embedding by its features, and other layers by their outputs. Norms
+are whole in each rank. Llama 3 splits the embedding by words instead, which its shape shows. The files are pickles:
+torch's unpickler for weights alone reads them, which refuses whatever could run code.
 
-Rotary embeddings: Meta turns neighbours (0, 1), (2, 3)..., transformers element i with i + d/2 (RoFormer, arXiv
-2104.09864, section 3.4.2, allows either), so the rows of the query and key projections change places within a head.
+Rotary embeddings: Meta rotates neighbours (0, 1), (2, 3)..., transformers element i with i + d/2 (RoFormer, arXiv
+2104.09864, section 3.4.2, allows either). So the rows of the query and key projections are reordered within each head.
 """
 
 import json
@@ -20,8 +20,8 @@ from typing import TYPE_CHECKING, Any
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from pipeline.core import records
-from pipeline.core.errors import UserError
-from pipeline.model import checkpoint
+from pipeline.fetch.unfit import UnfitError, require_few_layers
+from pipeline.model.apart_worker import PROBES
 
 if TYPE_CHECKING:
     import torch
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 SHARD = re.compile(r"consolidated\.(\d\d)\.pth")
 SETTINGS, TOKENIZER, CHECKLIST = "params.json", "tokenizer.model", "checklist.chk"
 BY_INPUT = ("attention.wo", "feed_forward.w2")
-"""Layers whose input is split over the ranks; of the others it is the output."""
+"""Layers whose input is split over the ranks; other layers' output is."""
 NAMES = {
     "attention.wq": "self_attn.q_proj",
     "attention.wk": "self_attn.k_proj",
@@ -41,16 +41,16 @@ NAMES = {
     "attention_norm": "input_layernorm",
     "ffn_norm": "post_attention_layernorm",
 }
-"""Of a layer; `tok_embeddings`, `norm` and `output` stand outside of them."""
-FREQUENCIES = "rope.freqs"
-"""What the settings' `rope_theta` says, as numbers, for one head: only how many there are is looked at."""
+"""Parts of a layer: Meta's names, and transformers'."""
 OUTSIDE = {"tok_embeddings": "model.embed_tokens", "norm": "model.norm", "output": "lm_head"}
-PROBES = ("The cat sat, didn't it?", "  two  spaces\n\tand a tab", "1234.5 % of x=y", "Grüße, 世界 🙂", "")
-"""What the converted tokenizer has to split as sentencepiece does."""
+"""Parts outside of the layers."""
+FREQUENCIES = "rope.freqs"
+"""One head's rotary frequencies, which follow from `rope_theta`: only their number is checked."""
+INSTEAD = "name the checkpoint in the Hugging Face layout instead"
 
 
 class Settings(BaseModel):
-    """`params.json`: whatever else it may say changes what is computed, so it is refused."""
+    """`params.json`. Other keys are refused, because they change what is computed."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
     dim: int = Field(ge=1)
@@ -74,7 +74,7 @@ class Settings(BaseModel):
 
     @property
     def context(self) -> int:
-        """The files do not say it, so it is told by what sets the releases apart: Code Llama, Llama 3, 2, 1."""
+        """Tokens. Where the file does not say it, the releases are told apart: Code Llama, Llama 3, 2, 1."""
         if self.max_seq_len is not None:
             return self.max_seq_len
         by_base = {1e6: 16384, 5e5: 8192}
@@ -82,25 +82,24 @@ class Settings(BaseModel):
 
 
 def is_layout(folder: Path) -> bool:
-    """Whether a folder is in Meta's layout, and not in the one of transformers as well."""
+    """Whether a folder is in Meta's layout, and not in transformers' as well."""
     return (folder / SETTINGS).is_file() and not (folder / "config.json").exists()
 
 
-def load(folder: Path, name: str, dtype: "torch.dtype", check: Callable[[Any, Any], None]) -> tuple[Any, Any]:
-    """The model in transformers' own class, in `dtype`, and its tokenizer. `name` is the source, for errors.
+def load(folder: Path, dtype: "torch.dtype", check: Callable[[Any, Any], None]) -> tuple[Any, Any]:
+    """The model in transformers' own class, in `dtype`, and its tokenizer.
 
-    `check` is given the model without weights and the tokenizer before the weights are read.
-
-    UserError for what is missing, damaged, not of this layout, or not computed here.
+    `check` is called with the model without weights and the tokenizer, before the weights are read. UnfitError for what
+    is missing, damaged, not of this layout, or not computed here.
     """
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    settings = _settings(folder, name)
-    _require_listed(folder, name)
-    opened = _opened(_shards(folder, name), name)
-    _require_described(opened[0], settings, name)
-    tokenizer, words = _tokenizer(folder, name)
+    settings = _settings(folder)
+    _require_listed(folder)
+    opened = _opened(_shards(folder))
+    _require_described(opened[0], settings)
+    tokenizer, words = _tokenizer(folder)
     config = LlamaConfig(
         architectures=["LlamaForCausalLM"],
         vocab_size=words if settings.vocab_size == -1 else settings.vocab_size,
@@ -121,27 +120,23 @@ def load(folder: Path, name: str, dtype: "torch.dtype", check: Callable[[Any, An
     with torch.device("meta"):
         model = LlamaForCausalLM(config)
     check(model, tokenizer)
-    tensors = _whole(opened, config, dtype, name)
+    tensors = _whole(opened, config, dtype)
     shapes = {tensor: tuple(value.shape) for tensor, value in model.state_dict().items()}
     if lacking := sorted(shapes.keys() - tensors.keys()):
-        raise UserError(
-            f"model.source = {name!r} lacks {len(lacking)} of the model's tensors, such as {lacking[0]}; name a "
-            "complete checkpoint"
-        )
+        raise UnfitError(f"it lacks {len(lacking)} of the model's tensors, such as {lacking[0]}; name a complete one")
     for tensor, shape in shapes.items():
         if tuple(tensors[tensor].shape) != shape:
-            raise UserError(
-                f"model.source = {name!r}: {tensor} of its {len(opened)} files is {tuple(tensors[tensor].shape)}, but "
+            raise UnfitError(
+                f"{tensor} of its {len(opened)} files is {tuple(tensors[tensor].shape)}, but "
                 f"{shape} by {SETTINGS} and {TOKENIZER}: they are of two models, or a file is missing"
             )
     model.load_state_dict(tensors, assign=True)
-    # Its frequencies are no tensors of a checkpoint: they are computed, and were not on the meta device.
+    # Rotary frequencies are not in a checkpoint. They are computed now, since the meta device computes nothing.
     model.model.rotary_emb = type(model.model.rotary_emb)(config)
     return model.eval(), tokenizer
 
 
-def _settings(folder: Path, name: str) -> Settings:
-    instead = "name the checkpoint in the Hugging Face layout instead"
+def _settings(folder: Path) -> Settings:
     try:
         content = json.loads((folder / SETTINGS).read_text(encoding="utf-8"))
         settings = Settings.model_validate(content)
@@ -151,22 +146,24 @@ def _settings(folder: Path, name: str) -> Settings:
         why = (
             f"says {what} = {problem['input']!r}, which is not computed here"
             if problem["type"] == "extra_forbidden"
-            else f"is no description of a Llama ({f'{what}: ' if what else ''}{problem['msg'].partition(' or ')[0]})"
+            else f"does not describe a Llama ({f'{what}: ' if what else ''}{problem['msg'].partition(' or ')[0]})"
         )
-        raise UserError(f"model.source = {name!r}: its {SETTINGS} {why}; {instead}") from None
+        raise UnfitError(f"its {SETTINGS} {why}; {INSTEAD}") from None
     except (ValueError, RecursionError) as error:
-        raise UserError(f"model.source = {name!r}: its {SETTINGS} is no JSON ({error})") from None
+        raise UnfitError(f"its {SETTINGS} is not JSON ({error})") from None
     if settings.dim % settings.n_heads or settings.n_heads % (settings.n_kv_heads or settings.n_heads):
-        raise UserError(
-            f"model.source = {name!r}: its {SETTINGS} says dim = {settings.dim}, n_heads = {settings.n_heads} and "
+        raise UnfitError(
+            f"its {SETTINGS} says dim = {settings.dim}, n_heads = {settings.n_heads} and "
             f"n_kv_heads = {settings.n_kv_heads}, which do not divide each other"
         )
     return settings
 
 
-def _require_listed(folder: Path, name: str) -> None:
-    """UserError unless the files are what Meta's list of md5 sums beside them says, where it is there: parts that have
-    changed places fit each other all the same."""
+def _require_listed(folder: Path) -> None:
+    """UnfitError unless the files have the md5 sums of Meta's list, where there is one.
+
+    Without it, parts in each other's place would not be noticed: they fit together all the same.
+    """
     checklist = folder / CHECKLIST
     if not checklist.is_file():
         return
@@ -174,27 +171,24 @@ def _require_listed(folder: Path, name: str) -> None:
     for line in checklist.read_text(encoding="utf-8", errors="replace").splitlines():
         md5, _, file = line.strip().partition(" ")
         file = file.strip().lstrip("*")
-        # Whatever leads elsewhere is not there: nothing outside of the folder is read.
+        # A path that leads out of the folder is never in `there`, so it is not read.
         if file and (file not in there or records.dvc_md5(folder / file) != md5):
             wrong = "is not what it lists" if file in there else "is listed, and not there"
-            raise UserError(f"model.source = {name!r}: by its {CHECKLIST}, {file} {wrong}: download it again")
+            raise UnfitError(f"by its {CHECKLIST}, {file} {wrong}: download it again")
 
 
-def _shards(folder: Path, name: str) -> list[Path]:
+def _shards(folder: Path) -> list[Path]:
     """The files of all ranks, in their order."""
     found = {int(match[1]): path for path in folder.iterdir() if (match := SHARD.fullmatch(path.name))}
     if not found:
-        raise UserError(f"model.source = {name!r} holds {SETTINGS} and no consolidated.00.pth: it lacks the weights")
+        raise UnfitError(f"it holds {SETTINGS} and no consolidated.00.pth: it lacks the weights")
     if missing := sorted(set(range(max(found) + 1)) - found.keys()):
-        raise UserError(
-            f"model.source = {name!r}: consolidated.{missing[0]:02}.pth is missing, one of {max(found) + 1} parts at "
-            "least"
-        )
+        raise UnfitError(f"consolidated.{missing[0]:02}.pth is missing, one of {max(found) + 1} parts at least")
     return [found[rank] for rank in sorted(found)]
 
 
-def _opened(shards: list[Path], name: str) -> list[dict[str, "torch.Tensor"]]:
-    """Of each rank the tensors by name, on the disk until they are used."""
+def _opened(shards: list[Path]) -> list[dict[str, "torch.Tensor"]]:
+    """The tensors of each rank by name. They stay on the disk until they are used."""
     import torch
 
     opened = []
@@ -202,70 +196,69 @@ def _opened(shards: list[Path], name: str) -> list[dict[str, "torch.Tensor"]]:
         with path.open("rb") as file:
             begins = file.read(64)
         if begins.startswith(b"version https://git-lfs"):
-            raise UserError(
-                f"model.source = {name!r}: {path.name} is a pointer of Git LFS in place of the file: run `git lfs "
+            raise UnfitError(
+                f"{path.name} is a pointer of Git LFS in place of the file: run `git lfs "
                 "pull` there, or download it again"
             )
         try:
             held = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
         except pickle.UnpicklingError as error:
-            # torch begins with how to read it all the same, which nobody should.
-            told = [
+            # torch's first line says how to read the file all the same, which nobody should do.
+            reasons = [
                 line.strip() for line in str(error).splitlines()[1:] if line.strip() and "file an issue" not in line
             ]
-            raise UserError(
-                f"model.source = {name!r}: {path.name} is no file of weights alone, or none at all, and could run code "
-                f"when it is read, so it is not ({(told or ['no reason is given'])[0]})"
+            raise UnfitError(
+                f"{path.name} is not a file of weights alone, and could run code "
+                f"when it is read, so it is not ({(reasons or ['no reason is given'])[0]})"
             ) from None
-        except Exception as error:  # whatever a damaged file brings about
-            raise UserError(
-                f"model.source = {name!r}: {path.name} cannot be read, it is damaged or not the whole file "
+        except Exception as error:  # a damaged file raises anything
+            raise UnfitError(
+                f"{path.name} cannot be read, it is damaged or not the whole file "
                 f"({type(error).__name__}: {str(error).partition('. ')[0]})"
             ) from None
         if not isinstance(held, dict) or not all(
             isinstance(key, str) and isinstance(value, torch.Tensor) for key, value in held.items()
         ):
-            raise UserError(f"model.source = {name!r}: {path.name} is no table of tensors by name")
+            raise UnfitError(f"{path.name} is not a table of tensors by name")
         opened.append(held)
     if any(held.keys() != opened[0].keys() for held in opened):
-        raise UserError(f"model.source = {name!r}: its {len(shards)} files hold tensors of different names")
+        raise UnfitError(f"its {len(shards)} files hold tensors of different names")
     return opened
 
 
-def _require_described(held: dict[str, "torch.Tensor"], settings: Settings, name: str) -> None:
-    """UserError unless there are as many layers, and heads as wide, as the settings say: a wrong number of layers would
-    be built, a wrong number of heads would fit all the same."""
+def _require_described(held: dict[str, "torch.Tensor"], settings: Settings) -> None:
+    """UnfitError unless the number of layers, and the width of heads, are as the settings say.
+
+    The model is built by the settings, and tensors fit with a wrong number of heads too.
+    """
     numbers = {int(match[1]) for key in held if (match := re.match(r"layers\.(\d+)\.", key))}
     if len(numbers) != settings.n_layers:
-        raise UserError(
-            f"model.source = {name!r}: its {SETTINGS} says n_layers = {settings.n_layers}, and its files hold "
+        raise UnfitError(
+            f"its {SETTINGS} says n_layers = {settings.n_layers}, and its files hold "
             f"{len(numbers)} layers: they are of two models, or not complete"
         )
-    if len(numbers) > checkpoint.MOST_LAYERS:
-        raise UserError(f"model.source = {name!r} has {len(numbers):,} layers: {checkpoint.MOST_LAYERS:,} are the most")
+    require_few_layers(len(numbers))
     frequencies, wanted = held.get(FREQUENCIES), settings.dim // settings.n_heads // 2
     if frequencies is not None and frequencies.numel() != wanted:
-        raise UserError(
-            f"model.source = {name!r}: its {SETTINGS} says n_heads = {settings.n_heads}, so a head turns by {wanted} "
+        raise UnfitError(
+            f"its {SETTINGS} says n_heads = {settings.n_heads}, so a head turns by {wanted} "
             f"frequencies, and its files hold {frequencies.numel()} ({FREQUENCIES}): they are of two models"
         )
 
 
-def _whole(
-    ranks: list[dict[str, "torch.Tensor"]], config: Any, dtype: "torch.dtype", name: str
-) -> dict[str, "torch.Tensor"]:
-    """The tensors as transformers names and orders them, of all ranks together."""
+def _whole(ranks: list[dict[str, "torch.Tensor"]], config: Any, dtype: "torch.dtype") -> dict[str, "torch.Tensor"]:
+    """The tensors of all ranks together, as transformers names and orders them."""
     import torch
 
     heads = {"attention.wq": config.num_attention_heads, "attention.wk": config.num_key_value_heads}
     tensors = {}
     for key in [key for key in ranks[0] if key != FREQUENCIES]:
-        layer, target = _target(key, name)
+        layer, target = _target(key)
         parts = [held[key] for held in ranks]
         try:
             if parts[0].dim() == 1:
                 if any(not torch.equal(part, parts[0]) for part in parts):
-                    raise UserError(f"model.source = {name!r}: its files differ in {key}: they are of two models")
+                    raise UnfitError(f"its files differ in {key}: they are of two models")
                 whole = parts[0]
             elif layer in BY_INPUT or (layer == "tok_embeddings" and len(parts[0]) == config.vocab_size):
                 whole = torch.cat(parts, dim=1)
@@ -274,12 +267,12 @@ def _whole(
             if layer in heads:
                 whole = halves(whole, heads[layer])
         except RuntimeError as error:
-            raise UserError(f"model.source = {name!r}: the parts of {key} do not fit together ({error})") from None
+            raise UnfitError(f"the parts of {key} do not fit together ({error})") from None
         tensors[target] = whole.to(dtype).contiguous()
     return tensors
 
 
-def _target(key: str, name: str) -> tuple[str, str]:
+def _target(key: str) -> tuple[str, str]:
     """The kind of layer that a tensor belongs to, and transformers' name for the tensor."""
     if match := re.fullmatch(r"layers\.(\d+)\.(.+)\.weight", key):
         layer, target = match[2], NAMES.get(match[2])
@@ -288,23 +281,20 @@ def _target(key: str, name: str) -> tuple[str, str]:
         layer = key.removesuffix(".weight")
         target = OUTSIDE.get(layer)
     if target is None:
-        raise UserError(
-            f"model.source = {name!r} holds a tensor {key}, which a Llama in Meta's layout does not have; name the "
-            "checkpoint in the Hugging Face layout instead"
-        )
+        raise UnfitError(f"it holds a tensor {key}, which a Llama in Meta's layout does not have; {INSTEAD}")
     return layer, f"{target}.weight"
 
 
 def halves(weight_OxI: "torch.Tensor", heads: int) -> "torch.Tensor":
-    """Rows of each head from Meta's order, in which neighbours are turned together, to that of the two halves."""
+    """Reorder each head's rows from Meta's order (neighbours rotate together) to transformers' (two halves do)."""
     out, width = weight_OxI.shape
     return weight_OxI.view(heads, out // heads // 2, 2, width).transpose(1, 2).reshape(out, width)
 
 
-def _tokenizer(folder: Path, name: str) -> tuple[Any, int]:
+def _tokenizer(folder: Path) -> tuple[Any, int]:
     """The tokenizer, converted by transformers, and how many words it has.
 
-    UserError unless it is sentencepiece's, by pairs, and splits `PROBES` as sentencepiece itself does.
+    UnfitError unless it is sentencepiece's BPE, and splits `PROBES` as sentencepiece itself does.
     """
     from sentencepiece import SentencePieceProcessor
     from tokenizers import normalizers, processors
@@ -312,16 +302,16 @@ def _tokenizer(folder: Path, name: str) -> tuple[Any, int]:
 
     path = folder / TOKENIZER
     if not path.is_file():
-        raise UserError(f"model.source = {name!r}: {TOKENIZER} is missing beside {SETTINGS}")
+        raise UnfitError(f"{TOKENIZER} is missing beside {SETTINGS}")
     if re.match(rb"[A-Za-z0-9+/]+=* \d+\r?\n", path.read_bytes()[:4096]):
-        raise UserError(
-            f"model.source = {name!r}: {TOKENIZER} is in tiktoken's format (Llama 3), which holds neither the special "
-            "tokens nor how text is split; name the checkpoint in the Hugging Face layout instead"
+        raise UnfitError(
+            f"{TOKENIZER} is in tiktoken's format (Llama 3), which holds neither the special tokens nor "
+            f"how text is split; {INSTEAD}"
         )
     try:
         own = SentencePieceProcessor(model_file=str(path))
     except (RuntimeError, OSError) as error:
-        raise UserError(f"model.source = {name!r}: {TOKENIZER} is no model of sentencepiece ({error})") from None
+        raise UnfitError(f"{TOKENIZER} is not a model of sentencepiece ({error})") from None
     try:
         special = {
             f"{kind}_token": own.id_to_piece(number)
@@ -330,7 +320,7 @@ def _tokenizer(folder: Path, name: str) -> tuple[Any, int]:
         backend = LlamaTokenizer(
             **LlamaTokenizer.convert_to_native_format(vocab_file=str(path), **special)
         ).backend_tokenizer
-        # transformers puts no space before a text that begins with one; sentencepiece does, so a plain class keeps it.
+        # sentencepiece puts a space before a text that begins with one, and transformers' class does not.
         backend.pre_tokenizer = None
         backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
         bos = special["bos_token"]
@@ -339,11 +329,8 @@ def _tokenizer(folder: Path, name: str) -> tuple[Any, int]:
         )
         made = PreTrainedTokenizerFast(tokenizer_object=backend, **special)
         agree = all(made(text, add_special_tokens=False).input_ids == own.encode(text) for text in PROBES)
-    except Exception as error:  # whatever a vocabulary that is none of Llama's brings about
-        raise UserError(f"model.source = {name!r}: {TOKENIZER} cannot be converted ({error})") from None
+    except Exception as error:  # a vocabulary that is not Llama's raises anything
+        raise UnfitError(f"{TOKENIZER} cannot be converted ({error})") from None
     if not agree:
-        raise UserError(
-            f"model.source = {name!r}: {TOKENIZER}, once converted, would split text in another way than sentencepiece "
-            "does; name the checkpoint in the Hugging Face layout instead"
-        )
+        raise UnfitError(f"{TOKENIZER}, once converted, would not split text as sentencepiece does; {INSTEAD}")
     return made, own.vocab_size()

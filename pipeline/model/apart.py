@@ -1,86 +1,129 @@
-"""Tries what strangers wrote in a process that may come to harm: their chat templates, and their tokenizers.
+"""Tries chat templates and tokenizers, which strangers wrote, in a process that may come to harm (`apart_worker`)."""
 
-    python -P pipeline/model/apart.py
-
-A chat template is a program. Its sandbox keeps it from files and from the network, and not from loops within loops,
-from a number with a billion digits, nor from a text that fills the memory; a tokenizer's file can end the process that
-reads it. So they run here, where the system ends whatever takes too much. Requests and answers are lines of JSON, one
-a line: nothing that comes back is run. Imports nothing of this package, and is started by its path.
-
-The time is the one that the processor spends, so that a busy or a sleeping machine ends no honest template. macOS
-enforces no limit on memory: there the limit on time bounds it.
-"""
-
+import atexit
 import contextlib
 import json
-import math
 import os
-import resource
+import signal
+import subprocess
 import sys
-import time
-from collections.abc import Callable
+import threading
+from functools import cache
+from pathlib import Path
 from typing import Any
 
-SECONDS = {"render": 2, "tokenizer": 30}
-"""Of the processor, for one conversation and for one tokenizer, and up to one more, as the system counts in whole ones.
-A template that does what it is for takes a thousandth of one, the largest tokenizers take two."""
-MEMORY = 2 * 2**30
-"""Bytes of address space."""
-LONGEST = 2**24
-"""Characters of what a template may write: more than the context of any model holds."""
-PROBES = ("The cat sat, didn't it?", "  two  spaces\n\tand a tab", "1234.5 % of x=y", "Grüße, 世界 🙂", "")
+from pipeline.core.errors import UserError
+from pipeline.model import apart_worker
+from pipeline.model.apart_worker import SECONDS
+
+INSTEAD = "take another model"
 
 
-def main() -> None:
-    answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
-    os.dup2(2, 1)  # what a library prints is no answer
-    tasks: dict[str, Callable[..., str]] = {"render": _render, "tokenizer": _tokenizer}
-    from transformers.utils.chat_template_utils import render_jinja_template  # noqa: F401  # outside of the limit
-
-    resource.setrlimit(resource.RLIMIT_CORE, (0, resource.getrlimit(resource.RLIMIT_CORE)[1]))
-    _limit(resource.RLIMIT_AS, MEMORY)
-    for line in sys.stdin:
-        request = json.loads(line)
-        _limit(resource.RLIMIT_CPU, math.ceil(time.process_time()) + request["seconds"])
-        try:
-            answer = {"text": tasks[request["task"]](**request["given"])}
-        except (KeyboardInterrupt, SystemExit):
-            raise
-        except BaseException as error:  # whatever a template brings about; what tokenizers raises is no `Exception`
-            own = type(error).__name__ == "TemplateError"  # what a template says itself
-            told = str(error) if own else f"{type(error).__name__}: {error}".removesuffix(": ")
-            answer = {"error": told.partition("\n")[0][:500]}
-        print(json.dumps(answer), file=answers, flush=True)
+class TemplateError(Exception):
+    """What a chat template raised, as text."""
 
 
-def _limit(kind: int, most: int) -> None:
-    """Lower a limit of this process, where the system has it."""
-    hard = resource.getrlimit(kind)[1]
-    with contextlib.suppress(ValueError, OSError):
-        resource.setrlimit(kind, (most if hard == resource.RLIM_INFINITY else min(most, hard), hard))
+def rendered(template: str, messages: list[dict[str, str]], options: dict[str, Any]) -> str:
+    """What a chat template makes of a conversation.
+
+    `options` are the template's other variables. TemplateError for what the template raises; UserError where it takes
+    longer than `SECONDS` says, or ends the process in another way.
+    """
+    return worker().ask("render", template=template, messages=messages, options=options)
 
 
-def _render(template: str, messages: list[dict[str, str]], options: dict[str, Any]) -> str:
-    """What a chat template makes of a conversation, as `apply_chat_template` of transformers has it rendered."""
-    from transformers.utils.chat_template_utils import render_jinja_template
+def require_readable(file: Path) -> None:
+    """UserError for a tokenizer.json that breaks its library, ends the process that reads it, or keeps it busy.
 
-    texts: list[str]
-    texts, _ = render_jinja_template(conversations=[messages], chat_template=template, **options)
-    [text] = texts
-    if len(text) > LONGEST:
-        raise ValueError(f"it writes {len(text):,} characters")
-    return text
-
-
-def _tokenizer(file: str) -> str:
-    """Read a tokenizer.json, and use it."""
-    from tokenizers import Tokenizer
-
-    tokenizer = Tokenizer.from_file(file)
-    for text in PROBES:
-        tokenizer.decode(tokenizer.encode(text).ids)
-    return ""
+    Other faults are left to whoever loads it: that error says more.
+    """
+    try:
+        worker().ask("tokenizer", file=str(file))
+    except TemplateError as error:
+        if str(error).startswith("PanicException"):
+            raise UserError(f"the model's {file.name} breaks the library that reads it ({error}): {INSTEAD}") from None
 
 
-if __name__ == "__main__":
-    main()
+@cache
+def worker() -> "Worker":
+    """The worker of this process, which ends with it."""
+    one = Worker()
+    atexit.register(one.end)
+    return one
+
+
+class Worker:
+    """The other process. It starts at the first request, and again after a request has ended it."""
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.process: subprocess.Popen[str] | None = None
+
+    def ask(self, task: str, **given: Any) -> str:
+        """The answer to one request; TemplateError for an error there, UserError if it ends the process."""
+        request = {"task": task, "seconds": SECONDS[task], "given": given}
+        with self.lock:
+            if self.process is None:
+                self.process = self._start()
+            assert self.process.stdin
+            assert self.process.stdout
+            line = ""
+            try:
+                self.process.stdin.write(json.dumps(request) + "\n")
+                self.process.stdin.flush()
+                line = self.process.stdout.readline()
+            except BrokenPipeError:
+                pass
+            except BaseException:  # the answer to an interrupted request must not reach the next one
+                self.process.kill()
+                self.end()
+                raise
+            if not line:
+                raise self._lost(task, self.end())
+        answer: dict[str, str] = json.loads(line)
+        if "error" in answer:
+            raise TemplateError(answer["error"])
+        return answer["text"]
+
+    def _start(self) -> subprocess.Popen[str]:
+        # Without the tokens and passwords of the user's environment.
+        kept = ("PATH", "HOME", "PYTHONPATH", "PYTHONHOME", "LD_LIBRARY_PATH", "TMPDIR", "TZ")
+        environment = {name: os.environ[name] for name in kept if name in os.environ}
+        return subprocess.Popen(
+            [sys.executable, "-P", apart_worker.__file__],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            encoding="utf-8",
+            env=environment | {"OPENBLAS_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"},
+            start_new_session=True,  # Ctrl-C is for this process
+        )
+
+    def end(self) -> int:
+        """End the process, and return its exit status."""
+        process, self.process = self.process, None
+        if process is None:
+            return 0
+        with contextlib.suppress(BrokenPipeError), process:  # closing its pipes ends it
+            pass
+        return process.returncode
+
+    def _lost(self, task: str, status: int) -> UserError:
+        if status >= 0:
+            return UserError(
+                f"the process that tries chat templates and tokenizers ended with {status}: what it printed says why; "
+                "try again, or install this environment anew"
+            )
+        what, instead = "tokenizer", INSTEAD
+        if task == "render":
+            what, instead = "chat template", f"{INSTEAD}, or set prompt.style to plain"
+        if status == -signal.SIGXCPU:
+            return UserError(f"the model's {what} takes more than {SECONDS[task]} s of the processor: {instead}")
+        return UserError(f"the model's {what} ended the process that tried it ({_signal(-status)}): {instead}")
+
+
+def _signal(number: int) -> str:
+    try:
+        return signal.Signals(number).name
+    except ValueError:
+        return f"signal {number}"

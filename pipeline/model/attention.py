@@ -14,7 +14,7 @@ from transformers.masking_utils import sdpa_mask
 from pipeline.core.errors import UserError
 
 NAME = "grouped"
-"""What transformers knows `grouped` by: the `attn_implementation` of a model."""
+"""The `attn_implementation` under which transformers finds `grouped`."""
 
 
 def grouped(
@@ -28,12 +28,11 @@ def grouped(
     softcap: float | None = None,
     **_: Any,
 ) -> tuple[torch.Tensor, None]:
-    """The attention's output, BxQxHGxD. Without a mask each token sees itself and those before it.
+    """The attention's output, BxQxHGxD, and None for its weights.
 
-    UserError for a model that caps its attention scores (`softcap`, Gemma 2).
-
-    With `spans`, lengths and masks (1x1xLxL, or None) of the parts of a packed sequence that do not see each other,
-    each part is computed by itself, and `mask_Bx1xQxC` is not read.
+    Without a mask each token sees itself and those before it. `spans` are the parts of a packed sequence that do not
+    see each other, as lengths and masks (1x1xLxL, or None): each part is computed by itself, and `mask_Bx1xQxC` is not
+    read. UserError for a model that caps its attention scores (`softcap`, Gemma 2).
     """
     if softcap is not None:
         raise UserError("the model caps its attention scores (attn_logit_softcapping), which is not offered here")
@@ -66,8 +65,7 @@ def _attend(
     mask_Bx1xQxC: torch.Tensor | None,
     scaling: float,
 ) -> torch.Tensor:
-    """The G query heads of a key-value head stand below one another, as more queries of that head: no copy of keys and
-    values for each of them."""
+    """Attention with the G query heads of a key-value head as more queries of that head, not with copied keys."""
     batch, _, width, size = query_BxHGxQxD.shape
     heads, columns = key_BxHxCxD.shape[1:3]
     if mask_Bx1xQxC is None and width == columns and _flash(query_BxHGxQxD, key_BxHxCxD, value_BxHxCxD):
@@ -98,7 +96,7 @@ def _flash(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> bool:
 
 
 def describe(device: str) -> str:
-    """Which attention training uses on a device: a rule, which `_attend` is."""
+    """Which attention training uses on a device, in words: the rule that `_attend` follows."""
     return {
         "cpu": f"weights kept up to {Short.COLUMNS} columns, torch's tiled kernel above",
         "cuda": "FlashAttention for rows by themselves, torch's choice under a mask for rows that share a beginning",
@@ -107,9 +105,9 @@ def describe(device: str) -> str:
 
 
 class Short(torch.autograd.Function):
-    """softmax(s q k' + mask) v with all weights kept for the backward pass.
+    """softmax(s q k' + mask) v, which keeps all weights for the backward pass.
 
-    On a CPU and in training, for sequences of a few hundred tokens, twice as fast as the tiled kernel.
+    In training on a CPU, it is twice as fast as the tiled kernel for sequences of a few hundred tokens.
     """
 
     COLUMNS = 768

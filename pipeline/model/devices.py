@@ -1,4 +1,4 @@
-"""Which device computes, and with how many threads. A device that was asked for and is not there is an error."""
+"""Which device computes, and with how many threads. It is an error if the requested device is not there."""
 
 import logging
 import os
@@ -15,21 +15,23 @@ from pipeline.model import processes as distributed
 if TYPE_CHECKING:
     import torch
 
-# With this setting cuBLAS repeats its results; it is read when CUDA starts, so it must be set before that.
-os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-
 FALLBACK = "PYTORCH_ENABLE_MPS_FALLBACK"
-"""torch reads it when it is imported: operations without a kernel for Metal are then computed on the CPU, silently."""
+"""With this variable, read when torch is imported, the CPU silently computes operations without a kernel for Metal."""
 
 
 def choose(runtime: params.Runtime) -> "torch.device":
-    """Honour `runtime`, set the thread count, ask torch for repeatable kernels, and say what was chosen."""
+    """The device that `runtime` asks for. Sets the number of threads and asks torch for repeatable kernels.
+
+    Of several processes, this also joins the others. UserError if this machine does not offer the device.
+    """
     import torch
 
     quieten()
+    # With this setting cuBLAS repeats its results. It is read when CUDA starts.
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.set_num_threads(runtime.threads or max(1, (os.cpu_count() or 1) // distributed.local_processes()))
     torch.use_deterministic_algorithms(True, warn_only=True)
-    # Of no use here, since nothing reads memory before writing it, and not for free.
+    # Filling costs time, and nothing here reads memory before writing it.
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     cpu_only = runtime.device == "cpu"
     if distributed.count() > 1:
@@ -39,8 +41,7 @@ def choose(runtime: params.Runtime) -> "torch.device":
     if runtime.device not in ("auto", device.type):
         raise UserError(
             f"runtime.device = {runtime.device!r}, but this machine offers {device.type!r} "
-            f"(torch {torch.__version__}): "
-            f"install a torch build for it, or set runtime.device to auto"
+            f"(torch {torch.__version__}): install a torch build for it, or set runtime.device to auto"
         )
     if device.type == "mps":
         _require_metal_alone()
@@ -49,7 +50,7 @@ def choose(runtime: params.Runtime) -> "torch.device":
 
 
 def require(device: "torch.device", dtype: str) -> None:
-    """UserError for a dtype that the device would only emulate, or not compute at all."""
+    """UserError for a dtype that the device would only emulate, or cannot compute."""
     import torch
 
     if dtype != "bfloat16":
@@ -67,8 +68,10 @@ def require(device: "torch.device", dtype: str) -> None:
 
 @contextmanager
 def repeatable(device: "torch.device") -> Iterator[None]:
-    """Backward passes that repeat their results on CUDA as well: its attention adds in any order unless torch is told
-    to fail rather than to warn."""
+    """Let backward passes repeat their results on CUDA as well.
+
+    There attention adds in any order, unless torch is set to fail rather than to warn.
+    """
     import torch
 
     if device.type != "cuda":
@@ -82,7 +85,7 @@ def repeatable(device: "torch.device") -> Iterator[None]:
 
 
 def threads(device: "torch.device") -> int:
-    """The CPU threads that compute, 0 where an accelerator does: sums are rounded in an order that depends on them."""
+    """The number of CPU threads, on which the order of rounding depends; 0 where an accelerator computes."""
     import torch
 
     return torch.get_num_threads() if device.type == "cpu" else 0
@@ -105,16 +108,16 @@ def _found(cpu_only: bool) -> "torch.device":
 
     before = os.environ.get(FALLBACK)
     device: torch.device = PartialState(cpu=cpu_only).device
-    if before is None:  # accelerate sets it, too late for this process, but not for those that it starts
+    if before is None:  # accelerate sets it: too late for this process, but in time for those that it starts
         os.environ.pop(FALLBACK, None)
     return device
 
 
 def _require_metal_alone() -> None:
-    """Nothing but this machine's Metal computes: UserError where torch would fall back to the CPU without a word.
+    """Let only this machine's Metal compute; UserError where torch would silently fall back to the CPU.
 
-    On macOS 26 bitsandbytes loads kernels from a model hub if the package `kernels` is there, whatever version the hub
-    has: that is switched off, and its own ones for torch are used, as on earlier versions.
+    On macOS 26 bitsandbytes loads kernels from a model hub, in the hub's version, if the package `kernels` is there.
+    This is switched off, so that it uses its own kernels for torch, as on earlier versions. It has no public setting.
     """
     import torch
 
@@ -130,13 +133,13 @@ def _require_metal_alone() -> None:
 
 
 def quieten() -> None:
-    """Progress bars and advice of libraries that would drown our own lines; warnings and errors stay."""
+    """Switch off progress bars and advice of libraries, which would drown our own lines; warnings and errors stay."""
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.disable_progress_bar()
-    # PEFT asks transformers by a name that the next major version drops.
+    # PEFT uses a name that the next major version of transformers drops.
     warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
-    # bitsandbytes advises to install an optional kernel package, at every import, on machines that do not need it.
+    # At every import bitsandbytes advises to install an optional kernel package, also where it is not needed.
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
-    # LLM.int8() quantizes from float16, and bitsandbytes says so of every layer of every call.
+    # LLM.int8() quantizes from float16, and bitsandbytes says so for every layer of every call.
     logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)

@@ -1,8 +1,8 @@
 """The same layers with less memory traffic: LoRA, RMSNorm, SwiGLU and rotary embedding as single differentiable steps.
 
-Each computes what transformers and PEFT compute, keeps only its inputs for the backward pass, and adds in place instead
-of through intermediates. `apply` puts them into a loaded model where its layers are of the kind they stand for, and
-leaves the others alone. Dimensions: L tokens, I and O a layer's inputs and outputs, R the adapter's rank.
+Each step computes what transformers and PEFT compute, keeps only its inputs for the backward pass, and adds in place.
+`apply` puts the steps into the layers of a loaded model that they can replace, and leaves other layers alone.
+Dimensions: L tokens, I and O a layer's inputs and outputs, R the adapter's rank.
 """
 
 from collections.abc import Callable
@@ -21,9 +21,9 @@ ATTENTIONS = frozenset({"LlamaAttention"})
 
 
 def apply(model: Any) -> None:
-    """Let the layers of a loaded model, adapted or not, compute their fused equivalents from now on."""
+    """Let the layers of a loaded model, with or without an adapter, compute their fused equivalents from now on."""
     sharding = shard.kind(model)
-    if sharding == "tensor":  # transformers and PEFT add up over the processes in the steps that would be replaced
+    if sharding == "tensor":  # the steps that would be replaced also add up over the processes
         return
     siblings = partial(Siblings, join=sharding == "none")
     for layer in model.modules():
@@ -43,7 +43,7 @@ def apply(model: Any) -> None:
 class LoraLinear(torch.autograd.Function):
     """x W' + b + (x A') B', with W and b frozen (arXiv 2106.09685, equation 3; B comes scaled).
 
-    W is a function, called forward and backward: 4-bit weights are unpacked twice and kept by nobody.
+    W is a function, called in both passes: 4-bit weights are unpacked twice, and not kept in between.
     """
 
     @staticmethod
@@ -75,9 +75,10 @@ class LoraLinear(torch.autograd.Function):
 
 
 class Siblings:
-    """Linear layers that read the same input, computed as one: their weights lie one below the other.
+    """Linear layers that read the same input, computed as one product with their weights concatenated.
 
-    With `join` plain ones stay so; without, as where others hold parts of them, they are laid so for each product.
+    With `join`, plain weights are concatenated once and for all. Without it (other processes hold parts of them), they
+    are concatenated for each product.
     """
 
     def __init__(self, parent: Any, names: tuple[str, ...], join: bool) -> None:
@@ -134,7 +135,7 @@ class RmsNorm(torch.autograd.Function):
 
 
 class Rotary(torch.autograd.Function):
-    """Rotary position embedding (arXiv 2104.09864) of BxLxHxD by cosines and sines BxLxD; its own inverse backwards."""
+    """Rotary position embedding (arXiv 2104.09864) of BxLxHxD by cosines and sines BxLxD; backward turns back."""
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, cosine: torch.Tensor, sine: torch.Tensor) -> torch.Tensor:
@@ -149,7 +150,7 @@ class Rotary(torch.autograd.Function):
 
 
 class SwiGlu(torch.autograd.Function):
-    """silu(g) u (arXiv 2002.05202), which only keeps g and u."""
+    """silu(g) u (arXiv 2002.05202), which keeps only g and u."""
 
     @staticmethod
     def forward(ctx: Any, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
@@ -174,7 +175,7 @@ def _rotate(x: torch.Tensor, cosine: torch.Tensor, sine: torch.Tensor) -> torch.
 
 
 def _adapter(layer: Any, x: torch.Tensor) -> tuple[torch.Tensor, ...] | None:
-    """A (RxI) and the scaled B (OxR) that act on a layer, () if nothing does, None if it is more than equation 3."""
+    """A (RxI) and the scaled B (OxR) that act on a layer; () without an adapter, None for more than equation 3."""
     if not hasattr(layer, "lora_A") or layer.disable_adapters:
         return None if getattr(layer, "merged", False) else ()
     active = [name for name in layer.active_adapters if name in layer.lora_A]
@@ -191,7 +192,7 @@ def _adapter(layer: Any, x: torch.Tensor) -> tuple[torch.Tensor, ...] | None:
 
 
 def _lora(layer: Any, plain: Callable[..., Any], x: torch.Tensor, *arguments: Any, **options: Any) -> Any:
-    """PEFT's own forward wherever it does more than equation 3."""
+    """Equation 3 as one step; PEFT's own forward wherever it does more."""
     adapter = _adapter(layer, x)
     if not adapter or arguments or options or not _is_linear(layer.base_layer):
         return plain(x, *arguments, **options)

@@ -13,9 +13,9 @@ if TYPE_CHECKING:
 def quantized(device: "torch.device", keep_dequantized: bool, sharding: str = "none") -> Any:
     """Load the base as `quantize` left it: frozen, in evaluation mode, on `device`; with `sharding` a part of it.
 
-    With `keep_dequantized`, 4-bit layers become plain ones that hold the same values unpacked; else they unpack them
-    in every forward pass. Both give the same numbers. 8-bit layers stay what they are. Dropout that the base has of its
-    own is off: it is frozen. UserError when the checkpoint is not what was written, or not what its facts say.
+    With `keep_dequantized`, 4-bit layers are unpacked once into plain ones; without it, in every forward pass. Both
+    give the same numbers. 8-bit layers stay as they are. The base's own dropout is switched off, since it is frozen.
+    UserError when the checkpoint is not what was written, or not what its facts say.
     """
     import torch
 

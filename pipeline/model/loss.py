@@ -13,10 +13,10 @@ if TYPE_CHECKING:
 
 
 def logits(model: Any, packed: pack.Packed) -> "torch.Tensor":
-    """1xNxV: at the places that predict a supervised token, and nowhere else."""
+    """The logits, 1xNxV, at the places that predict a supervised token."""
     logits_1xNxV: torch.Tensor = model(
         input_ids=packed.input_ids_1xL,
-        # Four dimensions: transformers hands it on as it is; `attention.grouped` reads the spans instead.
+        # transformers passes on a mask of four dimensions as it is; `attention.grouped` reads the spans instead.
         attention_mask=packed.input_ids_1xL.new_empty(1, 1, 0, 0),
         position_ids=packed.position_ids_1xL,
         spans=packed.spans,
@@ -35,7 +35,10 @@ def summed(model: Any, packed: pack.Packed) -> "torch.Tensor":
 
 
 def perplexity(model: Any, windows: list[list[int]], label: str) -> float:
-    """exp of the mean negative log-likelihood of each token after the first of its window."""
+    """exp of the mean negative log-likelihood, over all tokens but the first of each window.
+
+    UserError if it is not finite. `label` names it there, and in the progress bar.
+    """
     import torch
 
     total, count = 0.0, 0

@@ -1,14 +1,12 @@
 """How much memory a plan takes, predicted from the architecture before anything is loaded; too much is refused.
 
-A prediction is a sum of named parts, in bytes: what stays (weights, adapter, optimizer), what a micro-batch holds for
-its backward pass, what comes and goes at the peak, and a margin. Activations are counted from what the fused layers
-(`pipeline.model.fused`) keep, logits from the supervised tokens alone (`pipeline.model.loss`), keys and values from
-the columns
-that the scheduler allots (`pipeline.infer.scheduler`). It errs to the safe side: `docs/memory.md` holds predictions
-beside peaks
-that were measured (on a CPU), and `python -m bench.memory` measures them again.
+A prediction is a sum of named parts, in bytes: permanent memory (weights, adapter, optimizer), what a micro-batch holds
+for its backward pass, transient memory at the peak, and a margin. Activations are counted as the fused layers keep them
+(`pipeline.model.fused`), logits for the supervised tokens alone (`pipeline.model.loss`), keys and values for the
+columns that the scheduler allots (`pipeline.infer.scheduler`). It errs to the safe side: `docs/memory.md` compares
+predictions with peaks measured on a CPU, and `python -m bench.memory` measures them again.
 
-Letters: s bytes a value of the model's dtype, h hidden, i intermediate, a all query heads, k all key heads, r rank,
+Letters: s bytes of a value in the model's dtype, h hidden, i intermediate, a all query heads, k all key heads, r rank,
 P parameters of the adapter, N supervised tokens, V vocabulary.
 """
 
@@ -30,44 +28,44 @@ if TYPE_CHECKING:
 
 GB = 1e9
 MARGIN = 0.05
-"""Of the sum: what is too small to be counted."""
+"""Parts too small to be counted, as a share of the sum."""
 LOST = {"cpu": 0.4, "mps": 0.4, "cuda": 0.1}
-"""Of what comes and goes (activations, logits): what allocators lose between blocks. Measured on a CPU alone."""
+"""Fragmentation, as a share of transient memory (activations, logits). Measured on a CPU alone."""
 LOST_AGAIN = {"cpu": 1.4, "mps": 1.4, "cuda": 0.2}
-"""The same where blocks are computed again: less is kept, but as much comes and goes. Measured on a CPU alone."""
+"""The same with gradient checkpointing, where less is kept but as much is transient. Measured on a CPU alone."""
 LOST_SLOTS = {"cpu": 0.6, "mps": 0.6, "cuda": 0.1}
-"""Of keys and values, whose slots are cut anew as prompts grow shorter; CUDA's allocator gives back what it holds."""
+"""Fragmentation of keys and values, as a share: slots are cut anew as prompts get shorter. CUDA frees it."""
 LIBRARIES = {"cpu": 0.65 * GB, "mps": 0.65 * GB, "cuda": 0.6 * GB}
 """Before anything is loaded: Python with torch and transformers in main memory, or CUDA's own context on its device."""
 SPARE = 0.05
-"""Of the main memory that is available, this share is left alone: other programs ask for some meanwhile."""
-TILE = 64
-"""Packed sequences and micro-batches grow by this many tokens (`pipeline.model.pack.WHOLE`)."""
+"""The share of available main memory that is left for other programs."""
+TILE = pack.WHOLE
+"""Packed sequences and micro-batches grow by this many tokens."""
 ANSWERS = 0.5
-"""Before the rows are read, at most this share of a micro-batch is taken to be answers."""
+"""The assumed share of answers in a micro-batch, before the rows are read."""
 KEPT_WEIGHTS = 768
 """Columns up to which attention on a CPU keeps its weights (`pipeline.model.attention.Short`)."""
 PREFILL = 1024
 """Prompt tokens computed at once in decoding (`pipeline.infer.scheduler.PREFILL_TOKENS`)."""
 WINDOW = 256
-"""Tokens of a perplexity window (`pipeline.quantize.WINDOW`)."""
+"""Tokens of a window in which `pipeline.quantize` measures perplexity."""
 MAPPED = "mapped file"
 PLACES = 32
-"""Places whose distributions `pipeline.forget` holds in float32 at once."""
+"""Places whose distributions `pipeline.forget` holds in float32 at once: 6 MB each for a vocabulary of 49,152."""
 GATHERED = 4
-"""Blocks of a divided base: the one that computes and the next, each as it comes and as it is used."""
+"""Copies of a divided base's blocks: the one that computes and the next, each as gathered and as used."""
 BLOCK, BLOCKS = 64, 256
-"""Weights that share a constant in 4 bits, and constants that share one where they are quantized as well."""
+"""Weights that share a constant in 4 bits; constants that share one with double quantization."""
 FUSED = frozenset({"llama"})
-"""Families whose attention is computed by one step that keeps its inputs alone (`pipeline.model.fused`)."""
+"""Families whose attention is one step that keeps only its inputs (`pipeline.model.fused`)."""
 
 Device = Literal["cpu", "cuda", "mps"]
 
 
 @dataclass(frozen=True, slots=True)
 class Base:
-    """The base as it lies in memory: its architecture, dtype and quantization, whether 4 bits are kept unpacked, and
-    how it is divided among how many devices (`pipeline.model.shard`)."""
+    """The base as it lies in memory: shape, dtype and quantization; whether 4-bit layers are kept unpacked; and how it
+    is divided among how many devices (`pipeline.model.shard`)."""
 
     shape: Shape
     dtype: str
@@ -97,7 +95,7 @@ class Base:
 
     @property
     def packed_bytes(self) -> float:
-        """All weights, the linear layers as the checkpoint has them."""
+        """Bytes of all weights, with the linear layers as the checkpoint stores them."""
         return self._packed_linears + self._constants + self.shape.other_parameters * self.itemsize
 
     @property
@@ -107,7 +105,7 @@ class Base:
 
     @property
     def _constants(self) -> float:
-        """Of 4 bits one a block, themselves quantized or not; of 8 bits one a row."""
+        """Bytes of the constants: for 4 bits one for each block, quantized or not; for 8 bits one for each row."""
         if self.packed:
             return self.shape.linear_parameters * (8 + 32 / BLOCKS if self.double_quantization else 32) / BLOCK / 8
         rows = sum(outputs for _, outputs in self.shape.linears.values())
@@ -119,6 +117,7 @@ class Base:
 
     @property
     def weights(self) -> float:
+        """Bytes of the weights on one device."""
         if self.sharding == "tensor":
             return self.dense_bytes / self.devices
         if self.sharding == "fsdp":
@@ -128,22 +127,24 @@ class Base:
 
     @property
     def unpacking(self) -> float:
-        """What unpacking on the fly holds: gate and up by themselves and as one; int8 in training on a CPU likewise."""
+        """Bytes of weights unpacked on the fly: gate and up, each and joined; int8 in training on a CPU likewise."""
         if self.method == "none" or (self.packed and self.keep_dequantized):
             return 0.0
         return 4.0 * self.shape.hidden_size * self.shape.intermediate_size * self.itemsize
 
 
 def loaded(base: Base, runtime: params.Runtime, device: Device) -> Base:
-    """The base as `runtime` has a process hold it. On a CPU a divided one counts as whole: it is, for a moment, and the
-    parts of all processes together are as large."""
+    """The base as one process holds it under `runtime`.
+
+    On a CPU a divided base counts as whole: for a moment it is, and the parts of all processes are as large together.
+    """
     base = replace(base, keep_dequantized=runtime.keep_dequantized)
     return base if device == "cpu" else replace(base, sharding=runtime.sharding, devices=runtime.processes)
 
 
 @dataclass(frozen=True, slots=True)
 class Load:
-    """The largest micro-batch: its tokens, its supervised ones, and the tokens of the largest group in it."""
+    """The largest micro-batch: its tokens, its supervised tokens, and the tokens of the largest group."""
 
     tokens: int
     answers: int
@@ -151,7 +152,7 @@ class Load:
 
 
 def load(batches: Sequence[Sequence[pack.Tree]], micro_batch_tokens: int) -> Load:
-    """The largest micro-batch of all batches, and the largest of each of its figures."""
+    """The largest value of each figure over the micro-batches of all batches."""
     parts = [part for batch in batches for part in pack.micro_batches(batch, micro_batch_tokens)]
     return Load(
         tokens=max(sum(tree.tokens for tree in part) for part in parts),
@@ -164,7 +165,7 @@ Parts = dict[str, float]
 
 
 def adapter_parameters(shape: Shape, lora: params.Lora) -> int:
-    """P: r (inputs + outputs) of every adapted layer."""
+    """P: the sum of r (inputs + outputs) over all adapted layers."""
     adapted = [size for name, size in shape.linears.items() if _adapted(name, lora)]
     return shape.layers * lora.r * sum(inputs + outputs for inputs, outputs in adapted)
 
@@ -172,13 +173,13 @@ def adapter_parameters(shape: Shape, lora: params.Lora) -> int:
 def training(
     base: Base, lora: params.Lora, train: params.Train, load: Load, device: Device, recomputed: bool = False
 ) -> Parts:
-    """The parts of a training step's peak; `recomputed`: blocks keep their inputs alone (gradient checkpointing)."""
+    """The parts of a training step's peak, in bytes; `recomputed`: with gradient checkpointing."""
     shape, s = base.shape, base.itemsize
     parameters = adapter_parameters(shape, lora)
     tokens = _whole(load.tokens)
     parts = {
         "weights": base.weights,
-        "adapter": float(parameters * (s + 4)),  # as it computes, and the float32 masters
+        "adapter": float(parameters * (s + 4)),  # in the model's dtype, and the float32 masters
         "optimizer": parameters * _state(train.optimizer),
         "gradients": float(parameters * (s + 4)),
     }
@@ -190,7 +191,7 @@ def training(
         + full * _joined(shape, lora) * s
         + (tokens * shape.layers * shape.hidden_size * s if recomputed else 0)
     )
-    logits = float(load.answers * shape.vocabulary * 12)  # log-probabilities, their gradient and that of the logits
+    logits = float(load.answers * shape.vocabulary * 12)  # log-probabilities, and the gradients of both
     backward = float(tokens * ((4 * shape.intermediate_size + 2 * shape.hidden_size) * s + 16 * shape.hidden_size))
     update = 8.0 * parameters if device == "cuda" and train.optimizer == "adamw" else 0.0
     parts["logits"] = logits
@@ -201,7 +202,7 @@ def training(
 def inference(
     base: Base, generation: params.Generation, prompt_tokens: int, adapter_parameters: int, device: Device
 ) -> Parts:
-    """The parts of decoding's peak; `prompt_tokens` is the length of the longest prompt."""
+    """The parts of decoding's peak, in bytes; `prompt_tokens`: length of the longest prompt."""
     shape, s = base.shape, base.itemsize
     a_token = 2.0 * shape.layers * shape.keys * s
     row = -(-(prompt_tokens + generation.max_new_tokens + 1) // 16) * 16
@@ -225,7 +226,7 @@ def inference(
 
 
 def reading(base: Base, tokens: int, adapter_parameters: int, device: Device) -> Parts:
-    """The parts of the stage forget: the logits of base and tuned for `tokens` tokens of text."""
+    """The parts of the stage forget, in bytes: it holds the logits of base and tuned for `tokens` tokens of text."""
     shape, s = base.shape, base.itemsize
     parts = {
         "weights": base.weights,
@@ -237,7 +238,7 @@ def reading(base: Base, tokens: int, adapter_parameters: int, device: Device) ->
 
 
 def quantizing(base: Base, device: Device, base_elsewhere: bool = False) -> Parts:
-    """The parts of the stage quantize: the base beside its quantized form, unless the base lies in main memory."""
+    """The parts of the stage quantize, in bytes: the quantized base, and the dense one unless it lies elsewhere."""
     shape, s = base.shape, base.itemsize
     parts = {
         "weights": 0.0 if base_elsewhere else base.dense_bytes,
@@ -246,7 +247,7 @@ def quantizing(base: Base, device: Device, base_elsewhere: bool = False) -> Part
         "at the peak": WINDOW * _passing(shape, s) + max(base.unpacking, 24.0 * _largest(shape)),
     }
     parts = _with_margin(parts, device)
-    # A second time, as it is read: pages of a file, which the system takes back when it needs them.
+    # The file is mapped while it is read: pages that the system takes back when it needs them.
     return parts if device == "cuda" else {**parts, MAPPED: base.dense_bytes}
 
 
@@ -255,7 +256,7 @@ def total(parts: Mapping[str, float]) -> float:
 
 
 def demand(parts: Mapping[str, float]) -> float:
-    """What there must be room for: not for mapped files, whose pages the system takes back."""
+    """Bytes that must be free. Mapped files need none, since the system takes their pages back."""
     return total(parts) - parts.get(MAPPED, 0.0)
 
 
@@ -264,16 +265,16 @@ def _adapted(name: str, lora: params.Lora) -> bool:
 
 
 def _state(optimizer: str) -> float:
-    """Bytes a parameter: two moments in float32, or in 8 bits with a constant a block of 256."""
+    """Bytes for each parameter: two moments in float32, or in 8 bits with a constant for each block of 256."""
     return 8.0 if optimizer == "adamw" else 2 * (1 + 4 / 256)
 
 
 def _kept_a_token(base: Base, lora: params.Lora, longest: int, device: Device) -> float:
-    """Bytes that one layer keeps of one token for the backward pass."""
+    """Bytes that one layer keeps for each token for the backward pass."""
     shape, s = base.shape, base.itemsize
     h, i, a, k = shape.hidden_size, shape.intermediate_size, shape.queries, shape.keys
     adapted = {name: size for name, size in shape.linears.items() if _adapted(name, lora)}
-    read = {  # by layers that have an adapter, once for all that read the same
+    read = {  # inputs of adapted layers, counted once for layers that read the same
         "attention": h * any(name in adapted for name in ("q_proj", "k_proj", "v_proj", "qkv_proj")),
         "attended": a * ("o_proj" in adapted),
         "mlp": h * any(name in adapted for name in ("gate_proj", "up_proj", "gate_up_proj")),
@@ -283,18 +284,18 @@ def _kept_a_token(base: Base, lora: params.Lora, longest: int, device: Device) -
         2 * h  # the residual before each norm
         + (a + 2 * k)  # projected
         + (a + k)  # turned
-        + a  # queries, one group below another
+        + a  # queries, the heads of a group below each other
         + 2 * i  # gate and up
         + lora.r * len(adapted)
         + (0 if lora.dropout else sum(read.values()))
     )
     kept = float(values * s + 8)
-    # Attention's weights, or the mask in the model's dtype once for each query head of a group.
+    # The weights of attention; or the mask in the model's dtype, once for each query head of a group.
     if device == "cpu" and longest <= KEPT_WEIGHTS:
         kept += shape.attention_heads * longest * s
     else:
         kept += (a + shape.group * longest) * s
-    if lora.dropout:  # PEFT's own steps: each layer keeps an input of its own, and what was dropped of it
+    if lora.dropout:  # PEFT's own steps: each layer keeps its own input, and the mask of what was dropped
         kept += sum(inputs for inputs, _ in adapted.values()) * (s + (1 if device == "cuda" else s))
     if shape.family not in FUSED:
         kept += 2 * (4 * h + 4) + (i + a + k) * s + 4 * h
@@ -302,8 +303,7 @@ def _kept_a_token(base: Base, lora: params.Lora, longest: int, device: Device) -
 
 
 def _joined(shape: Shape, lora: params.Lora) -> float:
-    """Values that one layer keeps of adapters that read the same input, laid into one matrix each (`fused.Siblings`),
-    and of each B times its scale."""
+    """Values that one layer keeps of its adapters: joined if they read one input (`fused.Siblings`), and scaled B."""
     adapted = {name: size for name, size in shape.linears.items() if _adapted(name, lora)}
     values = 0.0
     for names in (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj")):
@@ -314,7 +314,7 @@ def _joined(shape: Shape, lora: params.Lora) -> float:
 
 
 def _passing(shape: Shape, s: int) -> float:
-    """Bytes of one token on its way through a layer when nothing is kept."""
+    """Bytes for one token on its way through a layer when nothing is kept."""
     h, i, a, k = shape.hidden_size, shape.intermediate_size, shape.queries, shape.keys
     return float((4 * h + 3 * i + 3 * a + 3 * k) * s + 12 * h)
 
@@ -338,7 +338,7 @@ def _with_margin(parts: Parts, device: Device, recomputed: bool = False) -> Part
 
 
 def available(device: "torch.device") -> float:
-    """Bytes that this process may still take: of CUDA's free memory, of Metal's working set, of the main memory."""
+    """Bytes that this process may still take of CUDA's free memory, Metal's working set, or the main memory."""
     import torch
 
     if device.type == "cuda":
@@ -347,7 +347,7 @@ def available(device: "torch.device") -> float:
     if device.type == "mps":
         metal = torch.mps.recommended_max_memory() - torch.mps.driver_allocated_memory()
         return min(float(metal), main_memory())
-    # Members of one stage on one machine share it, and come here before any of them loads.
+    # The members of a stage on one machine share it, and all ask before any of them loads.
     return main_memory() / distributed.local_processes()
 
 
@@ -355,12 +355,12 @@ CGROUPS = (
     (Path("/sys/fs/cgroup"), "memory.max", "memory.current", "inactive_file"),
     (Path("/sys/fs/cgroup/memory"), "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
 )
-"""A container's limit, what it uses, and what of that is files which give way, by version 2 and 1: the machine's memory
-says nothing of them."""
+"""Where a container's limit stands, what it uses, and how much of that is reclaimable files; cgroup versions 2 and 1.
+The machine's free memory does not show them."""
 
 
 def main_memory() -> float:
-    """Bytes of main memory that are available, but for what is left alone."""
+    """Bytes of main memory that are available to this process; `SPARE` is left to others."""
     import psutil
 
     free = float(psutil.virtual_memory().available)
@@ -375,9 +375,9 @@ def main_memory() -> float:
 
 
 def held(base: Base, runtime: params.Runtime, device: "torch.device") -> Base:
-    """The base as `runtime` has this process hold it on `device`.
+    """The base as this process holds it on `device` under `runtime`.
 
-    UserError where one that FSDP divides among GPUs has no room in main memory, which it is read into whole.
+    UserError if FSDP divides it among GPUs and main memory has no room for the whole, which is read there first.
     """
     here = loaded(base, runtime, kind(device))
     if here.sharding == "fsdp" and here.packed_bytes * (1 + MARGIN) > main_memory():
@@ -394,8 +394,8 @@ def kind(device: "torch.device") -> Device:
 
 
 def largest(needed: Callable[[int], Mapping[str, float]], room: float, at_least: int, at_most: int) -> int | None:
-    """The largest number of tokens, a multiple of `TILE`, for which `needed` is within `room`; None if not even
-    `at_least` is."""
+    """The largest number of tokens, a multiple of `TILE`, whose `needed` bytes fit into `room`; None if `at_least` does
+    not fit."""
     low, high = -(-at_least // TILE), at_most // TILE
     if low > high or total(needed(low * TILE)) > room:
         return None
@@ -407,75 +407,81 @@ def largest(needed: Callable[[int], Mapping[str, float]], room: float, at_least:
 
 def require_training(
     device: "torch.device", base: Base, lora: params.Lora, train: params.Train, load: Load, recomputed: bool
-) -> dict[str, float]:
-    """What training is predicted to take beside the libraries; UserError, with the largest micro-batch that fits, when
-    the device has less."""
+) -> Parts:
+    """What training is predicted to take beside the libraries.
+
+    UserError if the device has less: it names the largest micro-batch that fits, or settings with which one fits.
+    """
     here = Settings(base, train, recomputed)
 
     def needed(tokens: int, settings: Settings = here) -> Parts:
         share = min(1.0, tokens / load.tokens)
         limited = Load(tokens, round(share * load.answers), load.longest)
-        return _loaded(
-            training(settings.base, lora, settings.train, limited, kind(device), settings.recomputed),
-        )
+        return _loaded(training(settings.base, lora, settings.train, limited, kind(device), settings.recomputed))
 
-    parts, room = needed(load.tokens), available(device)
-    if total(parts) <= room:
-        return parts
-    fits = largest(needed, room, load.longest, load.tokens - 1)
-    if fits is not None:
-        remedy = f"set train.micro_batch_tokens to {fits} or less (it is {train.micro_batch_tokens})"
-    else:
+    def remedy(room: float) -> str:
+        fits = largest(needed, room, load.longest, load.tokens - 1)
+        if fits is not None:
+            return f"set train.micro_batch_tokens to {fits} or less (it is {train.micro_batch_tokens})"
         fitting = _other_settings(here, device, lambda other: total(needed(load.longest, other)) <= room)
-        remedy = f"the longest group alone has {load.longest} tokens and takes {_gb(total(needed(load.longest)))}: " + (
+        return f"the longest group alone has {load.longest} tokens and takes {_gb(total(needed(load.longest)))}: " + (
             " or ".join(fitting) if fitting else f"lower prompt.max_tokens or lora.r, or {_more(base)}"
         )
-    raise UserError(f"train takes about {_explain(parts)}, and {device.type} has {_gb(room)} left: {remedy}")
+
+    return _require("train", needed(load.tokens), device, remedy)
 
 
 def require_inference(
     device: "torch.device", base: Base, generation: params.Generation, prompt_tokens: int, adapter_parameters: int
-) -> dict[str, float]:
-    """What decoding is predicted to take; UserError, with the largest `generation.batch_tokens` that fits, when the
-    device has less."""
+) -> Parts:
+    """What decoding is predicted to take.
+
+    `prompt_tokens`: length of the longest prompt. UserError if the device has less: it names the largest
+    `generation.batch_tokens` that fits, or settings with which one example fits.
+    """
 
     def needed(tokens: int, base: Base = base) -> Parts:
         limited = generation.model_copy(update={"batch_tokens": tokens})
         return _loaded(inference(base, limited, prompt_tokens, adapter_parameters, kind(device)))
 
-    parts, room = needed(generation.batch_tokens), available(device)
-    if total(parts) <= room:
-        return parts
-    fits = largest(needed, room, TILE, generation.batch_tokens - 1)
-    if fits is not None:
-        remedy = f"set generation.batch_tokens to {fits} or less (it is {generation.batch_tokens})"
-    elif base.packed and base.keep_dequantized:
-        packed = _packed(base)
-        remedy = (
-            f"set runtime.keep_dequantized to false (then it is {_gb(total(needed(TILE, packed)))} for one example)"
-        )
-    else:
-        remedy = f"one example alone does not fit: lower prompt.max_tokens, or {_more(base)}"
-    raise UserError(f"infer takes about {_explain(parts)}, and {device.type} has {_gb(room)} left: {remedy}")
+    def remedy(room: float) -> str:
+        fits = largest(needed, room, TILE, generation.batch_tokens - 1)
+        if fits is not None:
+            return f"set generation.batch_tokens to {fits} or less (it is {generation.batch_tokens})"
+        if base.packed and base.keep_dequantized:
+            one = _gb(total(needed(TILE, _packed(base))))
+            return f"set runtime.keep_dequantized to false (then it is {one} for one example)"
+        return f"one example alone does not fit: lower prompt.max_tokens, or {_more(base)}"
+
+    return _require("infer", needed(generation.batch_tokens), device, remedy)
 
 
-def require_reading(device: "torch.device", base: Base, tokens: int, adapter_parameters: int) -> dict[str, float]:
-    """What the stage forget is predicted to take; UserError when the device has less."""
-    parts, room = _loaded(reading(base, tokens, adapter_parameters, kind(device))), available(device)
-    if total(parts) <= room:
-        return parts
-    remedies = ["lower forget.window (its logits are held)"] if tokens > 2 * WINDOW else []
-    if base.packed and base.keep_dequantized:
-        remedies.append("set runtime.keep_dequantized to false")
-    remedy = " or ".join(remedies) or f"{_more(base)}, or set forget.source to null"
-    raise UserError(f"forget takes about {_explain(parts)}, and {device.type} has {_gb(room)} left: {remedy}")
+def require_reading(device: "torch.device", base: Base, tokens: int, adapter_parameters: int) -> Parts:
+    """What the stage forget is predicted to take for `tokens` tokens at once; UserError if the device has less."""
+
+    def remedy(_: float) -> str:
+        remedies = ["lower forget.window (its logits are held)"] if tokens > 2 * WINDOW else []
+        if base.packed and base.keep_dequantized:
+            remedies.append("set runtime.keep_dequantized to false")
+        return " or ".join(remedies) or f"{_more(base)}, or set forget.source to null"
+
+    return _require("forget", _loaded(reading(base, tokens, adapter_parameters, kind(device))), device, remedy)
+
+
+def _require(stage: str, parts: Parts, device: "torch.device", remedy: Callable[[float], str]) -> Parts:
+    """`parts`; UserError with the remedy for the room there is, if the device has less."""
+    room = available(device)
+    if total(parts) > room:
+        raise _too_much(stage, parts, device, room, remedy(room))
+    return parts
+
+
+def _too_much(stage: str, parts: Parts, device: "torch.device", room: float, remedy: str) -> UserError:
+    return UserError(f"{stage} takes about {_explain(parts)}, and {device.type} has {_gb(room)} left: {remedy}")
 
 
 def require_quantizing(device: "torch.device", base: Base) -> "torch.device":
-    """The device that the unquantized base goes to: the one at hand, else main memory beside it.
-
-    UserError when neither has room.
-    """
+    """The device for the unquantized base: the one at hand, else main memory. UserError if neither has room."""
     import torch
 
     together, room = _loaded(quantizing(base, kind(device))), available(device)
@@ -486,20 +492,18 @@ def require_quantizing(device: "torch.device", base: Base) -> "torch.device":
     if device.type == "cuda" and base.method != "none" and total(alone) <= room:
         if base.dense_bytes * (1 + MARGIN) <= main_memory():
             return main
-        raise UserError(
-            f"quantize takes about {_explain(together)}, and {device.type} has {_gb(room)} left; the base by itself, "
-            f"{_gb(base.dense_bytes)}, does not fit into the main memory beside it, which has {_gb(main_memory())} "
-            "left: take a larger machine for this stage (the others need less), or a smaller model"
+        remedy = (
+            f"the base by itself, {_gb(base.dense_bytes)}, does not fit into the main memory either, which has "
+            f"{_gb(main_memory())} left: take a larger machine for this stage (others need less), or a smaller model"
         )
-    raise UserError(
-        f"quantize takes about {_explain(together)}, and {device.type} has {_gb(room)} left: take a larger machine, or "
-        "a smaller model"
-    )
+    else:
+        remedy = "take a larger machine, or a smaller model"
+    raise _too_much("quantize", together, device, room, remedy)
 
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """What decides the memory of training beside its rows."""
+    """Everything but the rows that decides the memory of training."""
 
     base: Base
     train: params.Train
@@ -507,7 +511,7 @@ class Settings:
 
 
 def _other_settings(here: Settings, device: "torch.device", fits: Callable[[Settings], bool]) -> list[str]:
-    """The changes with which training fits, as few as possible: each of them alone, else pairs, else all."""
+    """The changes with which training fits, as few as possible: single ones, else pairs, else all together."""
     changes: list[tuple[str, Callable[[Settings], Settings]]] = []
     if here.base.packed and here.base.keep_dequantized:
         changes.append(("runtime.keep_dequantized to false", lambda one: replace(one, base=_packed(one.base))))
@@ -540,7 +544,7 @@ def _packed(base: Base) -> Base:
 
 
 def _loaded(parts: Parts) -> Parts:
-    """Without the libraries, which are loaded by now: what is available is so beside them; and without mapped files."""
+    """Without the libraries, which are already loaded when memory is looked at, and without mapped files."""
     return {name: value for name, value in parts.items() if name not in ("libraries", MAPPED)}
 
 

@@ -1,9 +1,9 @@
 """Several rows as one sequence, exact up to rounding, with no padding between them.
 
-Rows of a group (aspects of one paper) share the beginning of their prompts. The shared tokens are computed once, and
-each row's own tokens follow as a branch: a branch attends to the shared prefix and to itself, and its positions
-continue where the prefix ends, so every token sees just what it would see in a sequence of its own. Groups stand side
-by side under the same mask and do not see each other. Lengths: L tokens in the sequence, N supervised ones.
+Rows of a group (aspects of one paper) share the beginning of their prompts. The shared tokens are computed once. Each
+row's own tokens follow as a branch, which attends to the shared prefix and to itself. Its positions continue where the
+prefix ends. So every token sees what it would see in a sequence of its own. Groups stand side by side and do not see
+each other. Lengths: L tokens in the sequence, N supervised ones.
 """
 
 from collections.abc import Iterable, Sequence
@@ -17,35 +17,36 @@ if TYPE_CHECKING:
     import torch
 
 WHOLE = 64
-"""Packed sequences are filled up to a multiple of this: libraries choose and build their kernels once a length."""
+"""Packed sequences are filled up to a multiple of this: libraries choose and build kernels once for each length."""
 
 UNMASKED = ("cuda",)
-"""Devices with a faster kernel for a row by itself, each of whose tokens sees those before it: it is given no mask."""
+"""Devices with a faster kernel for causal attention without a mask, which a row by itself needs."""
 
 
 @dataclass(frozen=True, slots=True)
 class Tree:
-    """The rows of one group: their shared prefix, and per row what remains of the prompt, and the completion."""
+    """The rows of one group: their shared prefix, and for each row the rest of its prompt, and its completion."""
 
     prefix: list[int]
     branches: list[tuple[list[int], list[int]]]
 
     @property
     def tokens(self) -> int:
-        """Tokens to compute; the last of a completion is only predicted."""
+        """The number of tokens to compute: without the last of each completion, which is only predicted."""
         return len(self.prefix) + sum(len(rest) + len(completion) - 1 for rest, completion in self.branches)
 
     @property
     def supervised(self) -> int:
+        """The number of predicted tokens."""
         return sum(len(completion) for _, completion in self.branches)
 
 
 @dataclass(frozen=True, slots=True)
 class Packed:
-    """Model inputs for one sequence, on one device. `answer_at_N` are the places whose logits predict `target_N`.
+    """Model inputs for one sequence, on one device. The logits at the places `answer_at_N` predict `target_N`.
 
-    `spans`: of each group its number of tokens, and 1x1xLxL, True where the row's token may attend to the column's,
-    or None (`UNMASKED`).
+    `spans`: for each group its number of tokens L, and its mask 1x1xLxL, True where the row's token may attend to the
+    column's; None on a device in `UNMASKED`.
     """
 
     input_ids_1xL: "torch.Tensor"
@@ -61,7 +62,7 @@ def trees(rows: Iterable[Row]) -> list[Tree]:
 
 
 def tree(rows: Sequence[Row]) -> Tree:
-    """Share the longest common beginning of the prompts, but for each prompt's last token: it predicts the answer."""
+    """Share the prompts' longest common beginning, without any prompt's last token, which predicts the answer."""
     shared = 0
     if len(rows) > 1:
         limit = min(len(row.prompt) for row in rows) - 1
@@ -72,9 +73,9 @@ def tree(rows: Sequence[Row]) -> Tree:
 
 
 def micro_batches(batch: Sequence[Tree], budget: int) -> list[list[Tree]]:
-    """Split a batch so that each part has at most `budget` tokens, unless a single tree is longer.
+    """Split a batch into parts of at most `budget` tokens; a longer tree is a part by itself.
 
-    Largest first, each into the first part with room: few parts, and the same parts for the same trees.
+    First-fit decreasing: few parts, and the same parts for the same trees.
     """
     parts: list[list[Tree]] = []
     for item in sorted(batch, key=lambda item: -item.tokens):
@@ -100,7 +101,7 @@ def pack(part: Sequence[Tree], device: "torch.device") -> Packed:
         start = len(ids)
         ids += item.prefix
         positions += range(len(item.prefix))
-        segments = [0] * len(item.prefix)  # of each token: 0 in the prefix, else the number of its branch
+        segments = [0] * len(item.prefix)  # for each token: 0 in the prefix, else the number of its branch
         for number, (rest, completion) in enumerate(item.branches, start=1):
             first_answer = len(ids) + len(rest) - 1
             branch = [*rest, *completion[:-1]]

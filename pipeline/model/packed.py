@@ -1,4 +1,4 @@
-"""Layers that bitsandbytes holds packed, in a loaded model: that they are the ones asked for, and how they compute."""
+"""The layers of a loaded model that bitsandbytes holds packed: checked, unpacked, and kept from being repacked."""
 
 from typing import Any
 
@@ -28,9 +28,9 @@ def require_effective(model: Any, facts: QuantizedFacts) -> None:
 
 
 def dequantize(model: Any) -> None:
-    """Replace 4-bit layers by plain ones that hold the same values in the model's dtype: 2 bytes a parameter more.
+    """Replace 4-bit layers by plain ones that hold the same values in the model's dtype.
 
-    8-bit layers stay: they quantize what they are given as well, so plain ones would compute other numbers.
+    8-bit layers stay: they quantize their inputs as well, so plain ones would compute other numbers.
     """
     import torch
     from bitsandbytes.functional import dequantize_4bit
@@ -53,15 +53,15 @@ def dequantize(model: Any) -> None:
 def keep_unpacked(model: Any) -> None:
     """Stop bitsandbytes from repacking weights on the CPU.
 
-    On CPUs with AVX-512 BF16 the first evaluation forward repacks them for speed; gradients through packed weights are
-    silently wrong, and the packed product rounds differently.
+    On CPUs with AVX-512 BF16 the first forward pass in evaluation repacks them for speed. Gradients through repacked
+    weights are silently wrong, and their product rounds differently.
     """
     for _, layer in linear4bit(model):
         layer.support_avx512bf16_for_cpu = False
 
 
 def repacked(model: Any) -> int:
-    """How many layers bitsandbytes has repacked: none, or UserError, since gradients through them were wrong."""
+    """The number of layers that bitsandbytes has repacked, which is 0; UserError otherwise, as gradients were wrong."""
     count = sum(bool(getattr(layer.quant_state, "packing_format_for_cpu", False)) for _, layer in linear4bit(model))
     if count:
         raise UserError(

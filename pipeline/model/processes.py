@@ -1,9 +1,9 @@
 """Several processes, one experiment: each computes a share, and together they give what one process gives.
 
-A stage that can be shared (`run`) is started once, by DVC, and starts `runtime.processes` members: its own command
-again with torch.distributed's environment variables, which accelerate reads. Where those are set already, by torchrun
-or `accelerate launch` on one machine or several, the process is a member itself. Member 0 alone writes outputs; whoever
-dies takes all others along. What each member holds of the base is another matter (`pipeline.model.shard`).
+DVC starts a stage that can be shared (`run`) once. The stage starts `runtime.processes` members: its own command again,
+with torch.distributed's environment variables, which accelerate reads. If torchrun or `accelerate launch` has set those
+already, on one machine or several, the process itself is a member. Only member 0 writes outputs. When a member dies,
+all others are ended. How members divide the base is in `pipeline.model.shard`.
 """
 
 import hashlib
@@ -30,16 +30,15 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 FOLDER = "LORA_REPRO_MEMBERS"
-"""The environment variable by which a member knows that a stage of ours started it. In this folder members meet, and
-leave word."""
+"""The environment variable that a stage sets for its members: the folder in which they meet and leave results."""
 LOOPBACK = "lo0" if sys.platform == "darwin" else "lo"
 SECONDS_BETWEEN_LOOKS = 0.05
 DAYS = 30
-"""How long a member waits for the others: as long as it takes. Who died is seen by whoever started them."""
+"""How long a member waits for the others: as long as it takes. Whoever started them notices if one died."""
 
 
 def count() -> int:
-    """Of how many processes this one is a member: 1 unless a launcher says otherwise."""
+    """The number of processes that share this stage: 1 unless a launcher says otherwise."""
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
@@ -49,7 +48,7 @@ def rank() -> int:
 
 
 def run(name: str, call: Callable[[params.Declared], None], result: Path, seed: int | None = None) -> None:
-    """`stage.run` for a stage that can be shared: by this process, by members that it starts, or as one of them."""
+    """`stage.run` for a stage that can be shared: this process computes, or starts members, or is one of them."""
     address = stage.address(name, seed)
     if FOLDER not in os.environ and rank() == 0:
 
@@ -73,33 +72,36 @@ def run(name: str, call: Callable[[params.Declared], None], result: Path, seed: 
 
 
 def member(call: Callable[[], object]) -> None:
-    """Make `call` and leave word of what it gave, or of what went wrong, for whoever started this member."""
-    told = os.environ.get(FOLDER)
+    """Make `call`, and leave its result, or what went wrong, in `FOLDER` for the stage that started this member.
+
+    Exits with 1 after an error, and with 130 after an interrupt.
+    """
+    folder = os.environ.get(FOLDER)
     try:
-        given = call()
+        result = call()
     except UserError as error:
-        if told is None:
+        if folder is None:
             print(f"\nerror: {error}\n", file=sys.stderr, flush=True)
         else:
-            records.write_text(Path(told) / f"{rank()}.error", str(error))
+            records.write_text(Path(folder) / f"{rank()}.error", str(error))
         sys.exit(1)
     except KeyboardInterrupt:
         sys.exit(130)
     except Exception:
-        if told is None:
+        if folder is None:
             raise
-        records.write_text(Path(told) / f"{rank()}.traceback", traceback.format_exc())
-        # Not sys.exit: at the interpreter's end, what is left of torch.distributed may wait for the others.
+        records.write_text(Path(folder) / f"{rank()}.traceback", traceback.format_exc())
+        # Not sys.exit: torch.distributed may wait for the others when the interpreter ends.
         os._exit(1)
-    if told is not None and rank() == 0:
-        records.write_json(Path(told) / "given.json", given)
+    if folder is not None and rank() == 0:
+        records.write_json(Path(folder) / "given.json", result)
 
 
 def launch(command: Sequence[str], count: int, folder: Path) -> dict[str, object]:
-    """Run `command` as `count` members of one machine, and return what member 0 gives.
+    """Run `command` as `count` members on this machine, and return the result of member 0.
 
-    Members end with this process, however that ends. UserError of a member as if it were raised here; UserError when
-    one dies, after all others have been ended.
+    `folder` is emptied first, and removed at the end. Members end with this process, however it ends. A member's
+    UserError is raised here; a UserError also says that a member died, after all others have been ended.
     """
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
@@ -111,7 +113,7 @@ def launch(command: Sequence[str], count: int, folder: Path) -> dict[str, object
                 "LOCAL_RANK": str(number),
                 "WORLD_SIZE": str(count),
                 "LOCAL_WORLD_SIZE": str(count),
-                # Whoever reaches where they listen can send them anything: no other machine may.
+                # Anyone who can connect to the members can send them anything: only this machine can.
                 "GLOO_SOCKET_IFNAME": LOOPBACK,
                 "NCCL_SOCKET_IFNAME": f"={LOOPBACK}",
                 FOLDER: str(folder.resolve()),
@@ -131,8 +133,8 @@ def launch(command: Sequence[str], count: int, folder: Path) -> dict[str, object
                 break
             time.sleep(SECONDS_BETWEEN_LOOKS)
         _require_success([one.poll() for one in members], folder)
-        given: dict[str, object] = records.read_json(folder / "given.json")
-        return given
+        result: dict[str, object] = records.read_json(folder / "given.json")
+        return result
     finally:
         for one in members:
             one.kill()
@@ -144,13 +146,13 @@ def launch(command: Sequence[str], count: int, folder: Path) -> dict[str, object
 
 
 def _require_success(codes: Sequence[int | None], folder: Path) -> None:
-    """UserError when a member has failed: what it said if it did, else what ended it."""
+    """UserError if a member has failed: with its own UserError if it left one, else with what ended it."""
     count = len(codes)
     for number in range(count):
         said = folder / f"{number}.error"
-        if said.is_file():  # whether it has ended or not: others may see that it is gone, fail and end sooner
+        if said.is_file():  # even if it is still running: others may notice its failure, and end first
             raise UserError(said.read_text(encoding="utf-8"))
-    # A member whose neighbour is gone fails as well: the one that was killed comes first, then who failed first.
+    # Members also fail because another is gone. The cause is the one that was killed, else the one that failed first.
     failed = [number for number, code in enumerate(codes) if code]
     if not failed:
         return
@@ -163,13 +165,13 @@ def _require_success(codes: Sequence[int | None], folder: Path) -> None:
     code = codes[number] or 0
     for name in (f"{number}.stderr", f"{number}.traceback"):
         if (folder / name).is_file():
-            told = (folder / name).read_text(encoding="utf-8", errors="replace")
-            print(printable(told), file=sys.stderr, flush=True)
+            output = (folder / name).read_text(encoding="utf-8", errors="replace")
+            print(printable(output), file=sys.stderr, flush=True)
     how = f"was killed ({signal.Signals(-code).name})" if code < 0 else f"failed with exit code {code}"
-    memory = "; if it was the system for want of memory, lower runtime.processes" if code == -signal.SIGKILL else ""
+    memory = "; if the system ended it for lack of memory, lower runtime.processes" if code == -signal.SIGKILL else ""
     raise UserError(
-        f"process {number} of {count} (counted from 0) {how}, and the others were ended{memory}: `dvc repro` goes on "
-        "from the last checkpoint"
+        f"process {number} of {count} (counted from 0) {how}, and the others were ended{memory}: `dvc repro` "
+        "continues from the last checkpoint"
     )
 
 
@@ -189,7 +191,7 @@ def _leave_with_the_starter() -> None:
 
 
 def _take_part(declared: params.Declared, call: Callable[[params.Declared], None]) -> dict[str, object] | None:
-    """Make the call; of several members, what it cost them together: memory summed, that of the fullest accelerator."""
+    """Make the call. Returns what it cost several members together: memory summed, device memory at its maximum."""
     wanted = declared[params.Runtime].processes
     if count() != wanted:
         raise UserError(
@@ -200,7 +202,7 @@ def _take_part(declared: params.Declared, call: Callable[[params.Declared], None
     if not _has_met():
         return None
     costs = gather(stage.cost())
-    _end()
+    _state().destroy_process_group()
     given: dict[str, object] = {
         **costs[0],
         "processes": count(),
@@ -212,24 +214,26 @@ def _take_part(declared: params.Declared, call: Callable[[params.Declared], None
 
 
 _is_one_model = False
-"""Whether the members hold one model together, and so compute the same rows (`pipeline.model.shard`, tensor)."""
+"""Whether the members share one model by heads and columns, and so compute the same rows. `join` sets it."""
 
 
 def shares() -> int:
-    """Into how many shares rows are divided."""
+    """The number of shares into which rows are divided."""
     return 1 if _is_one_model else count()
 
 
 def _has_met() -> bool:
-    """Whether this member and the others have joined: not where a stage had nothing to compute."""
+    """Whether this member has joined the others: not if the stage had nothing to compute."""
     import torch
 
     return count() > 1 and torch.distributed.is_initialized()
 
 
 def divide(items: Sequence[T], weight: Callable[[T], int], shares: int) -> list[list[T]]:
-    """Whole items in so many shares of about equal weight, each item in one: the heaviest first, to the lightest share
-    (LPT, Graham 1969). One share is `items` as they are."""
+    """Divide whole items into shares of about equal weight: the heaviest first, each to the lightest share.
+
+    LPT scheduling (Graham 1969). One share is `items` in their order.
+    """
     if shares == 1:
         return [list(items)]
     filled: list[list[T]] = [[] for _ in range(shares)]
@@ -247,12 +251,12 @@ def share(items: Sequence[T], weight: Callable[[T], int]) -> list[T]:
 
 
 def add_up(number: float, tensors: "Sequence[torch.Tensor]" = ()) -> float:
-    """Sum `tensors` over all shares, in place and alike in each member, and `number`, which is returned."""
+    """The sum of `number` over all shares. `tensors` are summed in place. All members get the same values."""
     if shares() == 1:
         return number
     import torch
 
-    one = torch.tensor([number], dtype=torch.float64, device=_device())
+    one = torch.tensor([number], dtype=torch.float64, device=_state().device)
     torch.distributed.all_reduce(one)
     if tensors:
         flat = torch.cat([tensor.flatten() for tensor in tensors])
@@ -263,19 +267,20 @@ def add_up(number: float, tensors: "Sequence[torch.Tensor]" = ()) -> float:
 
 
 def gather(value: T) -> list[T]:
-    """What each member holds, in the order of their numbers, for all of them.
+    """The values of all members, in the order of their numbers; each member gets them.
 
-    It goes as JSON: torch's all_gather_object reads pickles, which run what they say, and no member can know that it is
-    the others who send. TypeError for a `value` that JSON would change; UserError for what comes and is not JSON.
+    Values are sent as JSON. torch's all_gather_object reads pickles, which can run code, and a member cannot know that
+    the others are the senders. TypeError for a `value` that JSON would change; UserError for received text that is not
+    JSON.
     """
     if count() == 1:
         return [value]
     import torch
 
     text = json.dumps(value)
-    if repr(json.loads(text)) != repr(value):  # not by ==, where NaN is not itself, and 1 is True
+    if repr(json.loads(text)) != repr(value):  # with ==, NaN would differ from itself, and 1 equal True
         raise TypeError(f"JSON would change this value of type {type(value).__name__}: {value!r:.200}")
-    own_L = torch.frombuffer(bytearray(text, "ascii"), dtype=torch.uint8).to(_device())
+    own_L = torch.frombuffer(bytearray(text, "ascii"), dtype=torch.uint8).to(_state().device)
     length_1 = torch.tensor([len(own_L)], device=own_L.device)
     lengths = [torch.empty_like(length_1) for _ in range(count())]
     torch.distributed.all_gather(lengths, length_1)
@@ -294,13 +299,13 @@ def _read(number: int, sent: bytes) -> Any:
         return json.loads(sent)
     except (ValueError, RecursionError):
         raise UserError(
-            f"process {number} of {count()} (counted from 0) sent what is not JSON: it runs other code than this "
-            "one, or another program has connected in its place"
+            f"process {number} of {count()} (counted from 0) sent text that is not JSON: it runs other code than "
+            "this one, or another program has connected in its place"
         ) from None
 
 
 def done_by_all(done: set[str]) -> set[str]:
-    """What this member need not compute again: of what it has done, where all compute the same rows, what all have."""
+    """Items that this member can skip. If all members compute the same rows: only those that every member has done."""
     return done if shares() == count() else set.intersection(*map(set, gather(sorted(done))))
 
 
@@ -327,17 +332,18 @@ def _digest(value: Any) -> str:
 
 
 def join(cpu_only: bool, one_model: bool = False) -> "torch.device":
-    """Become one of the members that a launcher has started, and give the device of this one: a GPU, else the CPU.
-    With `one_model` they compute the same rows.
+    """Join the members that a launcher has started, and return the device of this one: a GPU, else the CPU.
 
-    UserError for more members on a machine than it has GPUs, and for several on MPS, which cannot add up over them.
+    With `one_model` they compute the same rows. UserError for more members on a machine than it has GPUs, and for
+    several on MPS, which cannot add up over processes.
     """
     from datetime import timedelta
 
     import torch
     from accelerate import PartialState
 
-    found = "cpu" if cpu_only else _accelerator()
+    gpu = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    found = "cpu" if cpu_only else gpu
     here = local_processes()
     if found == "mps":
         raise UserError(
@@ -351,11 +357,11 @@ def join(cpu_only: bool, one_model: bool = False) -> "torch.device":
         )
     global _is_one_model
     _is_one_model = one_model
-    # accelerate would choose a number of threads itself, and warn of it.
+    # Otherwise accelerate chooses a number of threads, and warns.
     os.environ["OMP_NUM_THREADS"] = str(torch.get_num_threads())
     patience = timedelta(days=DAYS)
     how: dict[str, Any] = {"timeout": patience}
-    if FOLDER in os.environ:  # in a file: a port would be open to all who reach this machine
+    if FOLDER in os.environ:  # through a file: anyone could connect to a port
         meeting = str(Path(os.environ[FOLDER]) / "meeting")
         store = torch.distributed.FileStore(meeting, count())  # type: ignore[attr-defined]
         store.set_timeout(patience)
@@ -365,24 +371,12 @@ def join(cpu_only: bool, one_model: bool = False) -> "torch.device":
 
 
 def local_processes() -> int:
-    """How many members are on this machine."""
+    """The number of members on this machine."""
     return int(os.environ.get("LOCAL_WORLD_SIZE", count()))
 
 
-def _accelerator() -> str:
-    import torch
-
-    return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-
-
-def _device() -> "torch.device":
+def _state() -> Any:
+    """accelerate's state of this process: its device and the group that it has joined."""
     from accelerate import PartialState
 
-    device: torch.device = PartialState().device
-    return device
-
-
-def _end() -> None:
-    from accelerate import PartialState
-
-    PartialState().destroy_process_group()
+    return PartialState()

@@ -1,29 +1,20 @@
 """From an example to token ids: one prompt for training and inference, for base and tuned.
 
-The completion is tokenized apart from the prompt, so the prefix that training sees is, token by token, the one that
-inference continues.
+The completion is tokenized apart from the prompt. So training sees, token by token, the prefix that inference
+continues.
 """
 
-import atexit
-import contextlib
-import json
-import os
-import signal
-import subprocess
-import sys
-import threading
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from pipeline.core import params
 from pipeline.core.errors import UserError
 from pipeline.core.records import Example
 from pipeline.model import apart
+from pipeline.model.apart import TemplateError as TemplateError
 
-# Some chat templates print today's date unless they are told one, which would change every prompt overnight.
+# Without a date, some chat templates print today's, which would change every prompt overnight.
 DATE = "26 Jul 2024"
-INSTEAD = "take another model"
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +43,7 @@ class Encoder:
         """Token ids of the prompt.
 
         UserError for an aspect without an instruction, for more than one BOS, and for earlier messages of a
-        conversation where there is no chat template to tell them apart, or where it refuses them.
+        conversation without a chat template to mark them, or with one that refuses them.
         """
         if example.history and self.params.style == "plain":
             raise UserError(
@@ -77,7 +68,7 @@ class Encoder:
     def row(self, example: Example) -> Row:
         """Prompt and completion; the completion ends in the EOS at which decoding stops.
 
-        UserError for an answer of which the tokenizer leaves nothing to learn.
+        UserError for an answer of which the tokenizer makes no token.
         """
         completion = self.tokenizer(example.target, add_special_tokens=False).input_ids
         if not completion:
@@ -91,7 +82,7 @@ class Encoder:
         return len(row.prompt) + len(row.completion) <= self.context
 
     def require_fit(self, prompts: dict[str, list[int]], split: str, new_tokens: int) -> None:
-        """UserError unless every prompt, and `new_tokens` behind it, fits. `prompts`: example id -> ids."""
+        """UserError unless every prompt fits, with `new_tokens` after it. `prompts`: token ids by example id."""
         long = sorted((len(ids), name) for name, ids in prompts.items() if not self.fits(ids))
         if long:
             raise UserError(
@@ -133,8 +124,8 @@ class Encoder:
             except TemplateError as error:
                 roles = ", ".join(message["role"] for message in messages)
                 raise UserError(
-                    f"the model's chat template refuses the messages of {example.id} ({roles}): {error}; mend the "
-                    "data, or take another model"
+                    f"the model's chat template refuses the messages of {example.id} ({roles}): {error}; correct "
+                    "the data, or take another model"
                 ) from None
             ids: list[int] = self.tokenizer(filled, add_special_tokens=False).input_ids
         else:
@@ -144,13 +135,13 @@ class Encoder:
         return ids
 
     def _cut(self, source: str, excess: int) -> str:
-        """`source` without its last `excess` tokens, and one more for what joins up differently at the cut."""
+        """`source` without its last `excess` tokens, and one more: text may be tokenized differently at the cut."""
         ids = self.tokenizer(source, add_special_tokens=False).input_ids
         kept: str = self.tokenizer.decode(ids[: max(0, len(ids) - excess - 1)])
         return kept
 
     def _end_of_completion(self) -> int:
-        """The token that closes an answer: what the chat template puts behind one, else the tokenizer's EOS."""
+        """The token that closes an answer: the special one that the chat template puts behind it, else EOS."""
         if self.params.style == "chat":
             mark = "\u2042"
             try:
@@ -163,7 +154,7 @@ class Encoder:
                     "set prompt.style to plain"
                 ) from None
             behind = self.tokenizer(filled.rpartition(mark)[2], add_special_tokens=False).input_ids
-            # Not `all_special_ids`: those have a role by name, and Gemma's <end_of_turn> or Phi 3's <|end|> have none.
+            # Not `all_special_ids`: it lacks tokens without a named role, as Gemma's <end_of_turn> and Phi 3's <|end|>.
             added = self.tokenizer.added_tokens_decoder
             if behind and behind[0] in added and added[behind[0]].special:
                 return int(behind[0])
@@ -173,118 +164,19 @@ class Encoder:
 
 
 def starts_with_bos(tokenizer: Any) -> bool:
-    """Whether the model was trained with a BOS in front of plain text, as its tokenizer tells."""
+    """Whether the tokenizer puts a BOS before plain text, as the model's training did."""
     bos = tokenizer.bos_token_id
     return bos is not None and bool(tokenizer("a").input_ids[0] == bos)
-
-
-# Chat templates
-
-
-class TemplateError(Exception):
-    """What a chat template raised, as text."""
 
 
 def rendered(tokenizer: Any, messages: list[dict[str, str]], **options: Any) -> str:
     """What the tokenizer's chat template makes of a conversation, as its `apply_chat_template` does.
 
-    In another process (`pipeline.model.apart`), the same for all conversations. TemplateError for what the template
-    raises;
-    UserError where it takes longer than `apart.SECONDS` says, or ends that process in another way.
+    It is rendered in another process, the same for all conversations. TemplateError and UserError as of
+    `apart.rendered`.
     """
     try:
         template = tokenizer.get_chat_template()
     except ValueError as error:
         raise TemplateError(str(error)) from None
-    given = tokenizer.special_tokens_map | {"date_string": DATE} | options
-    return _apart.ask("render", template=template, messages=messages, options=given)
-
-
-def require_readable(file: Path) -> None:
-    """UserError for a tokenizer.json that breaks its library, ends the process that reads it, or keeps it busy; other
-    faults are left to the one who loads it, who knows more of them."""
-    try:
-        _apart.ask("tokenizer", file=str(file))
-    except TemplateError as error:
-        if str(error).startswith("PanicException"):
-            raise UserError(f"the model's {file.name} breaks the library that reads it ({error}): {INSTEAD}") from None
-
-
-class _Apart:
-    """The process in which templates are rendered: started when one is, and again when one has ended it."""
-
-    def __init__(self) -> None:
-        self.lock = threading.Lock()
-        self.process: subprocess.Popen[str] | None = None
-
-    def ask(self, task: str, **given: Any) -> str:
-        request = {"task": task, "seconds": apart.SECONDS[task], "given": given}
-        with self.lock:
-            if self.process is None:
-                self.process = self._start()
-            assert self.process.stdin
-            assert self.process.stdout
-            line = ""
-            try:
-                self.process.stdin.write(json.dumps(request) + "\n")
-                self.process.stdin.flush()
-                line = self.process.stdout.readline()
-            except BrokenPipeError:
-                pass
-            except BaseException:  # the answer of an interrupted request must not be taken for the next one's
-                self.process.kill()
-                self.end()
-                raise
-            if not line:
-                raise self._lost(task, self.end())
-        answer: dict[str, str] = json.loads(line)
-        if "error" in answer:
-            raise TemplateError(answer["error"])
-        return answer["text"]
-
-    def _start(self) -> subprocess.Popen[str]:
-        # Tokens and passwords of the user's environment are none of its business.
-        kept = ("PATH", "HOME", "PYTHONPATH", "PYTHONHOME", "LD_LIBRARY_PATH", "TMPDIR", "TZ")
-        environment = {name: os.environ[name] for name in kept if name in os.environ}
-        return subprocess.Popen(
-            [sys.executable, "-P", apart.__file__],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            encoding="utf-8",
-            env=environment | {"OPENBLAS_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"},
-            start_new_session=True,  # Ctrl-C is for this process
-        )
-
-    def end(self) -> int:
-        """End the process, and give its exit status."""
-        process, self.process = self.process, None
-        if process is None:
-            return 0
-        with contextlib.suppress(BrokenPipeError), process:  # closes its pipes, upon which it ends
-            pass
-        return process.returncode
-
-    def _lost(self, task: str, status: int) -> UserError:
-        if status >= 0:
-            return UserError(
-                f"the process that tries chat templates and tokenizers ended with {status}: what it printed says why; "
-                "try again, or install this environment anew"
-            )
-        what, instead = "tokenizer", INSTEAD
-        if task == "render":
-            what, instead = "chat template", f"{INSTEAD}, or set prompt.style to plain"
-        if status == -signal.SIGXCPU:
-            return UserError(f"the model's {what} takes more than {apart.SECONDS[task]} s of the processor: {instead}")
-        return UserError(f"the model's {what} ended the process that tried it ({_signal(-status)}): {instead}")
-
-
-def _signal(number: int) -> str:
-    try:
-        return signal.Signals(number).name
-    except ValueError:
-        return f"signal {number}"
-
-
-_apart = _Apart()
-atexit.register(_apart.end)
+    return apart.rendered(template, messages, tokenizer.special_tokens_map | {"date_string": DATE} | options)

@@ -15,7 +15,7 @@ Positive = Annotated[int, Field(ge=1)]
 
 
 class Shape(params.Section):
-    """LLaMA's kind of block: attention with grouped heads, and an MLP with a gate."""
+    """The sizes of a model of LLaMA's kind: attention with grouped heads, and an MLP with a gate."""
 
     family: str
     layers: Positive
@@ -30,8 +30,12 @@ class Shape(params.Section):
 
     @classmethod
     def read(cls, folder: Path) -> Self:
-        """Of a checkpoint in the hub's layout."""
-        config: dict[str, Any] = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        """The shape of a checkpoint in the hub's layout."""
+        return cls.of(json.loads((folder / "config.json").read_text(encoding="utf-8")))
+
+    @classmethod
+    def of(cls, config: dict[str, Any]) -> Self:
+        """The shape that a configuration of transformers describes."""
         config = config.get("text_config", config)
         heads = config["num_attention_heads"]
         return cls(
@@ -49,20 +53,22 @@ class Shape(params.Section):
 
     @property
     def queries(self) -> int:
+        """Outputs of the query projection."""
         return self.attention_heads * self.head_dim
 
     @property
     def keys(self) -> int:
+        """Outputs of the key projection, and of the value projection."""
         return self.key_value_heads * self.head_dim
 
     @property
     def group(self) -> int:
-        """Query heads a key-value head."""
+        """Query heads for each key-value head."""
         return self.attention_heads // self.key_value_heads
 
     @property
     def linears(self) -> dict[str, tuple[int, int]]:
-        """Inputs and outputs of the linear layers of one block."""
+        """The number of inputs and of outputs of each linear layer of a block."""
         h, i, a, k = self.hidden_size, self.intermediate_size, self.queries, self.keys
         if self.family == "phi3":
             return {"qkv_proj": (h, a + 2 * k), "o_proj": (a, h), "gate_up_proj": (h, 2 * i), "down_proj": (i, h)}
@@ -77,7 +83,7 @@ class Shape(params.Section):
 
     @property
     def other_parameters(self) -> int:
-        """Embeddings, head and norms: what is never quantized."""
+        """Parameters of embeddings, head and norms, which are never quantized."""
         embeddings = self.vocabulary * self.hidden_size * (1 if self.tied_embeddings else 2)
         return embeddings + (2 * self.layers + 1) * self.hidden_size
 

@@ -1,6 +1,6 @@
 """Files of records: found in the sources by path or pattern, decoded, and read, each record with its place.
 
-JSONL, JSON, CSV, TSV, Parquet and gettext catalogues (.po, .mo) are told apart by the file's suffix. Every record also
+The suffix says whether a file is JSONL, JSON, CSV, TSV, Parquet or a gettext catalogue (.po, .mo). Every record also
 has the columns `__file__`, the file's path, and `__source__`, the name of the source it comes from.
 """
 
@@ -33,7 +33,7 @@ MARKS = (
     (codecs.BOM_UTF16_BE, "utf-16-be"),
 )
 ABSENT: Final = object()
-"""What `value` gives for a column that a record does not have; null is a value."""
+"""What `value` returns for a column that a record does not have; null is a value."""
 
 Record = Mapping[str, Any]
 Located = tuple[str, Record]  # where a record stands (`train.jsonl:3`), and the record
@@ -44,7 +44,7 @@ _PO_LINE = re.compile(r'(?:(?:msgctxt|msgid|msgid_plural|msgstr|msgstr\[\d+\])\s
 
 @dataclass(frozen=True, slots=True)
 class Encoding:
-    """The codec of text without a byte order mark, and the parameter, or what else, that names it."""
+    """The codec of text without a byte order mark, and what names it: a parameter, or the file's header."""
 
     codec: str
     named_by: str
@@ -52,7 +52,7 @@ class Encoding:
 
 @dataclass(frozen=True, slots=True)
 class File:
-    """A file of a source: its path from the root down, the name of the source, and where it lies now."""
+    """A file of a source: its path from the root down, the name of the source, and its path on this disk."""
 
     name: str
     source: str
@@ -65,15 +65,15 @@ class File:
 def files(places: Mapping[str, Path], several: bool) -> dict[str, File]:
     """The files in the sources, by path from the root down; hidden ones are left out, as the sources' digests do.
 
-    `places`: each source's local path by its name. The root is the one source's folder; with `several`, its folders
-    are the sources, under their names, and a local file lies at the top.
+    `places`: each source's local path by its name. The root is the folder of the one source. With `several`, the root
+    holds a folder for each source, under its name; a source that is a file lies at the top.
     """
     found = []
     for source, place in places.items():
         if place.is_file():
             found.append(File(source if place.name == source else f"{source}/{place.name}", source, place))
             continue
-        # As a digest goes through a folder: what is read is what was pinned.
+        # A digest goes through a folder by the same function: what is read is what was pinned.
         for name, path in files_within(place).items():
             found.append(File(f"{source}/{name}" if several else name, source, path))
     return {file.name: file for file in sorted(found, key=lambda file: file.name)}
@@ -88,7 +88,7 @@ def select(there: Mapping[str, File], wanted: str | list[str], key: str) -> list
     section = key.partition(".")[0]
     for pattern in [wanted] if isinstance(wanted, str) else wanted:
         path = PurePosixPath(pattern)
-        # The digest of a folder is over what lies in it and is not hidden: nothing else is pinned.
+        # The digest of a folder covers what lies in it and is not hidden: nothing else is pinned.
         if path.is_absolute() or any(part.startswith(".") for part in path.parts):
             raise UserError(
                 f"{key} = '{pattern}': must lie in {section}.source, and not be hidden: only that content is pinned"
@@ -106,8 +106,8 @@ def _matching(there: Mapping[str, File], pattern: PurePosixPath) -> list[str]:
 
 
 def _matches(parts: tuple[str, ...], pattern: tuple[str, ...]) -> bool:
-    # Which beginnings of the path, by their number of parts, the pattern matches so far. Trying all ways of sharing the
-    # parts out among several `**` would take for ever.
+    # The numbers of leading parts that the pattern matches so far. Trying every way to divide the parts among several
+    # `**` would take exponential time.
     ends = {0}
     for wanted in pattern:
         if wanted == "**":
@@ -129,8 +129,8 @@ def _near(there: Mapping[str, File], wanted: PurePosixPath) -> str:
 def records(file: File, encoding: str, section: str = "data") -> Iterator[Located]:
     """The records of a file, each with its place; UserError says where the file is broken.
 
-    `encoding` is of text without a byte order mark, and given by the `section` of the parameters; a gettext catalogue
-    may name its own.
+    `encoding` holds for text without a byte order mark, and comes from the `section` of the parameters; a gettext
+    catalogue may name its own.
     """
     readers: dict[str, Callable[[File, Encoding], Iterator[Located]]] = {
         ".jsonl": _json,
@@ -149,7 +149,7 @@ def records(file: File, encoding: str, section: str = "data") -> Iterator[Locate
 
 
 def value(record: Record, column: str) -> Any:
-    """What a record has in a column, or ABSENT; `a.b` is column b of the object in column a, or a column so named."""
+    """A record's value in a column, or ABSENT; `a.b` is a column so named, else column b of the object in column a."""
     if column in record:
         return record[column]
     inner: Any = record
@@ -161,7 +161,7 @@ def value(record: Record, column: str) -> Any:
 
 
 def columns(found: Iterable[Located]) -> list[str]:
-    """The names of all columns of some records, those of objects as `a.b`."""
+    """The names of all columns of some records; the columns of an object in column a are `a.b`."""
     return list(dict.fromkeys(name for _, record in found for name in _names(record)))
 
 
@@ -185,7 +185,7 @@ def _text(content: bytes, file: File, given: Encoding) -> str:
     try:
         return content.decode(encoding)
     except UnicodeError as error:
-        start = getattr(error, "start", 0)  # a few codecs tell no place
+        start = getattr(error, "start", 0)  # a few codecs do not say where
         line = content[:start].decode(encoding, "replace").count("\n") + 1
         remedy = (
             f"set {given.named_by} to the encoding that the file has"
@@ -200,37 +200,37 @@ def _text(content: bytes, file: File, given: Encoding) -> str:
 def _json(file: File, encoding: Encoding) -> Iterator[Located]:
     """One object a line, one array of objects, or (.json) one object over several lines.
 
-    By hand: a table reader makes dates of date-like strings.
+    Read without a table library, which would turn strings that look like dates into dates.
     """
     text = _text(file.path.read_bytes(), file, encoding)
     start = text.lstrip()
     located: list[tuple[str, Any]]
     if start.startswith("["):
-        try:
-            located = [(f"{file.name}, item {number}", item) for number, item in enumerate(json.loads(text), start=1)]
-        except (ValueError, RecursionError) as error:
-            raise UserError(f"{file.name} is not JSON: {error}") from None
+        items = _parsed(text, f"{file.name} is not JSON")
+        located = [(f"{file.name}, item {number}", item) for number, item in enumerate(items, start=1)]
     elif file.path.suffix.lower() == ".json" and start.split("\n", 1)[0].rstrip() == "{":
-        try:
-            located = [(file.name, json.loads(text))]
-        except (ValueError, RecursionError) as error:
-            raise UserError(f"{file.name} is not JSON: {error}") from None
+        located = [(file.name, _parsed(text, f"{file.name} is not JSON"))]
     else:
-        located = []
-        for number, line in enumerate(text.split("\n"), start=1):
-            if line.strip():
-                try:
-                    located.append((f"{file.name}:{number}", json.loads(line)))
-                except (ValueError, RecursionError) as error:
-                    raise UserError(f"{file.name}:{number} is not a line of JSON: {error}") from None
+        located = [
+            (f"{file.name}:{number}", _parsed(line, f"{file.name}:{number} is not a line of JSON"))
+            for number, line in enumerate(text.split("\n"), start=1)
+            if line.strip()
+        ]
     for where, item in located:
         if not isinstance(item, dict):
             raise UserError(f"{where}: must be an object with the columns as keys, not {type(item).__name__}")
         yield where, item
 
 
+def _parsed(text: str, fault: str) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{fault}: {error}") from None
+
+
 def _delimited(file: File, encoding: Encoding) -> Iterator[Located]:
-    """Fields stay strings ("007"), quoted as in CSV; a row with a field too many or too few is an error, not padded."""
+    """Fields stay strings ("007"), quoted as in CSV. A row with too many or too few fields is an error."""
     text = _text(file.path.read_bytes(), file, encoding)
     delimiter = "\t" if file.path.suffix.lower() == ".tsv" else _delimiter(text)
     csv.field_size_limit(sys.maxsize)  # the default of 128 KiB is less than a long document
@@ -255,22 +255,24 @@ def _delimited(file: File, encoding: Encoding) -> Iterator[Located]:
 
 
 def _delimiter(text: str) -> str:
-    """A comma; but a semicolon (as of spreadsheets where the comma is in numbers), tab or bar if the header has it and
-    no comma: it would be one column, which cannot be both source and target."""
+    """The header's first of comma, semicolon (spreadsheets where numbers have a comma), tab and bar; else a comma.
+
+    With a delimiter that the header lacks, the file would have one column, too few for source and target.
+    """
     header = text.split("\n", 1)[0]
     return next((mark for mark in ",;\t|" if mark in header), ",")
 
 
 def _parquet(file: File, _: Encoding) -> Iterator[Located]:
-    """The rows as Arrow has them: `datasets` would open the files and addresses that a column of images names."""
+    """The rows as Arrow holds them. `datasets` itself would open files and addresses that a column of images names."""
     import datasets
 
     datasets.disable_progress_bars()
-    with TemporaryDirectory(prefix="lora-repro-") as cache:  # a result must not rest on an earlier reading
+    with TemporaryDirectory(prefix="lora-repro-") as cache:  # an earlier reading must not enter a result
         try:
             table = datasets.Dataset.from_parquet(str(file.path), cache_dir=cache, keep_in_memory=True)
             found: list[Record] = table.data.to_pylist()
-        except Exception as error:  # whatever Arrow raises, `datasets` wraps
+        except Exception as error:  # `datasets` wraps whatever Arrow raises
             raise UserError(f"{file.name} is not Parquet: {error.__cause__ or error}") from None
     for number, record in enumerate(found, start=1):
         yield f"{file.name}, row {number}", record
@@ -280,49 +282,45 @@ def _parquet(file: File, _: Encoding) -> Iterator[Located]:
 
 
 def _catalogue(file: File, encoding: Encoding) -> Iterator[Located]:
-    """The entries of a .po file that are translated, without those that are fuzzy, obsolete or have a plural."""
+    """The translated entries of a .po file, without those that are fuzzy, obsolete or have a plural."""
     import polib
 
-    text = _catalogue_text(file, encoding)
+    content = file.path.read_bytes()
+    charset = _charset(content, file)
+    text = _text(content, file, Encoding(charset, "the charset of its header") if charset else encoding)
     for number, line in enumerate(io.StringIO(text, newline=None), start=1):
         bare = line.strip()
-        # polib takes the last character of a string for its quotation mark, whatever it is.
+        # polib drops the last character of a string, in the belief that it is a quotation mark.
         if bare and not bare.startswith("#") and not _PO_LINE.fullmatch(bare):
             raise UserError(
-                f"{file.name}:{number} is no line of a gettext catalogue: it must be a comment, or a string in "
-                "quotation marks, after msgid, msgstr or msgctxt where one begins"
+                f"{file.name}:{number} is not a line of a gettext catalogue: it must be a comment, or a string in "
+                "quotation marks, the first string of each after msgid, msgstr or msgctxt"
             )
     with TemporaryDirectory(prefix="lora-repro-") as folder:
-        # polib would take a text that is the path of a file for that file.
+        # From a file, since polib would read the file whose path a text happens to be.
         decoded = Path(folder) / "decoded.po"
         decoded.write_text(text, encoding="utf-8")
         try:
             entries = polib.pofile(str(decoded), encoding="utf-8")
-        except Exception as error:  # a syntax error is an OSError, and little else is foreseen
-            line_told = re.search(r"\(line (\d+)\)", str(error))
-            place = f"{file.name}:{line_told[1]}" if line_told else file.name
+        except Exception as error:  # polib raises OSError for a syntax error, and anything for other faults
+            named = re.search(r"\(line (\d+)\)", str(error))
+            place = f"{file.name}:{named[1]}" if named else file.name
             raise UserError(
-                f"{place}: an entry of this gettext catalogue is not whole: a msgid must come before its msgstr"
+                f"{place}: an entry of this gettext catalogue is incomplete: a msgid must come before its msgstr"
             ) from None
     for entry in entries:
         if not (entry.obsolete or "fuzzy" in entry.flags):
             yield from _translated(f"{file.name}:{entry.linenum}", entry)
 
 
-def _catalogue_text(file: File, encoding: Encoding) -> str:
-    content = file.path.read_bytes()
-    charset = _charset(content, file)
-    return _text(content, file, Encoding(charset, "the charset of its header") if charset else encoding)
-
-
 def _compiled_catalogue(file: File, encoding: Encoding) -> Iterator[Located]:
-    """The entries of a .mo file, without those that have a plural; what is fuzzy was left out when it was compiled."""
+    """The entries of a .mo file, without those that have a plural; msgfmt has left out fuzzy ones."""
     import polib
 
     charset = _charset(file.path.read_bytes(), file) or encoding.codec
     try:
         entries = polib.mofile(str(file.path), encoding=charset)
-    except Exception as error:  # whatever numbers that lead nowhere bring about
+    except Exception as error:  # offsets that lead out of the file raise anything
         raise UserError(
             f"{file.name} is not a compiled gettext catalogue in {charset.upper()} ({type(error).__name__}: {error}): "
             "compile it anew with msgfmt, or use the .po file"
@@ -333,16 +331,16 @@ def _compiled_catalogue(file: File, encoding: Encoding) -> Iterator[Located]:
 
 def _charset(content: bytes, file: File) -> str | None:
     """The encoding that a catalogue's header names; None for none, or for the template's placeholder."""
-    told = _CHARSET.search(content)
-    if told is None or told[1] == b"CHARSET":
+    named = _CHARSET.search(content)
+    if named is None or named[1] == b"CHARSET":
         return None
-    charset = told[1].decode("ascii", "replace")
+    charset = named[1].decode("ascii", "replace")
     try:
         params.codec(charset)
     except ValueError:
-        line = content.count(b"\n", 0, told.start()) + 1
+        line = content.count(b"\n", 0, named.start()) + 1
         raise UserError(
-            f"{file.name}:{line}: the header names the charset '{charset}', which is no encoding: mend the header"
+            f"{file.name}:{line}: the header names the charset '{charset}', which is not an encoding: correct it"
         ) from None
     return charset
 

@@ -52,7 +52,15 @@ def test_a_recipe_does_not_reach_the_terminal_as_it_is(
 
 def test_no_module_prints_past_the_one_function_that_cleans() -> None:
     """Messages of strangers pass `progress.say` or `UserError`; what else prints shows nothing of theirs."""
-    printing = {"cli.py", "progress.py", "stage.py", "processes.py", "apart.py", "vllm_worker.py", "backend_vllm.py"}
+    printing = {
+        "cli.py",
+        "progress.py",
+        "stage.py",
+        "processes.py",
+        "apart_worker.py",
+        "vllm_worker.py",
+        "backend_vllm.py",
+    }
     found = {
         path.name
         for path in (ROOT / "pipeline").rglob("*.py")

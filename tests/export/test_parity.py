@@ -92,7 +92,7 @@ def test_a_family_that_is_not_written_is_refused_before_anything_is_decoded(
     config = records.read_json(paths.QUANTIZED / "config.json")
     records.write_json(paths.QUANTIZED / "config.json", config | {"model_type": "phi3"})
     monkeypatch.setattr(parity, "_side", lambda *_: 1 / 0)
-    with pytest.raises(UserError, match="family 'phi3', of which no GGUF file is written"):
+    with pytest.raises(UserError, match="family 'phi3', and GGUF files are written only of"):
         parity.measure(project, ["F16"], None, False, 0.01)
 
 

@@ -14,8 +14,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
 from pipeline.core import params, paths, records
 from pipeline.core.errors import UserError
-from pipeline.fetch import fetch
-from pipeline.model import apart
+from pipeline.fetch import fetch, gguf_layout
+from pipeline.model import apart_worker
 from tests.limits import soon
 from tests.made import meta_files, templates
 from tests.made.gguf_files import GGUF_SIZES, SCALES, WINDOW, write_gguf
@@ -112,7 +112,7 @@ def fetched(folder: Path, file: Path, family: str, kind: str = "F32", **more: An
 
 
 @pytest.mark.usefixtures("project")
-@pytest.mark.parametrize("kind", fetch.GGUF_TYPES)
+@pytest.mark.parametrize("kind", gguf_layout.GGUF_TYPES)
 def test_a_gguf_file_becomes_the_checkpoint_it_holds(kind: str, tiny_model: Path, tmp_path: Path) -> None:
     """Of every type: the model is what the gguf library makes of the file's numbers."""
     sizes = {"hidden_size": 256, "intermediate_size": 256, "head_dim": 64} if kind in SCALES else {}
@@ -497,7 +497,7 @@ BROKEN: dict[str, dict[str, Any]] = {
 def test_a_tokenizer_that_breaks_its_library_is_one_error(
     kind: str, project: params.Params, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(apart.SECONDS, "tokenizer", 2)
+    monkeypatch.setitem(apart_worker.SECONDS, "tokenizer", 2)
     folder = shutil.copytree(tiny_model, tmp_path / "model")
     content = json.loads((folder / "tokenizer.json").read_text())
     for key, value in BROKEN[kind].items():

@@ -117,15 +117,15 @@ POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:aa\nsize 3\n"
 FAULTS: dict[str, tuple[Any, str]] = {
     "code": (
         pickled,
-        "00.pth is no file of weights alone, or none .* so it is not .Trying to load .* GLOBAL posix.mkdir",
+        "00.pth is not a file of weights alone, and .* so it is not .Trying to load .* GLOBAL posix.mkdir",
     ),
     "page": (
         lambda f: (f / "consolidated.01.pth").write_text("<html>"),
-        r"01.pth is no file .*\(Unsupported operand 60\)$",
+        r"01.pth is not a file .*\(Unsupported operand 60\)$",
     ),
     "pointer": (lambda f: (f / "consolidated.01.pth").write_text(POINTER), "01.pth is a pointer of Git LFS"),
     "changed places": (swapped, "by its checklist.chk, consolidated.00.pth is not what it lists: download it again"),
-    "list": (lambda f: (f / "params.json").write_text("[]"), r"no description of a Llama \(Input should be a valid"),
+    "list": (lambda f: (f / "params.json").write_text("[]"), r"not describe a Llama \(Input should be a valid"),
     "no part": (lambda f: (f / "consolidated.00.pth").unlink(), "consolidated.00.pth is missing, one of 2 parts"),
     "no weights": (
         lambda f: [(f / f"consolidated.0{rank}.pth").unlink() for rank in (0, 1)],
@@ -134,8 +134,11 @@ FAULTS: dict[str, tuple[Any, str]] = {
     "last part": (lambda f: (f / "consolidated.01.pth").unlink(), "of its 1 files is .* or a file is missing"),
     "noise": (lambda f: (f / "consolidated.01.pth").write_bytes(b"PK" + bytes(500)), "consolidated.01.pth "),
     "cut": (lambda f: cut(f / "consolidated.01.pth"), "01.pth cannot be read, it is damaged or not the whole"),
-    "named by number": (lambda f: torch.save({1: torch.ones(2)}, f / "consolidated.01.pth"), "is no table of tensors"),
-    "no table": (lambda f: torch.save(torch.ones(2), f / "consolidated.01.pth"), "is no table of tensors"),
+    "named by number": (
+        lambda f: torch.save({1: torch.ones(2)}, f / "consolidated.01.pth"),
+        "not a table of tensors",
+    ),
+    "no table": (lambda f: torch.save(torch.ones(2), f / "consolidated.01.pth"), "not a table of tensors"),
     "other norm": (lambda f: saved(f, 1, norm__weight=torch.zeros(32)), "differ in norm.weight"),
     "lacks": (lambda f: in_both(f, output__weight=None), "lacks 1 of .* lm_head.weight"),
     "lacks in one": (lambda f: saved(f, 1, output__weight=None), "2 files hold tensors of different names"),
@@ -153,12 +156,12 @@ FAULTS: dict[str, tuple[Any, str]] = {
     "layer": (lambda f: set_params(f, n_layers=1), "says n_layers = 1, and its files hold 2 layers"),
     "wide heads": (lambda f: set_params(f, n_heads=2, n_kv_heads=1), "turns by 8 frequencies, and its files hold 4"),
     "heads": (lambda f: set_params(f, n_heads=5), "do not divide each other"),
-    "kind": (lambda f: set_params(f, dim="32"), "no description of a Llama .dim: "),
-    "json": (lambda f: (f / "params.json").write_text("{"), "its params.json is no JSON"),
+    "kind": (lambda f: set_params(f, dim="32"), "not describe a Llama .dim: "),
+    "json": (lambda f: (f / "params.json").write_text("{"), "its params.json is not JSON"),
     "no tokenizer": (lambda f: (f / "tokenizer.model").unlink(), "tokenizer.model is missing"),
     "tiktoken": (lambda f: (f / "tokenizer.model").write_text("IQ== 0\nIg== 1\n"), "in tiktoken's format .Llama 3."),
-    "no tokenizer's": (lambda f: (f / "tokenizer.model").write_text("words"), "is no model of sentencepiece"),
-    "unigram": (lambda f: trained_words(f / "tokenizer.model", "unigram"), "would split text in another way"),
+    "no tokenizer's": (lambda f: (f / "tokenizer.model").write_text("words"), "is not a model of sentencepiece"),
+    "unigram": (lambda f: trained_words(f / "tokenizer.model", "unigram"), "would not split text as"),
 }
 
 

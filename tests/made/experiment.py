@@ -7,11 +7,11 @@ from typing import Any
 from pipeline.core import contracts, paths, records
 from pipeline.core.contracts import Forgetting, Scores
 from pipeline.core.params import Compare, Evaluate
-from pipeline.core.records import Decoding, Example, Prediction
+from pipeline.core.records import Example, Prediction
 from pipeline.score import compare
 from pipeline.score.comparison import Comparison
 from pipeline.score.evaluate import score_variant
-from tests.made.records import data_card, quantized_facts, training
+from tests.made.records import data_card, decoding, quantized_facts, training
 
 EVALUATE = Evaluate(
     metrics=["rouge1", "rouge2", "rougeL"],
@@ -60,15 +60,13 @@ def plant(rows: list[Example], keep: dict[str, float], evaluate: Evaluate = EVAL
             [Prediction(row.id, "", 9, text, 9, "stop") for row, text in zip(rows, texts, strict=True)],
         )
         adapter = None if variant == "base" else f"{seed}" * 64
-        decoding = Decoding(
-            variant, "a" * 64, "b" * 64, adapter, GENERATION, "cpu", 2, "float32", {"identical": 1, "examples": 1}
-        )
+        conditions = decoding(variant, adapter_sha256=adapter, generation=GENERATION)
         if variant != "base":
-            decoding = replace(decoding, **change)
+            conditions = replace(conditions, **change)
             trained = int(variant.removeprefix("tuned-"))
             contracts.write(paths.training_summary(trained), training(trained))
             contracts.write(paths.forgetting(trained), Forgetting(trained, None, "b" * 64, "c" * 64))
-        contracts.write(paths.decoding(variant), decoding)
+        contracts.write(paths.decoding(variant), conditions)
         score_variant(variant, evaluate)
 
 

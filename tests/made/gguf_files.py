@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from pipeline.fetch import fetch
+from pipeline.fetch import gguf_layout
 
 GGUF_SIZES: dict[str, dict[str, Any]] = {
     # Room for the token that transformers adds to every tokenizer of Qwen 2; heads as large as Qwen 3's always are.
@@ -93,7 +93,7 @@ def write_gguf(
 
 
 SCALES = {"Q2_K": (80, 84), "Q3_K": (108, 110), "Q4_K": (0, 4), "Q5_K": (0, 4), "Q6_K": (208, 210)} | {
-    kind: (0, 2) for kind in fetch.GGUF_TYPES if kind.startswith("IQ")
+    kind: (0, 2) for kind in gguf_layout.GGUF_TYPES if kind.startswith("IQ")
 }
 """Where the half-precision scales of a block stand; the gguf library reads these types and writes none."""
 

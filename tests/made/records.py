@@ -8,11 +8,13 @@ from pipeline.core.contracts import (
     DataCard,
     Overlap,
     QuantizedFacts,
+    Scores,
     Split,
     TrainingSummary,
     Validation,
     Words,
 )
+from pipeline.core.records import Decoding
 
 
 def data_card(**change: Any) -> DataCard:
@@ -99,5 +101,35 @@ def training(seed: int, **change: Any) -> TrainingSummary:
         training_loss_rows=150,
         gap=0.5,
         logit_change=38.0,
+    )
+    return replace(made, **change)
+
+
+def decoding(variant: str, **change: Any) -> Decoding:
+    generation = {"num_beams": 1, "top_k": 50, "batch_size": 4, "backend": "transformers"}
+    recheck = {"examples": 1, "identical": 1}
+    made = Decoding(variant, "a" * 64, "b" * 64, None, generation, "cpu", 2, "float32", recheck)
+    return replace(made, **change)
+
+
+def scores(variant: str, **change: Any) -> Scores:
+    """One variant's scores in ROUGE-1, of no rows."""
+    made = Scores(
+        variant=variant,
+        signature="rouge-score 0.1.2|F1x100",
+        test_sha256="d" * 64,
+        n=2,
+        groups=2,
+        corpus={"rouge1": 10.0},
+        words=20.0,
+        reference_words=22.0,
+        stopped_by_cap=0.0,
+        empty=0.0,
+        copied=0.0,
+        in_language=None,
+        references_in_language=None,
+        decoding=decoding(variant),
+        examples=[],
+        statistics={},
     )
     return replace(made, **change)

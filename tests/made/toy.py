@@ -1,7 +1,28 @@
 """A toy of the pipeline: a script of a few lines writes what the real stages write, in the same places and formats."""
 
-STAGE = r"""
-import json, sys
+import json
+from typing import Any
+
+from pipeline.core import contracts
+from tests.made import records
+
+RECORDS: dict[str, Any] = {
+    "card": records.data_card(),
+    "base": records.base_facts(),
+    "quantized": records.quantized_facts(perplexity_after=9.5),
+    "training": records.training(17, rows=3, final_loss=1.25),
+    "forgetting": contracts.Forgetting(17, None, "b" * 64, "c" * 64),
+    "decoding": records.decoding("base"),
+    "scores": records.scores("base"),
+}
+"""Whole records, of which the script changes what it needs."""
+STAGE = (
+    f"""
+import json
+RECORDS = json.loads({json.dumps(contracts.content(RECORDS))!r})
+"""
+    + r"""
+import sys
 from pathlib import Path
 from ruamel.yaml import YAML
 
@@ -21,42 +42,46 @@ def run(stage, seed=None):
     if stage == "prepare":
         examples = [dict(id=i, group=i, aspect="who", source=f"text {i}", target=f"ref {i}", lead="") for i in ids]
         rows("out/data/test.jsonl", examples)
-        sizes = dict(read=4, rows=3, groups=2, aspects={"who (?)": 3})
-        write("out/data/card.json", {"splits": {name: sizes for name in ("train", "test")}, "overlap": {}})
+        card = RECORDS["card"]
+        sizes = card["splits"]["test"] | dict(read=4, rows=3, groups=2, aspects={"who (?)": 3})
+        write("out/data/card.json", card | {"splits": {name: sizes for name in ("train", "test")}})
     elif stage == "fetch":
-        write("out/models/base.json", {"parameters": 10})
+        write("out/models/base.json", RECORDS["base"])
     elif stage == "quantize":
-        write("out/models/quantized.json", {"perplexity_after": 9.5, "method": "nf4", "double": True})
+        write("out/models/quantized.json", RECORDS["quantized"])
     elif stage == "train":
         write(f"out/adapters/{seed}/adapter_config.json", {"r": p["lora"]["r"]})
         write(f"out/adapters/{seed}/adapter_model.safetensors", f"weights {seed} {p['lora']['r']}")
-        write(f"out/training/{seed}.json", {"seed": int(seed), "rows": 3, "final_loss": 1.25,
-            "validation": [{"step": 0, "loss": 3.0}, {"step": 3, "loss": 2.0}]})
-        write(f"out/training/{seed}.csv", "step,epoch,loss,tokens\n1,0.0,3.5,10\n2,0.3,2.5,11\n3,0.6,1.25,12\n")
+        validation = [{"step": 0, "loss": 3.0}, {"step": 3, "loss": 2.0}]
+        write(f"out/training/{seed}.json", RECORDS["training"] | {"seed": int(seed), "validation": validation})
+        steps = ["1,0.0,3.5,0.1,1.0,4,10", "2,0.3,2.5,0.1,1.0,4,11", "3,0.6,1.25,0.1,1.0,4,12"]
+        write(f"out/training/{seed}.csv", "\n".join(["step,epoch,loss,learning_rate,grad_norm,rows,tokens", *steps, ""]))
     elif stage == "forget":
-        write(f"out/forgetting/{seed}.json", {"seed": int(seed), "tuned_loss": 3.5})
+        write(f"out/forgetting/{seed}.json", RECORDS["forgetting"] | {"seed": int(seed)})
     elif stage == "infer":
         rows(f"out/predictions/{tuned(seed)}.jsonl", [dict(id=i, prompt_sha256="0", prompt_tokens=1, finish="stop",
             tokens=1, text=f"{tuned(seed)} says {i}") for i in ids])
-        write(f"out/predictions/{tuned(seed)}.json", {"device": "cpu"})
+        write(f"out/predictions/{tuned(seed)}.json", RECORDS["decoding"] | {"variant": tuned(seed)})
     elif stage == "evaluate":
         score = 10.0 if seed == "base" else 30.0
-        write(f"out/scores/{tuned(seed)}.json",
-            {"examples": [dict(id=i, group=i, aspect="who", rouge1=score + n) for n, i in enumerate(ids)]})
+        scored = [dict(id=i, group=i, aspect="who", scores={"rouge1": score + n}) for n, i in enumerate(ids)]
+        write(f"out/scores/{tuned(seed)}.json", RECORDS["scores"] | {"variant": tuned(seed), "examples": scored})
     elif stage == "compare":
         write("reports/metrics.json", {"examples": 2, "rouge1": {"base": 10.5, "tuned": 30.5, "ci_low": 19.0}})
         write("out/comparison/comparison.md", "**Better**: by 20.\n\nand so on")
+        write("out/comparison/comparison.json", {})
         for name in ("comparison.svg", "figures/scores.svg", "tables/scores.csv"):
             write(f"out/comparison/{name}", name)
     elif stage == "track":
         from pipeline.core import params
         from pipeline.record import store, track
         write("reports/index.html", "index.html")
-        track.track(p["seeds"], params.Tracking(**p["tracking"]))
+        track.record(p["seeds"], params.Tracking(**p["tracking"]))
 
 if __name__ == "__main__":
     run(*sys.argv[1:])
 """
+)
 PARAMS = """\
 data: {source: here}
 prompt: {template: "{source}", instructions: {"who (?)": Who}}

@@ -18,7 +18,7 @@ from pipeline.commands import cli, plan
 from pipeline.commands import use as recipes
 from pipeline.core import contracts, params, paths, records
 from pipeline.core.errors import UserError
-from pipeline.fetch import fetch
+from pipeline.fetch import hub_layout
 from pipeline.infer import infer
 from pipeline.infer import scheduler as decode
 from pipeline.lora import (
@@ -87,7 +87,7 @@ def test_the_architecture_of_a_checkpoint_is_read_and_its_parameters_counted(tin
     assert shape.group == 2
 
 
-@pytest.mark.parametrize("family", fetch.FAMILIES)
+@pytest.mark.parametrize("family", hub_layout.FAMILIES)
 def test_every_family_that_is_taken_is_counted(family: str, tiny_model: Path, tmp_path: Path) -> None:
     """All but biases and additional norms: a hundredth of these small models."""
     folder = of_family(family, tied=False, tiny_model=tiny_model, folder=tmp_path)
@@ -158,10 +158,8 @@ def _saved_bytes(model: Any, packed: pack.Packed) -> int:
 
 
 def test_the_numbers_of_other_modules_are_theirs() -> None:
-    assert memory.TILE == pack.WHOLE
     assert memory.KEPT_WEIGHTS == attention.Short.COLUMNS
     assert memory.PREFILL == decode.PREFILL_TOKENS
-    assert memory.WINDOW == quantize.WINDOW
 
 
 def test_the_largest_micro_batch_is_found() -> None:

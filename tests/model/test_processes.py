@@ -191,7 +191,7 @@ def test_nothing_runs_of_what_another_program_sends_in_place_of_a_member(
     codes = members(quantized, attacked)
     assert not Path("ran-0").exists()
     assert codes == [1, 0]
-    assert "process 1 of 2 (counted from 0) sent what is not JSON" in Path("printed-0").read_text()
+    assert "process 1 of 2 (counted from 0) sent text that is not JSON" in Path("printed-0").read_text()
 
 
 @pytest.mark.parametrize("value", [{1: 2}, (1, 2), [{"a"}], {"a": torch.ones(1)}, {"a": numpy.float64(0.1)}])
@@ -298,7 +298,7 @@ def test_members_of_one_machine_listen_to_it_alone(folder: Path, monkeypatch: py
     monkeypatch.setenv("MASTER_ADDR", "0.0.0.0")
     body = "import psutil\nd.join(cpu_only=True)\nd.gather(None)\n"
     body += "found = [one.laddr.ip for one in psutil.Process().net_connections() if one.status == 'LISTEN']\n"
-    body += "told = d.gather(found)\nd._end()\nreturn {'found': told}"
+    body += "told = d.gather(found)\nd._state().destroy_process_group()\nreturn {'found': told}"
     given: Any = distributed.launch(program(body), 2, folder)
     assert [set(addresses) for addresses in given["found"]] == [{"127.0.0.1"}] * 2
 
@@ -309,8 +309,9 @@ def test_members_of_one_machine_listen_to_it_alone(folder: Path, monkeypatch: py
         ("raise UserError('the third row is bad')", "^the third row is bad$"),
         (
             "os.kill(os.getpid(), 9)",
-            r"^process 1 of 2 \(counted from 0\) was killed \(SIGKILL\), and the others were ended; if it was the "
-            "system for want of memory, lower runtime.processes: `dvc repro` goes on from the last checkpoint$",
+            r"^process 1 of 2 \(counted from 0\) was killed \(SIGKILL\), and the others were ended; if the "
+            "system ended it for lack of memory, lower runtime.processes: `dvc repro` continues from the last "
+            "checkpoint$",
         ),
         ("1 / 0", r"^process 1 of 2 \(counted from 0\) failed with exit code 1, and the others were ended: `dvc"),
     ],

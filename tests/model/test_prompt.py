@@ -11,7 +11,7 @@ import pytest
 from pipeline.core import params
 from pipeline.core.errors import UserError
 from pipeline.core.records import Example
-from pipeline.model import apart, checkpoint, prompt
+from pipeline.model import apart, apart_worker, checkpoint
 from pipeline.model.prompt import Encoder, rendered
 from tests.limits import soon
 from tests.made.templates import LOOPS
@@ -232,19 +232,20 @@ def test_a_rendered_template_is_what_transformers_makes_of_it(tokenizer: Any) ->
 def test_templates_run_apart_without_the_secrets_of_the_environment(
     tokenizer: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    prompt._apart.end()
+    apart.worker().end()
     monkeypatch.setenv("HF_TOKEN", "planted0secret")
     rendered(tokenizer, HISTORY)
-    assert prompt._apart.process
-    assert "planted0secret" not in str(psutil.Process(prompt._apart.process.pid).environ())
-    assert prompt._apart.end() == 0
+    process = apart.worker().process
+    assert process
+    assert "planted0secret" not in str(psutil.Process(process.pid).environ())
+    assert apart.worker().end() == 0
 
 
 def test_an_environment_in_which_templates_cannot_be_tried_is_one_error(
     tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    prompt._apart.end()
+    apart.worker().end()
     (tmp_path / "broken.py").write_text("raise SystemExit(3)\n")
-    monkeypatch.setattr(apart, "__file__", str(tmp_path / "broken.py"))
+    monkeypatch.setattr(apart_worker, "__file__", str(tmp_path / "broken.py"))
     with soon(), pytest.raises(UserError, match="the process that tries chat templates and tokenizers ended with 3"):
         Encoder(tokenizer, section(), 512)

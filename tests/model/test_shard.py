@@ -18,7 +18,7 @@ from pipeline import forget, quantize
 from pipeline.core import params, paths, records
 from pipeline.core.errors import UserError
 from pipeline.core.params import Params
-from pipeline.fetch import fetch
+from pipeline.fetch import hub_layout
 from pipeline.infer import infer
 from pipeline.lora import adapter, train
 from pipeline.model import checkpoint, fused, loss, pack, shard
@@ -252,7 +252,7 @@ def learning(project: Params) -> None:
             name: shard.whole(tensor.grad) for name, tensor in tensors if tensor.grad is not None
         }
 
-    for family in fetch.FAMILIES:
+    for family in hub_layout.FAMILIES:
         folder = Path(family)
         whole = checkpoint.pretrained(folder, CPU)
         fused.apply(whole)
@@ -275,7 +275,7 @@ def learning(project: Params) -> None:
 
 
 def test_every_family_is_shared_or_refused(packed: Params, tiny_model: Path) -> None:
-    for family in fetch.FAMILIES:
+    for family in hub_layout.FAMILIES:
         of_family(family, tied=True, tiny_model=tiny_model, folder=Path(family))
     assert members(packed, learning) == [0, 0]
     refused = [line.partition(":")[0] for line in Path("printed-0").read_text().splitlines() if "are not split" in line]

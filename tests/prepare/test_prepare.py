@@ -13,7 +13,9 @@ from pipeline.core import params, paths
 from pipeline.core.errors import UserError
 from pipeline.core.records import Example, read_rows, sha256_file, sha256_tree
 from pipeline.prepare import prepare as data
-from pipeline.prepare.prepare import Overlap, _places, prepare
+from pipeline.prepare.leaks import Overlap
+from pipeline.prepare.prepare import prepare
+from pipeline.prepare.splits import places as places_of
 from pipeline.score import significance
 from tests.limits import soon
 
@@ -478,7 +480,7 @@ def test_too_many_drops_fail_the_stage(run: Prepare) -> None:
 def test_split_left_empty(run: Prepare) -> None:
     fails(
         run,
-        r"no row of test is left: 1 empty target; mend data\.files\.test",
+        r"no row of test is left: 1 empty target; correct data\.files\.test",
         {**GOOD, "test.jsonl": lines(row("x", ""))},
     )
 
@@ -590,7 +592,7 @@ def test_limit_below_the_first_group(run: Prepare) -> None:
 def test_a_limit_of_a_split_that_the_filter_empties(run: Prepare) -> None:
     fails(
         run,
-        "no row of validation is left: 1 too few words; mend data.files.validation",
+        "no row of validation is left: 1 too few words; correct data.files.validation",
         {**GOOD, "validation.jsonl": lines(row("short", "text"))},
         words={"min": 2, "max": None},
         limits={"train": None, "validation": 5, "test": None},
@@ -681,14 +683,14 @@ def test_one_side_for_a_group_and_for_a_source_in_several_groups() -> None:
 
     chained = [made("1", "a", "one"), made("2", "a", "two"), made("3", "b", "TWO "), made("4", "b", "three")]
     alone = [made(str(number), f"g{number}", f"text {number}") for number in range(200)]
-    places = _places([*chained, *alone])
+    places = places_of([*chained, *alone])
     assert len(set(places[:4])) == 1
     assert len(set(places)) == 201
     assert 0 <= min(places) < 0.05
     assert 0.95 < max(places) < 1
-    assert _places(alone[::-1]) == places[4:][::-1]
+    assert places_of(alone[::-1]) == places[4:][::-1]
     empty = [made("1", "a", ""), made("2", "b", ""), made("3", "a", "x"), made("4", "b", "y")]
-    assert len(set(_places(empty))) == 2  # what is empty joins nothing
+    assert len(set(places_of(empty))) == 2  # what is empty joins nothing
 
 
 def test_large_groups_are_held_out_as_often_as_small_ones() -> None:
@@ -697,7 +699,7 @@ def test_large_groups_are_held_out_as_often_as_small_ones() -> None:
         for group in range(300)
         for number in range(20)
     ]
-    places = _places(rows)[::20]
+    places = places_of(rows)[::20]
     assert 40 <= sum(place < 0.2 for place in places) <= 80
 
 
@@ -713,7 +715,7 @@ def test_held_out_rows_join_those_of_the_splits_own_files(run: Prepare) -> None:
     assert len(names) == 1 + card["splits"]["test"]["held_out"] > 3
 
     test = lines(row(words(9000), id=names[1]))
-    with pytest.raises(UserError, match=f"the test split, with what .*: ids repeat: {names[1]}"):
+    with pytest.raises(UserError, match=f"the test split, with its share .*: ids repeat: {names[1]}"):
         run({"train.jsonl": train, "test.jsonl": test}, **options)
 
 
@@ -736,7 +738,7 @@ def test_held_out_rows_share_the_group_of_their_source(run: Prepare) -> None:
 def test_nothing_held_out(run: Prepare) -> None:
     fails(
         run,
-        r"no row of test is left: none was held out of the training files; mend data\.holdout\.test",
+        r"no row of test is left: none was held out of the training files; correct data\.holdout\.test",
         {"train.jsonl": GOOD["train.jsonl"]},
         files=NAMES,
         holdout={"validation": 0.5, "test": 1e-9},
@@ -1011,7 +1013,7 @@ def test_in_a_script_without_spaces_each_character_is_a_word(run: Prepare, capsy
 
 
 def test_conversations_in_a_table_are_told_of_their_format(run: Prepare) -> None:
-    told = "of conversations data.format: chat makes source and target by itself"
+    told = "these are conversations: data.format: chat makes source and target of them"
     fails(run, told, {**GOOD, "train.jsonl": lines(chat("a", "b"))})
 
 

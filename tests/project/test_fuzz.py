@@ -23,7 +23,8 @@ from pipeline import forget
 from pipeline.core import git, params, paths, progress, records
 from pipeline.core import text as sentences
 from pipeline.core.errors import UserError, without_passwords
-from pipeline.fetch import fetch
+from pipeline.fetch import fetch, gguf_layout
+from pipeline.prepare import leaks, splits
 from pipeline.prepare import prepare as data
 from pipeline.record import lockfile, store
 from pipeline.report import figures as charts
@@ -31,7 +32,7 @@ from pipeline.report import marks as overlap
 from pipeline.report import page, wording
 from pipeline.score import metrics
 from pipeline.search import trial
-from pipeline.sources import source, tables
+from pipeline.sources import source, tables, wheels
 from tests import ROOT
 from tests.limits import soon
 from tests.made.comparison import comparison
@@ -224,9 +225,7 @@ def section(kind: str, encoding: str = "utf-8") -> params.Data:
 def read(file: Path, given: params.Data) -> list[records.Example]:
     """The rows of a file as `prepare` reads and writes them."""
     there = tables.File(file.name, "source", file)
-    found = list(tables.records(there, given.encoding))
-    to_examples = {"aclsum": data._papers, "table": data._table, "chat": data._conversations}[given.format]
-    rows = to_examples(given, "train", found, there, 0)
+    rows = data.examples(given, "train", there, 0)
     records.write_rows(file.with_name("written"), rows)
     return rows
 
@@ -331,7 +330,7 @@ class TestText:
     @pytest.mark.parametrize(
         "read",
         [sentences.sentences, sentences.lead, sentences.words, forget.without_tags, wording.markdown, wording.html,
-         page.shown, page.embedded, data._plain, lambda text: data.Overlap([text], 0.5).kind(f"{text} more"),
+         page.shown, page.embedded, splits.plain, lambda text: leaks.Overlap([text], 0.5).kind(f"{text} more"),
          without_passwords],
         ids=["sentences", "lead", "words", "without_tags", "markdown", "html", "shown", "embedded", "plain", "overlap",
              "without_passwords"],
@@ -485,7 +484,7 @@ class TestAddresses:
         printed = capfd.readouterr()
         assert "https://host/simple?key=..., https://other/simple\nhttps://host/?token=...\n" in printed.out
         assert "qzx" not in str(caught.value) + printed.out + printed.err
-        pip = source._why_pip_failed("a==1", "ERROR: no https://user:qzxjvw@host/simple?sig=qzxjvw for a", "data")
+        pip = wheels._why_pip_failed("a==1", "ERROR: no https://user:qzxjvw@host/simple?sig=qzxjvw for a", "data")
         assert "qzx" not in str(UserError(pip))
 
 
@@ -551,7 +550,7 @@ class TestGguf:
             part = draw.choice((sound[:700], sound[:end]))
             changed = part if number == 0 else overwritten(draw, part) if draw.random() < 0.5 else mutated(draw, part)
             file.write_bytes(changed + sound[len(part) :])
-            if told(lambda: fetch._check_gguf(file, "tiny.gguf")):
+            if told(lambda: gguf_layout.require_readable(file)):
                 refused += 1
             elif loaded < 10:
                 loaded += 1
@@ -579,7 +578,7 @@ class TestGguf:
     def test_made_by_hand(self, content: bytes, tmp_path: Path) -> None:
         file = tmp_path / "tiny.gguf"
         file.write_bytes(content)
-        assert "GGUF file" in told(lambda: fetch._check_gguf(file, "tiny.gguf"))
+        assert "GGUF file" in told(lambda: gguf_layout.require_readable(file))
 
     @pytest.mark.parametrize(
         ("content", "message"),
@@ -592,7 +591,7 @@ class TestGguf:
     def test_what_is_no_whole_model_says_what_it_is(self, content: bytes, message: str, tmp_path: Path) -> None:
         file = tmp_path / "tiny.gguf"
         file.write_bytes(content)
-        assert message in told(lambda: fetch._check_gguf(file, "tiny.gguf"))
+        assert message in told(lambda: gguf_layout.require_readable(file))
 
     @pytest.mark.parametrize("key", ["block_count", "embedding_length", "feed_forward_length", "attention.head_count"])
     @pytest.mark.parametrize("value", [0, 3, 2**31])

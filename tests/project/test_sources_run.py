@@ -171,7 +171,7 @@ LATER: dict[str, tuple[Callable[[Path, Path], Path], dict[str, dict[str, Any]], 
     "llama.cpp": (
         gemma3,
         {"prompt": {"max_tokens": 64}, "generation": {"backend": "llama.cpp"}},
-        "a model of family 'gemma3_text', of which no GGUF file is written; only of llama, mistral, qwen2, qwen3",
+        "a model of family 'gemma3_text', and GGUF files are written only of llama, mistral, qwen2, qwen3",
     ),
     "heads": (
         gemma3,

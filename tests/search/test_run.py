@@ -51,9 +51,10 @@ TRAINING = """\
             time.sleep(0.05)
         write(f"out/adapters/{seed}/adapter_config.json", {"r": r})
         write(f"out/adapters/{seed}/adapter_model.safetensors", f"weights {seed} {r} {rate}")
-        write(f"out/training/{seed}.json", {"seed": int(seed), "rows": 3, "final_loss": 1.25, "device": "cpu",
-            "trainable_parameters": 100 * r, "validation": curve, "kept_loss": goal})
-        write(f"out/training/{seed}.csv", "step,epoch,loss,tokens\\n1,0.0,3.5,10\\n")
+        own = dict(seed=int(seed), trainable_parameters=100 * r, validation=curve, kept_loss=goal)
+        write(f"out/training/{seed}.json", RECORDS["training"] | own)
+        steps = ["step,epoch,loss,learning_rate,grad_norm,rows,tokens", "1,0.0,3.5,0.1,1.0,4,10", ""]
+        write(f"out/training/{seed}.csv", "\\n".join(steps))
 """
 INFERENCE = """\
     elif stage == "infer":

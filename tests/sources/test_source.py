@@ -20,7 +20,8 @@ from huggingface_hub import constants, errors
 from pipeline.core import records
 from pipeline.core.errors import UserError
 from pipeline.core.records import sha256_path
-from pipeline.sources import source
+from pipeline.sources import source, wheels
+from pipeline.sources.hub import MODEL_FILES
 from pipeline.sources.source import check, mounted, resolved
 from tests.limits import soon
 
@@ -74,7 +75,7 @@ def forbid_downloads(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: Any) -> None:
         raise AssertionError("downloaded again")
 
-    monkeypatch.setattr(source, "_download", refuse)
+    monkeypatch.setattr(wheels, "_download", refuse)
 
 
 def test_wheel_is_downloaded_once_and_members_are_extracted(
@@ -243,7 +244,7 @@ def test_wheel_that_is_no_archive_is_refused(wheel: Path, tmp_path: Path) -> Non
     kept.parent.mkdir(parents=True)
     kept.write_bytes(broken)
     with (
-        pytest.raises(UserError, match="is no sound wheel"),
+        pytest.raises(UserError, match="is not a sound wheel"),
         resolved(pip_source("demo"), sha256(kept), kind="dataset", key="data"),
     ):
         pass
@@ -260,7 +261,7 @@ def test_pip_failure_is_told_with_pips_words(wheel: Path) -> None:
 
 
 def test_missing_pip_is_told() -> None:
-    told = source._why_pip_failed("x==1", "/bin/python: No module named pip\n", "data")
+    told = wheels._why_pip_failed("x==1", "/bin/python: No module named pip\n", "data")
     assert "python -m ensurepip" in told
 
 
@@ -309,7 +310,7 @@ def test_a_wheel_that_is_exchanged_once_it_was_hashed_is_not_read(
             swap()
             return ZipFile(*given)
 
-        monkeypatch.setattr(source, "ZipFile", opened)
+        monkeypatch.setattr(wheels, "ZipFile", opened)
         with resolved(pip_source("demo/sets/a.txt"), digest, kind="dataset", key="data") as file:
             assert file.read_text() == "A"
 
@@ -380,7 +381,7 @@ def bomb(wheel: Path, kind: str) -> None:
                 for number in range(64):
                     archive.writestr(f"demo/{number}.txt", bytes(2**22))
             case "many":
-                for number in range(source.MOST_FILES + 1):
+                for number in range(wheels.MOST_FILES + 1):
                     archive.writestr(f"demo/{number}", b"", ZIP_STORED)
             case "packed in another way":
                 archive.writestr("demo/a.txt", bytes(2**20), ZIP_BZIP2)
@@ -401,7 +402,7 @@ def bomb(wheel: Path, kind: str) -> None:
         ("many and large", "would unpack to 268,435,456"),
         ("many", "holds 100,001 files"),
         ("packed in another way", "packed in a way that wheels are not"),
-        ("announced as small", "no sound wheel"),
+        ("announced as small", "not a sound wheel"),
     ],
 )
 def test_a_wheel_that_would_fill_the_disk_is_not_unpacked(
@@ -845,7 +846,7 @@ def test_hub_is_asked_for_the_revision_and_no_more_than_needed(hub: Path, monkey
     common = {"repo_id": "owner/repo", "revision": REVISION}
     assert calls == [
         {**common, "repo_type": "dataset", "allow_patterns": None, "ignore_patterns": None},
-        {**common, "repo_type": "model", "allow_patterns": list(source.MODEL_FILES), "ignore_patterns": ["*/*"]},
+        {**common, "repo_type": "model", "allow_patterns": list(MODEL_FILES), "ignore_patterns": ["*/*"]},
         {**common, "repo_type": "dataset", "allow_patterns": ["original", "original/*"], "ignore_patterns": None},
     ]
 

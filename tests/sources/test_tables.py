@@ -291,20 +291,22 @@ def test_a_headers_charset_wins_and_its_placeholder_does_not(tmp_path: Path) -> 
         ("x.mo", compiled([], "no-such")),
         ("x.po", catalogue("hex")),
     ]:
-        with pytest.raises(UserError, match=rf"{name}:\d+: the header names the charset '.*', which is no encoding"):
+        with pytest.raises(
+            UserError, match=rf"{name}:\d+: the header names the charset '.*', which is not an encoding"
+        ):
             read(written(tmp_path, name, content))
 
 
 @pytest.mark.parametrize(
     ("tail", "told"),
     [
-        ('msgid "a"\nmsgstr "cut', r"x\.po:5 is no line of a gettext catalogue"),
-        ('msgid "a"\nmsgstr "cut\\"', r"x\.po:5 is no line"),
-        ('msgid "a" "b"\nmsgstr "c"', r"x\.po:4 is no line"),
-        ('msgid "a"\nmsgstr "b"c"', r"x\.po:5 is no line"),
-        ("hello", r"x\.po:4 is no line"),
-        ('msgstr "a"', r"x\.po:4: an entry of this gettext catalogue is not whole"),
-        ('msgid "a"\nmsgid "b"\nmsgstr "c"', r"x\.po:5: an entry of this gettext catalogue is not whole"),
+        ('msgid "a"\nmsgstr "cut', r"x\.po:5 is not a line of a gettext catalogue"),
+        ('msgid "a"\nmsgstr "cut\\"', r"x\.po:5 is not a line"),
+        ('msgid "a" "b"\nmsgstr "c"', r"x\.po:4 is not a line"),
+        ('msgid "a"\nmsgstr "b"c"', r"x\.po:5 is not a line"),
+        ("hello", r"x\.po:4 is not a line"),
+        ('msgstr "a"', r"x\.po:4: an entry of this gettext catalogue is incomplete"),
+        ('msgid "a"\nmsgid "b"\nmsgstr "c"', r"x\.po:5: an entry of this gettext catalogue is incomplete"),
         ("#| nonsense here", r"x\.po:4: an entry"),
     ],
 )
@@ -316,7 +318,7 @@ def test_a_broken_catalogue_is_told_by_its_line(tmp_path: Path, tail: str, told:
 
 def test_a_catalogue_that_is_the_path_of_a_file_is_not_that_file(tmp_path: Path) -> None:
     secret = written(tmp_path, "secret.po", HEADER + 'msgid "a"\nmsgstr "secret"\n')
-    with pytest.raises(UserError, match=r"x\.po:1 is no line"):
+    with pytest.raises(UserError, match=r"x\.po:1 is not a line"):
         read(written(tmp_path, "x.po", str(secret.path)))
 
 

@@ -1,0 +1,154 @@
+"""A folder in the Hugging Face layout, checked before transformers reads it: its family, its weights, their sizes.
+
+transformers builds a model by its configuration, at any size, before it reads a weight, and makes up weights that are
+missing. So the configuration is compared with the headers of the weight files first.
+"""
+
+import json
+import math
+import re
+from pathlib import Path, PurePath
+from typing import Any
+
+from pipeline.fetch.unfit import UnfitError, require_few_layers
+from pipeline.model import apart
+
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma3_text", "smollm3", "phi3", "granite", "olmo2")
+"""Decoder-only families whose layers are LLaMA's, or differ from them in details that are computed here too.
+
+For each, tests/test_families.py makes a small random model and compares, in float32, with unchanged transformers and
+PEFT: the loss and the adapter's gradients of a packed batch, the texts of greedy decoding, and the logits of the saved
+adapter; with tied and untied embeddings, from one safetensors file and several, and after NF4 quantization. The context
+ends at a sliding window (Mistral, Qwen, Gemma 3, Phi 3) and where longrope changes its frequencies (Phi 3).
+"""
+
+PART = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
+"""transformers' names of several files. Copies of the weights under other names may lie beside them."""
+
+
+def checked(folder: Path) -> dict[str, int]:
+    """How many numbers each tensor of the checkpoint holds; UnfitError for a folder that must not be loaded."""
+    config = _config(folder)
+    listed: dict[str, set[str]] = {}
+    files = _weight_files(folder, config, listed)
+    held = {file: _sizes(folder, file) for file in dict.fromkeys([*files, *listed])}
+    _require_indexed(folder, listed, held)
+    sizes = {tensor: size for tensors in held.values() for tensor, size in tensors.items()}
+    _require_its_layers(config, sizes)
+    if (folder / "tokenizer.json").is_file():
+        apart.require_readable(folder / "tokenizer.json")
+    return sizes
+
+
+def _config(folder: Path) -> dict[str, Any]:
+    """The configuration; UnfitError for a model that cannot be computed, or is not a whole unquantized model."""
+    file = folder / "config.json"
+    if not file.is_file():
+        raise UnfitError(f"no config.json in this folder; it has {_listing(folder)}")
+    try:
+        config: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+        family, architectures = config.get("model_type"), [str(one) for one in config.get("architectures") or []]
+    except (ValueError, RecursionError, AttributeError, TypeError) as error:
+        raise UnfitError(f"its config.json is not a configuration in JSON ({error})") from None
+    if family not in FAMILIES or not all(kind.endswith("ForCausalLM") for kind in architectures):
+        raise UnfitError(
+            f"it is not a causal language model of a known family: model_type {family!r}, architectures "
+            f"{architectures}; known: {', '.join(FAMILIES)}"
+        )
+    if config.get("quantization_config"):
+        raise UnfitError("it is quantized already: name the unquantized checkpoint instead")
+    if config.get("use_bidirectional_attention") or not config.get("is_causal", True):
+        raise UnfitError("its tokens attend to those that follow as well: it cannot write one by one")
+    if (folder / "adapter_config.json").exists():
+        raise UnfitError(
+            "it holds an adapter beside the model (adapter_config.json): merge it into the model first, or remove it"
+        )
+    return config
+
+
+def _weight_files(folder: Path, config: dict[str, Any], listed: dict[str, set[str]]) -> list[str]:
+    """The files of the weights; `listed` is filled with the tensors of each file that an index names.
+
+    UnfitError unless all are in safetensors and in this folder. Others are pickles, which can run code when read.
+    """
+    single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    if single.is_file() and index.is_file():
+        raise UnfitError(
+            f"it holds {single.name} and {index.name}, two sets of weights: remove the one that is not meant"
+        )
+    # A configuration may name its own weights file.
+    files = [str(config["transformers_weights"])] if config.get("transformers_weights") else []
+    files += [single.name] if single.is_file() else [index.name] if index.is_file() else []
+    for each in [folder / file for file in files if file.endswith(".index.json") and _is_within(file)]:
+        try:
+            for tensor, file in json.loads(each.read_text(encoding="utf-8"))["weight_map"].items():
+                listed.setdefault(str(file), set()).add(str(tensor))
+        except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+            raise UnfitError(f"its {each.name} lists no weights ({error!r})") from None
+    files += sorted(listed)
+    if not files and (parts := sorted(path.name for path in folder.iterdir() if PART.fullmatch(path.name))):
+        raise UnfitError(f"it holds {parts[0]} and no {index.name}, which says what belongs together: add it")
+    other = [file for file in files if not file.endswith((".safetensors", ".safetensors.index.json"))]
+    if not files or other:
+        raise UnfitError(
+            f"it holds no weights in safetensors (it has {', '.join(other) or _listing(folder)}); pickled weights "
+            "(.bin, .pt) can run code when they are read, so they never are. Where you trust them: "
+            "AutoModelForCausalLM.from_pretrained(<folder>).save_pretrained(<new folder>), and copy the tokenizer"
+        )
+    if outside := [file for file in files if not _is_within(file)]:  # the pin covers this folder alone
+        raise UnfitError(f"it takes weights from {outside[0]!r}, which leads out of its folder")
+    if missing := [file for file in files if not (folder / file).is_file()]:
+        of = f", one of the {len(listed)} files of its index" if missing[0] in listed else ""
+        raise UnfitError(f"{missing[0]} is named as weights, and is not there{of}")
+    return [file for file in files if not file.endswith(".index.json")]
+
+
+def _sizes(folder: Path, file: str) -> dict[str, int]:
+    """How many numbers each tensor of a file has, by its header."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(folder / file, framework="pt") as opened:
+            return {tensor: math.prod(opened.get_slice(tensor).get_shape()) for tensor in opened.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise UnfitError(f"{file} cannot be read ({error})") from None
+
+
+def _require_indexed(folder: Path, listed: dict[str, set[str]], held: dict[str, dict[str, int]]) -> None:
+    """UnfitError unless each file holds what the index says, and no part of another model lies beside them.
+
+    transformers reads whole files, whatever the index says about them.
+    """
+    for file, tensors in sorted(listed.items()):
+        if differing := sorted(held[file].keys() ^ tensors):
+            here, missing = ("index", "file") if differing[0] in tensors else ("file", "index")
+            raise UnfitError(
+                f"{file} is not what the index says of it: {differing[0]} is in the {here} and not in the {missing}"
+                + (f", and {len(differing) - 1} more differ" if len(differing) > 1 else "")
+            )
+    parts = {path.name for path in folder.iterdir() if PART.fullmatch(path.name)}
+    if listed and (superfluous := sorted(parts - listed.keys())):
+        raise UnfitError(
+            f"{superfluous[0]} is a part of a model that the index does not name: remove what belongs to another model"
+        )
+
+
+def _require_its_layers(config: dict[str, Any], sizes: dict[str, int]) -> None:
+    """UnfitError unless the files hold as many layers as the configuration says."""
+    numbers = {match[1] for tensor in sizes if (match := re.search(r"(?:^|\.)layers\.(\d+)\.", tensor))}
+    require_few_layers(len(numbers))
+    said = config.get("num_hidden_layers", len(numbers))
+    if said != len(numbers):
+        raise UnfitError(
+            f"its config.json says num_hidden_layers = {said!r:.50}, and its files hold {len(numbers)} layers: they "
+            "are of two models, or not complete"
+        )
+
+
+def _is_within(file: str) -> bool:
+    path = PurePath(file)
+    return not path.is_absolute() and not any(part.startswith(".") for part in path.parts)
+
+
+def _listing(folder: Path) -> str:
+    return ", ".join(sorted(path.name for path in folder.iterdir())[:10]) or "nothing"

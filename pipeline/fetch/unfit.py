@@ -1,0 +1,28 @@
+"""The error for a model that cannot be fetched."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from pipeline.core.errors import UserError
+
+MOST_LAYERS = 1000
+"""The largest published models have less than 200."""
+
+
+class UnfitError(UserError):
+    """What is wrong with a model. `named` puts the model's name before it."""
+
+
+@contextmanager
+def named(source: str) -> Iterator[None]:
+    """Say which `model.source` an `UnfitError` is about."""
+    try:
+        yield
+    except UnfitError as error:
+        raise UserError(f"model.source = {source!r}: {error}") from error.__cause__
+
+
+def require_few_layers(count: int) -> None:
+    """UnfitError for more layers than models have: they would all be built before any weight is read."""
+    if count > MOST_LAYERS:
+        raise UnfitError(f"it has {count:,} layers: {MOST_LAYERS:,} are the most")
