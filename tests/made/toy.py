@@ -55,7 +55,8 @@ def run(stage, seed=None):
         validation = [{"step": 0, "loss": 3.0}, {"step": 3, "loss": 2.0}]
         write(f"out/training/{seed}.json", RECORDS["training"] | {"seed": int(seed), "validation": validation})
         steps = ["1,0.0,3.5,0.1,1.0,4,10", "2,0.3,2.5,0.1,1.0,4,11", "3,0.6,1.25,0.1,1.0,4,12"]
-        write(f"out/training/{seed}.csv", "\n".join(["step,epoch,loss,learning_rate,grad_norm,rows,tokens", *steps, ""]))
+        header = "step,epoch,loss,learning_rate,grad_norm,rows,tokens"
+        write(f"out/training/{seed}.csv", "\n".join([header, *steps, ""]))
     elif stage == "forget":
         write(f"out/forgetting/{seed}.json", RECORDS["forgetting"] | {"seed": int(seed)})
     elif stage == "infer":
