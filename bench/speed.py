@@ -9,6 +9,7 @@ Writes reports/bench.md and reports/bench.json.
 
 import argparse
 import json
+import os
 import platform
 import statistics
 import subprocess
@@ -54,7 +55,11 @@ def main() -> int:
     engines = [("infer-ours", str(PROMPTS)), ("infer-transformers", str(best)), ("infer-transformers", "1")]
     inference = rounds(repeats, [*engines, ("infer-llamacpp", "16")])
     document = {
-        "machine": {"processor": platform.processor() or platform.machine(), "threads": threads(), "bf16_gflops": rate},
+        "machine": {
+            "processor": platform.processor() or platform.machine(),
+            "threads": os.cpu_count() or 1,
+            "bf16_gflops": rate,
+        },
         "repeats": repeats,
         "loss_difference": difference,
         "float32_texts": {"same": same, "of": len(exact[0])},
@@ -163,20 +168,28 @@ def agreement(ours: list[Result], theirs: list[Result]) -> dict[str, int]:
     return {"same": sum(mine[name] == other[name] for name in mine), "of": len(mine)}
 
 
-def threads() -> int:
-    import os
-
-    return os.cpu_count() or 1
-
-
 def page(document: Result) -> str:
+    """reports/bench.md, from the content of reports/bench.json."""
     machine = document["machine"]
-    lines = [
-        "# Speed beside others",
-        "",
-        f"One machine ({machine['threads']} CPU threads; bf16 matrix product {machine['bf16_gflops']:.0f} GFLOP/s), "
-        f"medians of {document['repeats']} rounds in which the engines took turns. `make bench` writes this page.",
-        "",
+    return "\n".join(
+        [
+            "# Speed beside others",
+            "",
+            f"One machine ({machine['threads']} CPU threads; bf16 matrix product {machine['bf16_gflops']:.0f} "
+            "GFLOP/s), "
+            f"medians of {document['repeats']} rounds in which the engines took turns. `make bench` writes this page.",
+            "",
+            *_training(document),
+            *_inference(document),
+            *_ratios(document),
+            *_scaling(document),
+            *_adapters(document),
+        ]
+    )
+
+
+def _training(document: Result) -> list[str]:
+    return [
         "## Training",
         "",
         "NF4 base, rank 16 on all linear layers, the same rows in the same order from the same adapter. Tokens are "
@@ -184,40 +197,45 @@ def page(document: Result) -> str:
         "",
         "| | rows/s | tokens/s | peak memory | share |",
         "|---|---|---|---|---|",
-    ]
-    for name, row in document["training"].items():
-        lines.append(
+        *(
             f"| {name} | {row['rows_per_second']:.2f} | {row['tokens_per_second']:.0f} "
             f"| {row['peak_mb'] / 1024:.1f} GB | {row['share_of_rate']:.0%} |"
-        )
-    lines += [
+            for name, row in document["training"].items()
+        ),
         "",
         f"The mean losses of ours (rows by themselves) and TRL differ by {document['loss_difference']:.2%}.",
         "",
+    ]
+
+
+def _inference(document: Result) -> list[str]:
+    exact, rough = document["float32_texts"], document["bfloat16_texts_as_generate"]
+    return [
         "## Inference",
         "",
         f"Greedy, the experiment's first test prompts. generate's best batch was {document['best_generate_batch']}.",
         "",
         "| | examples/s | new tokens/s | peak memory |",
         "|---|---|---|---|",
-    ]
-    for name, row in document["inference"].items():
-        lines.append(
+        *(
             f"| {name} | {row['examples_per_second']:.2f} | {row['tokens_per_second']:.0f} "
             f"| {row['peak_mb'] / 1024:.1f} GB |"
-        )
-    exact, rough = document["float32_texts"], document["bfloat16_texts_as_generate"]
-    lines += [
+            for name, row in document["inference"].items()
+        ),
         "",
         f"In float32 {exact['same']} of {exact['of']} texts are those of generate, one by one. In bfloat16, where "
         f"generate itself writes other texts in other batches, {rough['same']} of {rough['of']} are its best batch's.",
         "",
-        "## Ratios",
-        "",
-        "| | |",
-        "|---|---|",
-        *(f"| {name} | {value:.2f} |" for name, value in document["ratios"].items()),
-        "",
+    ]
+
+
+def _ratios(document: Result) -> list[str]:
+    rows = [f"| {name} | {value:.2f} |" for name, value in document["ratios"].items()]
+    return ["## Ratios", "", "| | |", "|---|---|", *rows, ""]
+
+
+def _scaling(document: Result) -> list[str]:
+    lines = [
         "## Time and memory against size",
         "",
         "One measurement each: training steps on drawn tokens (tokens computed a second), and inference over the first "
@@ -230,9 +248,12 @@ def page(document: Result) -> str:
             f"| {point['peak_mb'] / 1024:.1f} GB |"
             for point in points
         ]
+    return [*lines, ""]
+
+
+def _adapters(document: Result) -> list[str]:
     switching = document["adapters"]
-    lines += [
-        "",
+    return [
         "## Several adapters on one base",
         "",
         f"Loading the base takes {switching['load_base']:.1f} s, putting one more adapter on it (checked as the stage "
@@ -240,7 +261,6 @@ def page(document: Result) -> str:
         "ms.",
         "",
     ]
-    return "\n".join(lines)
 
 
 if __name__ == "__main__":
