@@ -1,12 +1,13 @@
-"""Stage arm: one way of tuning, once a seed, and what its models are worth: `out/claims/arms/<arm>.json`.
+"""Stage arm: tune in one way with each training seed, and evaluate the models: `out/claims/arms/<arm>.json`.
 
-The training step is the pipeline's own (`pipeline.lora.train.Trainer`), and so is how rows become batches. All arms
-see the
-same rows in the same order for the same seed. That order is drawn from the seed itself, where the pipeline draws from a
-hash of seed and epoch: with its order no figure measured so far could be compared, and the learning rates, which were
-chosen with this one, would have to be chosen anew. What is reported are sums of losses for each group of validation
-rows, so that differences between arms can be resampled over texts, and, for the arms that are watched, the distance
-from the base's own distribution on general text (`pipeline.forget`) at several steps. The weights are not kept.
+The training step (`pipeline.lora.train.Trainer`) and the batches are the pipeline's own. For the same seed, all arms
+see the same rows in the same order. That order is drawn from the seed itself, but the pipeline draws it from a hash of
+seed and epoch: with the pipeline's order, earlier figures could not be compared, and the learning rates would have to
+be chosen again.
+
+An arm reports the sum of losses for each group of validation rows, so that differences between arms can be resampled
+over texts. An arm that is watched also reports the distance from the base's own distribution on general text
+(`pipeline.forget`) at several steps. The weights are not kept.
 """
 
 import argparse
@@ -28,15 +29,15 @@ from pipeline.model import load as models
 from pipeline.model.prompt import Encoder, Row
 
 RESULT = Path("arm.json")
-"""What an arm writes, in its lab."""
+"""The result of an arm, in its lab."""
 UNTUNED = "untuned"
-"""Instead of a seed, where nothing is trained."""
+"""Stands for the seed of an arm that is not trained."""
 
 
 @dataclass(frozen=True, slots=True)
 class Look:
-    """After `step` steps: validation loss, and on general text the loss, and the cross-entropy against the base's
-    distribution with the lowest that it can be, the base's entropy. All in nats a token."""
+    """An evaluation after `step` steps: the validation loss, and on general text the loss, the cross-entropy against
+    the base's distribution, and that distribution's entropy, which is the lower bound. In nats per token."""
 
     step: int
     loss: float
@@ -47,7 +48,7 @@ class Look:
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """One tuned model. `sums`: nats over the validation groups of `Result.groups`."""
+    """One tuned model. `sums`: the loss of each validation group of `Result.groups`, in nats."""
 
     parameters: int
     steps: int
@@ -57,7 +58,7 @@ class Run:
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """What an arm came to. `tokens`: supervised ones of each validation group; `runs`: by seed, or `UNTUNED`."""
+    """The result of an arm. `tokens`: supervised tokens of each validation group. `runs`: by seed, or `UNTUNED`."""
 
     groups: list[str]
     tokens: list[int]
@@ -65,7 +66,7 @@ class Result:
     runs: dict[str, Run]
 
     def losses(self) -> list[float]:
-        """The mean validation loss of every run, in nats a token."""
+        """The mean validation loss of each run, in nats per token."""
         return [sum(run.sums) / sum(self.tokens) for run in self.runs.values()]
 
 
@@ -83,7 +84,7 @@ def read(name: str) -> Result:
 
 @dataclass(frozen=True)
 class Bench:
-    """What one arm works with: its own settings, those that all share, and the rows, packed by group."""
+    """The inputs of one arm: its own settings, the settings that all arms share, and the rows, packed by group."""
 
     arm: Arm
     cut: Cut
@@ -94,9 +95,9 @@ class Bench:
 
 
 def run(name: str) -> None:
-    """Tune and evaluate an arm for every seed; a killed run goes on behind the last whole seed.
+    """Tune and evaluate an arm with every seed. A killed run continues after the last seed that was finished.
 
-    UserError for an arm that is not declared, and for rows that do not fit.
+    UserError for an arm that is not declared, and for rows that do not fit into the model's context.
     """
     declared = training.load()
     arm, cut, experiment = training.one(declared.arms, name, "arms"), declared.cut, lab.experiment()
@@ -136,7 +137,7 @@ def run(name: str) -> None:
 def prepared(
     arm: Arm, cut: Cut, experiment: params.Params, examples: dict[str, list[records.Example]]
 ) -> tuple[Bench, list[str]]:
-    """The arm's bench, and the names of the validation groups; UserError for rows that do not fit."""
+    """The inputs of the arm, and the names of the validation groups; UserError for rows that do not fit."""
     tokenizer = checkpoint.tokenizer()
     encoder = Encoder(tokenizer, experiment.prompt, records.read_json(paths.QUANTIZED_FACTS)["context"])
     rows: dict[str, list[Row]] = {split: [encoder.row(one) for one in some] for split, some in examples.items()}
@@ -153,7 +154,7 @@ def prepared(
 
 
 def tuned(bench: Bench, seed: str) -> Run:
-    """Train one model of the arm, unless nothing is to be trained, and evaluate it."""
+    """Train one model of the arm, unless its learning rate is null, and evaluate it."""
     device = devices.choose(bench.experiment.runtime)
     budget = bench.experiment.train.micro_batch_tokens
     if bench.arm.learning_rate is None:
@@ -193,7 +194,7 @@ def tuned(bench: Bench, seed: str) -> Run:
 
 
 def sums(model: Any, trees: Sequence[pack.Tree], budget: int) -> list[float]:
-    """Nats of the supervised tokens of every group, in their order; `model` is in evaluation mode."""
+    """The loss of each group's supervised tokens, in nats, in the order of `trees`. `model` is in evaluation mode."""
     import torch
 
     found: dict[int, float] = {}

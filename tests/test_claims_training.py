@@ -87,7 +87,7 @@ def test_the_pipeline_s_measurements_depend_on_the_arms_that_they_read() -> None
     ("changes", "message"),
     [
         ({"learning_rate": None}, "nothing is trained"),
-        ({"lora": None}, "quantized weights cannot be"),
+        ({"lora": None}, "quantized weights cannot be trained"),
     ],
 )
 def test_an_arm_that_makes_no_sense_is_refused(changes: dict[str, Any], message: str, tmp_path: Path) -> None:
