@@ -16,8 +16,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from claims import full_tuning, lab, training
-from claims.evidence import OUT
+from claims import full_tuning, lab, results, training
+from claims.results import UNTUNED, Look, Run
 from claims.training import Arm, Cut
 from pipeline import forget
 from pipeline.core import params, paths, records, stage
@@ -30,56 +30,6 @@ from pipeline.model.prompt import Encoder, Row
 
 RESULT = Path("arm.json")
 """The result of an arm, in its lab."""
-UNTUNED = "untuned"
-"""Stands for the seed of an arm that is not trained."""
-
-
-@dataclass(frozen=True, slots=True)
-class Look:
-    """An evaluation after `step` steps: the validation loss, and on general text the loss, the cross-entropy against
-    the base's distribution, and that distribution's entropy, which is the lower bound. In nats per token."""
-
-    step: int
-    loss: float
-    general_loss: float
-    cross_entropy: float
-    entropy: float
-
-
-@dataclass(frozen=True, slots=True)
-class Run:
-    """One tuned model. `sums`: the loss of each validation group of `Result.groups`, in nats."""
-
-    parameters: int
-    steps: int
-    sums: list[float]
-    looks: list[Look]
-
-
-@dataclass(frozen=True, slots=True)
-class Result:
-    """The result of an arm. `tokens`: supervised tokens of each validation group. `runs`: by seed, or `UNTUNED`."""
-
-    groups: list[str]
-    tokens: list[int]
-    rows: int
-    runs: dict[str, Run]
-
-    def losses(self) -> list[float]:
-        """The mean validation loss of each run, in nats per token."""
-        return [sum(run.sums) / sum(self.tokens) for run in self.runs.values()]
-
-
-def path(name: str) -> Path:
-    return OUT / "arms" / f"{name}.json"
-
-
-def read(name: str) -> Result:
-    content = records.read_json(path(name))
-    runs = {
-        seed: Run(**run | {"looks": [Look(**look) for look in run["looks"]]}) for seed, run in content["runs"].items()
-    }
-    return Result(**content | {"runs": runs})
 
 
 @dataclass(frozen=True)
@@ -104,8 +54,8 @@ def run(name: str) -> None:
     seeds = [UNTUNED] if arm.learning_rate is None else [str(seed) for seed in declared.training_seeds]
     facts = lab.quantized(arm.base).with_suffix(".json")
     links = {paths.DATA: lab.data("default"), paths.QUANTIZED: lab.quantized(arm.base), paths.QUANTIZED_FACTS: facts}
-    code = [records.sha256_file(Path(__file__)), records.sha256_file(Path(full_tuning.__file__))]
-    with lab.lab(f"arm-{name}", links, {RESULT: path(name)}):
+    code = [records.sha256_file(Path(str(file))) for file in (__file__, full_tuning.__file__, results.__file__)]
+    with lab.lab(f"arm-{name}", links, {RESULT: results.path(name)}):
         examples = {
             split: training.spread(records.read_rows(paths.split(split), records.Example), count)
             for split, count in (("train", cut.train), ("validation", cut.validation))
@@ -224,4 +174,4 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("arm")
     arm = parser.parse_args().arm
-    stage.process(f"claims-arm-{arm}", lambda: run(arm), result=path(arm))
+    stage.process(f"claims-arm-{arm}", lambda: run(arm), result=results.path(arm))
