@@ -1,9 +1,9 @@
-"""How fast, beside what others use, on this machine: `make bench`, after `make repro`.
+"""Speed and memory of this project beside other engines, on this machine: `make bench`, after `make repro`.
 
     python -m bench.speed [--repeats 3]
 
-Engines of one comparison take turns, each in a process of its own; figures are medians, ratios medians of the rounds'
-ratios. A comparison is refused when the losses differ by more than `LOSS_TOLERANCE`, or when in float32 a text differs.
+The engines of a comparison take turns, each in its own process. Figures are medians over the rounds, and so are ratios.
+A comparison is refused if losses differ by more than `LOSS_TOLERANCE`, or if a text differs in float32.
 Writes reports/bench.md and reports/bench.json.
 """
 
@@ -32,7 +32,7 @@ SCALING = {
     "Rank, one row of 512 tokens": ("train-scaling", {n: f"512x1x{n}" for n in (1, 4, 16, 64, 256)}),
     "Examples to write": ("infer-ours", {n: str(n) for n in (12, 48, 96, 300)}),
 }
-"""What time and memory are measured against: an engine, and its setting for each value."""
+"""The quantities that time and memory are measured against: an engine, and its setting for each value."""
 
 
 def main() -> int:
@@ -98,7 +98,7 @@ NAMES = (
 
 
 def run(engine: str, setting: str = "") -> Result:
-    """One measurement in its own process; SystemExit with what it printed if it fails."""
+    """One measurement in its own process; SystemExit with its output if it fails."""
     print(f"measuring {engine} {setting}", file=sys.stderr, flush=True)
     command = [sys.executable, "-m", "bench.engines", engine, *([setting] if setting else [])]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -110,13 +110,13 @@ def run(engine: str, setting: str = "") -> Result:
 
 
 def rounds(repeats: int, engines: list[tuple[str, str]]) -> list[list[Result]]:
-    """Each engine's results, one a round; in a round all take their turn."""
+    """The results of each engine, one for each round. In a round all engines run in turn."""
     taken = [[run(*engine) for engine in engines] for _ in range(repeats)]
     return [list(results) for results in zip(*taken, strict=True)]
 
 
 def ratio(ours: list[Result], theirs: list[Result], unit: str) -> float:
-    """Of our speed to theirs, in `unit` a second: the median over the rounds."""
+    """Our speed over theirs, in `unit` per second: the median over the rounds."""
     return float(
         statistics.median(
             (mine[unit] / mine["seconds"]) / (other[unit] / other["seconds"])
@@ -139,7 +139,7 @@ def mean_loss(results: list[Result]) -> float:
 
 
 def measures(results: list[Result], rate: float) -> dict[str, float]:
-    """Medians over the rounds; `share_of_rate` is of the machine's matrix product (see `arithmetic`)."""
+    """Medians over the rounds. `share_of_rate`: of the rate of the machine's matrix product (see `arithmetic`)."""
     unit = "rows" if "rows" in results[0] else "examples"
     found = {
         f"{unit}_per_second": statistics.median(result[unit] / result["seconds"] for result in results),
