@@ -32,7 +32,7 @@ from pipeline.record import store
 from tests import ROOT
 
 SECRETS = {"AWS_ACCESS_KEY_ID": "a", "AWS_SECRET_ACCESS_KEY": "b", "AWS_DEFAULT_REGION": "us-east-1"}
-"""Any will do for `moto`."""
+"""`moto` accepts any."""
 
 
 def main() -> int:
@@ -76,7 +76,7 @@ def winner(project: Path) -> list[str]:
 
 @contextlib.contextmanager
 def storage(folder: Path, kind: str) -> Iterator[dict[str, str]]:
-    """The configuration of a DVC remote that is there."""
+    """Start the storage of a DVC remote; yields the remote's configuration."""
     if kind == "folder":
         yield {"url": str(folder / "remote")}
         return

@@ -1,4 +1,4 @@
-"""What `bench.speed` measures: one engine doing one task in a process of its own, so that memory is its alone.
+"""The engines that `bench.speed` measures. Each runs one task in its own process, so that the peak memory is its own.
 
     python -m bench.engines ENGINE [SETTING]
 
@@ -34,7 +34,7 @@ STEPS = 8
 BATCH = 8
 PROMPTS = 48
 ALONE = 12
-"""Prompts of the engines that take them one by one."""
+"""The number of prompts for engines that decode them one by one."""
 
 SCALING_STEPS = 4
 ADAPTERS = 8
@@ -73,7 +73,7 @@ class Task:
 
 
 def rate() -> dict[str, Any]:
-    """The machine's bf16 matrix product, as torch computes it: the best of several, GFLOP/s."""
+    """The rate of the machine's bf16 matrix product in torch: the best of several, in GFLOP/s."""
     import torch
 
     Task()
@@ -201,7 +201,7 @@ def train_scaling(setting: str) -> dict[str, Any]:
 
 
 def adapters(_: str) -> dict[str, Any]:
-    """Several adapters on one loaded base: the seconds that loading and switching take."""
+    """The seconds that loading and switching of several adapters on one base take."""
     task = Task()
     trained = adapter.Saved(paths.adapter(task.params.seeds[0]))
     started = time.perf_counter()
@@ -221,7 +221,7 @@ def adapters(_: str) -> dict[str, Any]:
 
 
 def infer_ours(setting: str) -> dict[str, Any]:
-    """Our scheduler, as the stage `infer` runs it: so many prompts, or `float32`."""
+    """Our scheduler, as the stage `infer` runs it. `setting`: the number of prompts, or `float32`."""
     task = Task()
     model = models.quantized(task.device, keep_dequantized=True)
     examples = task.prompts(ALONE if setting == "float32" else int(setting))
@@ -315,7 +315,7 @@ ENGINES: dict[str, Callable[[str], dict[str, Any]]] = {
 def _timed(
     run: Callable[[list[records.Example]], dict[str, list[int]]], examples: list[records.Example]
 ) -> dict[str, Any]:
-    run(examples[-3:])  # kernels are built
+    run(examples[-3:])  # so that kernels are built before the clock starts
     started = time.perf_counter()
     outputs = run(examples)
     return {
@@ -327,7 +327,7 @@ def _timed(
 
 
 def _sizes(model: Any) -> dict[str, int]:
-    """What the arithmetic of a step is counted from."""
+    """The sizes from which the arithmetic of a step is computed."""
     base = model.get_base_model()
     head = base.get_output_embeddings()
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)

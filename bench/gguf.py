@@ -1,10 +1,10 @@
-"""What each GGUF type costs the default experiment's model: perplexity of validation references through llama.cpp.
+"""The cost of each GGUF type for the default experiment's model: perplexity of validation references by llama.cpp.
 
     python -m bench.gguf [--rows 30] [--types F16 Q8_0 ...]
 
-Reads the outputs of the default experiment (`dvc repro` first; the extra llama-cpp), and prints two tables: perplexity
-of the base in NF4 and of the base as it was fetched, by themselves and with the adapter of the first seed; and by how
-much each type moves the weights of the linear layers, |W - Q(W)| / |W| (Frobenius), from what they were before.
+It needs the extra llama-cpp and reads the outputs of the default experiment (`dvc repro` first). It prints two tables:
+the perplexity of the base in NF4 and of the base as it was fetched, each alone and with the adapter of the first seed;
+and the relative change of the linear layers' weights by each type, |W - Q(W)| / |W| (Frobenius).
 """
 
 import argparse
@@ -69,7 +69,7 @@ def perplexity(folder: Path, adapted: bool, kind: str, rows: list[Row]) -> float
 
 
 def linear(folder: Path) -> Any:
-    """The linear layers' weights as float32, in rows of 32, the blocks of these types."""
+    """The linear layers' weights as float32, in rows of 32, which are the blocks of these types."""
     weights = gguf_file.weights(folder)
     names = sorted(name for name, weight in weights.items() if weight.ndim > 1 and "embed" not in name)
     return np.concatenate([weights[name].float().numpy().reshape(-1, 32) for name in names])

@@ -75,7 +75,7 @@ def main() -> int:
 
 
 class Trial:
-    """A project, its state before each stage of an uninterrupted run, and what that run ended with."""
+    """A project, its state before each stage of an uninterrupted run, and the digests at the end of that run."""
 
     def __init__(self, folder: Path) -> None:
         self.project, self.states = folder / "project", folder / "states"
@@ -136,7 +136,8 @@ def make_project(folder: Path, project: Path) -> None:
 
 
 def environment(project: Path) -> dict[str, str]:
-    """That of the tests; DVC's machine-wide cache is the project's own, and what is printed before a kill is seen."""
+    """The environment of the tests, with a machine-wide cache of DVC for this project only, and unbuffered output, so
+    that lines printed before a kill are seen."""
     own = {"DVC_SITE_CACHE_DIR": str(project.parent / "site"), "PYTHONUNBUFFERED": "1"}
     return clone.environment() | own
 
@@ -156,7 +157,7 @@ def run(project: Path, *arguments: str) -> "subprocess.CompletedProcess[str]":
 
 
 def artifacts(project: Path) -> dict[str, str]:
-    """Digest by name: every output but the costs, each stage of dvc.lock, and how many MLflow runs are finished."""
+    """Digests by name: every output except the costs, each stage of dvc.lock, and the states of the MLflow runs."""
     found = {}
     for folder in (paths.OUT, paths.REPORTS):
         for path in sorted((project / folder).rglob("*")):

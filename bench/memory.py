@@ -1,12 +1,12 @@
 """Predicted against measured memory: `pipeline.model.memory` beside the peaks of the default experiment's model on a
 CPU.
 
-    python -m bench.memory                 measures every setting anew: bench/memory.json, and docs/memory.md by it
-    python -m bench.memory --again         docs/memory.md by the measurements that bench/memory.json holds
-    python -m bench.memory JSON            one measurement, in a process of its own
+    python -m bench.memory                 measure every setting, and write bench/memory.json and docs/memory.md
+    python -m bench.memory --again         write docs/memory.md from bench/memory.json
+    python -m bench.memory JSON            one measurement, in its own process
 
-It reads the default experiment's outputs (`dvc repro` first). A peak is the highest of the resident set, in which files
-that are mapped while a checkpoint is read count as well. Neither CUDA nor MPS has been measured.
+It reads the default experiment's outputs (`dvc repro` first). A peak is that of the resident set, which includes files
+that are mapped while a checkpoint is read. Neither CUDA nor MPS has been measured.
 """
 
 import json
@@ -29,11 +29,11 @@ from pipeline.model.shape import Shape
 MEASURED = Path("bench/memory.json")
 PAGE = Path("docs/memory.md")
 RECIPE = "samsum-smollm2-135m"
-"""States the architecture of the default model."""
+"""A recipe that states the architecture of the default model."""
 
 STEPS = 2
 ANSWER = 8
-"""One token in so many is an answer's."""
+"""One token in so many belongs to an answer."""
 
 Setting = dict[str, Any]
 
@@ -67,7 +67,7 @@ EXPERIMENT: list[tuple[str, Setting, str]] = [
 
 
 def predicted(stage: str, setting: Setting) -> memory.Parts:
-    """For the default model, on a CPU; what `setting` does not name is the default experiment's."""
+    """The prediction for the default model on a CPU. Values that `setting` lacks are the default experiment's."""
     given = params.load(recipes.DEFAULT)
     base = memory.Base(_shape(), "bfloat16", "nf4", True, setting.get("keep_dequantized", True))
     stage = stage.partition(" ")[0]
@@ -101,7 +101,7 @@ def _answer(setting: Setting) -> int:
 
 
 def quantizing(setting: Setting) -> None:
-    """What the stage quantize holds; nothing is written."""
+    """Hold in memory what the stage quantize holds; nothing is written."""
     task = Task()
     base = checkpoint.pretrained(paths.BASE, task.device)
     windows = [list(range(100, 100 + memory.WINDOW))] * 2

@@ -1,12 +1,12 @@
-"""Is an experiment over several processes the one of one process, on the default experiment's model and data?
+"""Do several processes give the results of one, on the default experiment's model and data?
 
     python -m bench.processes [--steps 20] [--batch 12] [--rows 60] [--project .]
 
-Takes the base and the data of a project that has run, in a copy. Training: the loss of each step by 2 processes over
-gloo beside that of 1, in the base's dtype and in float32. Inference: the predictions of 2 beside those of 1, for some
-test rows. FSDP: adapter and predictions of 2 processes that share the base, beside those of 2 with one each. Attention
-heads, unquantized and in float32: logits and training losses of 3 processes beside those of 1. All with one thread a
-process. Exits with 1 where losses or logits differ by more than 1e-4 in float32, or files that should be the same.
+It copies the base and the data of a project that has run, and compares, with one thread in each process:
+training, the loss of each step by 2 processes over gloo and by 1, in the base's dtype and in float32; inference, the
+predictions of 2 and of 1 for some test rows; FSDP, adapter and predictions of 2 processes that share the base and of 2
+with a base each; attention heads, unquantized and in float32, logits and training losses of 3 and of 1.
+It exits with 1 if losses or logits differ by more than 1e-4 in float32, or if files differ that should be the same.
 """
 
 import argparse
@@ -58,14 +58,14 @@ def main() -> int:
 
 
 def prepare(place: Path, project: Path, steps: int, batch: int, rows: int) -> None:
-    """A project with another's base and data, of which training takes so many steps, and inference so many rows."""
+    """Make a project with another's base and data, cut to so many training steps and so many rows of the test split."""
     for path in (paths.BASE, paths.BASE_FACTS, paths.QUANTIZED, paths.QUANTIZED_FACTS):
         (place / path).parent.mkdir(parents=True, exist_ok=True)
         copy = shutil.copytree if (project / path).is_dir() else shutil.copy
         copy(project / path, place / path)
     for name in ("dvc.yaml", "params.yaml", "constraints.txt"):
         shutil.copy(ROOT / name, place / name)
-    # Of smaller batches inference has several rounds.
+    # With smaller batches inference has several rounds.
     generation = {"batch_size": 4, "recheck": 2}
     edit(place, train={"batch_size": batch}, generation=generation, runtime={"threads": 1, "device": "cpu"})
     wanted = {"train": steps * batch, "validation": 24, "test": rows}

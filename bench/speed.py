@@ -1,14 +1,15 @@
-"""How fast, beside what others use, on this machine: `make bench`, after `make repro`.
+"""Speed and memory of this project beside other engines, on this machine: `make bench`, after `make repro`.
 
     python -m bench.speed [--repeats 3]
 
-Engines of one comparison take turns, each in a process of its own; figures are medians, ratios medians of the rounds'
-ratios. A comparison is refused when the losses differ by more than `LOSS_TOLERANCE`, or when in float32 a text differs.
+The engines of a comparison take turns, each in its own process. Figures are medians over the rounds, and so are ratios.
+A comparison is refused if losses differ by more than `LOSS_TOLERANCE`, or if a text differs in float32.
 Writes reports/bench.md and reports/bench.json.
 """
 
 import argparse
 import json
+import os
 import platform
 import statistics
 import subprocess
@@ -31,7 +32,7 @@ SCALING = {
     "Rank, one row of 512 tokens": ("train-scaling", {n: f"512x1x{n}" for n in (1, 4, 16, 64, 256)}),
     "Examples to write": ("infer-ours", {n: str(n) for n in (12, 48, 96, 300)}),
 }
-"""What time and memory are measured against: an engine, and its setting for each value."""
+"""The quantities that time and memory are measured against: an engine, and its setting for each value."""
 
 
 def main() -> int:
@@ -54,7 +55,11 @@ def main() -> int:
     engines = [("infer-ours", str(PROMPTS)), ("infer-transformers", str(best)), ("infer-transformers", "1")]
     inference = rounds(repeats, [*engines, ("infer-llamacpp", "16")])
     document = {
-        "machine": {"processor": platform.processor() or platform.machine(), "threads": threads(), "bf16_gflops": rate},
+        "machine": {
+            "processor": platform.processor() or platform.machine(),
+            "threads": os.cpu_count() or 1,
+            "bf16_gflops": rate,
+        },
         "repeats": repeats,
         "loss_difference": difference,
         "float32_texts": {"same": same, "of": len(exact[0])},
@@ -93,7 +98,7 @@ NAMES = (
 
 
 def run(engine: str, setting: str = "") -> Result:
-    """One measurement in its own process; SystemExit with what it printed if it fails."""
+    """One measurement in its own process; SystemExit with its output if it fails."""
     print(f"measuring {engine} {setting}", file=sys.stderr, flush=True)
     command = [sys.executable, "-m", "bench.engines", engine, *([setting] if setting else [])]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -105,13 +110,13 @@ def run(engine: str, setting: str = "") -> Result:
 
 
 def rounds(repeats: int, engines: list[tuple[str, str]]) -> list[list[Result]]:
-    """Each engine's results, one a round; in a round all take their turn."""
+    """The results of each engine, one for each round. In a round all engines run in turn."""
     taken = [[run(*engine) for engine in engines] for _ in range(repeats)]
     return [list(results) for results in zip(*taken, strict=True)]
 
 
 def ratio(ours: list[Result], theirs: list[Result], unit: str) -> float:
-    """Of our speed to theirs, in `unit` a second: the median over the rounds."""
+    """Our speed over theirs, in `unit` per second: the median over the rounds."""
     return float(
         statistics.median(
             (mine[unit] / mine["seconds"]) / (other[unit] / other["seconds"])
@@ -134,7 +139,7 @@ def mean_loss(results: list[Result]) -> float:
 
 
 def measures(results: list[Result], rate: float) -> dict[str, float]:
-    """Medians over the rounds; `share_of_rate` is of the machine's matrix product (see `arithmetic`)."""
+    """Medians over the rounds. `share_of_rate`: of the rate of the machine's matrix product (see `arithmetic`)."""
     unit = "rows" if "rows" in results[0] else "examples"
     found = {
         f"{unit}_per_second": statistics.median(result[unit] / result["seconds"] for result in results),
@@ -163,20 +168,28 @@ def agreement(ours: list[Result], theirs: list[Result]) -> dict[str, int]:
     return {"same": sum(mine[name] == other[name] for name in mine), "of": len(mine)}
 
 
-def threads() -> int:
-    import os
-
-    return os.cpu_count() or 1
-
-
 def page(document: Result) -> str:
+    """reports/bench.md, from the content of reports/bench.json."""
     machine = document["machine"]
-    lines = [
-        "# Speed beside others",
-        "",
-        f"One machine ({machine['threads']} CPU threads; bf16 matrix product {machine['bf16_gflops']:.0f} GFLOP/s), "
-        f"medians of {document['repeats']} rounds in which the engines took turns. `make bench` writes this page.",
-        "",
+    return "\n".join(
+        [
+            "# Speed beside others",
+            "",
+            f"One machine ({machine['threads']} CPU threads; bf16 matrix product {machine['bf16_gflops']:.0f} "
+            "GFLOP/s), "
+            f"medians of {document['repeats']} rounds in which the engines took turns. `make bench` writes this page.",
+            "",
+            *_training(document),
+            *_inference(document),
+            *_ratios(document),
+            *_scaling(document),
+            *_adapters(document),
+        ]
+    )
+
+
+def _training(document: Result) -> list[str]:
+    return [
         "## Training",
         "",
         "NF4 base, rank 16 on all linear layers, the same rows in the same order from the same adapter. Tokens are "
@@ -184,40 +197,45 @@ def page(document: Result) -> str:
         "",
         "| | rows/s | tokens/s | peak memory | share |",
         "|---|---|---|---|---|",
-    ]
-    for name, row in document["training"].items():
-        lines.append(
+        *(
             f"| {name} | {row['rows_per_second']:.2f} | {row['tokens_per_second']:.0f} "
             f"| {row['peak_mb'] / 1024:.1f} GB | {row['share_of_rate']:.0%} |"
-        )
-    lines += [
+            for name, row in document["training"].items()
+        ),
         "",
         f"The mean losses of ours (rows by themselves) and TRL differ by {document['loss_difference']:.2%}.",
         "",
+    ]
+
+
+def _inference(document: Result) -> list[str]:
+    exact, rough = document["float32_texts"], document["bfloat16_texts_as_generate"]
+    return [
         "## Inference",
         "",
         f"Greedy, the experiment's first test prompts. generate's best batch was {document['best_generate_batch']}.",
         "",
         "| | examples/s | new tokens/s | peak memory |",
         "|---|---|---|---|",
-    ]
-    for name, row in document["inference"].items():
-        lines.append(
+        *(
             f"| {name} | {row['examples_per_second']:.2f} | {row['tokens_per_second']:.0f} "
             f"| {row['peak_mb'] / 1024:.1f} GB |"
-        )
-    exact, rough = document["float32_texts"], document["bfloat16_texts_as_generate"]
-    lines += [
+            for name, row in document["inference"].items()
+        ),
         "",
         f"In float32 {exact['same']} of {exact['of']} texts are those of generate, one by one. In bfloat16, where "
         f"generate itself writes other texts in other batches, {rough['same']} of {rough['of']} are its best batch's.",
         "",
-        "## Ratios",
-        "",
-        "| | |",
-        "|---|---|",
-        *(f"| {name} | {value:.2f} |" for name, value in document["ratios"].items()),
-        "",
+    ]
+
+
+def _ratios(document: Result) -> list[str]:
+    rows = [f"| {name} | {value:.2f} |" for name, value in document["ratios"].items()]
+    return ["## Ratios", "", "| | |", "|---|---|", *rows, ""]
+
+
+def _scaling(document: Result) -> list[str]:
+    lines = [
         "## Time and memory against size",
         "",
         "One measurement each: training steps on drawn tokens (tokens computed a second), and inference over the first "
@@ -230,9 +248,12 @@ def page(document: Result) -> str:
             f"| {point['peak_mb'] / 1024:.1f} GB |"
             for point in points
         ]
+    return [*lines, ""]
+
+
+def _adapters(document: Result) -> list[str]:
     switching = document["adapters"]
-    lines += [
-        "",
+    return [
         "## Several adapters on one base",
         "",
         f"Loading the base takes {switching['load_base']:.1f} s, putting one more adapter on it (checked as the stage "
@@ -240,7 +261,6 @@ def page(document: Result) -> str:
         "ms.",
         "",
     ]
-    return "\n".join(lines)
 
 
 if __name__ == "__main__":

@@ -1,11 +1,10 @@
-"""Does a search that is killed in the middle end as if it had not been, with base inference 0 times?
+"""Does a search that is killed end as one that is not, without inference of the base?
 
     python -m bench.sweeps [--default] [--kills 1] [--seed 0]
 
 A project (a tiny random Llama; with `--default` the default experiment on a few rows) runs `dvc repro` once. Then a
-search of 8 trials starts two at once, gets `kill -9` after a number of trials drawn from `--seed`, as often as
-`--kills` says, and is run to its end. Every stage that computes leaves a line in a log: what ran, and how often, is
-counted there, not taken from what the search says.
+search of 8 trials, two at once, is killed (`kill -9`) `--kills` times, each after a number of trials drawn from
+`--seed`, and at last runs to its end. Every stage that computes adds a line to a log, from which runs are counted.
 """
 
 import argparse
@@ -77,7 +76,7 @@ def main() -> int:
 
 
 def verdict(project: Path, code: int) -> int:
-    """Print what the search came to, from its table, the log, git and MLflow; 0 where all is as it should be."""
+    """Print the result of the search by its table, the log, git and MLflow; 0 if all is as it should be."""
     rows, ran = table(project), stages(project)
     refs = subprocess.run(["git", "for-each-ref", "refs/exps"], cwd=project, capture_output=True, text=True).stdout
     names = {line.rpartition("/")[2] for line in refs.splitlines()}
@@ -140,7 +139,7 @@ def log(project: Path) -> Path:
 
 
 def stages(project: Path) -> list[str]:
-    """What was computed since the base was, in order."""
+    """The stages that were computed after the base, in order."""
     return log(project).read_text().splitlines() if log(project).exists() else []
 
 

@@ -1,7 +1,7 @@
-"""Claims about adapters: what quantization, targets and rank change in what is learned, and what is forgotten.
+"""Claims about adapters: how quantization, target layers and rank change what is learned and what is forgotten.
 
-Measured on the arms of `claims/training.yaml`. Losses are means over the supervised tokens of the validation rows, in
-nats; lists hold one value a training seed, and `..._over_...` is how far the first is above the second.
+The models are the arms of `claims/training.yaml`. Losses are means over the supervised tokens of the validation rows,
+in nats. Lists hold one value for each training seed. `..._over_...` is the first value minus the second.
 """
 
 from collections.abc import Callable, Sequence
@@ -10,18 +10,18 @@ from statistics import fmean, variance
 
 import numpy as np
 
-from claims import arms, evidence, lab, resampling
-from claims.arms import Look, Result
+from claims import evidence, lab, resampling, results
 from claims.evidence import Evidence, Value
+from claims.results import UNTUNED, Look, Result
 from pipeline.core import params
 from pipeline.score import significance
 from pipeline.score.significance import Interval
 
 
 def qlora_recovers() -> Evidence:
-    """The gap that NF4 opens in the validation loss, before tuning and after. `excess`: by how much the gap after
-    tuning is above what counts as recovered, the larger of the SD between seeds and a quarter of the gap before."""
-    before, before_nf4, after, after_nf4 = (arms.read(name) for name in ("untuned", "untuned-nf4", "r16", "r16-nf4"))
+    """The gap that NF4 opens in the validation loss, before and after tuning. A gap after tuning counts as recovered up
+    to the larger of the SD between seeds and a quarter of the gap before; `excess` is what it has beyond that."""
+    before, before_nf4, after, after_nf4 = (results.read(name) for name in ("untuned", "untuned-nf4", "r16", "r16-nf4"))
     gap_before = difference(before_nf4, before, lab.experiment().compare)
     gap_after = [there - here for there, here in zip(after_nf4.losses(), after.losses(), strict=True)]
     seed_sd = (fmean([variance(after.losses()), variance(after_nf4.losses())])) ** 0.5
@@ -44,10 +44,11 @@ def qlora_recovers() -> Evidence:
 
 
 def all_linear() -> Evidence:
-    everything, queries = arms.read("r16"), arms.read("qv")
+    """The validation loss with adapters on all linear layers, and on queries and values only."""
+    everything, queries = results.read("r16"), results.read("qv")
     return Evidence(
         {
-            "loss_untuned": arms.read("untuned").losses()[0],
+            "loss_untuned": results.read("untuned").losses()[0],
             "loss_all_linear": everything.losses(),
             "loss_qv": queries.losses(),
             "qv_over_all_linear": mean_difference(queries, everything, lab.experiment().compare),
@@ -60,10 +61,11 @@ def all_linear() -> Evidence:
 
 
 def small_rank() -> Evidence:
-    """`spread`: between the best and the worst rank from 4 on; `quarter_of_gain`: of what r = 4 gains on the base."""
-    untuned = arms.read("untuned").losses()[0]
-    results = {rank: arms.read(f"r{rank}") for rank in (1, 4, 16, 64)}
-    losses = {rank: result.losses() for rank, result in results.items()}
+    """The validation loss by rank. `spread`: the difference between the best and the worst rank from 4 on.
+    `quarter_of_gain`: a quarter of the loss that r = 4 takes off the base's."""
+    untuned = results.read("untuned").losses()[0]
+    found = {rank: results.read(f"r{rank}") for rank in (1, 4, 16, 64)}
+    losses = {rank: result.losses() for rank, result in found.items()}
     larger = list(zip(losses[4], losses[16], losses[64], strict=True))
     values: dict[str, Value] = {f"loss_r{rank}": some for rank, some in losses.items()}
     return Evidence(
@@ -73,53 +75,53 @@ def small_rank() -> Evidence:
             "spread": [max(some) - min(some) for some in larger],
             "quarter_of_gain": [(untuned - loss) / 4 for loss in losses[4]],
             **{
-                f"r1_over_r{rank}": mean_difference(results[1], results[rank], lab.experiment().compare)
+                f"r1_over_r{rank}": mean_difference(found[1], found[rank], lab.experiment().compare)
                 for rank in (4, 16, 64)
             },
         },
-        setting(results[4]),
-        uses("untuned", *(f"r{rank}" for rank in results)),
+        setting(found[4]),
+        uses("untuned", *(f"r{rank}" for rank in found)),
     )
 
 
 def forgets_less() -> Evidence:
-    """Cross-entropy against the base's own distribution on general text: at the end of training, and `_matched`, where
-    each arm first reached the validation loss that all three reach."""
+    """Cross-entropy against the base's own distribution on general text: at the end of training, and (`_matched`) where
+    each arm first reached a validation loss that all three reach."""
     names = ("full", "r64", "r8")
-    results = {name: arms.read(name) for name in names}
-    untuned = arms.read("untuned").losses()[0]
-    curves = {name: [curve(untuned, run.looks) for run in result.runs.values()] for name, result in results.items()}
+    found = {name: results.read(name) for name in names}
+    untuned = results.read("untuned").losses()[0]
+    curves = {name: [curve(untuned, run.looks) for run in result.runs.values()] for name, result in found.items()}
     levels = [max(some[-1][0] for some in seed) for seed in zip(*curves.values(), strict=True)]
-    entropy = results["full"].runs[next(iter(results["full"].runs))].looks[0].entropy
+    entropy = found["full"].runs[next(iter(found["full"].runs))].looks[0].entropy
     values: dict[str, Value] = {"loss_untuned": untuned, "loss_matched": levels, "entropy_base": entropy}
     for name in names:
-        last = [run.looks[-1] for run in results[name].runs.values()]
+        last = [run.looks[-1] for run in found[name].runs.values()]
         values |= {
-            f"loss_{name}": results[name].losses(),
+            f"loss_{name}": found[name].losses(),
             f"general_loss_{name}": [look.general_loss for look in last],
             f"cross_entropy_{name}": [look.cross_entropy for look in last],
             f"cross_entropy_{name}_matched": [
                 at_loss(one, level) for one, level in zip(curves[name], levels, strict=True)
             ],
         }
-    return Evidence(values, setting(results["full"]), uses("untuned", *names))
+    return Evidence(values, setting(found["full"]), uses("untuned", *names))
 
 
 def setting(result: Result) -> list[str]:
-    """What is said with the values of tuned arms."""
+    """The note that goes with the values of tuned arms."""
     (steps,) = {run.steps for run in result.runs.values()}
     rows, texts = result.rows, len(result.groups)
     return [f"{steps} steps on {rows} rows, evaluated on {texts} texts; {len(result.runs)} seeds"]
 
 
 def uses(*names: str) -> list[str]:
-    """The arms that a measurement reads, whose cost is part of its own."""
-    return [arms.path(name).as_posix() for name in names]
+    """The files of the arms that a measurement reads. Their cost is part of its own."""
+    return [results.path(name).as_posix() for name in names]
 
 
 def difference(here: Result, there: Result, compare: params.Compare) -> Interval:
-    """Loss of one untuned model minus that of another, with its interval over texts (paired bootstrap)."""
-    columns_nx3 = np.array([here.runs[arms.UNTUNED].sums, there.runs[arms.UNTUNED].sums, here.tokens]).T
+    """The loss of one untuned model minus that of another, with its interval over texts (paired bootstrap)."""
+    columns_nx3 = np.array([here.runs[UNTUNED].sums, there.runs[UNTUNED].sums, here.tokens]).T
     value = here.losses()[0] - there.losses()[0]
     return resampling.over_texts(
         value, columns_nx3, here.groups, lambda sums_bx3, _: (sums_bx3[:, 0] - sums_bx3[:, 1]) / sums_bx3[:, 2], compare
@@ -127,10 +129,9 @@ def difference(here: Result, there: Result, compare: params.Compare) -> Interval
 
 
 def mean_difference(here: Result, there: Result, compare: params.Compare) -> Interval:
-    """By how much one arm's loss is above another's in the mean of the seeds, with its interval for both kinds of
-    chance, of texts and of seeds (`pipeline.score.significance.over_seeds`). Both are paired: all models read the
-    same texts,
-    and two of one seed have seen the same rows in the same order."""
+    """One arm's loss minus another's, as the mean over seeds, with an interval that covers the choice of texts and of
+    seeds (`pipeline.score.significance.over_seeds`). Both are paired: all models read the same texts, and two models of
+    one seed have seen the same rows in the same order."""
     sums_n, other_n = (np.mean([run.sums for run in result.runs.values()], axis=0) for result in (here, there))
     sums_bx2, _ = significance.resampled_sums(
         np.column_stack([sums_n - other_n, here.tokens]), np.array(here.groups), compare.bootstrap_samples, compare.seed
@@ -149,12 +150,12 @@ def parameters(result: Result) -> int:
 
 
 def curve(untuned: float, looks: Sequence[Look]) -> list[tuple[float, float]]:
-    """Validation loss and cross-entropy from before the first step on, where the latter is the base's entropy."""
+    """(validation loss, cross-entropy) before the first step, where the latter is the base's entropy, and by look."""
     return [(untuned, looks[0].entropy), *((look.loss, look.cross_entropy) for look in looks)]
 
 
 def at_loss(curve: Sequence[tuple[float, float]], level: float) -> float:
-    """The cross-entropy where a curve first comes down to a validation loss, on straight lines between looks."""
+    """The cross-entropy where a curve first reaches a validation loss, on straight lines between looks."""
     for (before, here), (after, there) in pairwise(curve):
         if after <= level:
             share = (before - level) / (before - after) if before > after else 1.0

@@ -1,11 +1,11 @@
-"""What the papers say a LLaMA is made of, checked on the weights of the default experiment's base.
+"""The parts of a LLaMA by the papers' formulas, checked on the weights of the default experiment's base.
 
-Each measurement computes a part of the model by the paper's formula, in float64, from what the part is given while the
-model reads a text, and compares that with what the part gives in float32. Dimensions: L tokens, C the width of the
-model, H query heads, K key-value heads, G query heads a key-value head, D the size of a head, V the vocabulary.
+While the model reads a text, each module's input and output are recorded. A measurement applies the paper's formula to
+the input, in float64, and compares the result with the output, in float32. Dimensions: L tokens, C the width of the
+model, H query heads, K key-value heads, G query heads per key-value head, D the size of a head, V the vocabulary.
 
-Positions are rotated in pairs of dimensions. RoFormer pairs neighbours, this model's weights pair i with i + D/2: the
-same rotation with the dimensions in another order.
+Positions rotate pairs of dimensions. RoFormer pairs neighbours, and this model's weights pair i with i + D/2: the same
+rotation with the dimensions in another order.
 """
 
 from collections.abc import Callable
@@ -25,7 +25,7 @@ TEXT = (
     "cable is pulled. Which of them is cheapest depends on the span, on the ground, and on what stands ready nearby."
 )
 SHIFTS = (1, 16, 128, 1024)
-"""Tokens by which all positions are moved."""
+"""Numbers of tokens by which all positions are shifted."""
 SCALES = (0.1, 3.0, 1000.0)
 
 
@@ -47,13 +47,13 @@ def rotated(states_HxLxD: "torch.Tensor", positions_L: "torch.Tensor", theta: fl
 
 
 def swiglu(x: "torch.Tensor", gate: "torch.Tensor", up: "torch.Tensor", down: "torch.Tensor") -> "torch.Tensor":
-    """(Swish(x W) * x V) W2 (arXiv 2002.05202, equation 6); matrices as linear layers hold them, outputs first."""
+    """(Swish(x W) * x V) W2 (arXiv 2002.05202, equation 6); matrices are stored as in linear layers, outputs first."""
     gated = x @ gate.T
     return (gated * gated.sigmoid() * (x @ up.T)) @ down.T
 
 
 def weights(scores_LxL: "torch.Tensor") -> "torch.Tensor":
-    """Softmax over the tokens up to each one."""
+    """Attention weights: for each token, the softmax over the scores of the tokens up to it."""
     import torch
 
     future_LxL = torch.ones_like(scores_LxL, dtype=torch.bool).triu(1)
@@ -66,18 +66,19 @@ def attended(query_LxD: "torch.Tensor", key_LxD: "torch.Tensor", value_LxD: "tor
 
 
 def error(found: "torch.Tensor", expected: "torch.Tensor") -> float:
-    """The largest relative difference of a row: |found - expected| / |expected|."""
+    """The largest relative difference among the rows: |found - expected| / |expected|."""
     return float(((found.double() - expected).norm(dim=-1) / expected.double().norm(dim=-1)).max())
 
 
 @dataclass(frozen=True, slots=True)
 class Reader:
-    """The base in float32, and what its modules are given and give while it reads TEXT."""
+    """The base in float32, with the inputs and outputs of its modules while it reads TEXT."""
 
     model: Any
     given: "dict[str, torch.Tensor]"
     gave: "dict[str, torch.Tensor]"
-    """By module. Of an attention module, what it gave are its weights, HxLxL, where the implementation has them."""
+    """Inputs and outputs by the module's name. The output of an attention module is its weights, HxLxL, if the
+    implementation returns them."""
 
     def weight(self, name: str) -> "torch.Tensor":
         weight: torch.Tensor = self.model.get_parameter(f"{name}.weight").double()
@@ -98,7 +99,7 @@ class Reader:
         return theta(self.model)
 
     def heads(self, layer: str, kind: str) -> "torch.Tensor":
-        """HxLxD or KxLxD, float64: what q_proj, k_proj or v_proj gave, before rotation."""
+        """The output of q_proj, k_proj or v_proj by heads, before rotation: HxLxD or KxLxD, float64."""
         size = checkpoint.architecture(self.model).head_dim
         states_LxHD = self.gave[f"{layer}.self_attn.{kind}_proj"].double()
         states_HxLxD: torch.Tensor = states_LxHD.unflatten(-1, (-1, size)).transpose(0, 1)
@@ -111,7 +112,7 @@ class Reader:
 
 
 def base() -> Any:
-    """The base in float32, on the CPU: accelerators may round float32 products to fewer bits."""
+    """The base in float32, on the CPU, since accelerators may round float32 products to fewer bits."""
     import torch
 
     runtime = params.load().runtime.model_copy(update={"device": "cpu"})
@@ -124,14 +125,14 @@ def theta(model: Any) -> float:
 
 
 def ids() -> "torch.Tensor":
-    """TEXT, 1xL."""
+    """The token ids of TEXT, 1xL."""
     import torch
 
     return torch.tensor([checkpoint.tokenizer(lab.BASE)(TEXT, add_special_tokens=False).input_ids])
 
 
 def _read(implementation: str | None = None) -> Reader:
-    """With the pipeline's own attention, or with another of transformers'."""
+    """Read TEXT with the pipeline's own attention, or with an implementation of transformers."""
     import torch
 
     reader = Reader(base(), {}, {})
@@ -157,7 +158,7 @@ def _read(implementation: str | None = None) -> Reader:
 
 
 def rmsnorm() -> Evidence:
-    """The norms by the formula, their invariances, and where they stand."""
+    """The norms against the formula, their invariances, and their places in the model."""
     reader = _read()
     epsilon = reader.model.config.rms_norm_eps
     formula, scale, shift = [], [], []
@@ -182,8 +183,8 @@ def rmsnorm() -> Evidence:
 
 
 def _order_error(reader: Reader) -> float:
-    """The largest absolute difference along the residual stream, if each sublayer reads the norm of the stream and adds
-    to it, and the head reads the norm of its end."""
+    """The largest absolute difference between the model's residual stream and one in which each sublayer reads the norm
+    of the stream and adds to it, and the head reads the norm of its end."""
     stream_LxC = reader.gave["model.embed_tokens"]
     pairs = []
     for layer in reader.layers:
@@ -200,12 +201,12 @@ def _order_error(reader: Reader) -> float:
 
 
 def _change(found: "torch.Tensor", before: "torch.Tensor") -> float:
-    """The relative difference of two tensors as wholes: how far something else moves a result."""
+    """The relative difference of two whole tensors: how much a change of the formula moves the result."""
     return float((found.double() - before).norm() / before.double().norm())
 
 
 def rotary() -> Evidence:
-    """The rotation by the formula, and what scores and logits depend on."""
+    """The rotation against the formula, and the dependence of scores and logits on positions."""
     import torch
     from transformers.models.llama import modeling_llama
 
@@ -222,7 +223,7 @@ def rotary() -> Evidence:
         query_HxLxD, key_KxLxD = reader.heads(layer, "q").float(), reader.heads(layer, "k").float()
         key_HxLxD = key_KxLxD.repeat_interleave(len(query_HxLxD) // len(key_KxLxD), 0)
 
-        def scores(  # a query's and a key's positions
+        def scores(  # by the positions of queries and of keys
             query_at_L: "torch.Tensor", key_at_L: "torch.Tensor", query: Any = query_HxLxD, key: Any = key_HxLxD
         ) -> "torch.Tensor":
             return turned(query, query_at_L) @ turned(key, key_at_L).transpose(1, 2)
@@ -249,7 +250,7 @@ def rotary() -> Evidence:
 
 
 def swiglu_mlp() -> Evidence:
-    """All MLPs by the formula, what another gate would give, and their width."""
+    """All MLPs against the formula, the change by another gate, and their width."""
     reader = _read()
     formula, relu = [], []
     for layer in reader.layers:
@@ -269,7 +270,7 @@ def swiglu_mlp() -> Evidence:
 
 
 def causality() -> Evidence:
-    """Of every token's logits, weighted at random, the gradients by the embeddings of all tokens."""
+    """The gradients of each token's logits, weighted at random, with respect to the embeddings of all tokens."""
     import torch
 
     model, ids_1xL = base(), ids()[:, :12]
@@ -289,7 +290,7 @@ def causality() -> Evidence:
 
 
 def gqa_groups() -> Evidence:
-    """Every layer's heads by the formula, with the key-value head of their group, and with another."""
+    """Every layer's heads against the formula, with the key-value head of their group, and with another one."""
     import torch
 
     reader = _read()
@@ -321,11 +322,11 @@ def gqa_groups() -> Evidence:
 
 
 def scaled_dot_product() -> Evidence:
-    """The model's attention weights beside the softmax of scaled dot products, of plain ones, and of cosines."""
+    """The model's attention weights against the softmax of scaled dot products, of plain ones, and of cosines."""
     import torch
 
     formula, unscaled, cosine = [], [], []
-    reader = _read("eager")  # the one implementation that shows its weights
+    reader = _read("eager")  # the only implementation that returns its weights
     for layer in reader.layers:
         query_HxLxD, key_KxLxD, _ = reader.attention_inputs(layer)
         key_HxLxD = key_KxLxD.repeat_interleave(len(query_HxLxD) // len(key_KxLxD), 0)
@@ -337,7 +338,7 @@ def scaled_dot_product() -> Evidence:
         unscaled.append(_variation(found_HxLxL, weights(dot_HxLxL)))
         cosine.append(_variation(found_HxLxL, weights(dot_HxLxL / lengths_HxLxL)))
     output = []
-    reader = _read()  # the one that the pipeline computes with
+    reader = _read()  # the pipeline's implementation
     for layer in reader.layers:
         query_HxLxD, *shared = reader.attention_inputs(layer)
         key_HxLxD, value_HxLxD = (states.repeat_interleave(len(query_HxLxD) // len(states), 0) for states in shared)

@@ -1,12 +1,13 @@
-"""Stage arm: one way of tuning, once a seed, and what its models are worth: `out/claims/arms/<arm>.json`.
+"""Stage arm: tune in one way with each training seed, and evaluate the models: `out/claims/arms/<arm>.json`.
 
-The training step is the pipeline's own (`pipeline.lora.train.Trainer`), and so is how rows become batches. All arms
-see the
-same rows in the same order for the same seed. That order is drawn from the seed itself, where the pipeline draws from a
-hash of seed and epoch: with its order no figure measured so far could be compared, and the learning rates, which were
-chosen with this one, would have to be chosen anew. What is reported are sums of losses for each group of validation
-rows, so that differences between arms can be resampled over texts, and, for the arms that are watched, the distance
-from the base's own distribution on general text (`pipeline.forget`) at several steps. The weights are not kept.
+The training step (`pipeline.lora.train.Trainer`) and the batches are the pipeline's own. For the same seed, all arms
+see the same rows in the same order. That order is drawn from the seed itself, but the pipeline draws it from a hash of
+seed and epoch: with the pipeline's order, earlier figures could not be compared, and the learning rates would have to
+be chosen again.
+
+An arm reports the sum of losses for each group of validation rows, so that differences between arms can be resampled
+over texts. An arm that is watched also reports the distance from the base's own distribution on general text
+(`pipeline.forget`) at several steps. The weights are not kept.
 """
 
 import argparse
@@ -15,8 +16,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from claims import full_tuning, lab, training
-from claims.evidence import OUT
+from claims import full_tuning, lab, results, training
+from claims.results import UNTUNED, Look, Run
 from claims.training import Arm, Cut
 from pipeline import forget
 from pipeline.core import contracts, params, paths, records, stage
@@ -28,62 +29,12 @@ from pipeline.model import load as models
 from pipeline.model.prompt import Encoder, Row
 
 RESULT = Path("arm.json")
-"""What an arm writes, in its lab."""
-UNTUNED = "untuned"
-"""Instead of a seed, where nothing is trained."""
-
-
-@dataclass(frozen=True, slots=True)
-class Look:
-    """After `step` steps: validation loss, and on general text the loss, and the cross-entropy against the base's
-    distribution with the lowest that it can be, the base's entropy. All in nats a token."""
-
-    step: int
-    loss: float
-    general_loss: float
-    cross_entropy: float
-    entropy: float
-
-
-@dataclass(frozen=True, slots=True)
-class Run:
-    """One tuned model. `sums`: nats over the validation groups of `Result.groups`."""
-
-    parameters: int
-    steps: int
-    sums: list[float]
-    looks: list[Look]
-
-
-@dataclass(frozen=True, slots=True)
-class Result:
-    """What an arm came to. `tokens`: supervised ones of each validation group; `runs`: by seed, or `UNTUNED`."""
-
-    groups: list[str]
-    tokens: list[int]
-    rows: int
-    runs: dict[str, Run]
-
-    def losses(self) -> list[float]:
-        """The mean validation loss of every run, in nats a token."""
-        return [sum(run.sums) / sum(self.tokens) for run in self.runs.values()]
-
-
-def path(name: str) -> Path:
-    return OUT / "arms" / f"{name}.json"
-
-
-def read(name: str) -> Result:
-    content = records.read_json(path(name))
-    runs = {
-        seed: Run(**run | {"looks": [Look(**look) for look in run["looks"]]}) for seed, run in content["runs"].items()
-    }
-    return Result(**content | {"runs": runs})
+"""The result of an arm, in its lab."""
 
 
 @dataclass(frozen=True)
 class Bench:
-    """What one arm works with: its own settings, those that all share, and the rows, packed by group."""
+    """The inputs of one arm: its own settings, the settings that all arms share, and the rows, packed by group."""
 
     arm: Arm
     cut: Cut
@@ -94,17 +45,17 @@ class Bench:
 
 
 def run(name: str) -> None:
-    """Tune and evaluate an arm for every seed; a killed run goes on behind the last whole seed.
+    """Tune and evaluate an arm with every seed. A killed run continues after the last seed that was finished.
 
-    UserError for an arm that is not declared, and for rows that do not fit.
+    UserError for an arm that is not declared, and for rows that do not fit into the model's context.
     """
     declared = training.load()
     arm, cut, experiment = training.one(declared.arms, name, "arms"), declared.cut, lab.experiment()
     seeds = [UNTUNED] if arm.learning_rate is None else [str(seed) for seed in declared.training_seeds]
     facts = lab.quantized(arm.base).with_suffix(".json")
     links = {paths.DATA: lab.data("default"), paths.QUANTIZED: lab.quantized(arm.base), paths.QUANTIZED_FACTS: facts}
-    code = [records.sha256_file(Path(__file__)), records.sha256_file(Path(full_tuning.__file__))]
-    with lab.lab(f"arm-{name}", links, {RESULT: path(name)}):
+    code = [records.sha256_file(Path(str(file))) for file in (__file__, full_tuning.__file__, results.__file__)]
+    with lab.lab(f"arm-{name}", links, {RESULT: results.path(name)}):
         examples = {
             split: training.spread(records.read_rows(paths.split(split), records.Example), count)
             for split, count in (("train", cut.train), ("validation", cut.validation))
@@ -136,7 +87,7 @@ def run(name: str) -> None:
 def prepared(
     arm: Arm, cut: Cut, experiment: params.Params, examples: dict[str, list[records.Example]]
 ) -> tuple[Bench, list[str]]:
-    """The arm's bench, and the names of the validation groups; UserError for rows that do not fit."""
+    """The inputs of the arm, and the names of the validation groups; UserError for rows that do not fit."""
     tokenizer = checkpoint.tokenizer()
     encoder = Encoder(tokenizer, experiment.prompt, contracts.read(paths.QUANTIZED_FACTS, QuantizedFacts).context)
     rows: dict[str, list[Row]] = {split: [encoder.row(one) for one in some] for split, some in examples.items()}
@@ -153,7 +104,7 @@ def prepared(
 
 
 def tuned(bench: Bench, seed: str) -> Run:
-    """Train one model of the arm, unless nothing is to be trained, and evaluate it."""
+    """Train one model of the arm, unless its learning rate is null, and evaluate it."""
     device = devices.choose(bench.experiment.runtime)
     budget = bench.experiment.train.micro_batch_tokens
     if bench.arm.learning_rate is None:
@@ -194,7 +145,7 @@ def tuned(bench: Bench, seed: str) -> Run:
 
 
 def sums(model: Any, trees: Sequence[pack.Tree], budget: int) -> list[float]:
-    """Nats of the supervised tokens of every group, in their order; `model` is in evaluation mode."""
+    """The loss of each group's supervised tokens, in nats, in the order of `trees`. `model` is in evaluation mode."""
     import torch
 
     found: dict[int, float] = {}
@@ -224,4 +175,4 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("arm")
     arm = parser.parse_args().arm
-    stage.process(f"claims-arm-{arm}", lambda: run(arm), result=path(arm))
+    stage.process(f"claims-arm-{arm}", lambda: run(arm), result=results.path(arm))

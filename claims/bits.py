@@ -1,4 +1,4 @@
-"""Claims about bits a parameter: of QLoRA's 4-bit blocks (arXiv 2305.14314, section 3), and of llama.cpp's types."""
+"""Claims about bits per parameter: in QLoRA's 4-bit blocks (arXiv 2305.14314, section 3), and in llama.cpp's types."""
 
 import math
 import tempfile
@@ -21,17 +21,17 @@ from pipeline.score.significance import Floats, Interval
 BLOCK = 64
 """Values that share a constant in QLoRA (section 3)."""
 TABLES = ("quant_map", "nested_quant_map", "quant_state.bitsandbytes__nf4")
-"""Of a size that does not depend on the layer's: the code's levels, and what kind of layer it is, as text."""
+"""Tables whose size does not depend on the layer: the levels of the code, and the kind of the layer, as text."""
 GGUF_TYPES = ("Q8_0", "Q5_1", "Q5_0", "Q4_0")
 LLAMA_65B = {"layers": 80, "width": 8192, "feed_forward": 22_016, "words": 32_000}
 FULL_BYTES = 2 + 2 + 8
-"""Of a parameter in full fine-tuning: 16-bit weight and gradient, and two 32-bit moments (QLoRA, section 1)."""
+"""Bytes per parameter in full fine-tuning: 16-bit weight and gradient, two 32-bit moments (QLoRA, section 1)."""
 ADAPTER_RANK = 64
 SEED = 17
 
 
 def nf4() -> Evidence:
-    """The quantized base's file, and the same layers written again without double quantization."""
+    """The bits in the quantized base's file, and in the same layers without double quantization."""
     double = lab.quantized("nf4") / "model.safetensors"
     with tempfile.TemporaryDirectory() as folder:
         single = Path(folder) / "single.safetensors"
@@ -57,7 +57,7 @@ def nf4() -> Evidence:
 
 
 def quantized_layers(file: Path) -> list[str]:
-    """The weights that a file holds in 4 bits."""
+    """The names of the weights that a file holds in 4 bits."""
     from safetensors import safe_open
 
     with safe_open(file, framework="pt") as content:
@@ -65,7 +65,7 @@ def quantized_layers(file: Path) -> list[str]:
 
 
 def write_single(base: Path, layers: Sequence[str], file: Path) -> None:
-    """Some of a base's weights in NF4, with constants that are not quantized themselves, as bitsandbytes writes it."""
+    """Write some of a base's weights in NF4 to `file` as bitsandbytes does, without quantizing their constants."""
     from bitsandbytes.functional import quantize_4bit
     from safetensors import safe_open
     from safetensors.torch import save_file
@@ -83,7 +83,7 @@ def write_single(base: Path, layers: Sequence[str], file: Path) -> None:
 
 
 def count(base: Path, layers: Sequence[str]) -> int:
-    """Parameters of some of a base's weights, before they are packed."""
+    """The number of parameters in some of a base's weights, before they are packed."""
     from safetensors import safe_open
 
     with safe_open(base, framework="pt") as content:
@@ -91,7 +91,7 @@ def count(base: Path, layers: Sequence[str]) -> int:
 
 
 def stored(file: Path, parameters: int) -> dict[str, float]:
-    """Bits a parameter of a file's 4-bit layers: in all but the tables, in the blocks' constants, in the tables."""
+    """Bits per parameter in a file's 4-bit layers: without the tables, of the blocks' constants, and of the tables."""
     from safetensors import safe_open
 
     layers = quantized_layers(file)
@@ -113,7 +113,7 @@ def stored(file: Path, parameters: int) -> dict[str, float]:
 
 
 def memory_65b(bits: float) -> dict[str, float]:
-    """Gigabytes of fine-tuning LLaMA's largest, in full and by QLoRA."""
+    """Memory in GB of fine-tuning the largest LLaMA, in full and by QLoRA, with `bits` per quantized parameter."""
     layers, width, wide = LLAMA_65B["layers"], LLAMA_65B["width"], LLAMA_65B["feed_forward"]
     linear = layers * (4 * width * width + 3 * width * wide)
     embedded = 2 * LLAMA_65B["words"] * width
@@ -125,7 +125,7 @@ def memory_65b(bits: float) -> dict[str, float]:
 
 
 def gguf() -> Evidence:
-    """The base's linear layers in each of llama.cpp's types: their bits, and the perplexity with their values."""
+    """The base's linear layers in each of llama.cpp's types: bits per parameter, errors, and perplexity."""
     from gguf import GGMLQuantizationType, quants
 
     experiment = lab.experiment()
@@ -152,7 +152,7 @@ def gguf() -> Evidence:
             restored = quants.dequantize(blocks, kind)
             size += blocks.nbytes
             sums_3 += products(weight, restored)
-            # In place: fused layers keep the weights of several layers as one.
+            # In place, since a fused layer holds the weights of several layers in one tensor.
             model.get_submodule(layer).weight.data.copy_(torch.from_numpy(restored))
         losses[name] = text_losses(model, texts, name)
         values[f"{label}_bits"] = 8 * size / parameters
@@ -183,12 +183,13 @@ def gguf() -> Evidence:
 
 
 def products(weight: Any, restored: Any) -> Floats:
-    """Of a layer's weights and what quantization makes of them: w w, e e, and e w, where e is the error."""
+    """The dot products w w, e e and e w of a layer's weights w and their error e by quantization."""
     exact, error = weight.ravel().astype(np.float64), (restored - weight).ravel().astype(np.float64)
     return np.array([exact @ exact, error @ error, error @ exact])
 
 
 def errors(label: str, sums_3: Floats) -> dict[str, float]:
+    """The relative error and the growth of the weights in percent, from the sums of `products`."""
     squares, lost, gained = sums_3.tolist()
     return {f"{label}_error_percent": 100 * (lost / squares) ** 0.5, f"{label}_gain_percent": 100 * gained / squares}
 
@@ -201,7 +202,7 @@ def blurred(weight: Any, draw: np.random.Generator) -> Any:
 
 
 def text_losses(model: Any, texts: Sequence[list[int]], label: str) -> Floats:
-    """The negative log-likelihood of each text, summed over its tokens but the first."""
+    """The negative log-likelihood of each text, summed over all tokens but the first, in nats."""
     found = []
     with torch.no_grad(), bar(f"perplexity, {label}", sum(map(len, texts)), "tokens") as advance:
         for text in texts:
@@ -216,7 +217,7 @@ def perplexity(losses_n: Floats, counts_n: Floats) -> float:
 
 
 def rise(differences_n: Floats, counts_n: Floats, given: params.Compare) -> Interval:
-    """By how many percent perplexity is higher, if losses of the texts differ by so much."""
+    """The rise of perplexity in percent, with its interval, if the texts' losses differ by `differences_n`."""
     value = 100 * math.expm1(differences_n.sum() / counts_n.sum())
     columns_nx2 = np.column_stack([differences_n, counts_n])
     texts = range(len(counts_n))

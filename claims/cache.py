@@ -1,4 +1,4 @@
-"""Claims about the key-value cache: grouped-query attention shrinks it (Llama 2, arXiv 2307.09288, section 2.1).
+"""Claims about the key-value cache, which grouped-query attention shrinks (Llama 2, arXiv 2307.09288, section 2.1).
 
 Dimensions: R sequences, L tokens, C columns of the cache, D a head's size.
 """
@@ -18,13 +18,13 @@ from pipeline.model import checkpoint, devices, fused
 
 TEXTS = 3
 ROWS, CONTEXT = 8, 1024
-"""Sequences decoded at once, and tokens that each has behind it: a cache about as large as the model."""
+"""Sequences decoded at once, and the tokens before the next one in each: a cache about as large as the model."""
 ROUNDS = 20
 SEED = 17
 
 
 def grouped_query() -> Evidence:
-    """The default base beside the same model with as many key-value heads as query heads."""
+    """The default base against the same model with as many key-value heads as query heads."""
     device = devices.choose(lab.experiment().runtime)
     grouped = checkpoint.pretrained(lab.BASE, device)
     expanded = expand(grouped)
@@ -56,7 +56,7 @@ def grouped_query() -> Evidence:
 
 
 def expand(model: Any) -> Any:
-    """A copy in which each query head has a key-value head of its own: those of a group, repeated."""
+    """A copy in which each query head has its own key-value head: the head of each group is repeated."""
     expanded = copy.deepcopy(model)
     config = expanded.config
     groups = config.num_attention_heads // config.num_key_value_heads
@@ -74,7 +74,7 @@ def expand(model: Any) -> Any:
 
 
 def held_bytes(model: Any) -> float:
-    """What the cache holds of one token, measured."""
+    """The measured bytes of one token in the cache."""
     slots = decode.Slots(1, decode.COLUMNS)
     _extend(model, slots, 0, torch.zeros(1, 1, dtype=torch.long), 0)
     return sum(held.nbytes for held in slots.held.values()) / decode.COLUMNS
@@ -82,13 +82,13 @@ def held_bytes(model: Any) -> float:
 
 @torch.inference_mode()
 def logit_difference(one: Any, other: Any, ids_1xL: torch.Tensor) -> float:
-    """The largest, over all tokens of a text and all of the vocabulary."""
+    """The largest difference of a logit, over all tokens of a text and the whole vocabulary."""
     return float((one(ids_1xL, use_cache=False).logits - other(ids_1xL, use_cache=False).logits).abs().max())
 
 
 @torch.inference_mode()
 def step(model: Any) -> Callable[[], float]:
-    """One step of decoding: a token behind each of `ROWS` sequences, all of them the same text."""
+    """A call that decodes one token after each of `ROWS` sequences, which all hold the same text."""
     slots = decode.Slots(ROWS, CONTEXT + decode.COLUMNS)
     draw = torch.Generator().manual_seed(SEED)
     ids_1xL = torch.randint(3, model.config.vocab_size, (1, CONTEXT), generator=draw)
@@ -100,7 +100,8 @@ def step(model: Any) -> Callable[[], float]:
 
 @torch.inference_mode()
 def _extend(model: Any, slots: decode.Slots, first: int, ids_RxL: torch.Tensor, start: int) -> Any:
-    """Tokens behind the first `start` of as many slots, from slot `first` on; logits of the last alone."""
+    """Add tokens to slots, one row to each slot from `first` on, behind their first `start` tokens; the logits of the
+    last token."""
     position_L = torch.arange(start, start + ids_RxL.shape[1], device=model.device)
     position_RxL = position_L.expand(ids_RxL.shape)
     visible = -(-(start + ids_RxL.shape[1]) // decode.COLUMNS) * decode.COLUMNS

@@ -1,4 +1,4 @@
-"""Claims about numbers of parameters: of models and of adapters, counted where models have shapes but no values."""
+"""Claims about numbers of parameters, of models and of adapters, counted on models that have shapes but no values."""
 
 from typing import Any
 
@@ -11,7 +11,7 @@ from pipeline.model import attention, checkpoint, devices
 GPT2_WORDS, GPT2_PLACES = 50_257, 2048
 LLAMA_WORDS = 32_000
 LLAMA = {"6.7b": (4096, 32, 32), "13.0b": (5120, 40, 40), "32.5b": (6656, 52, 60), "65.2b": (8192, 64, 80)}
-"""Width, heads and layers of LLaMA, table 2, by the paper's own count of parameters."""
+"""Width, heads and layers (LLaMA, table 2), by the paper's number of parameters."""
 WIDE_OF = 256
 """LLaMA's feed-forward width is 2/3 of 4 times the model's (section 2.2), rounded up to a multiple of this."""
 SMOLLM2 = {
@@ -22,7 +22,7 @@ QUERY_AND_VALUE = ["q_proj", "v_proj"]
 
 
 def lora_gpt3() -> Evidence:
-    """Adapters on GPT-3's queries and values, at ranks 1 and 8; and on a model whose value layers are narrower."""
+    """Adapters on GPT-3's queries and values, at ranks 1 and 8, and on a model with narrower value layers."""
     devices.quieten()
     values: dict[str, evidence.Value] = {}
     for rank in (1, 8):
@@ -61,7 +61,7 @@ def lora_gpt2() -> Evidence:
 
 
 def llama() -> Evidence:
-    """The models of LLaMA's table 2: what has their width, heads and layers has their number of parameters."""
+    """The parameters of models with the widths, heads and layers of LLaMA's table 2."""
     values: dict[str, evidence.Value] = {}
     for name, (width, heads, layers) in LLAMA.items():
         made = _llama(
@@ -80,7 +80,7 @@ def llama() -> Evidence:
 
 
 def trainable(model: Any, rank: int, targets: list[str] | str) -> int:
-    """Parameters of the adapter that training would get."""
+    """Parameters of the adapter that training would use."""
     given = {"r": rank, "alpha": rank, "rslora": False, "dropout": 0.0, "target_modules": targets}
     adapted = adapter.attach(model, params.Lora.model_validate(given), seed=0)
     return sum(tensor.numel() for tensor in adapter.tensors(adapted).values())
@@ -92,7 +92,7 @@ def formula(width: int, layers: int, rank: int) -> int:
 
 
 def _gpt(width: int, heads: int, layers: int) -> Any:
-    """GPT's shapes. OPT has them with queries, keys and values apart, which GPT-2 keeps in one matrix."""
+    """A model of GPT's shapes. OPT keeps queries, keys and values apart; GPT-2 has them in one matrix."""
     from transformers import OPTConfig
 
     return _empty(

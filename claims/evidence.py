@@ -1,7 +1,7 @@
-"""What was measured for a claim: named values, and what has to be said with them. The verdict is not made here.
+"""Evidence for a claim: measured values by name, with notes for the reader. `claims.register` makes the verdict.
 
-A measurement is a function without arguments in the module of its subject, and a stage of `claims/dvc.yaml` that
-carries the claim's name.
+A measurement is a function without arguments in the module of its subject. A stage of `claims/dvc.yaml` runs it by the
+claim's id.
 """
 
 import argparse
@@ -21,16 +21,16 @@ OUT = paths.OUT / "claims"
 """Everything that the claims' pipeline computes."""
 
 Value = float | Interval | list[float]
-"""A number; a number with its interval; or one number a training seed."""
+"""A number, a number with its interval, or one number for each training seed."""
 
 
 @dataclass(frozen=True, slots=True)
 class Evidence:
-    """Values by name, with units in the name or in the register's text, and `notes`: sentences for the reader.
+    """Values by name, with units in the name or in the register's text.
 
-    `uses` are the results (paths below `out/claims`) that other stages computed for it, whose cost is part of its own.
-    `not_run` says what was missing where nothing could be measured (`a GPU with 24 GB`); `not_comparable` why what was
-    measured says nothing about the claim at this scale.
+    `notes`: sentences for the reader. `uses`: results of other stages (paths below `out/claims`) whose cost is part of
+    this measurement's. `not_run`: what was missing, if nothing could be measured (`a GPU with 24 GB`).
+    `not_comparable`: why the values say nothing about the claim at this scale.
     """
 
     values: dict[str, Value] = field(default_factory=dict)
@@ -53,17 +53,17 @@ def numbers(value: Value) -> list[float]:
 
 
 def largest(values: Iterable[float]) -> float:
-    """NaN where one of them is, which `max` may pass over: no layer may hide another's fault."""
+    """The largest value; NaN if any value is, which `max` may pass over: no layer may hide another's fault."""
     return float(np.max(list(values)))
 
 
 def least(values: Iterable[float]) -> float:
-    """NaN where one of them is, as `largest`."""
+    """The smallest value; NaN if any value is, as in `largest`."""
     return float(np.min(list(values)))
 
 
 def path(claim: str) -> Path:
-    """The evidence of one claim."""
+    """The file of one claim's evidence."""
     return OUT / "evidence" / f"{claim}.json"
 
 
@@ -77,7 +77,7 @@ def write(claim: str, evidence: Evidence) -> None:
 
 
 def main(measurements: Mapping[str, Callable[[], Evidence]]) -> None:
-    """The command line of a subject: take the measurements of the claims that are named, and write their evidence."""
+    """The command line of a subject: measure the claims that are named, and write their evidence."""
     parser = argparse.ArgumentParser()
     parser.add_argument("claims", nargs="+", choices=list(measurements), metavar="claim")
     for claim in parser.parse_args().claims:

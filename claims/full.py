@@ -1,4 +1,4 @@
-"""Claims that need a GPU and the model hub: the recipe's whole experiment, base and tuned, where there are both."""
+"""Claims that need a GPU and the model hub: with both, the recipe's whole experiment runs, base and tuned."""
 
 import argparse
 import subprocess
@@ -17,8 +17,8 @@ SECONDS_FOR_THE_HUB = 10.0
 
 
 def measure(name: str) -> Evidence:
-    """Run the recipe of a claim in a clone, or say what is missing. The values are those of `reports/metrics.json`:
-    `rouge1`, `rouge2`, ... of the tuned model in points, `rouge1_base` and so on of the base."""
+    """Run the recipe of a claim in a clone, or report what is missing. The values come from `reports/metrics.json`, in
+    points: `rouge1`, `rouge2`, ... for the tuned model, `rouge1_base` and so on for the base."""
     claim = register.one(name)
     missing = _missing(claim.needs)
     if claim.recipe is None:
@@ -45,7 +45,7 @@ def _scores(metrics: dict[str, dict[str, float]]) -> Evidence:
 
 
 def _missing(needs: recipes.Needs) -> list[str]:
-    """What this machine lacks, in words that follow `needs`."""
+    """What this machine lacks, as a verdict prints it behind "needs"."""
     missing = []
     if needs.gpu_gb and not any(gb >= needs.gpu_gb for _, gb in recipes.gpus()):
         missing.append(f"a GPU with {needs.gpu_gb:g} GB")

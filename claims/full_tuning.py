@@ -1,10 +1,8 @@
-"""Full fine-tuning: every weight of the unquantized base is trained, beside a copy of it that stays what it was.
+"""Full fine-tuning: every weight of the unquantized base is trained, beside an unchanged copy of the base.
 
-For `pipeline.lora.train.Trainer`, which trains what requires a gradient: masters, gradients' sums and AdamW's moments
-in
-float32, forward and backward pass in the model's dtype. The layers are transformers' own: those of
-`pipeline.model.fused`
-give no gradient to weights.
+`pipeline.lora.train.Trainer` trains every tensor that requires a gradient. Master weights, sums of gradients and
+AdamW's moments are in float32, forward and backward pass in the model's dtype. The layers are transformers' own, since
+those of `pipeline.model.fused` compute no gradient for weights.
 """
 
 from collections.abc import Iterator
@@ -20,7 +18,7 @@ if TYPE_CHECKING:
 
 
 class Both:
-    """The tuned model and its base, in the form of an adapted one: within `disable_adapter()` it is the base."""
+    """The tuned model and its base, with the interface of an adapted model: in `disable_adapter()` it is the base."""
 
     def __init__(self, tuned: Any, base: Any) -> None:
         self.tuned, self.base = tuned, base
@@ -47,7 +45,7 @@ class Both:
 
 
 def load(device: "torch.device") -> Both:
-    """The unquantized base twice, all weights of one trainable; UserError when it is not what was written."""
+    """Load the unquantized base twice, one of them with trainable weights; UserError if its files were changed."""
     checkpoint.require_intact(paths.QUANTIZED, contracts.read(paths.QUANTIZED_FACTS, QuantizedFacts).sha256)
     tuned, base = (checkpoint.pretrained(paths.QUANTIZED, device).eval() for _ in range(2))
     base.requires_grad_(False)

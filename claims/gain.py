@@ -1,7 +1,6 @@
-"""Claims about the gain: what the base and the tuned models write, scored and compared as the pipeline does it.
+"""Claims about the gain by tuning: answers of the base and of the tuned models, scored and compared by the pipeline.
 
-Intervals are for both kinds of chance, of test examples and of training seeds
-(`pipeline.score.significance.over_seeds`).
+Intervals cover the choice of test examples and of training seeds (`pipeline.score.significance.over_seeds`).
 """
 
 from collections.abc import Callable, Sequence
@@ -19,8 +18,8 @@ from pipeline.score.compare import Table
 
 
 def measure(task: str) -> Evidence:
-    """`<metric>_base`, `<metric>_tuned` and `<metric>_gain`, in points, and how far tuned is above each reference line
-    (`<metric>_over_<line>`, as in the report: lead or copy, wrong_aspect, base_cut)."""
+    """`<metric>_base`, `<metric>_tuned` and `<metric>_gain`, in points, and tuned minus each reference line as
+    `<metric>_over_<line>`. The lines are those of the report: lead or copy, wrong_aspect, base_cut."""
     experiment = lab.experiment(task)
     test = variants.rows(task, "test")
     seeds = [str(seed) for seed in training.load().training_seeds]
@@ -47,9 +46,9 @@ def measure(task: str) -> Evidence:
 
 
 def answers(task: str, seeds: Sequence[str], test: Sequence[Example]) -> list[list[str]]:
-    """The texts of the base and of every seed, in the order of the test split.
+    """The answers of the base and of each seed's model, in the order of the test split.
 
-    UserError when rows are missing, or when they were not decoded under the same conditions, but for the adapter.
+    UserError if answers are missing, or if decoding differed in more than the adapter.
     """
     texts: list[list[str]] = []
     decodings: list[Decoding] = []
@@ -62,8 +61,8 @@ def answers(task: str, seeds: Sequence[str], test: Sequence[Example]) -> list[li
         decodings.append(contracts.read(folder / variants.DECODING, Decoding))
         problems += compare.unequal(called, decodings[-1], decodings[0])
     if problems:
-        told = f"base and tuned of {task} were not tried under the same conditions; run `dvc repro claims/dvc.yaml`:"
-        raise listing(problems, told)
+        headline = f"base and tuned of {task} were decoded under different conditions; run `dvc repro claims/dvc.yaml`:"
+        raise listing(problems, headline)
     return texts
 
 

@@ -1,4 +1,4 @@
-"""What measurements share: the base, its quantized forms, and the data of two recipes, as the pipeline makes them."""
+"""Stages fetch, prepare and quantize of the claims: the inputs that measurements share, made by the pipeline's code."""
 
 import argparse
 
@@ -22,7 +22,7 @@ def prepare(task: str) -> None:
 
 
 def quantize_base(method: str) -> None:
-    """The default experiment's quantization, but for its method; the constants of 4-bit blocks are quantized too."""
+    """Quantize the base as in the default experiment, but by `method`; NF4 with double quantization."""
     experiment = lab.experiment()
     given = experiment.quantize.model_dump() | {"method": method, "double_quantization": method == "nf4"}
     links = {paths.BASE: lab.BASE, paths.BASE_FACTS: lab.BASE_FACTS, paths.DATA: lab.data("default")}

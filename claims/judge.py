@@ -10,7 +10,7 @@ from pipeline.core.progress import say
 
 
 def path(claim: str) -> Path:
-    """The verdict on one claim."""
+    """The file of the verdict on one claim."""
     return evidence.OUT / "verdicts" / f"{claim}.json"
 
 

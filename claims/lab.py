@@ -1,7 +1,7 @@
-"""The pipeline's own functions at work on a claim: in a project folder of its own, with the project's own recipes.
+"""Runs the pipeline's own functions for a claim, in a separate project folder, with the project's recipes.
 
-The stages' functions read and write fixed places below the working directory (`pipeline.core.paths`). A lab is such a
-directory below `.scratch/`, in which those places are links to what other stages of the claims' pipeline have written.
+The functions of stages read and write fixed places below the working directory (`pipeline.core.paths`). A lab is such a
+directory below `.scratch/`. Its places are links to the outputs of other stages of the claims' pipeline.
 """
 
 import os
@@ -24,21 +24,22 @@ def data(task: str) -> Path:
 
 
 def quantized(method: str) -> Path:
-    """The base under one quantization, beside its facts (`.json`), as `quantize@<method>` has written it."""
+    """The base in one quantization, as `quantize@<method>` has written it, beside its facts (`.json`)."""
     return OUT / "models" / method
 
 
 def experiment(recipe: str = "default") -> params.Params:
-    """A recipe's experiment on this machine."""
+    """The parameters of a recipe, with this machine's `runtime`."""
     return recipes.experiment(recipe, params.load())
 
 
 @contextmanager
 def lab(name: str, given: Mapping[Path, Path], results: Mapping[Path, Path]) -> Iterator[None]:
-    """Work in the lab `name`. `given`: places of `pipeline.core.paths`, and what they are there. `results`: places of
-    `pipeline.core.paths`, and where what lies there at the end belongs in the project.
+    """Make the lab `name` the working directory, and move its results into the project at the end.
 
-    A lab that a killed process has left is gone on in, with its checkpoints.
+    `given`: places of `pipeline.core.paths` in the lab, and the paths in the project that they link to. `results`:
+    places in the lab, and the paths in the project that their content is moved to. A lab that a killed process has left
+    is used again, with its checkpoints.
     """
     root = Path.cwd()
     folder = root / paths.SCRATCH / "claims" / name

@@ -7,7 +7,7 @@ import copy
 import warnings
 from collections.abc import Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -23,13 +23,21 @@ from pipeline.model import checkpoint, devices, fused, packed
 from pipeline.model.prompt import Encoder
 
 SPREAD = 0.0044
-"""Standard deviation of B's values: what training leaves in the default experiment, with rank 16 and alpha 32."""
+"""Standard deviation of B's values after training in the default experiment, with rank 16 and alpha 32."""
 PAPERS = 4
-"""Papers of the test split, each with a prompt for every aspect."""
+"""How many papers of the test split are used, each with a prompt for every aspect."""
 NEW_TOKENS = 16
 TIMED_PROMPT, TIMED_TOKENS = 16, 4
 ROUNDS = 15
 SEED = 17
+
+
+class Models(NamedTuple):
+    """The base alone, with the adapter beside it, and with the adapter merged in."""
+
+    base: Any
+    beside: Any
+    within: Any
 
 
 def merged() -> Evidence:
@@ -39,66 +47,94 @@ def merged() -> Evidence:
     base = checkpoint.pretrained(lab.BASE, device, dtype=torch.float32)
     tokenizer, facts = checkpoint.tokenizer(lab.BASE), contracts.read(lab.BASE_FACTS, BaseFacts)
     encoder = Encoder(tokenizer, experiment.prompt, facts.context)
-    rows = records.read_rows(lab.data("default") / "test.jsonl", Example)
-    papers = list(dict.fromkeys(row.group for row in rows))[:PAPERS]
-    prompts = {row.id: encoder.prompt(row) for row in rows if row.group in papers}
-
-    beside, within = twins(base, experiment.lora)
-    fused.apply(base)
-    # Aspects of a paper share its text, so that logits of one of them say enough, and answers to all cost little more.
-    families = [[(row.id, prompts[row.id]) for row in rows if row.group == paper] for paper in papers]
+    families = _families(encoder)
+    # The aspects of a paper share its text: the logits of one prompt are enough, and answers to all cost little more.
     texts = [family[0][1] for family in families]
-    merged_logits = [logits(within, ids) for ids in texts]
-    values: dict[str, evidence.Value] = {
-        "logit_difference": evidence.largest(map(difference, (logits(beside, ids) for ids in texts), merged_logits)),
-        "logit_change_from_base": evidence.least(map(difference, (logits(base, ids) for ids in texts), merged_logits)),
-    }
-    del merged_logits
+    models = Models(base, *twins(base, experiment.lora))
+    fused.apply(base)
+    values = _logits_apart(models, texts)
 
     given = experiment.generation.model_copy(update={"max_new_tokens": NEW_TOKENS, "num_beams": 1})
     config = generate.configuration(given, sorted({encoder.end, *facts.stop_ids}), tokenizer)
-    alone, one, other = (dict(_answers(model, config, families, given)) for model in (base, beside, within))
-    values |= {
-        "answers": len(prompts),
-        "equal_answers": sum(one[name] == other[name] for name in prompts),
-        "answers_changed_from_base": sum(alone[name] != other[name] for name in prompts),
-    }
+    values |= _answers_apart([dict(_answers(model, config, families, given)) for model in models])
 
     given = given.model_copy(update={"max_new_tokens": TIMED_TOKENS})
     config = generate.configuration(given, [], tokenizer)  # nothing stops it
-    short = [[("timed", texts[0][:TIMED_PROMPT])]]
-    calls = {
-        name: partial(_answers, model, config, short, given)
-        for name, model in (("base", base), ("merged", within), ("unmerged", beside))
-    }
-    taken = timing.seconds(calls, ROUNDS, SEED)
-    for name in ("merged", "unmerged"):
-        values[f"{name}_over_base_time"] = timing.ratio(taken[name], taken["base"], SEED)
+    values |= _times_apart(models, config, texts[0][:TIMED_PROMPT], given)
+
     rounded = logits(base, texts[0])
-    del base, beside, within, calls
-    exact = checkpoint.pretrained(lab.BASE, device, dtype=torch.float64)
-    pair = twins(exact, experiment.lora)
-    values["logit_difference_float64"] = difference(*(logits(model, texts[0]) for model in pair))
-    values["logit_rounding_of_base"] = difference(rounded, logits(exact, texts[0]))
-    del exact, pair
+    del base, models  # before the next ones are loaded
+    values |= _in_float64(checkpoint.pretrained(lab.BASE, device, dtype=torch.float64), experiment, texts[0], rounded)
     values |= into_4bit(checkpoint.pretrained(lab.quantized("nf4"), device), experiment.lora, texts)
-    return Evidence(
-        values,
-        [
-            f"The adapter is random, of the default experiment's rank, alpha and layers, with B of the spread that "
-            f"training leaves ({SPREAD}). Logits of all tokens of {len(texts)} prompts of the test split, and greedy "
-            f"answers of up to {NEW_TOKENS} tokens to {len(prompts)}, in float32. answers_changed_from_base: "
-            "how many of them merging changes at all; the others would be equal without it.",
-            "Of the first prompt alone: logit_difference_float64, the same difference in float64 (where norms, taken "
-            "in float32, may wipe out what is left of it), and logit_rounding_of_base, how far the base's own logits "
-            "in float32 are from those in float64. A difference of that size is rounding, not merging.",
-            f"Time of {TIMED_TOKENS} tokens behind a prompt of {TIMED_PROMPT}, one sequence alone, {ROUNDS} rounds by "
-            f"turns, on {devices.describe(device)}.",
-            "nf4_...: the same adapter merged into the 4-bit weights, which are quantized again afterwards: what is "
-            "lost of the update, relative to the update, and the largest change of a next-token logit by merging, "
-            "beside the largest by the adapter itself.",
-        ],
-    )
+    return Evidence(values, _notes(len(texts), sum(map(len, families)), device))
+
+
+def _families(encoder: Encoder) -> list[list[tuple[str, list[int]]]]:
+    """The prompts of the first papers of the test split, by paper: id and token ids."""
+    rows = records.read_rows(lab.data("default") / "test.jsonl", Example)
+    papers = list(dict.fromkeys(row.group for row in rows))[:PAPERS]
+    return [[(row.id, encoder.prompt(row)) for row in rows if row.group == paper] for paper in papers]
+
+
+def _logits_apart(models: Models, texts: Sequence[Sequence[int]]) -> dict[str, evidence.Value]:
+    """How far the merged model's logits are from those of the adapter beside the base, and from the base's."""
+    within = [logits(models.within, ids) for ids in texts]
+    return {
+        "logit_difference": evidence.largest(
+            difference(logits(models.beside, ids), merged) for ids, merged in zip(texts, within, strict=True)
+        ),
+        "logit_change_from_base": evidence.least(
+            difference(logits(models.base, ids), merged) for ids, merged in zip(texts, within, strict=True)
+        ),
+    }
+
+
+def _answers_apart(answers: Sequence[dict[str, list[int]]]) -> dict[str, evidence.Value]:
+    """How many answers are equal; `answers` in the order of `Models`."""
+    base, beside, within = answers
+    return {
+        "answers": len(within),
+        "equal_answers": sum(beside[name] == within[name] for name in within),
+        "answers_changed_from_base": sum(base[name] != within[name] for name in within),
+    }
+
+
+def _times_apart(
+    models: Models, config: Any, prompt: Sequence[int], given: params.Generation
+) -> dict[str, evidence.Value]:
+    """The time of both adapted models, as ratios to that of the base."""
+    timed = {"base": models.base, "merged": models.within, "unmerged": models.beside}
+    calls = {name: partial(_answers, model, config, [[("timed", prompt)]], given) for name, model in timed.items()}
+    taken = timing.seconds(calls, ROUNDS, SEED)
+    return {f"{name}_over_base_time": timing.ratio(taken[name], taken["base"], SEED) for name in ("merged", "unmerged")}
+
+
+def _in_float64(
+    exact: Any, experiment: params.Params, ids: Sequence[int], rounded: torch.Tensor
+) -> dict[str, evidence.Value]:
+    """The difference of the logits in float64, and how far `rounded`, the base's logits in float32, are from exact."""
+    pair = twins(exact, experiment.lora)
+    return {
+        "logit_difference_float64": difference(*(logits(model, ids) for model in pair)),
+        "logit_rounding_of_base": difference(rounded, logits(exact, ids)),
+    }
+
+
+def _notes(texts: int, prompts: int, device: torch.device) -> list[str]:
+    return [
+        f"The adapter is random, of the default experiment's rank, alpha and layers, with B of the spread that "
+        f"training leaves ({SPREAD}). Logits of all tokens of {texts} prompts of the test split, and greedy "
+        f"answers of up to {NEW_TOKENS} tokens to {prompts}, in float32. answers_changed_from_base: "
+        "how many of them merging changes at all; the others would be equal without it.",
+        "Of the first prompt alone: logit_difference_float64, the same difference in float64 (where norms, taken "
+        "in float32, may wipe out what is left of it), and logit_rounding_of_base, how far the base's own logits "
+        "in float32 are from those in float64. A difference of that size is rounding, not merging.",
+        f"Time of {TIMED_TOKENS} tokens behind a prompt of {TIMED_PROMPT}, one sequence alone, {ROUNDS} rounds by "
+        f"turns, on {devices.describe(device)}.",
+        "nf4_...: the same adapter merged into the 4-bit weights, which are quantized again afterwards: what is "
+        "lost of the update, relative to the update, and the largest change of a next-token logit by merging, "
+        "beside the largest by the adapter itself.",
+    ]
 
 
 def twins(base: Any, lora: params.Lora) -> tuple[Any, Any]:
@@ -107,7 +143,7 @@ def twins(base: Any, lora: params.Lora) -> tuple[Any, Any]:
 
 
 def adapt(model: Any, lora: params.Lora) -> Any:
-    """The model with an adapter that acts: A as training starts, B as random as training leaves it."""
+    """The model with an adapter that changes it: A as training starts, B random, of the size that training leaves."""
     adapted = adapter.attach(model, lora, SEED).eval().requires_grad_(False)
     draw = torch.Generator().manual_seed(SEED)
     for name, tensor in adapted.named_parameters():
@@ -118,7 +154,7 @@ def adapt(model: Any, lora: params.Lora) -> Any:
 
 @torch.no_grad()
 def into_4bit(model: Any, lora: params.Lora, texts: Sequence[Sequence[int]]) -> dict[str, evidence.Value]:
-    """What merging into a 4-bit base loses, since the sum is quantized again."""
+    """The loss by merging into a 4-bit base, whose sum with the update is quantized again."""
     packed.keep_unpacked(model)
     adapted = adapt(model, lora)
     before = [logits(adapted, ids, 1) for ids in texts]
@@ -126,7 +162,7 @@ def into_4bit(model: Any, lora: params.Lora, texts: Sequence[Sequence[int]]) -> 
         without = [logits(adapted, ids, 1) for ids in texts]
     lost = updates = 0.0
     with warnings.catch_warnings():
-        # PEFT warns of what is measured here.
+        # PEFT warns of the very loss that is measured here.
         warnings.filterwarnings("ignore", message="Merge lora module to 4-bit linear", category=UserWarning)
         for layer in adapted.modules():
             if hasattr(layer, "get_delta_weight") and hasattr(layer, "merge"):
@@ -146,7 +182,7 @@ def into_4bit(model: Any, lora: params.Lora, texts: Sequence[Sequence[int]]) -> 
 
 @torch.inference_mode()
 def logits(model: Any, ids: Sequence[int], last: int = 0) -> torch.Tensor:
-    """1xLxV; of the `last` tokens alone, where given."""
+    """Logits, 1xLxV; with `last`, of so many tokens at the end."""
     ids_1xL = torch.tensor([ids], device=model.device)
     logits_1xLxV: torch.Tensor = model(input_ids=ids_1xL, use_cache=False, logits_to_keep=last).logits
     return logits_1xLxV

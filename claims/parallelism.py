@@ -1,9 +1,9 @@
 """The model's attention heads and MLP columns divided over processes (Megatron-LM, arXiv 1909.08053, section 3).
 
-A member holds the rows of the query, key, value, gate and up projections that belong to its heads and columns, the
-columns of the output and down projections that meet them, and its share of the vocabulary's rows in the head. What it
-computes of a sublayer is one summand; the members add theirs up, twice a layer. The parts are `claims.architecture`'s
-formulas. Dimensions as there.
+A member holds the rows of the query, key, value, gate and up projections for its heads and columns, the columns of the
+output and down projections that read them, and its share of the vocabulary's rows in the head. It computes one summand
+of each sublayer, and all members add theirs up, twice in a layer. The formulas and the names of dimensions are those of
+`claims.architecture`.
 """
 
 import multiprocessing
@@ -20,13 +20,13 @@ from pipeline.core.errors import UserError
 from pipeline.model import checkpoint
 
 PROCESSES = 3
-"""The default experiment's base has 9 query heads and 3 key-value heads."""
+"""They divide the base's 9 query heads and 3 key-value heads."""
 SECONDS_FOR_ALL = 600.0
 
 
 @dataclass(frozen=True, slots=True)
 class Task:
-    """What all members are told: the checkpoint, what to read, and the folder in which they meet and leave results."""
+    """The work of all members: the checkpoint, the text, and the folder in which they meet and leave results."""
 
     base: Path
     folder: Path
@@ -40,7 +40,7 @@ class Task:
 
 
 def model_parallelism() -> Evidence:
-    """The logits of the whole model in one process beside those that the members give together."""
+    """The logits of the whole model in one process against those that the members compute together."""
     import torch
 
     model, ids_1xL = architecture.base(), architecture.ids()
@@ -73,7 +73,7 @@ def model_parallelism() -> Evidence:
 
 
 def _run(task: Task) -> None:
-    """All members, each in a process of its own; RuntimeError when one fails, or does not end."""
+    """Run all members, each in its own process; RuntimeError if one fails or does not end."""
     processes = multiprocessing.get_context("spawn")
     members = [processes.Process(target=member, args=(rank, task)) for rank in range(task.processes)]
     try:
@@ -94,7 +94,7 @@ def _run(task: Task) -> None:
 
 
 def member(rank: int, task: Task) -> None:
-    """One process's share of the work: writes its columns of the logits, and how many weights it has read."""
+    """One member's work: write its columns of the logits, and the number of weights that it has read."""
     import torch
     from safetensors import safe_open
     from torch import distributed

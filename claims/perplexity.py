@@ -1,8 +1,8 @@
-"""What quantization costs in perplexity, on general text that the model is not tuned for: that of the section `forget`.
+"""The cost of quantization in perplexity, on general text that the model is not tuned for (section `forget`).
 
-All forms of the model read the same windows, whole ones alone, so that none is padded. Two forms are compared by the
-ratio of their perplexities, which is exp of the mean difference of their losses; its interval is a bootstrap over
-texts, paired: a resample takes the windows of a text in all forms together. Nothing is trained, so there are no seeds.
+All forms of the model read the same windows, which are whole, so that none is padded. Two forms are compared by the
+ratio of their perplexities: exp of the mean difference of their losses. Its interval is a paired bootstrap over texts:
+a resample takes all windows of a text, in both forms. Nothing is trained, so there are no seeds.
 """
 
 import math
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 WINDOW = 128
 WINDOWS = 128
 TOGETHER = 4
-"""Windows computed at once: LLM.int8() looks for outliers, and absmax for the largest value, in all their tokens."""
+"""Windows computed at once. LLM.int8() finds outliers, and absmax the largest value, among all their tokens."""
 BLOCK = 64
 """Weights that share one constant (QLoRA, section 3)."""
 INT8 = 127
@@ -37,14 +37,14 @@ NO_OUTLIERS = (
     "nothing in 16 bits and is one constant a row and a column"
 )
 INT4 = [code / 7 for code in range(-7, 8)]
-"""Symmetric integers, as fractions of the largest."""
+"""Symmetric integers, as fractions of the largest one."""
 E2M1 = sorted({sign * code / 6 for code in (0, 0.5, 1, 1.5, 2, 3, 4, 6) for sign in (-1, 1)})
 """Floating point with two bits of exponent and one of mantissa; bitsandbytes' fp4 has 0.0052 in place of 0.0833."""
 
 
 @dataclass(frozen=True, slots=True)
 class Reading:
-    """Windows of text, and the losses of the forms of the model that have read them: nats a window, by form."""
+    """Windows of text, and the losses of each form of the model that has read them, in nats per window."""
 
     ids_nxW: "torch.Tensor"
     texts: list[str]
@@ -52,7 +52,7 @@ class Reading:
     compare: params.Compare
 
     def read(self, name: str, model: Any) -> None:
-        """Take the losses of a form of the model."""
+        """Measure the losses of a form of the model."""
         import torch
 
         losses: list[float] = []
@@ -66,7 +66,7 @@ class Reading:
         self.losses[name] = np.array(losses)
 
     def ratio(self, here: str, there: str | None = None) -> Interval:
-        """The perplexity of a form, or by how much it is that of another."""
+        """The perplexity of a form, or its ratio to that of another, with its interval."""
         nats_n = self.losses[here] - (self.losses[there] if there else 0.0)
         tokens = self.ids_nxW.shape[1] - 1
         return resampling.over_texts(
@@ -90,9 +90,9 @@ def _reading(experiment: params.Params, device: "torch.device") -> Reading:
 
     given = experiment.forget
     if given.source is None:
-        raise UserError("forget.source is null: the text that perplexity is taken on is that section's")
+        raise UserError("forget.source is null, but perplexity is measured on that text: name one")
     tokenizer, texts = checkpoint.tokenizer(lab.BASE), forget.texts(given, given.source)
-    enough = 4 * WINDOWS * WINDOW  # shorter ones, the ends of texts, are among them
+    enough = 4 * WINDOWS * WINDOW  # more than needed: windows at the ends of texts are shorter, and left out
     whole = [one for one in forget.windows(tokenizer, texts, enough, WINDOW) if len(one.ids) == WINDOW][:WINDOWS]
     if len(whole) < WINDOWS:
         raise UserError(
@@ -104,8 +104,9 @@ def _reading(experiment: params.Params, device: "torch.device") -> Reading:
 
 
 def llm_int8() -> Evidence:
-    """Weights and activations in 8 bits: one constant a tensor, one a row of activations, one a row and a column, and
-    that with the columns of outliers left as they are (LLM.int8(), arXiv 2208.07339, sections 2.1 and 3)."""
+    """Weights and activations in 8 bits, with one constant for a tensor, for each row of activations, or for each row
+    and each column; and the last with outlier columns left unquantized (LLM.int8(), arXiv 2208.07339, sections 2.1
+    and 3)."""
     from transformers import BitsAndBytesConfig
 
     experiment = lab.experiment()
@@ -143,8 +144,8 @@ def llm_int8() -> Evidence:
 
 
 def count_outliers(layers: "Iterable[Any]", threshold: float) -> dict[str, int]:
-    """Columns of activations from now on, and those that bitsandbytes leaves as they are: one value or more, of the
-    tokens computed together, reaches the threshold (LLM.int8(), section 3.2); with 0 it leaves none."""
+    """Count, from now on, the columns of activations, and those that bitsandbytes leaves unquantized: a value among
+    the tokens computed together reaches the threshold (LLM.int8(), section 3.2). With threshold 0 it leaves none."""
     seen = {"outliers": 0, "columns": 0}
 
     def count(_layer: Any, given: "tuple[torch.Tensor, ...]") -> None:
@@ -158,8 +159,8 @@ def count_outliers(layers: "Iterable[Any]", threshold: float) -> dict[str, int]:
 
 
 def int8_forward(weight_OxC: "torch.Tensor", row: bool, column: bool) -> "Callable[[torch.Tensor], torch.Tensor]":
-    """A linear layer in 8 bits (absmax, LLM.int8(), section 2.1), rounded and multiplied as integers. With `row` each
-    token's activations have a constant of their own, with `column` each output's weights; else all share one."""
+    """A linear layer in 8 bits (absmax, LLM.int8(), section 2.1), rounded and multiplied as integers. With `row`, each
+    token's activations have their own constant, and with `column`, each output's weights; else all share one."""
     from bitsandbytes.functional import int8_linear_matmul
 
     weight, weight_scale = _int8(weight_OxC, column)
@@ -174,7 +175,7 @@ def int8_forward(weight_OxC: "torch.Tensor", row: bool, column: bool) -> "Callab
 
 
 def _int8(values: "torch.Tensor", by_row: bool) -> "tuple[torch.Tensor, torch.Tensor]":
-    """Integers, and what one of them is worth: a number a row (a column of numbers), or one number for all."""
+    """The values as integers, and the scale of each row (a column of numbers), or one scale for all."""
     import torch
 
     values = values.float()
@@ -222,7 +223,7 @@ def nf4_beats_fp4() -> Evidence:
 
 
 def bitsandbytes_4bit(weight: "torch.Tensor", kind: str, double: bool) -> "torch.Tensor":
-    """What a layer holds after quantization by bitsandbytes, as the stage `quantize` has it."""
+    """A layer's weights after quantization by bitsandbytes, as in the stage `quantize`."""
     from bitsandbytes.functional import dequantize_4bit, quantize_4bit
 
     packed, state = quantize_4bit(weight, blocksize=BLOCK, compress_statistics=double, quant_type=kind)
@@ -231,7 +232,7 @@ def bitsandbytes_4bit(weight: "torch.Tensor", kind: str, double: bool) -> "torch
 
 
 def nearest(weight: "torch.Tensor", codes: list[float]) -> "torch.Tensor":
-    """Each weight as the nearest of `codes` (in ascending order) times the largest magnitude of its block."""
+    """Each weight rounded to the nearest of `codes` (in ascending order) times the largest magnitude in its block."""
     import torch
 
     blocks = weight.float().reshape(-1, BLOCK)
@@ -242,7 +243,7 @@ def nearest(weight: "torch.Tensor", codes: list[float]) -> "torch.Tensor":
 
 
 def _layers(model: Any) -> Iterable[Any]:
-    """The linear layers that quantization changes: all but the head."""
+    """The linear layers that quantization changes: all except the head."""
     names = checkpoint.linear_layers(model)
     return [layer for name, layer in model.named_modules() if name.rpartition(".")[2] in names]
 

@@ -1,8 +1,8 @@
-"""`claims/claims.yaml`: what papers claim, how it is checked here, and the verdict that evidence leads to.
+"""`claims/claims.yaml`: what papers claim, how each claim is checked here, and how evidence leads to a verdict.
 
-A claim counts as reproduced when all its conditions hold. Conditions stand in the register, not in code, and name
-measured values; thresholds are fixed before anything is measured, and what was changed afterwards is told (`amended`).
-A condition on a value with an interval, or on one value a training seed, can hold, fail, or be undecided.
+A claim is reproduced if all its conditions hold. Conditions stand in the register, not in code, and name measured
+values. Thresholds are fixed before the measurement; `amended` says what was changed afterwards. A condition on a value
+with an interval, or on one value for each training seed, can hold, fail, or be undecided.
 """
 
 import argparse
@@ -36,10 +36,10 @@ COMPARISONS: dict[str, tuple[str, Callable[[float, float], bool]]] = {
 
 
 class Condition(params.Section):
-    """`value` is the name of a measured value; exactly one of the others says what it must be, as a number or as the
-    name of a measured value, or of a published figure (`published.<name>`).
+    """`value` is the name of a measured value. Exactly one of the other keys compares it with a number, with another
+    measured value by name, or with a published figure (`published.<name>`).
 
-    `within` belongs to `equals`: the largest absolute difference; without it they are equal to the last bit.
+    `within` goes with `equals`: the largest absolute difference. Without it, both must be equal to the last bit.
     """
 
     value: Text
@@ -69,14 +69,14 @@ class Condition(params.Section):
 
     @property
     def other(self) -> float | str:
-        """What the value is compared with."""
+        """The number, or the name of the value, that the value is compared with."""
         other: float | str = getattr(self, self.relation)
         return other
 
 
 class Claim(params.Section):
     """`published`: the paper's figures by name. `distance`: how far the check is from the paper's setting. `amended`:
-    what of the claim and its conditions was changed after they had been measured, where something was."""
+    what was changed in the claim and its conditions after the first measurement, if anything was."""
 
     kind: Kind
     claim: Text
@@ -132,7 +132,7 @@ def load(path: Path = FILE) -> dict[str, Claim]:
 
 
 def one(name: str, path: Path = FILE) -> Claim:
-    """The claim of that id; UserError when there is none."""
+    """The claim with the id `name`; UserError if there is none."""
     claims = load(path)
     if name not in claims:
         raise UserError(f"{path}: there is no claim {name}, but {', '.join(claims)}")
@@ -140,7 +140,7 @@ def one(name: str, path: Path = FILE) -> Claim:
 
 
 def judge(claim: Claim, evidence: Evidence) -> Judgment:
-    """The verdict. UserError when a condition names a value that was not measured."""
+    """The verdict on a claim. UserError if a condition names a value that was not measured."""
     if evidence.not_run is not None:
         return Judgment("not run", [])
     values: dict[str, Value] = {**evidence.values, **{f"published.{k}": v for k, v in claim.published.items()}}
@@ -171,7 +171,7 @@ def _finding(condition: Condition, values: Mapping[str, Value]) -> Finding:
             raise UserError(f"{FILE}: {condition.value} has {counts[0]} values and {condition.other} {counts[1]}")
     if condition.relation == "equals":
         sign = "=" if not condition.within else f"within {condition.within:g} of"
-        # Both sides apart: an interval that reaches beyond both holds the other value as well.
+        # Each side is compared by itself: an interval that crosses both bounds must not count as outside.
         sides = {
             _agreed(here, there, lambda one, other: one - other >= -condition.within),
             _agreed(here, there, lambda one, other: one - other <= condition.within),
@@ -184,7 +184,7 @@ def _finding(condition: Condition, values: Mapping[str, Value]) -> Finding:
 
 
 def _agreed(here: Value, there: Value, compare: Callable[[float, float], bool]) -> bool | None:
-    """Whether a comparison holds at all ends of the interval, or for all seeds; None where they differ."""
+    """Whether a comparison holds at both ends of an interval, or for all seeds; None if it holds for some of them."""
     one, other = (_ends(value) for value in (here, there))
     count = max(len(one), len(other))
     held = {compare(*pair) for pair in zip(one * (count // len(one)), other * (count // len(other)), strict=True)}
@@ -192,12 +192,12 @@ def _agreed(here: Value, there: Value, compare: Callable[[float, float], bool]) 
 
 
 def _ends(value: Value) -> list[float]:
-    """What a comparison must hold for."""
+    """The numbers for which a comparison must hold."""
     return [value.low, value.high] if isinstance(value, Interval) else numbers(value)
 
 
 def shown(value: Value) -> str:
-    """A value for people: four significant figures or more, all digits of whole numbers."""
+    """A value for readers: at least four significant figures, and all digits of whole numbers."""
     if isinstance(value, Interval):
         return f"{_number(value.value)}, {_number(value.low)} to {_number(value.high)}"
     return ", ".join(map(_number, numbers(value)))
@@ -210,7 +210,7 @@ def _number(value: float) -> str:
 
 
 def main() -> None:
-    """Print DVC's targets of the claims of one kind."""
+    """Print DVC's targets for the claims of one kind."""
     parser = argparse.ArgumentParser(description=main.__doc__)
     parser.add_argument("kind", choices=get_args(Kind))
     kind = parser.parse_args().kind

@@ -1,4 +1,4 @@
-"""Stage report: every claim with its evidence and verdict, as a page, as JSON, and as one MLflow run each."""
+"""Stage report: every claim with its evidence and verdict, as a page, as JSON, and as an MLflow run."""
 
 import json
 from collections.abc import Mapping
@@ -22,7 +22,7 @@ MARKDOWN = paths.REPORTS / "claims.md"
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """A checked claim. `seconds` is what the measurement took where it was run for this very evidence, else None."""
+    """A checked claim. `seconds`: the duration of the measurement; None if the evidence was not measured here."""
 
     id: str
     claim: Claim
@@ -46,7 +46,7 @@ def write() -> None:
     records.write_json(paths.CLAIMS, [content(row) for row in rows])
     records.write_text(MARKDOWN, markdown(rows))
     given = params.load()
-    # The page shows the claims below the experiment, where there has been one.
+    # The page of an experiment, if there is one, shows the claims below it.
     if paths.COMPARISON_MD.exists() and not page.faults(paths.REPORT_HTML, page.digest_of(paths.REPORT_HTML) or ""):
         page.write(given.seeds, given.evaluate, given.compare.explorer)
     counted = {verdict: sum(row.judgment.verdict == verdict for row in rows) for verdict in register.VERDICTS}
@@ -57,7 +57,7 @@ def write() -> None:
             say(f"not reproduced: {row.id}: {'; '.join(failed)}")
     written = store.write([record(row) for row in rows], given.tracking)
     new = sum(word == "recorded" for _, word in written)
-    say(f"{new} of {len(rows)} recorded in {store.address(given.tracking)}, the others were there")
+    say(f"{new} of {len(rows)} recorded in {store.address(given.tracking)}; the others were recorded before")
 
 
 def content(row: Row) -> dict[str, Any]:
@@ -91,7 +91,7 @@ def sign(finding: Finding) -> str:
 
 
 def record(row: Row) -> Record:
-    """One immutable run for a claim as it stands in the register, with this evidence."""
+    """The immutable run of a claim as the register has it, with this evidence."""
     held = {"claim": row.claim.model_dump(mode="json"), "evidence": asdict(row.evidence), "verdict": row.verdict}
     values = {"id": row.id, **row.claim.model_dump(mode="json", exclude={"published"})}
     values |= {f"published.{name}": figure for name, figure in row.claim.published.items()}
@@ -120,7 +120,7 @@ def record(row: Row) -> Record:
 
 
 def _points(values: Mapping[str, Value]) -> list[Point]:
-    """An interval as three metrics, a value for each seed as steps from 0 on."""
+    """Metrics for MLflow: three for an interval, and a step from 0 on for each seed's value."""
     points = []
     for name, value in values.items():
         if isinstance(value, Interval):
@@ -143,7 +143,7 @@ def _row(name: str, claim: Claim) -> Row:
 
 
 def _seconds(result: Path) -> float | None:
-    """What a result cost this folder; None where it came out of a cache."""
+    """The seconds that a result took in this folder; None if it came from a cache."""
     noted = paths.costs(result)
     cost = records.read_json(noted) if noted.exists() else {}
     own = bool(cost) and cost["result_sha256"] == records.sha256_path(result)

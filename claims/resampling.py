@@ -1,5 +1,4 @@
-"""How sure a measured value is, as far as the choice of texts goes: the pipeline's bootstrap
-(`pipeline.score.significance`).
+"""Intervals for the choice of texts, by the pipeline's bootstrap (`pipeline.score.significance`).
 
 Dimensions: n rows, k columns, b resamples.
 """
@@ -22,9 +21,11 @@ def over_texts(
     of: Callable[[Floats, Floats], Floats],
     compare: params.Compare,
 ) -> Interval:
-    """The value with its interval. `texts` names the text of each row; a resample takes all rows and columns of a text
-    together, so that what is compared is paired. `of` gives the value of every resample, by the bxk sums of its columns
-    and its b numbers of rows."""
+    """`value` with its interval.
+
+    `texts` names the text of each row. A resample takes all rows and columns of a text together, so that comparisons
+    are paired. `of` computes the value of each resample from the bxk sums of its columns and its b numbers of rows.
+    """
     sums_bxk, rows_b = significance.resampled_sums(
         columns_nxk, np.array(texts), compare.bootstrap_samples, compare.seed
     )

@@ -1,4 +1,4 @@
-"""Claims about ROUGE: that ours is the paper's (Lin 2004), and what stemming does to it (Grusky 2023)."""
+"""Claims about ROUGE: ours is the paper's (Lin 2004), and stemming raises it (Grusky 2023)."""
 
 import random
 from collections import Counter
@@ -19,21 +19,21 @@ Words = tuple[str, ...]
 
 PAIRS = 1000
 LONGEST = 12
-"""Words of the longest random text: long enough for several longest common subsequences, none of them obvious."""
+"""Words in the longest random text: enough for several longest common subsequences."""
 POLICE = "police killed the gunman"
 """The reference S1 of Lin 2004, section 3.1, and its candidates S2 to S4."""
 CANDIDATES = {"s2": "police kill the gunman", "s3": "the gunman kill police", "s4": "the gunman police killed"}
 
 
 def parity() -> Evidence:
-    """The paper's worked examples, the pinned rougeLsum anchor, and random texts against counts made here."""
+    """The paper's worked examples, a known rougeLsum, and random texts against counts made here."""
     values: dict[str, evidence.Value] = {}
     for name, text in CANDIDATES.items():
         values[f"rouge2_{name}"] = _score("rouge2", text, POLICE)
         values[f"rouge_l_{name}"] = _score("rougeL", text, POLICE)
     reference, text = "w1 w2 w3 w4 w5", "w1 w2 w6 w7 w8\nw1 w3 w8 w9 w5"
     anchor = _score("rougeLsum", text, reference)
-    # F1 is twice the hits over both lengths, so it tells the hits, and they precision and recall.
+    # F1 is twice the hits over both lengths. So it yields the hits, and these yield precision and recall.
     written, wanted = len(text.split()), len(reference.split())
     hits = anchor / 100 * (written + wanted) / 2
     values |= {"rouge_lsum": anchor, "rouge_lsum_precision": hits / written, "rouge_lsum_recall": hits / wanted}
@@ -43,7 +43,7 @@ def parity() -> Evidence:
         "rouge1": partial(_by_grams, n=1),
         "rouge2": partial(_by_grams, n=2),
         "rougeL": _by_subsequence,
-        "rougeLsum": _by_subsequence,  # of one sentence each, the same
+        "rougeLsum": _by_subsequence,  # the same, for texts of one sentence
     }
     for name, count in expected.items():
         found = _each(name, [" ".join(one) for one, _ in pairs], [[" ".join(other)] for _, other in pairs], stem=False)
@@ -103,7 +103,7 @@ def _words(draw: random.Random) -> Words:
 
 
 def _by_grams(one: Words, other: Words, n: int) -> float:
-    """F1 of the n-grams in common, each as often as it is in both (Lin 2004, section 2)."""
+    """F1 of the common n-grams, each counted as often as both texts have it (Lin 2004, section 2)."""
     written, wanted = (Counter(text[at : at + n] for at in range(len(text) - n + 1)) for text in (one, other))
     return _f1((written & wanted).total(), written.total(), wanted.total())
 

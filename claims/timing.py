@@ -1,4 +1,4 @@
-"""What takes how long, compared within one process: by turns, so that what else the machine does falls on all alike."""
+"""Durations compared within one process. Calls take turns, so that other load on the machine affects all alike."""
 
 import time
 from collections.abc import Callable, Mapping
@@ -13,9 +13,9 @@ CONFIDENCE = 0.95
 
 
 def seconds(calls: Mapping[str, Callable[[], object]], rounds: int, seed: int) -> dict[str, list[float]]:
-    """What each call takes in each round, after one round that does not count. Their order is drawn anew every round.
+    """The seconds of each call in each round, after a round that does not count. Each round draws a new order.
 
-    A call ends with its result on the CPU.
+    A call must end with its result on the CPU.
     """
     draw = np.random.Generator(np.random.PCG64(seed))
     names = list(calls)

@@ -1,4 +1,4 @@
-"""`claims/training.yaml`: the training runs behind claims, and the rows that they are cut to."""
+"""`claims/training.yaml`: the training runs behind claims, and the number of rows that each uses."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -18,7 +18,7 @@ Count = Annotated[int, Field(ge=1)]
 
 
 class Rows(params.Section):
-    """At most so many rows of each split; None: all."""
+    """The most rows of each split; None: all."""
 
     train: Count | None
     validation: Count | None
@@ -49,9 +49,11 @@ class Arm(params.Section):
     @model_validator(mode="after")
     def parts_agree(self) -> Self:
         if self.learning_rate is None and (self.lora is not None or self.watch):
-            raise ValueError("learning_rate is null, so nothing is trained: lora must be null and watch false")
+            raise ValueError("learning_rate is null, so nothing is trained: lora must be null and watch must be false")
         if self.learning_rate is not None and self.lora is None and self.base != "none":
-            raise ValueError("lora is null, so every weight is trained: base must be none, quantized weights cannot be")
+            raise ValueError(
+                "lora is null, so every weight is trained: base must be none, since quantized weights cannot be trained"
+            )
         return self
 
 
@@ -63,19 +65,19 @@ class Training(params.Section):
 
 
 def load(path: Path = FILE) -> Training:
-    """UserError lists every mistake."""
+    """Read the file; UserError lists every mistake."""
     return params.checked(Training, yaml12.read(path), str(path))
 
 
 def one(declared: Mapping[str, T], name: str, key: str) -> T:
-    """What stands under a name; UserError when nothing does."""
+    """The declaration with a name; UserError if there is none."""
     if name not in declared:
         raise UserError(f"{FILE}: {key} has no {name}, but {', '.join(declared)}")
     return declared[name]
 
 
 def spread(rows: Sequence[Example], count: int | None) -> list[Example]:
-    """Whole groups, spread evenly over `rows` in their order, with about `count` rows; all where `count` is None."""
+    """About `count` rows: whole groups, evenly spread over `rows`, in their order. All rows if `count` is None."""
     if count is None or count >= len(rows):
         return list(rows)
     groups: dict[str, list[Example]] = {}

@@ -1,7 +1,7 @@
-"""Stage variant: what the base, or the model tuned with one seed, writes for the test split of a task.
+"""Stage variant: the answers of the base, or of the model tuned with one seed, to the test split of a task.
 
-A task is a recipe's whole experiment, its rows cut as `claims/training.yaml` says: trained, loaded and decoded by the
-pipeline's own stage functions. Base and tuned are on the same quantized model.
+A task is a recipe's whole experiment, on as many rows as `claims/training.yaml` says. The pipeline's own stage
+functions train, load and decode. Base and tuned model share the quantized weights.
 """
 
 import argparse
@@ -14,23 +14,23 @@ from pipeline.infer import infer
 from pipeline.lora import adapter, train
 
 BASE = "base"
-"""Instead of a seed, for what is not tuned."""
+"""Stands for the seed of the model that is not tuned."""
 PREDICTIONS, DECODING = "predictions.jsonl", "predictions.json"
 
 
 def folder(task: str, which: str) -> Path:
-    """What one variant of a task has written: predictions and their decoding; of a tuned one the adapter, too."""
+    """The output of one variant of a task: predictions and how they were decoded, and the adapter if it is tuned."""
     return OUT / "variants" / task / which
 
 
 def rows(task: str, split: str) -> list[records.Example]:
-    """The rows of a task's split, as it is cut."""
+    """The rows of a split that a task uses."""
     kept = getattr(training.one(training.load().tasks, task, "tasks"), split)
     return training.spread(records.read_rows(lab.data(task) / f"{split}.jsonl", records.Example), kept)
 
 
 def run(task: str, which: str) -> None:
-    """Train the variant, unless it is the base, and let it answer; UserError for one that is not declared."""
+    """Train the variant, unless it is the base, and decode its answers; UserError for one that is not declared."""
     splits = {split: rows(task, split) for split in paths.SPLITS}
     seeds = {str(seed): seed for seed in training.load().training_seeds}
     seed = None if which == BASE else training.one(seeds, which, "training_seeds")

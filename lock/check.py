@@ -1,4 +1,4 @@
-"""Does this folder hold what constraints.txt and pyproject.toml ask for? `make` asks before it installs."""
+"""Check that this folder locks everything that constraints.txt and pyproject.toml ask for. `make` does so first."""
 
 import re
 import sys
@@ -11,7 +11,7 @@ REQUIREMENT = re.compile(r"^([\w.-]+)(?:\[.*?\])?(?:==([^\s;]+))?", re.MULTILINE
 
 
 def main() -> None:
-    """Exits with a message that names all that is missing or has another version."""
+    """Exit with a message that names every package that is missing or has another version."""
     locked: dict[str, str] = {}
     for path in FOLDER.glob("*.txt"):
         locked |= pins(path.read_text(encoding="utf-8"))
@@ -24,17 +24,17 @@ def main() -> None:
     ]
     if lacking:
         sys.exit(
-            f"error: constraints.txt and pyproject.toml ask for {', '.join(lacking)}, not so lock/: run `make lock`"
+            f"error: constraints.txt and pyproject.toml ask for {', '.join(lacking)}, and lock/ lacks them: `make lock`"
         )
 
 
 def pins(text: str) -> dict[str, str]:
-    """The packages, by the names that the index gives them, and their versions in a requirements file that pins all."""
+    """Packages, by their normalized names, and their versions in a requirements file that pins all of them."""
     return {normal(name): version for name, version in REQUIREMENT.findall(text) if version}
 
 
 def requirements(project: str) -> dict[str, str]:
-    """The packages that a pyproject.toml asks for, and the version, or nothing, of each."""
+    """The packages that a pyproject.toml asks for, each with its version, or with an empty text."""
     content = tomllib.loads(project)
     own = content["project"]
     listed = [*content["build-system"]["requires"], *own["dependencies"]]

@@ -1,16 +1,16 @@
-"""`make lock`: the files of this folder anew, after a change of constraints.txt or pyproject.toml.
+"""`make lock`: write this folder's files again, after a change of constraints.txt or pyproject.toml.
 
-Each file has the exact version, and the hashes of all files that the package index lists of it, for every package that
-an installation needs beyond those of the files before it:
+Each file lists the packages that an installation needs beyond those of the files before it, each with its exact version
+and the hashes of all files that the package index lists for it:
 
-    build.txt    what builds this project, and the two packages that are published as source alone
-    torch.txt    torch, of which there are several builds
-    cuda.txt     what the index's build of torch for Linux needs, and a CPU build does not
-    run.txt      what else the project needs, on Linux and macOS, Python 3.11 to 3.13
-    NAME.txt     what an extra of pyproject.toml needs besides
+    build.txt    builds this project, and the two packages that are published as source only
+    torch.txt    torch, which has several builds
+    cuda.txt     needed by the index's build of torch for Linux, but not by a CPU build
+    run.txt      everything else, on Linux and macOS, Python 3.11 to 3.13
+    NAME.txt     needed by an extra of pyproject.toml as well
 
 uv resolves for all platforms at once. Versions that constraints.txt and pyproject.toml leave open stay as they are
-while they fit. What the index lists is believed here, once: look at the difference before you commit it.
+while they fit. This is the one time that the index is trusted: read the difference before you commit it.
 """
 
 import re
@@ -25,10 +25,10 @@ from pathlib import Path
 from lock.check import FOLDER, ROOT, pins
 
 SOURCE_ALONE = ("antlr4-python3-runtime", "rouge-score")
-"""Packages that are published without wheels. All others are installed from wheels, which run nothing meanwhile."""
+"""Packages that are published without wheels. All others are installed from wheels, which run no code meanwhile."""
 HEADER = "# Made by `make lock`.\n--only-binary :all:\n" + "".join(f"--no-binary {name}\n" for name in SOURCE_ALONE)
 EVERYWHERE = " ; python_full_version < '3.14' and (sys_platform == 'darwin' or sys_platform == 'linux')"
-"""How uv says: in all of the environments that pyproject.toml names."""
+"""uv's marker for all environments that pyproject.toml names."""
 CUDA = re.compile(r"(cuda|nvidia)-.*|triton")
 CPU_BUILDS = {
     "2.13.0": {
@@ -45,7 +45,7 @@ Other builds are refused; one that needs no libraries beyond these files can be 
 
 
 def main() -> None:
-    """Write all files once all are known. Exits with a message where constraints.txt lacks a package."""
+    """Write all files after all are resolved. Exits with a message if constraints.txt lacks a package."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
     (build,) = project["build-system"]["requires"]
     with tempfile.TemporaryDirectory() as folder:
@@ -72,7 +72,7 @@ def main() -> None:
 
 
 def resolve(file: Path, sources: Iterable[str], without: set[str], given: str = "") -> set[str]:
-    """Write to `file` what `sources` and the text `given` need, less the packages `without`; their names."""
+    """Write to `file` the packages that `sources` and the text `given` need, except `without`; return their names."""
     command = [sys.executable, "-m", "uv", "pip", "compile", *sources, "--quiet", "--output-file", str(file)]
     command += ["--universal", "--python-version", "3.11", "--constraints", "constraints.txt", "--generate-hashes"]
     command += ["--only-binary", ":all:", *(word for name in SOURCE_ALONE for word in ("--no-binary", name))]
@@ -88,13 +88,13 @@ def resolve(file: Path, sources: Iterable[str], without: set[str], given: str = 
 
 
 def with_cpu_builds(text: str) -> str:
-    """torch.txt, where any of `CPU_BUILDS` may be taken, too."""
+    """torch.txt with the hashes of `CPU_BUILDS` added."""
     found = re.search(r"^torch==(\S+)(?: \\\n {4}--hash=sha256:\w+)+", text, re.MULTILINE)
     if found is None:
         return text
     builds = CPU_BUILDS.get(found[1], {})
     if not builds:
-        print(f"no CPU builds of torch {found[1]} are known (lock/renew.py, CPU_BUILDS): the index's alone are allowed")
+        print(f"no CPU builds of torch {found[1]} are known (lock/renew.py, CPU_BUILDS): others are refused")
         return text
     index = [line for line in found[0].split(" \\\n") if line[-64:] not in builds]
     ours = [f"    --hash=sha256:{digest}" for digest in builds]

@@ -10,9 +10,9 @@ import pytest
 import torch
 from ruamel.yaml import YAML
 
-from claims import adapters, arms, full_tuning, gain, inputs, lab, register, training, variants
-from claims.arms import Look, Result, Run
+from claims import adapters, arms, full_tuning, gain, inputs, lab, register, results, training, variants
 from claims.evidence import Evidence
+from claims.results import Look, Result, Run
 from pipeline import forget
 from pipeline.core import contracts, params, paths, records
 from pipeline.core.errors import UserError
@@ -76,18 +76,18 @@ def test_the_pipeline_s_measurements_depend_on_the_arms_that_they_read() -> None
     for claim, measure in adapters.MEASUREMENTS.items():
         asked: list[str] = []
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(arms, "read", reader(asked))
+            patch.setattr(results, "read", reader(asked))
             patch.setattr(lab, "experiment", lambda: params.load(ROOT / "params.yaml"))
             measured = measure()
         declared = {dep for dep in stages[claim]["deps"] if dep.startswith("out/")}
-        assert declared == {arms.path(name).as_posix() for name in asked} == set(measured.uses), claim
+        assert declared == {results.path(name).as_posix() for name in asked} == set(measured.uses), claim
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
         ({"learning_rate": None}, "nothing is trained"),
-        ({"lora": None}, "quantized weights cannot be"),
+        ({"lora": None}, "quantized weights cannot be trained"),
     ],
 )
 def test_an_arm_that_makes_no_sense_is_refused(changes: dict[str, Any], message: str, tmp_path: Path) -> None:
@@ -130,10 +130,10 @@ def test_an_adapter_s_arm_learns_and_a_killed_one_goes_on(monkeypatch: pytest.Mo
     monkeypatch.setattr(arms, "tuned", watched)
     with pytest.raises(KeyboardInterrupt):
         arms.run("r4")
-    assert not arms.path("r4").exists()
+    assert not results.path("r4").exists()
     arms.run("r4")
     assert calls == ["17", "18", "18", "19"]
-    found = arms.read("r4")
+    found = results.read("r4")
     assert list(found.runs) == ["17", "18", "19"]
     assert (found.rows, len(found.groups)) == (12, 3)
     for run in found.runs.values():
@@ -157,14 +157,14 @@ def test_full_tuning_trains_every_weight_and_leaves_the_base(monkeypatch: pytest
     monkeypatch.setattr(full_tuning, "load", kept)
     arms.run("untuned")
     arms.run("full")
-    found = arms.read("full")
+    found = results.read("full")
     both = loaded[0]
     assert {run.parameters for run in found.runs.values()} == {sum(one.numel() for one in both.base.parameters())}
     for (name, here), there in zip(both.tuned.named_parameters(), both.base.parameters(), strict=True):
         assert not torch.equal(here, there), name
     untouched = checkpoint.pretrained(lab.quantized("none"), torch.device("cpu"))
     assert all(torch.equal(*pair) for pair in zip(both.base.parameters(), untouched.parameters(), strict=True))
-    (before,) = arms.read("untuned").losses()
+    (before,) = results.read("untuned").losses()
     assert all(loss < before for loss in found.losses())
     entropies = {look.entropy for run in found.runs.values() for look in run.looks}
     assert max(entropies) == pytest.approx(min(entropies))
@@ -237,7 +237,7 @@ def test_base_and_tuned_answer_and_are_compared() -> None:
 
 def result(losses: float | list[float], looks: list[tuple[float, float]] | None = None, pairs: int = 10) -> Result:
     """An arm by hand: pairs of texts of 10 and 30 tokens, the first with twice the loss a token of the second."""
-    seeds = [arms.UNTUNED] if isinstance(losses, float) else ["17", "18", "19"]
+    seeds = [results.UNTUNED] if isinstance(losses, float) else ["17", "18", "19"]
     given = [losses] if isinstance(losses, float) else losses
     runs = {}
     for seed, loss in zip(seeds, given, strict=True):
@@ -277,7 +277,7 @@ def reader(asked: list[str]) -> Callable[[str], Result]:
 @pytest.fixture
 def evidence(monkeypatch: pytest.MonkeyPatch) -> dict[str, Evidence]:
     known = planted()
-    monkeypatch.setattr(arms, "read", known.__getitem__)
+    monkeypatch.setattr(results, "read", known.__getitem__)
     monkeypatch.setattr(lab, "experiment", lambda: params.load(ROOT / "params.yaml"))
     return {claim: measure() for claim, measure in adapters.MEASUREMENTS.items()}
 
@@ -301,14 +301,14 @@ def test_the_opposite_is_not_reproduced(
     claim: str, arm: str, losses: float | list[float], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     known = planted() | {arm: result(losses)}
-    monkeypatch.setattr(arms, "read", known.__getitem__)
+    monkeypatch.setattr(results, "read", known.__getitem__)
     monkeypatch.setattr(lab, "experiment", lambda: params.load(ROOT / "params.yaml"))
     assert register.judge(REGISTER[claim], adapters.MEASUREMENTS[claim]()).verdict == "not reproduced"
 
 
 def test_one_seed_that_disagrees_leaves_it_open(monkeypatch: pytest.MonkeyPatch) -> None:
     known = planted() | {"qv": result([2.8, 2.81, 2.6])}
-    monkeypatch.setattr(arms, "read", known.__getitem__)
+    monkeypatch.setattr(results, "read", known.__getitem__)
     monkeypatch.setattr(lab, "experiment", lambda: params.load(ROOT / "params.yaml"))
     assert register.judge(REGISTER["all-linear"], adapters.all_linear()).verdict == "inconclusive"
 
@@ -318,7 +318,7 @@ def test_one_text_that_decides_alone_leaves_it_open(monkeypatch: pytest.MonkeyPa
     r16 = result([2.70, 2.71, 2.69])
     runs = {seed: replace(run, sums=[run.sums[0] + 40, *run.sums[1:]]) for seed, run in r16.runs.items()}
     known = planted() | {"r16": r16, "qv": replace(r16, runs=runs)}
-    monkeypatch.setattr(arms, "read", known.__getitem__)
+    monkeypatch.setattr(results, "read", known.__getitem__)
     monkeypatch.setattr(lab, "experiment", lambda: params.load(ROOT / "params.yaml"))
     found = adapters.all_linear()
     gap = found.values["qv_over_all_linear"]
@@ -374,5 +374,5 @@ def test_a_curve_is_read_where_it_first_comes_down() -> None:
 def test_results_come_back_as_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     given = planted()["full"]
-    records.write_json(arms.path("full"), asdict(given))
-    assert arms.read("full") == given
+    records.write_json(results.path("full"), asdict(given))
+    assert results.read("full") == given

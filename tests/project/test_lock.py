@@ -79,7 +79,7 @@ def test_a_version_that_is_changed_elsewhere_is_not_passed_over(
     assert text.count(before) == 1
     (tmp_path / file).write_text(text.replace(before, after))
     monkeypatch.setattr(check, "ROOT", tmp_path)
-    with pytest.raises(SystemExit, match=f"ask for {told}, not so lock/: run `make lock`"):
+    with pytest.raises(SystemExit, match=f"ask for {told}, and lock/ lacks them: `make lock`"):
         check.main()
 
 
