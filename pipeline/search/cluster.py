@@ -16,7 +16,7 @@ from typing import Any
 
 from pipeline.core.errors import UserError, without_passwords
 from pipeline.core.progress import say
-from pipeline.record import bounds
+from pipeline.record.address import require_unsigned
 from pipeline.search import trial
 from pipeline.search.spec import Search
 from pipeline.search.study import Judge
@@ -162,7 +162,7 @@ def _on_node(source: trial.Source, folder: str, call: Callable[[trial.Source, Pa
     address = str(source.tracking.uri)
     try:
         if os.environ.get("MLFLOW_TRACKING_URI") != address:  # passwords of this node are for what this node names
-            bounds.require_unsigned(address, f"the MLflow store of this sweep is {address}")
+            require_unsigned(address, f"the MLflow store of this sweep is {address}")
         os.environ["MLFLOW_TRACKING_URI"] = address
         return call(replace(source, cache=str(place / "cache")), place / "trials" / source.commit[:12])
     except UserError as error:

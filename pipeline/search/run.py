@@ -23,6 +23,8 @@ from pipeline.core import params, paths, records
 from pipeline.core.errors import UserError, printable
 from pipeline.core.progress import say
 from pipeline.record import identity, lockfile, provenance, store
+from pipeline.record.address import tracking_uri
+from pipeline.record.runs import NOTE, WINNER
 from pipeline.search import grid as sweep
 from pipeline.search import spec as space
 from pipeline.search import trial
@@ -89,7 +91,7 @@ def search(path: Path, jobs: int | None, address: str | None) -> int:
     sweep.require_git()
     _require_optuna()
     commit, within = _committed(path)
-    uri = store.tracking_uri(given.tracking)
+    uri = tracking_uri(given.tracking)
     # The address of the environment is the user's own: the rules for one in params.yaml are not for it.
     tracking = params.Tracking.model_construct(uri=uri, experiment=given.tracking.experiment)
     folder = (paths.SWEEPS / name).resolve()
@@ -174,9 +176,9 @@ def _test_winner(study: Study, runner: Runner, tracking: params.Tracking, table:
         say(f"{tested.name} has no MLflow run: `dvc exp apply {tested.name}`, then `dvc repro` records it")
         return 1
     runs = store.stored(tracking)
-    verdict = next(one for one in runs if one.run_id == run).tags.get(store.NOTE, "").replace("**", "")
+    verdict = next(one for one in runs if one.run_id == run).tags.get(NOTE, "").replace("**", "")
     say(f"{verdict}\n")
-    earlier = [one for one in runs if study.name in one.tags.get(store.WINNER, "").split(", ") and one.run_id != run]
+    earlier = [one for one in runs if study.name in one.tags.get(WINNER, "").split(", ") and one.run_id != run]
     if earlier:
         names = ", ".join(one.name for one in earlier)
         say(f"an earlier winner of this sweep was tested too, {names}: the test split was looked at more than once\n")

@@ -25,7 +25,7 @@ from pipeline.core import text as sentences
 from pipeline.core.errors import UserError, without_passwords
 from pipeline.fetch import fetch
 from pipeline.prepare import prepare as data
-from pipeline.record import lockfile, store
+from pipeline.record import address, lockfile
 from pipeline.report import figures as charts
 from pipeline.report import marks as overlap
 from pipeline.report import page, wording
@@ -481,7 +481,7 @@ class TestAddresses:
             trial._git(tmp_path, "clone", "http://user:qzxjvw@127.0.0.1:9/a?token=qzxjvw", "b")
         progress.say("pip: Looking in indexes: https://user:qzxjvw@host/simple?key=qzxjvw, https://other/simple")
         monkeypatch.setenv("MLFLOW_TRACKING_URI", "https://user:qzxjvw@host/?token=qzxjvw")
-        print(store.address(params.Tracking(uri=None, experiment="a")))
+        print(address.shown(params.Tracking(uri=None, experiment="a")))
         printed = capfd.readouterr()
         assert "https://host/simple?key=..., https://other/simple\nhttps://host/?token=...\n" in printed.out
         assert "qzx" not in str(caught.value) + printed.out + printed.err
