@@ -29,6 +29,7 @@ from ruamel.yaml import YAML
 from bench import kills, sweeps
 from pipeline.core import params
 from pipeline.record import store
+from pipeline.record.runs import TRIAL
 from tests import ROOT
 
 SECRETS = {"AWS_ACCESS_KEY_ID": "a", "AWS_SECRET_ACCESS_KEY": "b", "AWS_DEFAULT_REGION": "us-east-1"}
@@ -55,8 +56,8 @@ def main() -> int:
         killed = kill_one(folder / "node", search)
         print(search.communicate()[0], flush=True)
         there = [(row["experiment"], row["validation_loss"]) for row in sweeps.table(other)]
-        trials = store.stored(params.Tracking(uri=uri, experiment="lora-repro"), store.TRIAL)
-        finished = {run.tags[store.TRIAL] for run in trials if run.status == "FINISHED"}
+        trials = store.stored(params.Tracking(uri=uri, experiment="lora-repro"), TRIAL)
+        finished = {run.tags[TRIAL] for run in trials if run.status == "FINISHED"}
         base = sweeps.stages(other).count("infer")
         winners = [winner(one) for one in (project, other)]
         print(

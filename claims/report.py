@@ -11,8 +11,8 @@ from claims.evidence import Evidence, Value
 from claims.register import Claim, Finding, Judgment
 from pipeline.core import params, paths, records, stage
 from pipeline.core.progress import say
-from pipeline.record import provenance, store
-from pipeline.record.store import Point, Record
+from pipeline.record import address, provenance, runs, store
+from pipeline.record.runs import Point, Record
 from pipeline.report import page, wording
 from pipeline.score.significance import Interval
 
@@ -57,7 +57,7 @@ def write() -> None:
             say(f"not reproduced: {row.id}: {'; '.join(failed)}")
     written = store.write([record(row) for row in rows], given.tracking)
     new = sum(word == "recorded" for _, word in written)
-    say(f"{new} of {len(rows)} recorded in {store.address(given.tracking)}; the others were recorded before")
+    say(f"{new} of {len(rows)} recorded in {address.shown(given.tracking)}; the others were recorded before")
 
 
 def content(row: Row) -> dict[str, Any]:
@@ -98,21 +98,21 @@ def record(row: Row) -> Record:
     texts = {name: value if isinstance(value, str) else json.dumps(value) for name, value in values.items()}
     commit, dirty = provenance.commit(Path())
     tags = {
-        store.CLAIM: records.sha256_text(json.dumps(held, sort_keys=True)),
+        runs.CLAIM: records.sha256_text(json.dumps(held, sort_keys=True)),
         "kind": "claim",
         "claim.id": row.id,
         "claim.verdict": row.judgment.verdict,
-        store.COMMITS: commit,
-        store.COMMIT: commit,
+        runs.COMMITS: commit,
+        runs.COMMIT: commit,
         "git.dirty": str(dirty).lower(),
         "mlflow.source.name": "dvc repro claims/dvc.yaml",
-        store.NOTE: f"**{row.verdict}**: {row.claim.claim} ({row.claim.paper}, {row.claim.place})",
-        **store.surroundings(),
+        runs.NOTE: f"**{row.verdict}**: {row.claim.claim} ({row.claim.paper}, {row.claim.place})",
+        **runs.surroundings(),
     }
     return Record(
         name=row.id,
         tags={name: value for name, value in tags.items() if value},
-        params={name: store.cut(text, "reports/claims.json") for name, text in texts.items()},
+        params={name: runs.cut(text, "reports/claims.json") for name, text in texts.items()},
         metrics=_points(row.evidence.values),
         predictions={},
         files=[(evidence.path(row.id), None), (judge.path(row.id), None), (register.FILE, None)],

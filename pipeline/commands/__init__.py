@@ -1,4 +1,4 @@
-"""The command `lora-repro`: a file for each verb.
+"""The command `lora-repro`: one file for each verb.
 
 It imports any room. Nothing imports it.
 """

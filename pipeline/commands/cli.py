@@ -1,4 +1,4 @@
-"""The command `lora-repro`: what DVC has no word for. It never stands in for `dvc`."""
+"""The command `lora-repro`: what `dvc` has no command for. It replaces no command of `dvc`."""
 
 import sys
 from enum import StrEnum
@@ -14,7 +14,7 @@ from pipeline.core.progress import say
 
 
 class Commands(TyperGroup):
-    """Prints a user's mistake as one message, without a traceback, and exits with 1."""
+    """Prints a UserError as one message without a traceback, and exits with 1."""
 
     def invoke(self, ctx: Any) -> Any:
         try:
@@ -47,18 +47,18 @@ def main(_version_asked: Version = False) -> None:
     """
 
 
-RUN = Annotated[str | None, typer.Argument(help="An MLflow run: its id, the beginning of it, or its name.")]
+RUN = Annotated[str | None, typer.Argument(help="An MLflow run: its id, the beginning of its id, or its name.")]
 
 
 @app.command()
 def show(run: RUN = None) -> None:
-    """The verdict of the last comparison, where to look next, and the MLflow run that holds its record.
+    """Show the verdict of the last comparison, where to look next, and its MLflow run.
 
-    With RUN: that run's verdict, the commands that restore it, and whether its adapter is the one it was locked with.
+    With RUN: its verdict, whether its adapter is the one in its dvc.lock, and the commands that restore it.
     """
     # Imported here: `--help` needs none of it.
     from pipeline.core import params
-    from pipeline.record import store, track
+    from pipeline.record import address, track
     from pipeline.report import page, wording
 
     given = params.load()
@@ -67,16 +67,16 @@ def show(run: RUN = None) -> None:
 
         show.print_run(run, given.tracking)
         return
-    say(wording.closing_lines(store.address(given.tracking), page.describe(given.seeds)))
+    say(wording.closing_lines(address.shown(given.tracking), page.describe(given.seeds)))
     say(f"  run      {track.describe(given.seeds, given.tracking)}")
 
 
-Recompute = Annotated[bool, typer.Option("--recompute", help="Compute everything anew in a copy, and compare.")]
+Recompute = Annotated[bool, typer.Option("--recompute", help="Compute everything again in a copy, and compare.")]
 
 
 @app.command()
 def verify(recompute: Recompute = False) -> None:
-    """Check by content that cache, dvc.lock, outputs, reports, MLflow run and downloaded wheels agree."""
+    """Check that cache, dvc.lock, outputs, reports, MLflow run and downloaded wheels agree, by content."""
     # Imported here: `--help` needs none of it.
     if recompute:
         from pipeline.commands.recompute import run_again
@@ -90,40 +90,38 @@ def verify(recompute: Recompute = False) -> None:
         raise typer.Exit(1)
 
 
-Names = Annotated[list[str], typer.Argument(help="workspace, DVC experiments, git revisions or MLflow runs.")]
+Names = Annotated[list[str], typer.Argument(help="workspace, DVC experiments, git revisions, MLflow runs.")]
 
 
 @app.command()
 def compare(names: Names) -> None:
-    """Rank experiments, with intervals, and compare each two of them on the same test examples.
+    """Rank experiments, with intervals, and compare every two of them on the same test examples.
 
-    Their scores come from the DVC cache or the MLflow store. Significance is corrected for the number of comparisons.
+    The scores come from the DVC cache or the MLflow store. p-values are corrected for the number of comparisons.
     """
     from pipeline.commands import compare
     from pipeline.core import params
 
     given = params.load()
     if len(names) < 2:
-        raise UserError(f"compare needs two experiments at least, such as: lora-repro compare workspace {names[0]}")
+        raise UserError(f"compare needs at least two experiments, such as: lora-repro compare workspace {names[0]}")
     found = [compare.find(name, given.tracking) for name in names]
     say(compare.page(found, compare.rank(found, given.compare), given.compare))
 
 
-GgufTypes = Annotated[
-    list[str], typer.Option("--type", help="A GGUF type; again for more. [default: generation.gguf_type]")
-]
+GgufTypes = Annotated[list[str] | None, typer.Option("--type", help="A GGUF type. [default: generation.gguf_type]")]
 FewRows = Annotated[
-    int | None, typer.Option("--rows", min=2, help="Rows of each split, whole groups; all if not given.")
+    int | None, typer.Option("--rows", min=2, help="Rows of each split, in whole groups. [default: all]")
 ]
-OneFile = Annotated[bool, typer.Option("--merged", help="The adapter merged into the file, not beside it.")]
-MaxRise = Annotated[float, typer.Option("--max-rise", min=0, help="A rise in perplexity by this share is a loss.")]
+OneFile = Annotated[bool, typer.Option("--merged", help="Merge the adapter into the GGUF file.")]
+MaxRise = Annotated[float, typer.Option("--max-rise", min=0, help="A larger rise in perplexity (a share) is a loss.")]
 
 
 @app.command()
-def parity(types: GgufTypes = [], rows: FewRows = None, merged: OneFile = False, max_rise: MaxRise = 0.01) -> None:  # noqa: B006
-    """Does the experiment survive as GGUF? Base and adapter through transformers and llama.cpp, compared.
+def parity(types: GgufTypes = None, rows: FewRows = None, merged: OneFile = False, max_rise: MaxRise = 0.01) -> None:
+    """Compare base and adapter in transformers with the same as GGUF files in llama.cpp.
 
-    Writes reports/parity.md and reports/parity.json. The exit code is 1 where a GGUF file loses quality.
+    Writes reports/parity.md and reports/parity.json. The exit code is 1 if a GGUF file loses quality.
     """
     from pipeline.core import params
     from pipeline.export import parity
@@ -136,14 +134,14 @@ def parity(types: GgufTypes = [], rows: FewRows = None, merged: OneFile = False,
 
 
 Model = Annotated[str | None, typer.Option("--model", help="Registered model. [default: tracking.experiment]")]
-Preview = Annotated[bool, typer.Option("--dry-run", help="Compare and say what would happen, and write nothing.")]
+Preview = Annotated[bool, typer.Option("--dry-run", help="Compare, say what would happen, and write nothing.")]
 
 
 @app.command()
 def promote(run: RUN = None, model: Model = None, dry_run: Preview = False) -> None:
-    """Register the adapter of a run (else of this folder's) in MLflow; the champion moves on a significant gain only.
+    """Register the adapter of RUN (default: of this folder) in MLflow; the champion moves only on a significant gain.
 
-    The exit code is 0 whether the champion moves or stays, and 1 where they cannot be compared.
+    The exit code is 0 whether the champion moves or stays, and 1 if the two cannot be compared.
     """
     from pipeline.commands import promote
     from pipeline.core import params
@@ -151,22 +149,22 @@ def promote(run: RUN = None, model: Model = None, dry_run: Preview = False) -> N
     promote.register_and_decide(run, model, params.load(), dry_run)
 
 
-View = Annotated[bool, typer.Option("--view", help="Where MLflow's page shows them with their scores, instead.")]
+View = Annotated[bool, typer.Option("--view", help="Print the path of the view with scores in MLflow's pages.")]
 
 
 @app.command()
 def store(view: View = False) -> None:
-    """The whole address of the MLflow store that experiments are recorded in, with its password where it has one."""
+    """Print the address of the MLflow store in which experiments are recorded, with its password if it has one."""
     from pipeline.core import params
-    from pipeline.record import store
+    from pipeline.record import address, store
 
     tracking = params.load().tracking
-    print(store.view(tracking) if view else store.tracking_uri(tracking))
+    print(store.view(tracking) if view else address.tracking_uri(tracking))
 
 
 @app.command()
 def viewer() -> None:
-    """Make the pages of `dvc plots show` and `dvc plots diff` open without a network, on this machine."""
+    """Let the pages of `dvc plots show` and `dvc plots diff` open without a network, on this machine."""
     from pipeline.commands import viewer
 
     viewer.prepare()
@@ -174,7 +172,7 @@ def viewer() -> None:
 
 @app.command()
 def mend() -> None:
-    """Remove what a killed DVC left half-written, so that `dvc repro` starts again."""
+    """Remove files that a killed DVC left half-written, so that `dvc repro` starts again."""
     from pipeline.commands import mend
 
     mend.remove_half_written()
@@ -182,22 +180,22 @@ def mend() -> None:
 
 @app.command()
 def check() -> None:
-    """Read params.yaml and dvc.lock as a stranger's, and print every mistake; nothing is run."""
+    """Check params.yaml and dvc.lock, and print every mistake. Nothing is run."""
     from pipeline.record import check
 
     check.require_sound()
 
 
-RECIPE = Annotated[str | None, typer.Argument(help="A name of recipes/, or the path of a recipe's file.")]
-Force = Annotated[bool, typer.Option("--force", help="Give up changes that neither a recipe nor git has.")]
+RECIPE = Annotated[str | None, typer.Argument(help="The name of a recipe in recipes/, or the path of its file.")]
+Force = Annotated[bool, typer.Option("--force", help="Overwrite changes that neither a recipe nor git has.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Show what would change, and write nothing.")]
 
 
 @app.command()
 def use(recipe: RECIPE = None, force: Force = False, dry_run: DryRun = False) -> None:
-    """Write params.yaml by a recipe, whatever it held before; runtime and tracking stay as they are.
+    """Write params.yaml from a recipe; only runtime and tracking stay as they are.
 
-    Without RECIPE: list the recipes, what each needs, and which one params.yaml holds now.
+    Without RECIPE: list the recipes, what each needs, and which one params.yaml has now.
     """
     from pipeline.commands import use
 
@@ -209,27 +207,27 @@ def use(recipe: RECIPE = None, force: Force = False, dry_run: DryRun = False) ->
 
 @app.command()
 def plan(recipe: RECIPE = None) -> None:
-    """The memory that each stage of params.yaml, or of RECIPE, is predicted to take, and the largest settings that fit.
+    """Predict the memory of each stage of params.yaml or RECIPE, and the largest settings that fit.
 
-    For GPUs of 24, 48 and 80 GB and this machine's main memory. Nothing is loaded.
+    For GPUs of 24, 48 and 80 GB and for this machine's main memory. Nothing is loaded.
     """
     from pipeline.commands import plan
 
     plan.show(recipe)
 
 
-FILE = Annotated[Path | None, typer.Argument(help="A search's file, such as sweeps/example.yaml.")]
-Set = Annotated[list[str], typer.Option("-S", "--set-param", help="<parameter>=<value>,<value>...")]
-Jobs = Annotated[int | None, typer.Option("-j", "--jobs", min=1, help="Experiments at once here; 1 if not given.")]
-Ray = Annotated[str | None, typer.Option("--ray", help="Trials of FILE on a Ray cluster: auto, local or its address.")]
+FILE = Annotated[Path | None, typer.Argument(help="The file of a search, such as sweeps/example.yaml.")]
+Set = Annotated[list[str] | None, typer.Option("-S", "--set-param", help="<parameter>=<value>,<value>...")]
+Jobs = Annotated[int | None, typer.Option("-j", "--jobs", min=1, help="Experiments at once here. [default: 1]")]
+Ray = Annotated[str | None, typer.Option("--ray", help="Run trials on a Ray cluster: auto, local or its address.")]
 
 
 @app.command()
-def sweep(file: FILE = None, overrides: Set = [], jobs: Jobs = None, ray: Ray = None) -> None:  # noqa: B006
-    """-S: every combination as a whole experiment, tested, to compare. FILE: a search that selects on validation loss.
+def sweep(file: FILE = None, overrides: Set = None, jobs: Jobs = None, ray: Ray = None) -> None:
+    """Run every combination of -S, each tested, or the search in FILE, which selects on validation loss.
 
-    The trials of a search are trained and validated only; its winner alone is tested, once. Run again after a kill, it
-    goes on. The exit code tells whether all succeeded.
+    Trials of a search are only trained and validated; the winner alone is tested, once. A killed search goes on when
+    it is run again. The exit code is 0 if all succeeded.
     """
     if (file is None) == (not overrides):
         raise UserError("sweep needs either -S <parameter>=<value>,<value>... or the file of a search")
@@ -238,9 +236,9 @@ def sweep(file: FILE = None, overrides: Set = [], jobs: Jobs = None, ray: Ray = 
             raise UserError("--ray runs the trials of a search: give its file instead of -S")
         from pipeline.search import grid
 
-        raise typer.Exit(grid.sweep(overrides, jobs or 1))
+        raise typer.Exit(grid.sweep(overrides or [], jobs or 1))
     if ray is not None and jobs is not None:
-        raise UserError("-j is for this machine; on a cluster at_once and cluster in the file say how many run at once")
+        raise UserError("-j is for this machine: set at_once and cluster in the file to say how many run on a cluster")
     from pipeline.search import run
 
     raise typer.Exit(run.search(file, jobs, ray))
@@ -254,12 +252,14 @@ class Export(StrEnum):
     gguf = "gguf"
 
 
-WHAT = Annotated[Export, typer.Argument(help="The adapter, weights with it merged in, or GGUF files for llama.cpp.")]
-DEST = Annotated[Path, typer.Argument(help="The folder to write; it must not be there yet.")]
-Seed = Annotated[int | None, typer.Option("--seed", help="Of several, which; else that of the lowest validation loss.")]
-Kind = Annotated[str | None, typer.Option("--type", help="gguf: how weights are stored, such as F16 or Q4_0. [Q8_0]")]
-Joined = Annotated[bool, typer.Option("--merged", help="gguf: one file with the adapter merged in, instead of two.")]
-Base = Annotated[bool | None, typer.Option("--base/--no-base", help="adapter: its base as well. [unless on the hub]")]
+WHAT = Annotated[Export, typer.Argument(help="The adapter, the model with it merged in, or GGUF files.")]
+DEST = Annotated[Path, typer.Argument(help="The folder to write, which must be new or empty.")]
+Seed = Annotated[int | None, typer.Option("--seed", help="The seed. [default: that of the lowest validation loss]")]
+Kind = Annotated[str | None, typer.Option("--type", help="gguf: the type, such as F16 or Q4_0. [default: Q8_0]")]
+Joined = Annotated[bool, typer.Option("--merged", help="gguf: one file with the adapter merged in.")]
+Base = Annotated[
+    bool | None, typer.Option("--base/--no-base", help="adapter: its base, too. [default: unless on the hub]")
+]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an earlier export in DEST.")]
 
 
@@ -273,9 +273,9 @@ def export(
     base: Base = None,
     overwrite: Overwrite = False,
 ) -> None:
-    """Write this folder's result as files that transformers, PEFT or llama.cpp load, with a model card.
+    """Write this folder's result as files for transformers, PEFT or llama.cpp, with a model card.
 
-    The card's numbers come from the run; what separates the files from the model that was measured is measured, too.
+    The numbers in the card are those of the run. How far the files differ from the model that was scored is measured.
     """
     from pipeline.export import export
 

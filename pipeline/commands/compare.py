@@ -1,12 +1,11 @@
-"""Any experiments side by side: the working directory, DVC experiments, git revisions and MLflow runs.
+"""Compare experiments: the working directory, DVC experiments, git revisions and MLflow runs.
 
-Scores and predictions come out of the DVC cache by what `dvc.lock` says of a commit, or out of the MLflow run; nothing
-is computed but the statistics. Test sets and signatures must be the same, prompts, models and adapters need not.
+Scores and predictions come from the DVC cache, found by the `dvc.lock` of a commit, or from the MLflow run. Only the
+statistics are computed. Test sets and signatures must be equal; prompts, models and adapters may differ.
 """
 
 import json
 import re
-import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import combinations
@@ -20,31 +19,32 @@ from pipeline.core import contracts, git, params, paths, records
 from pipeline.core.contracts import Scores, TrainingSummary
 from pipeline.core.errors import UserError, listing
 from pipeline.record import identity, lockfile, store
+from pipeline.record.runs import Stored, in_line
 from pipeline.report import wording
 from pipeline.score import compare, metrics, significance
 from pipeline.score.comparison import Result
 from pipeline.score.significance import Interval
 
 TERMINAL = 80
-"""Columns of a terminal that nobody has widened."""
+"""Columns of a usual terminal."""
 
 HERE = "workspace"
-"""What the experiment in the working directory is called, as DVC calls it."""
+"""The name of the experiment in the working directory, as in DVC."""
 
 COSTS: tuple[tuple[str, str, Callable[[list[float]], float]], ...] = (
     ("trainable", r"(seed-\d+/)?training/trainable_parameters", max),
     ("train s", r"cost/train-\d+_seconds", sum),
     ("peak MB", r"cost/train-\d+_peak_mb", max),
 )
-"""What an experiment cost: the metrics in its MLflow run, and what becomes of those of several seeds."""
+"""What an experiment cost: the title of a column, the metrics in the MLflow run, and how seeds are combined."""
 
 
 @dataclass(frozen=True)
 class Experiment:
     """One experiment: its parameters by dotted name, and the scores of its variants.
 
-    `references` and `texts`, what the first seed's model wrote, are by the ids of the test examples. `costs` has the
-    keys of `COSTS`; what is not known, as of a training restored from a cache, is left out.
+    `references` and `texts` map ids of test examples to references and to what the first seed's model wrote. `costs`
+    has the titles of `COSTS` as keys, without unknown costs, such as those of a training restored from a cache.
     """
 
     name: str
@@ -58,7 +58,7 @@ class Experiment:
 
 @dataclass(frozen=True)
 class Pair:
-    """Two experiments in one metric: `result` is of the second against the first, `p_holm` corrected for all pairs."""
+    """Two experiments in one metric: `result` is the second minus the first, `p_holm` is corrected for all pairs."""
 
     first: str
     second: str
@@ -69,7 +69,7 @@ class Pair:
 
 @dataclass(frozen=True)
 class Ranking:
-    """Experiments in the order of the first metric, best first."""
+    """Experiments ordered by the first metric, best first; `results` are by name and metric."""
 
     names: list[str]
     results: dict[str, dict[str, Result]]
@@ -77,9 +77,10 @@ class Ranking:
 
 
 def find(name: str, tracking: params.Tracking) -> Experiment:
-    """The experiment that `name` means: `workspace`, a DVC experiment, a git revision, an MLflow run (id or name).
+    """The experiment that `name` means: `workspace`, a DVC experiment, a git revision or an MLflow run (id or name).
 
-    UserError for none, for a name of several runs, and where its results are neither in the cache nor in MLflow.
+    UserError if there is none, if several runs have the name, and if its results are neither in the cache nor in
+    MLflow.
     """
     if name == HERE:
         return _from_lock(name, lockfile.text(paths.DVC_LOCK), tracking)
@@ -89,11 +90,11 @@ def find(name: str, tracking: params.Tracking) -> Experiment:
 
 
 def rank(found: Sequence[Experiment], settings: params.Compare) -> Ranking:
-    """Every experiment with its intervals against its own base, and every pair of experiments against each other.
+    """Compare every experiment with its own base, and every two experiments with each other.
 
     UserError unless all were scored on the same test set in the same way, in the metrics of `settings.decide_by`.
     """
-    _refuse_unequal(found)
+    _require_comparable(found)
     chosen = _deciding(found[0], settings)
     results = {one.name: _contrast(one, [one.base], chosen, settings) for one in found}
     names = sorted(results, key=lambda name: -results[name][chosen[0].name].tuned.value)
@@ -108,12 +109,16 @@ def rank(found: Sequence[Experiment], settings: params.Compare) -> Ranking:
     return Ranking(names, results, pairs)
 
 
-def gain(one: Experiment, over: Experiment | None, settings: params.Compare) -> dict[str, Result]:
-    """Each metric of `settings.decide_by`: an experiment's tuned models against another's, or against its own base.
+def gain(one: Experiment, over: Experiment, settings: params.Compare) -> dict[str, Result]:
+    """The tuned models of `one` minus those of `over`, in each metric of `decide_by`; UserError as of `rank`."""
+    _require_comparable([over, one])
+    return _contrast(one, over.tuned, _deciding(one, settings), settings)
 
-    UserError as of `rank`."""
-    _refuse_unequal([one] if over is None else [over, one])
-    return _contrast(one, [one.base] if over is None else over.tuned, _deciding(one, settings), settings)
+
+def gain_over_base(one: Experiment, settings: params.Compare) -> dict[str, Result]:
+    """The tuned models of `one` minus its base, in each metric of `decide_by`; UserError as of `rank`."""
+    _require_comparable([one])
+    return _contrast(one, [one.base], _deciding(one, settings), settings)
 
 
 def _deciding(one: Experiment, settings: params.Compare) -> list[metrics.Metric]:
@@ -132,8 +137,11 @@ def _contrast(
 
 
 def page(found: Sequence[Experiment], ranking: Ranking, settings: params.Compare) -> str:
-    """The ranking as Markdown that a terminal shows as tables: what each experiment is, reached and cost, the intervals
-    of each metric, and each two experiments with their verdict. Of the longer texts no table is made."""
+    """The ranking as Markdown that is readable in a terminal.
+
+    It has each experiment with its parameters, score and cost, the intervals of each metric, and the verdict for every
+    two experiments.
+    """
     by_name = {one.name: one for one in found}
     places = {name: f"#{place}" for place, name in enumerate(ranking.names, start=1)}
     shown = list(next(iter(ranking.results.values())))
@@ -167,7 +175,7 @@ def page(found: Sequence[Experiment], ranking: Ranking, settings: params.Compare
         "",
         f"p is two-sided and corrected for all {len(ranking.pairs)} comparisons (Holm); d is the mean over "
         "the standard deviation of the groups' differences.",
-        f"Signature: `{store.in_line(first.signature)}`",
+        f"Signature: `{in_line(first.signature)}`",
     ]
     if any(len(one.tuned) == 1 for one in found):
         lines += ["With one seed, an interval covers the choice of test examples, not that of the seed."]
@@ -176,7 +184,7 @@ def page(found: Sequence[Experiment], ranking: Ranking, settings: params.Compare
 
 
 def _overview(ranked: Sequence[Experiment], ranking: Ranking, metric: str) -> list[str]:
-    """What each experiment is, reached and cost; parameters that make the table too wide for a terminal go below it."""
+    """A table of parameters, scores and costs. Parameters that make it wider than a terminal follow below it."""
     differing = _differing(ranked)
     seeds = ["seeds"] if any(len(one.tuned) > 1 for one in ranked) else []
 
@@ -208,12 +216,12 @@ def _overview(ranked: Sequence[Experiment], ranking: Ranking, metric: str) -> li
 
 
 def _reversed(interval: Interval) -> str:
-    """The interval of the difference taken the other way round."""
+    """The interval of the opposite difference."""
     return f"{wording.signed(-interval.high)} to {wording.signed(-interval.low)}"
 
 
 def _apart(first: Experiment, second: Experiment, metric: str, count: int) -> list[str]:
-    """The examples on which the first seeds of two experiments are furthest apart, at most `count` for either."""
+    """The examples on which the first seeds of two experiments differ most, at most `count` in favour of each."""
     here, there = ({row.id: row.scores[metric] for row in one.tuned[0].examples} for one in (first, second))
     order = sorted(here, key=lambda name: (there[name] - here[name], name))
     chosen = [name for name in order[:count] if here[name] > there[name]]
@@ -243,7 +251,7 @@ def _verdict(pair: Pair, settings: params.Compare) -> str:
 
 
 def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    """A Markdown table whose columns are as wide as their cells, so that a terminal shows it as one."""
+    """A Markdown table with aligned columns, readable in a terminal."""
     widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
 
     def line(cells: Sequence[str]) -> str:
@@ -253,12 +261,12 @@ def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
 
 
 def _differing(found: Sequence[Experiment]) -> list[str]:
-    """The parameters, by dotted name, in which the experiments are not all the same; seeds are shown by number."""
+    """The dotted names of the parameters that differ, without the seeds, which are shown by number."""
     names = sorted({name for one in found for name in one.params} - {"seeds"})
     return [name for name in names if len({one.params.get(name) for one in found}) > 1]
 
 
-def _refuse_unequal(found: Sequence[Experiment]) -> None:
+def _require_comparable(found: Sequence[Experiment]) -> None:
     first, problems = found[0], []
     if repeated := sorted({one.name for one in found if sum(other.name == one.name for other in found) > 1}):
         problems.append(f"{', '.join(repeated)} is named twice")
@@ -278,7 +286,7 @@ def _refuse_unequal(found: Sequence[Experiment]) -> None:
 
 
 def _evaluate(one: Experiment) -> params.Evaluate:
-    """The section `evaluate` of an experiment, out of its parameters by dotted name."""
+    """The section `evaluate` of an experiment, from its parameters by dotted name."""
     given = {key.removeprefix("evaluate."): value for key, value in one.params.items() if key.startswith("evaluate.")}
     fields = params.Evaluate.model_fields
     content = {key: value if fields[key].annotation is str else _loaded(value) for key, value in given.items()}
@@ -286,18 +294,18 @@ def _evaluate(one: Experiment) -> params.Evaluate:
 
 
 def _loaded(text: str) -> Any:
-    """A value as `track` writes parameters: JSON, or a string as it is."""
+    """A value of a parameter as `track` writes it: JSON, or the text itself."""
     try:
         return json.loads(text)
     except ValueError:
         return text
 
 
-# Where experiments are
+# Finding experiments
 
 
 def _commit(name: str) -> str | None:
-    """The commit of a DVC experiment or of a git revision; None where git knows neither."""
+    """The commit of a DVC experiment or of a git revision; None if git knows neither."""
     for sha, experiment in show.experiments():
         if experiment == name:
             return sha
@@ -307,12 +315,12 @@ def _commit(name: str) -> str | None:
 def _shown(commit: str) -> str:
     lock = git.ask("show", f"{commit}:./{paths.DVC_LOCK}")
     if not lock:
-        raise UserError(f"{commit[:12]} holds no {paths.DVC_LOCK}: nothing was run there")
+        raise UserError(f"{commit[:12]} has no {paths.DVC_LOCK}: name a commit in which the pipeline was run")
     return lock
 
 
 def _from_lock(name: str, lock: str, tracking: params.Tracking) -> Experiment:
-    """The experiment that the text of a `dvc.lock` holds: its scores from the cache, else from its MLflow run."""
+    """The experiment in the text of a `dvc.lock`: its scores from the cache, else from its MLflow run."""
     stages = lockfile.stages_of(lock, f"the {paths.DVC_LOCK} of {name}")
     try:
         seeds: list[int] = stages["compare"]["params"]["params.yaml"]["seeds"]
@@ -326,23 +334,8 @@ def _from_lock(name: str, lock: str, tracking: params.Tracking) -> Experiment:
         given = identity.params_of(locked)
     except UserError as error:
         raise UserError(f"{name}: {error}") from None
-    run = next(iter(store.of_digest(identity.digest(locked), store.stored(tracking))), None)
-    objects = lockfile.cache_folder(Path()) / "files" / "md5"
-    md5 = {path: name for stage in locked.values() for path, name in stage.outs.items()}
-
-    def cached(path: Path) -> Path:
-        name = md5[str(path)]
-        return objects / name[:2] / name[2:]
-
-    files = [cached(paths.scores(variant)) for variant in (paths.variant(None), *map(paths.variant, seeds))]
-    data = dict(lockfile.listing_of(objects, md5[str(paths.DATA)])).get(paths.split("test").name, "")
-    test, written = objects / data[:2] / data[2:], cached(paths.predictions(paths.variant(seeds[0])))
-    if all(file.is_file() for file in [*files, test, written]):
-        references = {row.id: row.target for row in records.read_rows(test, records.Example)}
-        texts = {row.id: row.text for row in records.read_rows(written, records.Prediction)}
-        one = _of(name, given, [contracts.read(file, Scores) for file in files], references, texts, run)
-        if (summary := cached(paths.training_summary(seeds[0]))).is_file():
-            one.costs["trainable"] = contracts.read(summary, TrainingSummary).trainable_parameters
+    run = store.finished(identity.digest(locked), tracking)
+    if one := _from_cache(name, given, locked, seeds, run):
         return one
     if run is None:
         raise UserError(
@@ -352,18 +345,41 @@ def _from_lock(name: str, lock: str, tracking: params.Tracking) -> Experiment:
     return replace(_from_run(run, tracking), name=name)
 
 
-def _from_run(run: store.Stored, tracking: params.Tracking) -> Experiment:
-    with tempfile.TemporaryDirectory(prefix="lora-repro-") as folder:
-        store.read_back(tracking, run.run_id, Path(folder))
-        return of_artifacts(run, Path(folder))
+def _from_cache(
+    name: str, given: Mapping[str, str], locked: identity.Stages, seeds: list[int], run: Stored | None
+) -> Experiment | None:
+    """The experiment from the objects of the DVC cache; None if one is missing. `run` has its costs."""
+    cache = lockfile.cache_folder(Path())
+    md5 = {path: name for stage in locked.values() for path, name in stage.outs.items()}
+
+    def cached(path: Path) -> Path:
+        return lockfile.object_path(cache, md5[str(path)])
+
+    files = [cached(paths.scores(variant)) for variant in (paths.variant(None), *map(paths.variant, seeds))]
+    data = dict(lockfile.listing_of(cache, md5[str(paths.DATA)]))
+    test = lockfile.object_path(cache, data.get(paths.split("test").name, ""))
+    written = cached(paths.predictions(paths.variant(seeds[0])))
+    if not all(file.is_file() for file in [*files, test, written]):
+        return None
+    references = {row.id: row.target for row in records.read_rows(test, records.Example)}
+    texts = {row.id: row.text for row in records.read_rows(written, records.Prediction)}
+    one = _of(name, given, [contracts.read(file, Scores) for file in files], references, texts, run)
+    if (summary := cached(paths.training_summary(seeds[0]))).is_file():
+        one.costs["trainable"] = contracts.read(summary, TrainingSummary).trainable_parameters
+    return one
 
 
-def of_artifacts(run: store.Stored, folder: Path) -> Experiment:
-    """The experiment of a run whose artifacts were copied to `folder`; UserError where they hold no scores."""
+def _from_run(run: Stored, tracking: params.Tracking) -> Experiment:
+    with store.copied(run, tracking) as (folder, _):
+        return of_artifacts(run, folder)
+
+
+def of_artifacts(run: Stored, folder: Path) -> Experiment:
+    """The experiment of a run, from its artifacts in `folder`; UserError if they hold no scores."""
     files = sorted((folder / paths.SCORES.name).glob("*.json"))
     found = [contracts.read(file, Scores) for file in files]
     if not found:
-        raise UserError(f"run {run.name} holds no scores: it was recorded by an earlier version; run it again")
+        raise UserError(f"run {run.name} holds no scores, an earlier version recorded it: run its experiment again")
     table = records.read_json(folder / "tables" / "predictions.json")
     columns = dict(zip(table["columns"], zip(*table["data"], strict=True), strict=True))
     texts = columns["tuned"] if "tuned" in columns else columns[paths.variant(run.seeds[0])]
@@ -377,7 +393,7 @@ def _of(
     found: Sequence[Scores],
     references: dict[str, str],
     texts: dict[str, str],
-    run: store.Stored | None,
+    run: Stored | None,
 ) -> Experiment:
     base = [one for one in found if one.variant == paths.variant(None)]
     tuned = [one for one in found if one.variant != paths.variant(None)]

@@ -1,8 +1,8 @@
-"""Two files of DVC's that `kill -9` can tear, after which `dvc repro` refuses to start.
+"""Remove the two files of DVC that `kill -9` can leave half-written, after which `dvc repro` refuses to start.
 
-DVC (3.67) writes `.dvc/tmp/rwlock` and `dvc.lock` in place: a process killed between emptying and filling one leaves
-half of it (treeverse/dvc#7615). Neither holds anything that is not elsewhere: the first says who is running, and what
-`dvc.lock` says of finished stages is in DVC's run cache, from where `dvc repro` takes their outputs.
+DVC (3.67) writes `.dvc/tmp/rwlock` and `dvc.lock` in place, so a killed process can leave half of either
+(treeverse/dvc#7615). Nothing is lost with them: the first says who is running, and DVC's run cache also has what
+`dvc.lock` says about finished stages.
 """
 
 import json
@@ -15,9 +15,9 @@ from pipeline.record import provenance
 
 
 def remove_half_written() -> None:
-    """Remove what is torn, and say so; say nothing where nothing is. UserError while DVC is at work.
+    """Remove the files that are half-written, and name them. UserError while DVC is running.
 
-    Takes DVC's own locks: a file that another process is writing just now looks torn as well.
+    Takes DVC's own locks, because a file that another process is just writing looks half-written, too.
     """
     temporary = provenance.main_repository() / ".dvc" / "tmp"
     torn = {temporary / "rwlock": _torn_json, paths.DVC_LOCK: _torn_lock}
@@ -33,7 +33,7 @@ def remove_half_written() -> None:
                     path.unlink()
                     say(f"removed {path.name}, which a killed DVC left half-written: `dvc repro` makes it again")
     except LockError:
-        raise UserError("DVC is running in this project: wait for it to end") from None
+        raise UserError("DVC is running in this project: wait until it ends") from None
 
 
 def _torn_json(path: Path) -> bool:

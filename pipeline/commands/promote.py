@@ -1,29 +1,29 @@
-"""Adapters as versions of a registered model in MLflow, the best of which bears the alias `champion`.
+"""Adapters as versions of a registered model in MLflow; the alias `champion` names the best.
 
-A version is one adapter, that which would be deployed: of several seeds the one with the lowest loss on the validation
-rows, since a choice by test scores would flatter the chosen. So adapters are compared, not ways to make them, which is
-what `lora-repro compare` does. The alias moves only to an adapter that is shown to be better than its own base and than
-the champion before it, paired on the same test examples, in every metric of `compare.decide_by`.
+A version is one adapter. Of several seeds it is the one with the lowest validation loss, since a choice by test scores
+would flatter it. So `promote` compares adapters, and `lora-repro compare` ways to make them. The alias moves only to an
+adapter that is shown to be better than its own base and than the champion, paired on the same test examples, in every
+metric of `compare.decide_by`.
 
-The files of a version are those of its run (`adapter/<seed>`), which are sealed and which `lora-repro verify` checks:
-`mlflow.register_model` wants a model with an `MLmodel` file there, and PEFT wants none.
+The files of a version are those of its run (`adapter/<seed>`), which are sealed and which `lora-repro verify` checks.
+`mlflow.register_model` is not used: it needs an `MLmodel` file beside them, which PEFT does not write.
 """
 
 import re
 import shlex
-import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from pipeline.commands import show
-from pipeline.commands.compare import Experiment, gain, of_artifacts
+from pipeline.commands.compare import Experiment, gain, gain_over_base, of_artifacts
 from pipeline.core import contracts, params, paths, records
 from pipeline.core.contracts import TrainingSummary
 from pipeline.core.errors import UserError, listing
 from pipeline.core.progress import say
-from pipeline.record import identity, store
+from pipeline.record import address, identity, seal, store
+from pipeline.record.runs import DIGEST, NOTE, Stored, of_digest
 from pipeline.report import wording
 from pipeline.score import compare
 from pipeline.score.comparison import Result, Verdict
@@ -38,9 +38,9 @@ AGAINST = "against_champion"
 
 @dataclass(frozen=True, slots=True)
 class Candidate:
-    """An adapter of a run, with the scores of that adapter alone, and its loss on the validation rows."""
+    """An adapter of a run, with its scores and its validation loss; `seeds` is the number of seeds in the run."""
 
-    run: store.Stored
+    run: Stored
     seed: int
     seeds: int
     loss: float
@@ -53,34 +53,31 @@ class Candidate:
 
     def __str__(self) -> str:
         chosen = f", the lowest of {self.seeds} seeds" if self.seeds > 1 else ""
-        return f"seed {self.seed} of run {self.run.name} ({self.run.run_id}), validation loss {self.loss:.4f}{chosen}"
+        return f"seed {self.seed} of {self.run}, validation loss {self.loss:.4f}{chosen}"
 
 
 @dataclass(frozen=True, slots=True)
 class Decision:
-    """Whether the alias moves, in words why, and the comparison with the champion where there was one."""
+    """Whether the alias moves and why, and the comparison with the champion if there was one."""
 
     moves: bool
     why: str
     against: str | None = None
 
-    def told(self) -> Iterator[str]:
-        if self.against:
-            yield f"champion  {self.against}"
-
 
 def register_and_decide(name: str | None, model: str | None, given: params.Params, dry_run: bool) -> None:
-    """Register the adapter of a run as a version, unless it is one, move the alias if that is earned, and say why.
+    """Register the adapter of a run as a version, move the alias if the adapter is better, and print why.
 
-    `name` is a run as `show.find` takes it, else that of the working directory; `model` a registered model, else one
-    named as `tracking.experiment`. UserError for a run that is none, not finished or not what was written, and where
-    the champion was not tested on the same examples in the same way.
+    `name` is a run as of `show.find`, by default that of the working directory; `model` is a registered model, by
+    default one named as `tracking.experiment`. With `dry_run`, nothing is written. UserError if there is no such run,
+    if it is not finished or not as it was written, and if the champion was tested on other examples or scored in
+    another way.
     """
     tracking = given.tracking
     model = _named(tracking.experiment if model is None else model)
     runs = store.stored(tracking)
     one = _candidate(_run(name, given, runs), tracking)
-    base = gain(one.scored, None, given.compare)
+    base = gain_over_base(one.scored, given.compare)
     settle = _planned if dry_run else _settled
     say(f"adapter   {one}")
     say(f"base      {_figures(base)}: {_word(base)} ({100 * given.compare.confidence:g} % intervals)")
@@ -89,25 +86,26 @@ def register_and_decide(name: str | None, model: str | None, given: params.Param
 
 
 def _planned(
-    one: Candidate, base: Mapping[str, Result], model: str, runs: list[store.Stored], given: params.Params
+    one: Candidate, base: Mapping[str, Result], model: str, runs: list[Stored], given: params.Params
 ) -> Iterator[str]:
-    """What `_settled` would do, in words."""
+    """Lines that say what `_settled` would do."""
     with store.opened(given.tracking) as client:
         champion, versions = _champion(client, model), _listed(client, model)
     decision = _decide(one, base, champion, runs, given)
-    version = next((f"version {known.version}" for known in versions if _is(one, known)), "a new version")
-    yield from decision.told()
-    yield f"version   {'it is' if version != 'a new version' else 'it would be'} {version} of {model}"
-    if decision.moves:
-        yield f"result    {ALIAS} would move to {version}: {decision.why}"
-    else:
-        yield f"result    {_stays(champion)}: {decision.why}"
+    known = next((version for version in versions if _is(one, version)), None)
+    version = f"version {known.version}" if known else "a new version"
+    yield from _against(decision)
+    yield f"version   {'it is' if known else 'it would be'} {version} of {model}"
+    yield _result(decision, champion, f"would move to {version}")
 
 
 def _settled(
-    one: Candidate, base: Mapping[str, Result], model: str, runs: list[store.Stored], given: params.Params
+    one: Candidate, base: Mapping[str, Result], model: str, runs: list[Stored], given: params.Params
 ) -> Iterator[str]:
-    """Register and move the alias, in words; again from the start if another process has moved it meanwhile."""
+    """Register the adapter and move the alias. Yields lines that say so.
+
+    If another process moves the alias during the decision, it is made again.
+    """
     while True:
         with store.opened(given.tracking) as client:
             before = _champion(client, model)
@@ -124,47 +122,48 @@ def _settled(
                 if decision.moves:
                     client.set_registered_model_alias(model, ALIAS, version.version)
                 break
-    yield from decision.told()
+    yield from _against(decision)
     yield f"version   {version.version} of {model}, {'new' if new else 'registered before'}"
-    tried = {known.tags.get(store.DIGEST) for known in [*versions, version] if known.tags.get(TEST) == one.test}
+    tried = {known.tags.get(DIGEST) for known in [*versions, version] if known.tags.get(TEST) == one.test}
     if len(tried) > 1:
-        yield f"tried     {len(tried)} experiments on this test set: the more, the likelier one gains by chance"
-    if decision.moves:
-        yield f"result    {ALIAS} moves to version {version.version}: {decision.why}"
-    else:
-        yield f"result    {_stays(champion)}: {decision.why}"
+        yield f"tried     {len(tried)} experiments on this test set: the more, the likelier is a gain by chance"
+    yield _result(decision, champion, f"moves to version {version.version}")
     if champion or decision.moves:
         uri = shlex.quote(f"models:/{model}@{ALIAS}")
-        yield f"fetch     {store.COMMAND} artifacts download --artifact-uri {uri} --dst-path {ALIAS}"
+        yield f"fetch     {address.COMMAND} artifacts download --artifact-uri {uri} --dst-path {ALIAS}"
 
 
-def _stays(champion: Any) -> str:
-    return f"{ALIAS} stays version {champion.version}" if champion else f"there is no {ALIAS}"
+def _against(decision: Decision) -> Iterator[str]:
+    if decision.against:
+        yield f"champion  {decision.against}"
 
 
-# What is compared
+def _result(decision: Decision, champion: Any, moving: str) -> str:
+    stays = f"{ALIAS} stays version {champion.version}" if champion else f"there is no {ALIAS}"
+    return f"result    {f'{ALIAS} {moving}' if decision.moves else stays}: {decision.why}"
 
 
-def _run(name: str | None, given: params.Params, runs: list[store.Stored]) -> store.Stored:
+# The adapters that are compared
+
+
+def _run(name: str | None, given: params.Params, runs: list[Stored]) -> Stored:
     if name is not None:
         run = show.find(name, runs)
-        if not run.finished or store.DIGEST not in run.tags:
-            raise UserError(f"run {run.name} ({run.run_id}) is no finished experiment, its status is {run.status}")
+        if not run.finished or DIGEST not in run.tags:
+            raise UserError(f"{run} is not a finished experiment, its status is {run.status}: name another run")
         return run
     if not paths.DVC_LOCK.is_file():
         raise UserError(f"{paths.DVC_LOCK} is missing: run `dvc repro`, which makes it, or name a run")
-    if found := store.of_digest(identity.digest(identity.here(given.seeds)), runs):
+    if found := of_digest(identity.digest_here(given.seeds), runs):
         return found[0]
     raise UserError("the experiment of this folder is not recorded: run `dvc repro`, or name a run")
 
 
-def _candidate(run: store.Stored, tracking: params.Tracking, seed: int | None = None) -> Candidate:
-    """The adapter of a run that is a version or would be one: of `seed`, else of the lowest validation loss."""
-    with tempfile.TemporaryDirectory(prefix="lora-repro-") as name:
-        folder = Path(name)
-        held = store.read_back(tracking, run.run_id, folder)
-        if faults := store.spoilt(run, held, folder):
-            raise listing(faults, f"run {run.name} ({run.run_id}) is not what was written, so it cannot be trusted:")
+def _candidate(run: Stored, tracking: params.Tracking, seed: int | None = None) -> Candidate:
+    """The adapter of `seed` of a run, by default of the lowest validation loss; UserError if a file has changed."""
+    with store.copied(run, tracking) as (folder, held):
+        if faults := seal.faults(run, held, folder):
+            raise listing(faults, f"{run} is not what was written, so it cannot be trusted:")
         scored = of_artifacts(run, folder)
         seeds = run.seeds
         losses = {one: _loss(folder / "training" / f"{one}.json") for one in seeds}
@@ -172,18 +171,18 @@ def _candidate(run: store.Stored, tracking: params.Tracking, seed: int | None = 
             seed = min(losses, key=lambda one: losses[one])
         sha256 = records.sha256_tree(folder / "adapter" / str(seed))
     tuned = [item for item in scored.tuned if item.variant == paths.variant(seed)]
-    # Two runs may have one name, and two of one run are no two
-    scored = replace(scored, name=f"run {run.name} ({run.run_id})", tuned=tuned)
+    # With the id: two runs may have the same name.
+    scored = replace(scored, name=str(run), tuned=tuned)
     return Candidate(run, seed, len(seeds), losses[seed], sha256, scored)
 
 
 def _loss(summary: Path) -> float:
-    """The loss on the validation rows of the adapter that was kept: with early stopping not always the last one's."""
+    """The validation loss of the adapter that was kept. With early stopping it need not be the last."""
     return contracts.read(summary, TrainingSummary).kept_loss
 
 
 def _decide(
-    one: Candidate, base: Mapping[str, Result], champion: Any, runs: list[store.Stored], given: params.Params
+    one: Candidate, base: Mapping[str, Result], champion: Any, runs: list[Stored], given: params.Params
 ) -> Decision:
     if champion is not None and _is(one, champion):
         return Decision(False, "it is this adapter")
@@ -191,7 +190,7 @@ def _decide(
         return Decision(False, f"the adapter is not shown to be better than its base ({_word(base)})")
     if champion is None:
         return Decision(True, "it is better than its base, and there was none")
-    if (champion.tags.get(store.DIGEST), champion.tags.get(SEED)) == (one.run.tags[store.DIGEST], str(one.seed)):
+    if (champion.tags.get(DIGEST), champion.tags.get(SEED)) == (one.run.tags[DIGEST], str(one.seed)):
         return Decision(True, f"it is the adapter of version {champion.version}, whose run was recorded anew")
     before = _candidate_of(champion, runs, given.tracking)
     try:
@@ -211,15 +210,15 @@ def _decide(
     return Decision(False, why[_verdict(gained)], against)
 
 
-def _candidate_of(champion: Any, runs: list[store.Stored], tracking: params.Tracking) -> Candidate:
-    """The champion with its scores, out of its run, or of the run that has replaced that."""
+def _candidate_of(champion: Any, runs: list[Stored], tracking: params.Tracking) -> Candidate:
+    """The champion with its scores, from its run or the run that has replaced that."""
     own = [run for run in runs if run.run_id == champion.run_id]
-    run = next(iter([*own, *store.of_digest(champion.tags.get(store.DIGEST, ""), runs)]), None)
+    run = next(iter([*own, *of_digest(champion.tags.get(DIGEST, ""), runs)]), None)
     seed = champion.tags.get(SEED, "")
     if run is None or not seed.isdecimal():
         raise UserError(
-            f"{ALIAS} is version {champion.version} of {champion.name}, and no run here holds its scores: "
-            "restore its run, or take the alias away (in MLflow's page of the model), then the next one is the first"
+            f"{ALIAS} is version {champion.version} of {champion.name}, and no run here holds its scores: restore its "
+            "run, or remove the alias on MLflow's page of the model; the next champion is then the first"
         )
     return _candidate(run, tracking, int(seed))
 
@@ -246,12 +245,12 @@ def _figures(results: Mapping[str, Result]) -> str:
 
 def _named(model: str) -> str:
     if not re.fullmatch(r"[^/:'\"]+", model) or model != model.strip():
-        raise UserError(f"{model!r} is no name for a registered model (no / : or quotes): give one with --model")
+        raise UserError(f"{model!r} cannot be the name of a registered model (no / : or quotes): give one with --model")
     return model
 
 
 def _listed(client: Any, model: str) -> list[Any]:
-    """All versions of a registered model, the oldest first; none where it does not exist."""
+    """All versions of a registered model, the oldest first; none if it does not exist."""
     found, token = [], None
     while True:
         page = client.search_model_versions(f"name = '{model}'", page_token=token)
@@ -262,7 +261,7 @@ def _listed(client: Any, model: str) -> list[Any]:
 
 
 def _champion(client: Any, model: str) -> Any:
-    """The version that bears the alias; None for none."""
+    """The version with the alias; None if there is none."""
     from mlflow.exceptions import MlflowException
 
     try:
@@ -274,12 +273,12 @@ def _champion(client: Any, model: str) -> Any:
 
 
 def _is(one: Candidate, version: Any) -> bool:
-    """Whether a version is this very adapter, of this very run: a run that was recorded anew has files of its own."""
+    """Whether a version is this adapter of this run. A run that was recorded anew has files of its own."""
     return bool(version.run_id == one.run.run_id and version.tags.get(SEED) == str(one.seed))
 
 
 def _register(client: Any, model: str, one: Candidate, base: Mapping[str, Result]) -> Any:
-    """A new version with all its tags, in one step: a killed process leaves none at all, or a whole one."""
+    """Create a version with all its tags in one step, so that a killed process leaves a whole one or none."""
     from mlflow.exceptions import MlflowException
 
     about = (
@@ -297,7 +296,7 @@ def _register(client: Any, model: str, one: Candidate, base: Mapping[str, Result
         "base_model": one.run.params.get("model.source", "n/a"),
         "quantization": one.run.params.get("quantize.method", "n/a"),
         "signature": one.scored.base.signature,
-        store.DIGEST: one.run.tags[store.DIGEST],
+        DIGEST: one.run.tags[DIGEST],
         TEST: one.test,
         ADAPTER: one.sha256,
     }
@@ -306,5 +305,5 @@ def _register(client: Any, model: str, one: Candidate, base: Mapping[str, Result
         source=f"runs:/{one.run.run_id}/adapter/{one.seed}",
         run_id=one.run.run_id,
         tags=tags,
-        description=one.run.tags.get(store.NOTE, "").replace("**", ""),
+        description=one.run.tags.get(NOTE, "").replace("**", ""),
     )

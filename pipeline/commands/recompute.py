@@ -1,4 +1,4 @@
-"""The whole experiment once more, in a copy that shares nothing but downloads; what differs, and what may be why."""
+"""Compute the whole experiment again in a copy that shares only downloads, and name what differs."""
 
 import os
 import shutil
@@ -19,10 +19,10 @@ from pipeline.record import identity, lockfile, provenance, store
 
 
 def run_again() -> bool:
-    """Run the pipeline anew in a temporary folder, and print what differs, stage by stage; whether nothing does.
+    """Run the pipeline in a temporary copy, and print what differs, stage by stage. Returns whether all is equal.
 
-    The copy has the files that git knows or would take, with a cache and an MLflow store of its own. It is removed in
-    the end, whatever happens. UserError when the pipeline fails there, with what it printed above.
+    The copy has the files that git tracks or would add, a cache and an MLflow store of its own. It is always removed
+    in the end. UserError if the pipeline fails there; what it printed is above.
     """
     recorded = lockfile.read()
     with _ended_by_sigterm(), tempfile.TemporaryDirectory(prefix="lora-repro-") as folder:
@@ -35,20 +35,19 @@ def run_again() -> bool:
     differing = compare(recorded.stages, again.stages)
     for line in differing or [f"{len(again.stages)} stages computed again: every parameter, input and output is equal"]:
         say(line)
-    for line in environment(recorded.params, device) or [
-        "environment: packages, machine and device are those of the recorded run"
-    ]:
+    same = "environment: packages, machine and device are those of the recorded run"
+    for line in environment(recorded.params, device) or [same]:
         say(line)
     return not differing
 
 
 def compare(recorded: list[lockfile.Stage], again: list[lockfile.Stage]) -> list[str]:
-    """What differs between two locked pipelines, a line each, in the order of `dvc.yaml`.
+    """The differences between two locked pipelines, a line for each stage, in the order of `dvc.yaml`.
 
-    The first stage whose outputs differ although its inputs agree is named as such: the cause is there.
+    The first stage whose outputs differ although its inputs are equal is marked: the cause is there.
     """
     lines: list[str] = []
-    cause = False
+    marked = False
     for then, now in zip(recorded, again, strict=True):
         if then.locked is None or now.locked is None:
             lines.append(f"{then.name}: not run {'in the recorded experiment' if then.locked is None else 'again'}")
@@ -59,9 +58,9 @@ def compare(recorded: list[lockfile.Stage], again: list[lockfile.Stage]) -> list
         ]
         outs = _differing(lockfile.outs_of(then.locked), lockfile.outs_of(now.locked))
         if outs and not inputs:
-            first = "" if cause else " (the first: here equal inputs gave other results)"
+            first = "" if marked else " (the first stage that gave other results from equal inputs)"
             lines.append(f"{then.name}: other outputs from equal inputs, {', '.join(outs)}{first}")
-            cause = True
+            marked = True
         elif inputs or outs:
             lines.append(f"{then.name}: other inputs, {', '.join(inputs)}; other outputs, {', '.join(outs) or 'none'}")
     return lines
@@ -72,14 +71,14 @@ def _differing(then: dict[str, Any], now: dict[str, Any]) -> list[str]:
 
 
 def _copy(copy: Path, given: params.Params) -> None:
-    """The project's own files, in a git repository of their own; neither `dvc.lock` nor what stages wrote."""
+    """Copy the project's files, without `dvc.lock` and outputs, into a git repository of their own."""
     listed = git.run("ls-files", "--cached", "--others", "--exclude-standard", "--deduplicate", "-z")
-    names = {Path(name) for name in listed.split("\0") if name} - {paths.DVC_LOCK}
-    # A local source may be ignored by git; one outside of the project, by a relative path, cannot come along.
+    names = {Path(name) for name in listed.split("\\0") if name} - {paths.DVC_LOCK}
+    # git may ignore a local source. A relative path that leads out of the project would lead elsewhere in the copy.
     for local in (Path(source) for source, _ in given.sources):
         if not local.is_absolute() and local.exists():
             if ".." in local.parts:
-                raise UserError(f"the source {local} lies outside of the project: name it by its absolute path first")
+                raise UserError(f"the source {local} is outside of the project: give its absolute path in params.yaml")
             names |= {local} if local.is_file() else set(records.files(local).values())
     for name in sorted(names):
         if name.is_file():
@@ -98,7 +97,7 @@ def _reproduce(copy: Path) -> None:
         "PATH": os.pathsep.join([str(Path(sys.executable).parent), kept.get("PATH", "")]),
     }
     command = [sys.executable, "-m", "dvc", "repro", "--no-run-cache"]
-    # A session of its own, so that the stage, a grandchild, can be ended with it.
+    # In a session of its own, so that the stage, a grandchild, can be killed with it.
     with subprocess.Popen(command, cwd=copy, env=environment, start_new_session=True) as repro:
         try:
             failed = repro.wait()
@@ -111,7 +110,7 @@ def _reproduce(copy: Path) -> None:
 
 @contextmanager
 def _ended_by_sigterm() -> Iterator[None]:
-    """Let SIGTERM end this process as Ctrl-C does, through what cleans up."""
+    """Inside the block, SIGTERM ends this process as Ctrl-C does, after it has cleaned up."""
 
     def leave(number: int, _: object) -> None:
         sys.exit(128 + number)
@@ -124,11 +123,11 @@ def _ended_by_sigterm() -> Iterator[None]:
 
 
 def environment(given: params.Params, device: str) -> list[str]:
-    """What differs between the recorded run's packages, machine and device and those of now, a line each."""
-    found = store.of_digest(identity.digest(identity.here(given.seeds)), store.stored(given.tracking))
-    if not found:
-        return ["environment: unknown of then, there is no finished run of this experiment"]
+    """The differences in packages, machine and device between the recorded run and now, a line for each."""
+    run = store.finished(identity.digest_here(given.seeds), given.tracking)
+    if run is None:
+        return ["environment: cannot be compared, there is no finished run of this experiment"]
     now = {f"version.{name}": one for name, one in provenance.versions().items()}
     now |= {f"machine.{name}": str(fact) for name, fact in provenance.platform_facts().items()} | {"device": device}
-    then = {name: value for name, value in found[0].tags.items() if name.startswith(("version.", "machine.", "device"))}
+    then = {name: value for name, value in run.tags.items() if name.startswith(("version.", "machine.", "device"))}
     return [f"environment: {name} was {then.get(name)}, is {now.get(name)}" for name in _differing(then, now)]

@@ -1,7 +1,7 @@
-"""Do the cache, `dvc.lock`, the outputs, the reports, the MLflow run and the wheels still say the same?
+"""Do the cache, `dvc.lock`, the outputs, the reports, the MLflow run and the wheels still agree?
 
-DVC trusts the mode of a cached file, and its notes on time and size of every other: a flipped bit passes its `status`,
-`checkout`, `repro` and `push`. Here everything is read. Nothing is changed, and torch is not needed.
+DVC trusts the mode of a cached file, and the time and size of any other file: a flipped bit passes `dvc status`,
+`checkout`, `repro` and `push`. Here every file is read. Nothing is changed, and torch is not needed.
 """
 
 import contextlib
@@ -22,90 +22,108 @@ from pipeline.core.errors import UserError
 from pipeline.core.progress import say
 from pipeline.core.records import Decoding
 from pipeline.lora.adapter import ORIGIN
-from pipeline.record import current, identity, lockfile, store, track
-from pipeline.record.current import Outcome, word
+from pipeline.record import address, current, identity, lockfile, seal, store, track
+from pipeline.record.current import Finding, Outcome
+from pipeline.record.runs import DIGEST, NOTE, Record, Stored, in_line, of_digest
 from pipeline.report import files
 from pipeline.report.page import faults
 from pipeline.score import compare
 from pipeline.sources import source
 
-ABOVE = "# what is said above"
+ABOVE = "# as for the errors above"
 
 
 def check_all() -> bool:
-    """Run every check, print what each compared and what it found; whether all agreed.
+    """Run every check, and print what each compared and what it found. Returns whether there were no errors.
 
-    UserError when there is nothing to check: no readable `params.yaml`, `dvc.yaml` or `dvc.lock`.
+    UserError if `params.yaml`, `dvc.yaml` or `dvc.lock` cannot be read.
     """
     project = lockfile.read()
     found = 0
     for check in (objects, current.outputs, current.pipeline, chain, reports, record, page, wheels):
         outcome = check(project)
-        say(f"{outcome.name}: {outcome.compared}")
+        say(f"{outcome.name}: {outcome.compared}; {_errors(len(outcome.findings))}")
         for one in outcome.findings:
             say(f"  {one.place}: {one.wrong}\n    mend: {one.remedy}")
         found += len(outcome.findings)
-    say(f"{found} error{'s' if found > 1 else ''}: mend them from the top" if found else "all agreed")
+    say(f"{_errors(found)}: mend {'it' if found == 1 else 'them from the top'}" if found else "all agreed")
     return not found
+
+
+def _errors(count: int) -> str:
+    return "no errors" if not count else f"{count} error{'s' if count > 1 else ''}"
 
 
 # Checks
 
 
 def objects(project: lockfile.Project) -> Outcome:
-    """Every object's content against its name, and that all objects that `dvc.lock` needs are there."""
+    """Compare every object in the cache with its name, and look for all objects that `dvc.lock` needs."""
     outcome = Outcome("cache")
-    folder = project.cache / "files" / "md5"
-    owners: dict[str, tuple[lockfile.Out, str]] = {}
-    for out in project.outs():
-        if out.cached:
-            owners.setdefault(out.md5, (out, str(out.path)))
-            for name, content in lockfile.listing_of(folder, out.md5):
-                owners.setdefault(content, (out, f"{out.path}/{name}"))
-    inside = project.cache.is_relative_to(Path.cwd())
-    # In a cache that is shared with other projects, their objects are theirs to check.
-    kept = {path.parent.name + path.name for path in folder.glob("??/*") if path.is_file()} if inside else set()
+    # 1. The objects of this experiment.
+    owners = _owners(project)
+    mismatch = "its content does not match its name"
     size = 0
-    for name in [*owners, *sorted(kept - owners.keys())]:
-        path = folder / name[:2] / name[2:]
+    for name, (out, owner) in owners.items():
+        path = lockfile.object_path(project.cache, name)
         if not path.is_file():
-            out, place = owners[name]
-            outcome.find(_shown(path), f"missing; it is {place} of stage {out.stage}", _recache(project, out, ""))
+            outcome.find(_shown(path), f"missing; it is {owner}", _recache(project, out))
             continue
         size += path.stat().st_size
-        if records.dvc_md5(path) != name.removesuffix(".dir"):
-            remove = f"rm -f {shlex.quote(_shown(path))}"
-            if name in owners:
-                out, place = owners[name]
-                wrong = f"its content does not match its name; it should be {place} of stage {out.stage}"
-                outcome.find(_shown(path), wrong, _recache(project, out, f"{remove} && "))
-            else:
-                outcome.find(_shown(path), "its content does not match its name; no stage of now needs it", remove)
+        if not _is_sound(path, name):
+            outcome.find(_shown(path), f"{mismatch}; it should be {owner}", f"{_rm(path)} && {_recache(project, out)}")
+    # 2. All others, unless the cache is outside of this project: then they are for other projects to check.
+    inside = project.cache.is_relative_to(Path.cwd())
+    kept = [path for path in (project.cache / "files" / "md5").glob("??/*") if path.is_file()] if inside else []
+    others = {path.parent.name + path.name: path for path in kept}
+    for name in sorted(others.keys() - owners.keys()):
+        path = others[name]
+        size += path.stat().st_size
+        if not _is_sound(path, name):
+            outcome.find(_shown(path), f"{mismatch}; no current stage needs it", _rm(path))
+    # 3. The run cache.
     runs = [path for path in (project.cache / "runs").glob("??/*/*") if path.is_file()] if inside else []
     for path in runs:
         if _run_digest(path) != path.name:
-            wrong = "a record of an earlier run, its content does not match its name"
-            outcome.find(_shown(path), wrong, f"rm -f {shlex.quote(_shown(path))}")
+            outcome.find(_shown(path), f"a record of an earlier run; {mismatch}", _rm(path))
     outcome.compared = (
-        f"{len(owners.keys() | kept)} objects, {size / 1e6:.0f} MB, and {len(runs)} records of earlier runs"
-        f"{'' if inside else ' (shared: only what this experiment needs)'}, "
-        f"{word(outcome, 'content matches its name')}"
+        f"{len(owners.keys() | others.keys())} objects, {size / 1e6:.0f} MB, and {len(runs)} records of earlier runs"
+        f"{'' if inside else ' (shared: only what this experiment needs)'}"
     )
     return outcome
 
 
-def _recache(project: lockfile.Project, out: lockfile.Out, before: str) -> str:
-    """From the intact copy in the working directory; where there is none, the stage runs again.
+def _owners(project: lockfile.Project) -> dict[str, tuple[lockfile.Out, str]]:
+    """The objects that `dvc.lock` needs by name, each with its output, and with the file's path and stage in words."""
+    owners: dict[str, tuple[lockfile.Out, str]] = {}
+    for out in project.outs():
+        if out.cached:
+            owners.setdefault(out.md5, (out, f"{out.path} of stage {out.stage}"))
+            for name, md5 in lockfile.listing_of(project.cache, out.md5):
+                owners.setdefault(md5, (out, f"{out.path}/{name} of stage {out.stage}"))
+    return owners
 
-    Without --force, `dvc commit` refuses where an input has changed since: it blesses nothing.
+
+def _is_sound(path: Path, name: str) -> bool:
+    return records.dvc_md5(path) == name.removesuffix(".dir")
+
+
+def _rm(path: Path) -> str:
+    return f"rm -f {shlex.quote(_shown(path))}"
+
+
+def _recache(project: lockfile.Project, out: lockfile.Out) -> str:
+    """The command that caches an output again: from the intact copy in the working directory, else by its stage.
+
+    Without --force, `dvc commit` refuses if an input has changed since: it never accepts a wrong output.
     """
     if project.md5(out.path) == out.md5:
-        return f"{before}dvc commit {out.stage}"
-    return f"{before}rm -rf {shlex.quote(str(out.path))} && dvc repro"
+        return f"dvc commit {out.stage}"
+    return f"rm -rf {shlex.quote(str(out.path))} && dvc repro"
 
 
 def _run_digest(path: Path) -> str | None:
-    """DVC's name for an entry of its run cache: over all but sizes and counts; None where it is no YAML."""
+    """DVC's name for an entry of its run cache, over all but sizes and counts; None if the entry is not YAML."""
 
     def bare(value: Any) -> Any:
         if isinstance(value, list):
@@ -123,7 +141,7 @@ def _run_digest(path: Path) -> str | None:
 
 @dataclass(frozen=True)
 class Link:
-    """A field of an output that names the content of another: written by `stage`, it must say what `actual` finds."""
+    """A field of an output, written by `stage`, that names the content of another output: it must equal `actual()`."""
 
     stage: str
     path: Path
@@ -134,10 +152,10 @@ class Link:
 
 
 def chain(project: lockfile.Project) -> Outcome:
-    """From digest to digest: base, quantized model, adapters, predictions, forgetting, scores, receipt."""
-    outcome = Outcome("chain")
+    """Follow the digests: base, quantized model, adapters, predictions, forgetting, scores, receipt."""
     spoilt = project.spoilt()
     links = list(_links(project.params.seeds))
+    outcome = Outcome("chain", f"{len(links)} digests of models, adapters and results, with what is here")
     for link in links:
         remedy = ABOVE if spoilt else f"dvc repro --force --single-item {link.stage} && dvc repro"
         try:
@@ -145,9 +163,6 @@ def chain(project: lockfile.Project) -> Outcome:
                 outcome.find(link.path, f"it names another {link.what} than the one here", remedy)
         except (UserError, OSError) as error:
             outcome.find(link.path, f"cannot be read for its {link.what}: {error}", remedy)
-    outcome.compared = (
-        f"{len(links)} digests of models, adapters and results, {word(outcome, 'one is of what is here')}"
-    )
     return outcome
 
 
@@ -164,7 +179,7 @@ def _links(seeds: Sequence[int]) -> Iterator[Link]:
         yield Link(forget, forgetting, Forgetting, "model_sha256", "quantized model", quantized)
         yield Link(forget, forgetting, Forgetting, "adapter_sha256", "adapter", adapter)
         yield from _links_of_variant(seed, f"infer-tuned@{seed}", f"evaluate-tuned@{seed}", quantized, adapter)
-    yield Link("track", paths.RECEIPT, Receipt, "digest", "experiment", lambda: identity.digest(identity.here(seeds)))
+    yield Link("track", paths.RECEIPT, Receipt, "digest", "experiment", partial(identity.digest_here, seeds))
 
 
 def _links_of_variant(
@@ -179,7 +194,7 @@ def _links_of_variant(
 
 
 def reports(_: lockfile.Project) -> Outcome:
-    """The comparison once more, from predictions and scores; it, and the reports that are its copy, byte by byte."""
+    """Compute the comparison again from predictions and scores, and compare it and the reports byte by byte."""
     outcome = Outcome("reports")
     again = "dvc repro --force --single-item compare && dvc repro"
     count = 0
@@ -207,115 +222,114 @@ def reports(_: lockfile.Project) -> Outcome:
                     outcome.find(place, "missing", remedy)
                 elif place.read_bytes() != file.read_bytes():
                     outcome.find(place, "not what the predictions and scores give", remedy)
-    outcome.compared = f"{count} computed again, {word(outcome, 'one is equal byte for byte')}"
+    outcome.compared = f"{count} files computed again, byte for byte"
     return outcome
 
 
 def record(project: lockfile.Project) -> Outcome:
-    """The MLflow store: its database sound, its runs as they were written, and that of this experiment as is here."""
-    outcome = Outcome("mlflow")
-    tracking, seeds = project.params.tracking, project.params.seeds
-    outcome.compared = "no run that could be compared"
-    database = store.database(tracking)
-    if database is not None and database.exists() and (fault := _unsound(database)):
-        renew = f"mv {shlex.quote(str(database))} {shlex.quote(f'{database}.broken')} && {track.COMMAND}"
-        outcome.find(
-            database,
-            f"the database is damaged ({fault})",
-            f"{renew}  # brings back this experiment; others as they are applied",
-        )
+    """Check the MLflow store: its database, that all runs are as written, and this experiment's run with what is here.
+
+    The other runs of the store are checked against their own seals alone.
+    """
+    outcome = Outcome("mlflow", "no run could be compared")
+    tracking = project.params.tracking
+    if fault := _damage(address.database(tracking)):
+        outcome.findings.append(fault)
         return outcome
     try:
-        now = track.gather(seeds)
+        now = track.gather(project.params.seeds)
     except (UserError, OSError, KeyError, TypeError, ValueError) as error:
-        # Where nothing above is wrong, it is the page that is missing.
-        outcome.find("outputs", f"no run can be made of them: {error}", ABOVE if project.spoilt() else track.COMMAND)
+        # If no error was found above, the page is what is missing.
+        remedy = ABOVE if project.spoilt() else track.COMMAND
+        outcome.find("outputs", f"no run can be made of them: {error}", remedy)
         return outcome
     runs = store.stored(tracking)
-    for run in (run for run in runs if not run.finished):
-        own = run.tags[store.DIGEST] == now.digest
-        outcome.find(
-            f"run {run.name} ({run.run_id})", f"half-written, its status is {run.status}",
-            track.COMMAND if own else _deleting(run),
-        )  # fmt: skip
-    others = [run for run in runs if run.tags[store.DIGEST] != now.digest and run.finished]
+    for run in runs:
+        if not run.finished:
+            remedy = track.COMMAND if run.tags[DIGEST] == now.digest else _deleting(run)
+            outcome.find(run, f"half-written, its status is {run.status}", remedy)
+    others = [run for run in runs if run.tags[DIGEST] != now.digest and run.finished]
     for run in others:
-        for fault in _faults(tracking, run)[1]:
-            remedy = f"{_deleting(run)}  # `dvc exp apply` and `dvc repro` record it anew"
-            outcome.find(f"run {run.name} ({run.run_id})", fault, remedy)
-    finished = store.of_digest(now.digest, runs)
-    if not finished:
-        outcome.find(store.address(tracking), "no finished run of this experiment", track.COMMAND)
+        _find_faults(outcome, tracking, run, f"{_deleting(run)}  # `dvc exp apply` and `dvc repro` record it anew")
+    own = of_digest(now.digest, runs)
+    if not own:
+        outcome.find(address.shown(tracking), "no finished run of this experiment", track.COMMAND)
         return outcome
-    for run in finished[1:]:
-        wrong = f"a second record of the experiment that {finished[0].run_id} holds"
-        delete = _deleting(run)
-        outcome.find(f"run {run.name} ({run.run_id})", wrong, delete)
-    count = 0
-    for run in finished:
-        place = f"run {run.name} ({run.run_id})"
-        remedy = f"{_deleting(run)} && {track.COMMAND}"
-        held, faults = _faults(tracking, run)
-        for fault in faults:
-            outcome.find(place, fault, remedy)
-        count += len(held)
-        if not faults:
-            for at, digest in store.manifest(now).items():
-                if _lasting(at) and held.get(at) != digest:
-                    outcome.find(place, f"{at} is not what is here", ABOVE if project.spoilt() else remedy)
+    for run in own[1:]:
+        outcome.find(run, f"a second record of the experiment that {own[0].run_id} holds", _deleting(run))
+    count = sum(_compare_run(outcome, project, run, now) for run in own)
     outcome.compared = (
-        f"{count} parameters, metrics with their curves, tags and artifacts of run {finished[0].name} "
-        f"({finished[0].run_id}) and {len(others)} runs of other experiments, "
-        f"{word(outcome, 'one is as written and, of this experiment, as here')}"
+        f"{count} parameters, metrics with their curves, tags and artifacts of {own[0]}, "
+        f"and {len(others)} runs of other experiments"
     )
     return outcome
 
 
-def _deleting(run: store.Stored) -> str:
-    """The command that deletes a run from the store, for a shell."""
-    return f"{store.COMMAND} runs delete --run-id {shlex.quote(run.run_id)}"
-
-
-def page(project: lockfile.Project) -> Outcome:
-    """The page against its own seal, and the experiment that it shows against the one here.
-
-    After the run, since the stage that writes the page anew needs a store that is sound.
-    """
-    outcome = Outcome("page")
-    digest = identity.digest(identity.here(project.params.seeds))
-    for fault in faults(paths.REPORT_HTML, digest):
-        outcome.find(paths.REPORT_HTML, fault, track.COMMAND)
-    outcome.compared = f"seal and experiment of {paths.REPORT_HTML}, {word(outcome, 'one is right')}"
-    return outcome
-
-
-def _faults(tracking: params.Tracking, run: store.Stored) -> tuple[dict[str, str], list[str]]:
-    """What a run holds now, and the places in it that are not what was written."""
-    with tempfile.TemporaryDirectory(prefix="lora-repro-") as folder:
-        held = store.read_back(tracking, run.run_id, Path(folder))
-        return held, store.spoilt(run, held, Path(folder))
-
-
-def _unsound(database: Path) -> str | None:
-    """What SQLite finds wrong with its file; None for nothing."""
+def _damage(database: Path | None) -> Finding | None:
+    """What SQLite finds wrong with the file of a store; None if it finds nothing, or there is no file."""
+    if database is None or not database.exists():
+        return None
     try:
         with contextlib.closing(sqlite3.connect(f"{database.as_uri()}?mode=ro", uri=True)) as connection:
             said = str(connection.execute("pragma integrity_check").fetchone()[0])
     except sqlite3.DatabaseError as error:
-        return str(error)
-    return None if said == "ok" else said.splitlines()[0]
+        said = str(error)
+    if said == "ok":
+        return None
+    remedy = f"mv {shlex.quote(str(database))} {shlex.quote(f'{database}.broken')} && {track.COMMAND}"
+    remedy += "  # brings back this experiment; the others when they are applied"
+    return Finding(in_line(str(database)), f"the database is damaged ({said.splitlines()[0]})", remedy)
 
 
-def _lasting(place: str) -> bool:
-    """Whether a part of a run is the same for every run of the experiment: cost, code and machine are not."""
+def _compare_run(outcome: Outcome, project: lockfile.Project, run: Stored, now: Record) -> int:
+    """Compare a finished run with its seal and, if that is intact, with the record of what is here.
+
+    Returns the number of places in the run.
+    """
+    remedy = f"{_deleting(run)} && {track.COMMAND}"
+    held, intact = _find_faults(outcome, project.params.tracking, run, remedy)
+    if intact:
+        for place, digest in seal.manifest(now).items():
+            if _is_lasting(place) and held.get(place) != digest:
+                outcome.find(run, f"{place} is not as it is here", ABOVE if project.spoilt() else remedy)
+    return len(held)
+
+
+def _find_faults(outcome: Outcome, tracking: params.Tracking, run: Stored, remedy: str) -> tuple[dict[str, str], bool]:
+    """Add the faults of a finished run to `outcome`. Returns its manifest as it is now, and whether it is intact."""
+    with store.copied(run, tracking) as (folder, held):
+        faults = seal.faults(run, held, folder)
+    for fault in faults:
+        outcome.find(run, fault, remedy)
+    return held, not faults
+
+
+def _is_lasting(place: str) -> bool:
+    """Whether a part is the same in every run of the experiment. Cost, code and machine may differ."""
     if place.startswith("tags/"):
-        return place in ("tags/device", f"tags/{store.NOTE}", f"tags/{store.DIGEST}")
+        return place in ("tags/device", f"tags/{NOTE}", f"tags/{DIGEST}")
     other = (paths.DVC_LOCK, paths.PARAMS, paths.REPORT_HTML)
     return not place.startswith(("metrics/cost/", *(f"artifacts/{path.as_posix()}" for path in other)))
 
 
+def _deleting(run: Stored) -> str:
+    """The shell command that deletes a run from the store."""
+    return f"{address.COMMAND} runs delete --run-id {shlex.quote(run.run_id)}"
+
+
+def page(project: lockfile.Project) -> Outcome:
+    """Check the page's own seal, and that it shows the experiment that is here.
+
+    After the run: the stage that writes the page needs a sound store.
+    """
+    outcome = Outcome("page", f"seal and experiment of {paths.REPORT_HTML}")
+    for fault in faults(paths.REPORT_HTML, identity.digest_here(project.params.seeds)):
+        outcome.find(paths.REPORT_HTML, fault, track.COMMAND)
+    return outcome
+
+
 def wheels(project: lockfile.Project) -> Outcome:
-    """The downloaded wheels that the experiment names, against their pins."""
+    """Compare the downloaded wheels that the experiment names with their pins."""
     outcome = Outcome("wheels")
     counts = {"verified": 0, "not downloaded here": 0}
     for name, sha256 in project.params.sources:
@@ -324,12 +338,12 @@ def wheels(project: lockfile.Project) -> Outcome:
             counts["verified" if found else "not downloaded here"] += 1
             for wheel in found:
                 if records.sha256_file(wheel) != sha256:
-                    remedy = f"rm -f {shlex.quote(str(wheel))}  # it is downloaded again when it is needed"
+                    remedy = f"rm -f {shlex.quote(str(wheel))}  # it is downloaded again when needed"
                     outcome.find(wheel, f"its content is not the one pinned by params.yaml ({name})", remedy)
-    outcome.compared = ", ".join(f"{number} {word}" for word, number in counts.items() if number) or "none is named"
+    outcome.compared = ", ".join(f"{count} {state}" for state, count in counts.items() if count) or "none is named"
     return outcome
 
 
 def _shown(path: Path) -> str:
-    """A path as short as it can be typed in the project folder."""
+    """A path as it is typed in the project folder."""
     return str(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path)

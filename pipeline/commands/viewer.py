@@ -1,8 +1,8 @@
-"""The page of `dvc plots show` and `dvc plots diff`, so that it opens without a network.
+"""A page for `dvc plots show` and `dvc plots diff` that opens without a network.
 
-DVC's own page loads Vega from a content delivery network. DVC takes another page by its option `plots.html_template`;
-this one holds Vega, Vega-Lite and Vega-Embed as the installed `vl-convert` has them. Both the page and the option are
-this machine's (git-ignored), so where they are missing DVC draws on its own page, as it always does.
+DVC's own page loads Vega from a content delivery network. This one holds Vega, Vega-Lite and Vega-Embed from the
+installed `vl-convert`, and DVC's option `plots.html_template` names it. Page and option are on this machine alone
+(git ignores them). Without them DVC uses its own page.
 """
 
 import configparser
@@ -43,33 +43,33 @@ table {{ border-spacing: 15px; }}
 
 
 def prepare() -> None:
-    """Make the page unless the installed packages' is there, and have DVC take it; say what was done, else nothing.
+    """Write the page, unless the one of the installed packages is there, and configure DVC to use it.
 
-    A page of the user's own, in `.dvc/config.local`, stays. UserError outside of a DVC project.
+    A page that the user has configured in `.dvc/config.local` stays. UserError outside of a DVC project.
     """
     if not CONFIG.parent.is_dir():
         raise UserError(f"{CONFIG.parent} is missing: run this in the project folder")
-    taken = _taken()
-    if taken not in (None, PAGE.name):
-        say(f"{CONFIG} has its own plots.html_template, {taken}: it stays")
+    configured = _configured()
+    if configured not in (None, PAGE.name):
+        say(f"{CONFIG} has its own plots.html_template, {configured}: it stays")
         return
     made_of = f"vl-convert-python {version('vl-convert-python')}"
     mark = f'content="{html.escape(made_of)}"'
     if not PAGE.is_file() or mark not in PAGE.read_text(encoding="utf-8")[:400]:
         records.write_text(PAGE, HEAD.format(made_of=html.escape(made_of), script=_script()))
-    if taken is None:
+    if configured is None:
         command = ["dvc", "config", "--local", "plots.html_template", PAGE.name]
         subprocess.run(command, check=True, capture_output=True)
-        say(f"`dvc plots` draws on {PAGE}, which needs no network")
+        say(f"`dvc plots` now uses {PAGE}, which needs no network")
 
 
-def _taken() -> str | None:
-    """The page that DVC is told to take on this machine."""
+def _configured() -> str | None:
+    """The page that DVC is configured to use on this machine; None for its own."""
     parser = configparser.ConfigParser(interpolation=None)
     try:
         parser.read(CONFIG, encoding="utf-8")
     except configparser.Error as error:
-        raise UserError(f"{CONFIG} is no configuration of DVC's: {error}") from None
+        raise UserError(f"{CONFIG} cannot be read, mend or remove it: {error}") from None
     return parser.get("plots", "html_template", fallback=None)
 
 
@@ -77,7 +77,7 @@ def _script() -> str:
     import vl_convert
 
     script: str = vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed;")  # the one name that DVC's plots call
-    # Inside a page, the end of a script may not stand in it; nor may what DVC fills in.
+    # These would end the script or the comment in the page, or be replaced by DVC.
     for word in ("</script", "<!--", "{plot_divs}", "{scripts}", "{refresh_tag}"):
         assert word not in script, word
     return script

@@ -22,6 +22,7 @@ from pipeline.model import checkpoint
 from pipeline.model.prompt import DATE, starts_with_bos
 from pipeline.record import store
 from pipeline.record.origin import Origin
+from pipeline.record.runs import of_digest
 from pipeline.report import wording
 from pipeline.score.comparison import Comparison
 from pipeline.score.metrics import LABELS
@@ -364,5 +365,5 @@ def run_of(given: params.Params, digest: str) -> str | None:
         runs = store.stored(given.tracking)
     except UserError:
         return None
-    finished = store.of_digest(digest, runs)
+    finished = of_digest(digest, runs)
     return f"{finished[0].name} ({finished[0].run_id})" if finished else None

@@ -1,4 +1,4 @@
-"""Where a result comes from, what an experiment is, and where it is kept: git, `dvc.lock`, and the MLflow store.
+"""Where a result comes from, what identifies an experiment, and where it is kept: git, `dvc.lock`, the MLflow store.
 
 It imports core and score. It decides nothing about a result.
 """

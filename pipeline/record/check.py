@@ -1,16 +1,16 @@
-"""Whether what a stranger may have written can be handed to DVC: `params.yaml` and `dvc.lock`."""
+"""Checks of `params.yaml` and `dvc.lock` before DVC reads them: a stranger may have written either."""
 
 from pipeline.core import params, paths, records
 from pipeline.record import lockfile
 
 
 def write() -> None:
-    """Write `paths.CHECKED`, which the first stages depend on; it is always the same, so that nothing is run again."""
+    """Write `paths.CHECKED`, on which the first stages depend. Its content is always the same, so nothing reruns."""
     records.write_json(paths.CHECKED, {"params.yaml": "checked"})
 
 
 def require_sound() -> None:
-    """UserError with all mistakes of `params.yaml`, or of a `dvc.lock` that is there."""
+    """UserError with all mistakes in `params.yaml`, or in `dvc.lock` if there is one."""
     params.load()
     if paths.DVC_LOCK.exists():
         lockfile.stages_of(lockfile.text(paths.DVC_LOCK), str(paths.DVC_LOCK))

@@ -1,6 +1,6 @@
-"""What each stage cost on this machine, where this folder computed the result that is here now.
+"""What each stage cost, if it was this folder that computed the present result.
 
-A result restored from a cache cost this experiment nothing; what it cost another stands in the other's run.
+A result from a cache cost this experiment nothing. What it cost another experiment is in the run of that one.
 """
 
 from collections.abc import Sequence
@@ -11,7 +11,7 @@ from pipeline.core.contracts import Cost
 
 
 def of_stages(seeds: Sequence[int], root: Path = Path()) -> dict[str, Cost | None]:
-    """The cost of each stage of the project in `root`; None where another folder, or a cache, gave the result."""
+    """The cost of each stage of the project in `root`; None if its result came from another folder or a cache."""
     results = {"prepare": paths.DATA_CARD, "fetch": paths.BASE_FACTS, "quantize": paths.QUANTIZED_FACTS}
     results |= {"infer-base": paths.predictions(paths.variant(None))}
     for seed in seeds:
@@ -22,7 +22,7 @@ def of_stages(seeds: Sequence[int], root: Path = Path()) -> dict[str, Cost | Non
 
 
 def of_result(result: Path, root: Path = Path()) -> Cost | None:
-    """The cost of the stage that wrote `result`; None where it was noted for other content, or not at all."""
+    """The cost of the stage that wrote `result`; None if it was noted for other content, or not at all."""
     noted = root / paths.costs(result)
     if not noted.exists():
         return None

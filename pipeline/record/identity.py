@@ -1,6 +1,6 @@
-"""What an experiment is: the parameters that its stages were locked with, and the content of their outputs.
+"""What identifies an experiment: the parameters that its stages were locked with, and the content of their outputs.
 
-Its digest is over both, so an experiment that is reproduced under another name, on another day, is the same one.
+The digest covers both, so an experiment that is reproduced under another name or on another day is the same one.
 """
 
 import json
@@ -14,7 +14,7 @@ from pipeline.core.errors import UserError
 from pipeline.record import lockfile
 
 UPSTREAM = ("prepare", "fetch", "quantize")
-"""The stages that training rests on."""
+"""The stages that training depends on."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,21 +34,21 @@ def here(seeds: Sequence[int]) -> Stages:
 
 
 def stages_of(lock: str, seeds: Sequence[int]) -> Stages:
-    """The stages of a complete experiment, but for `track`, from the text of a `dvc.lock`; UserError as of `chosen`."""
+    """The stages of a complete experiment, without `track`, in the text of a `dvc.lock`; UserError as of `chosen`."""
     of_seeds = ("train", "infer-tuned", "forget", "evaluate-tuned")
     names = [*UPSTREAM, "infer@base", "evaluate@base", "compare"]
     return chosen(lock, names + [f"{stage}@{seed}" for seed in seeds for stage in of_seeds])
 
 
 def stages_of_trial(lock: str, seeds: Sequence[int]) -> Stages:
-    """The stages of a trial, which is trained and validated, and not tested; UserError as of `chosen`."""
+    """The stages of a trial, which is trained and validated but not tested; UserError as of `chosen`."""
     return chosen(lock, [*UPSTREAM, *(f"train@{seed}" for seed in seeds)])
 
 
 def chosen(lock: str, names: Sequence[str]) -> Stages:
-    """Some stages of the text of a `dvc.lock`, which also keeps those that `dvc.yaml` has lost, as of seeds of before.
+    """The stages `names` in the text of a `dvc.lock`, which also keeps stages that `dvc.yaml` no longer has.
 
-    UserError where a stage is missing, or read another adapter than the one there, as after `dvc repro train@17` alone.
+    UserError if a stage is missing, or was run with another adapter, as after `dvc repro train@17` alone.
     """
     locked = lockfile.stages_of(lock, paths.DVC_LOCK.name)
     if missing := [name for name in names if name not in locked]:
@@ -64,20 +64,25 @@ def chosen(lock: str, names: Sequence[str]) -> Stages:
 
 
 def digest(stages: Stages) -> str:
-    """The digest of an experiment."""
+    """The digest of the experiment with these stages."""
     content = {name: asdict(one) for name, one in stages.items()}
     return records.sha256_text(
         json.dumps(content, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
     )
 
 
+def digest_here(seeds: Sequence[int]) -> str:
+    """The digest of the experiment in the working directory; UserError as of `chosen`."""
+    return digest(here(seeds))
+
+
 def digest_of(lock: str, seeds: Sequence[int]) -> str:
-    """The digest of the experiment that the text of a `dvc.lock` holds; UserError where it lacks a stage."""
+    """The digest of the experiment in the text of a `dvc.lock`; UserError as of `chosen`."""
     return digest(stages_of(lock, seeds))
 
 
 def params_of(stages: Stages) -> dict[str, str]:
-    """Every parameter that a stage was locked with, by dotted name; UserError where two stages disagree."""
+    """Every parameter that a stage was locked with, by dotted name; UserError if two stages disagree."""
     merged: dict[str, str] = {}
     stage_of: dict[str, str] = {}
     for stage, content in stages.items():
@@ -92,7 +97,7 @@ def params_of(stages: Stages) -> dict[str, str]:
 
 
 def flat(values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    """Parameters by dotted name: text as it is, all else as JSON, and so a mapping with keys that MLflow refuses."""
+    """Parameters by dotted name. Text stays; all else becomes JSON, also a mapping with keys that MLflow refuses."""
     for name, value in values.items():
         yield from _leaves(value, name)
 

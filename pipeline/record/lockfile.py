@@ -1,5 +1,6 @@
-"""A project as DVC has it: the stages of `dvc.yaml` with their matrix filled in, what `dvc.lock` says of each, and the
-cache. It is read from the files themselves: DVC's own reading of them takes seconds, and trusts what is to be checked.
+"""A project as DVC sees it: the stages of `dvc.yaml` with their matrix filled in, `dvc.lock`, and the cache.
+
+The files are read here, not through DVC, which takes seconds and trusts what is to be checked.
 """
 
 import re
@@ -16,10 +17,10 @@ from pipeline.core import params, paths, records, yaml12
 from pipeline.core.errors import UserError, listing
 
 Stages = dict[str, dict[str, Any]]
-"""The stages of a `dvc.lock` by name, as it has them: `cmd`, `deps`, `params` and `outs`."""
+"""The entries of a `dvc.lock` by the stage's name, each with `cmd`, `deps`, `params` and `outs`."""
 
 MD5 = re.compile(r"[0-9a-f]{32}(\.dir)?")
-"""DVC's name for a content; its first two characters are a folder of the cache, so nothing else may pass for one."""
+"""DVC's name for a content. It becomes a path in the cache, so no other text may be taken for one."""
 
 
 class _Entry(BaseModel):
@@ -40,7 +41,7 @@ class _Lock(BaseModel):
 
 @dataclass(frozen=True, slots=True)
 class Out:
-    """An output as `dvc.lock` has it; `md5` ends in `.dir` for a folder."""
+    """An output in `dvc.lock`; `md5` ends in `.dir` for a folder."""
 
     path: Path
     md5: str
@@ -50,7 +51,7 @@ class Out:
 
 @dataclass(frozen=True, slots=True)
 class Stage:
-    """A stage of `dvc.yaml` with its matrix and parameters filled in, and its entry in `dvc.lock` (None: never run)."""
+    """A stage of `dvc.yaml` with its matrix filled in, and its entry in `dvc.lock` (None: it has never run)."""
 
     name: str
     command: str
@@ -62,7 +63,7 @@ class Stage:
 
 @dataclass(slots=True)
 class Project:
-    """What all checks look at; `md5` reads each file of the working directory once."""
+    """What all checks look at. `md5` reads each file of the working directory once."""
 
     params: params.Params
     stages: list[Stage]
@@ -70,7 +71,7 @@ class Project:
     known: dict[Path, str | None] = field(default_factory=dict)
 
     def outs(self) -> list[Out]:
-        """The outputs of the current stages as `dvc.lock` has them, without any that `dvc.yaml` does not have."""
+        """The outputs in `dvc.lock` that `dvc.yaml` has as well."""
         return [
             Out(Path(out["path"]), out["md5"], stage.name, stage.outs[Path(out["path"])])
             for stage in self.stages
@@ -79,18 +80,18 @@ class Project:
         ]
 
     def spoilt(self) -> list[Path]:
-        """The outputs that are not what `dvc.lock` has; whatever rests on them needs no remedy of its own."""
+        """The outputs that are not as in `dvc.lock`. Whatever depends on them needs no remedy of its own."""
         return [out.path for out in self.outs() if self.md5(out.path) != out.md5]
 
     def md5(self, path: Path) -> str | None:
-        """DVC's name for the content of a file or folder; None where there is none."""
+        """DVC's name for the content of a file or folder; None if there is none."""
         if path not in self.known:
             self.known[path] = records.dvc_md5(path)
         return self.known[path]
 
 
 def read(folder: Path = Path()) -> Project:
-    """The pipeline in `folder` and what it is locked to."""
+    """The project in `folder`; UserError if one of its files is missing or wrong."""
     given = params.load(folder / paths.PARAMS)
     lock = stages_of(text(folder / paths.DVC_LOCK), str(folder / paths.DVC_LOCK))
     stages = [
@@ -103,24 +104,25 @@ def read(folder: Path = Path()) -> Project:
 
 def missing(lock: Path) -> int:
     """How many objects of the stages in a `dvc.lock` are not in this project's cache."""
-    objects = cache_folder(Path()) / "files" / "md5"
+    cache = cache_folder(Path())
     outs = [out for stage in stages_of(text(lock), str(lock)).values() for out in outs_of(stage).items()]
     names = {md5 for path, md5 in outs if Path(path).is_relative_to(paths.OUT) and Path(path) != paths.RECEIPT}
-    names |= {content for name in names for _, content in listing_of(objects, name)}
-    return sum(not (objects / name[:2] / name[2:]).is_file() for name in names)
+    names |= {content for name in names for _, content in listing_of(cache, name)}
+    return sum(not object_path(cache, name).is_file() for name in names)
 
 
 def cache_folder(folder: Path) -> Path:
-    told = subprocess.run(
+    """The folder of the cache of the project in `folder`; UserError if it is not in a project."""
+    done = subprocess.run(
         [sys.executable, "-m", "dvc", "cache", "dir"], cwd=folder, capture_output=True, text=True, check=False
     )
-    if told.returncode:
-        raise UserError(f"`dvc cache dir` failed: {told.stderr.strip()}\nRun this in the project folder")
-    return Path(told.stdout.strip())
+    if done.returncode:
+        raise UserError(f"`dvc cache dir` failed: {done.stderr.strip()}\nRun this in the project folder")
+    return Path(done.stdout.strip())
 
 
 def text(path: Path) -> str:
-    """The text of a `dvc.lock`; UserError where there is none."""
+    """The text of a `dvc.lock`; UserError if it is missing or not UTF-8."""
     try:
         return path.read_text(encoding="utf-8")
     except FileNotFoundError:
@@ -130,10 +132,10 @@ def text(path: Path) -> str:
 
 
 def stages_of(lock: str, name: str) -> Stages:
-    """The stages that the text of a `dvc.lock` holds; `name` says in errors which lock it is.
+    """The stages in the text of a `dvc.lock`; `name` is the lock's name in errors.
 
-    A lock may be a stranger's, and what it names is read, compared and, in the clone of a trial, removed. UserError for
-    a text that is no lock of DVC's, for a path that leads out of the project, and for a digest that is no file's name.
+    A stranger may have written a lock, and the files that it names are read, compared and, in the clone of a trial,
+    removed. UserError for a text that DVC did not write, a path out of the project, and an md5 that is not one.
     """
     content = yaml12.load(lock, name)
     try:
@@ -149,7 +151,7 @@ def stages_of(lock: str, name: str) -> Stages:
 
 
 def params_of(locked: Mapping[str, Any]) -> dict[str, Any]:
-    """The parameters of a locked stage, of all its files, as `dvc.lock` names them."""
+    """The parameters of a locked stage by their names in `dvc.lock`."""
     return {name: value for file in locked.get("params", {}).values() for name, value in file.items()}
 
 
@@ -164,7 +166,7 @@ def deps_of(locked: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _items(definition: dict[str, Any], given: params.Params) -> Iterator[tuple[str, str] | None]:
-    """The matrix of a stage: its one key with each of its values."""
+    """The matrix of a stage: its only key with each value; None for a stage without a matrix."""
     if "matrix" not in definition:
         yield None
         return
@@ -189,9 +191,14 @@ def _stage(name: str, definition: dict[str, Any], item: tuple[str, str] | None, 
     return Stage(full, fill(definition["cmd"]), deps, definition.get("params", []), outs, lock.get(full))
 
 
-def listing_of(objects: Path, name: str) -> list[tuple[str, str]]:
-    """Path and md5 of the files of a cached folder; none where the listing itself is missing or spoilt."""
-    path = objects / name[:2] / name[2:]
+def object_path(cache: Path, name: str) -> Path:
+    """The file in the cache that holds the content with DVC's name `name`."""
+    return cache / "files" / "md5" / name[:2] / name[2:]
+
+
+def listing_of(cache: Path, name: str) -> list[tuple[str, str]]:
+    """Path and md5 of the files of a cached folder; none if its listing is missing or spoilt."""
+    path = object_path(cache, name)
     if not name.endswith(".dir") or not path.is_file() or records.dvc_md5(path) != name.removesuffix(".dir"):
         return []
     entries = records.read_json(path)
@@ -199,7 +206,7 @@ def listing_of(objects: Path, name: str) -> list[tuple[str, str]]:
 
 
 def _is_sound(entry: Any) -> bool:
-    """Whether an entry of a folder's listing names a content by its digest and a file within the folder."""
+    """Whether an entry of a folder's listing has an md5, and a path within the folder."""
     if not isinstance(entry, Mapping) or not MD5.fullmatch(str(entry.get("md5"))):
         return False
     try:

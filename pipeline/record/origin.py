@@ -5,15 +5,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pipeline.core import paths
-from pipeline.record import identity, lockfile, provenance
+from pipeline.record import identity, provenance
 
 
 @dataclass(frozen=True, slots=True)
 class Origin:
     """Where a result comes from.
 
-    `changed` names the files that differ from the commit; `stages` maps a stage to its outputs' md5 in `dvc.lock`;
-    `params` are those that the stages were locked with, `params_yaml` the file as it is.
+    `changed` names the files that differ from the commit. `stages` maps a stage to the md5 of its outputs in
+    `dvc.lock`. `params` are those that the stages were locked with; `params_yaml` is the text of the file.
     """
 
     digest: str
@@ -28,8 +28,8 @@ class Origin:
 
     @classmethod
     def read(cls, seeds: Sequence[int]) -> "Origin":
-        """The origin of the experiment in the working directory; UserError where it is not complete."""
-        stages = identity.stages_of(lockfile.text(paths.DVC_LOCK), seeds)
+        """The origin of the experiment in the working directory; UserError if it is not complete."""
+        stages = identity.here(seeds)
         sha, _ = provenance.commit(Path())
         return cls(
             digest=identity.digest(stages),

@@ -1,4 +1,4 @@
-"""Where a result comes from: commit, experiment, package versions, machine. Nothing here enters a result."""
+"""Where a result comes from: commit, experiment, versions of packages, machine. No result depends on them."""
 
 import os
 import platform
@@ -27,11 +27,11 @@ PACKAGES = (
 )
 
 RESULTS = ("dvc.lock", "reports")
-"""What `dvc repro` itself writes into the git repository: changed after every run, so no sign of changed inputs."""
+"""What `dvc repro` itself writes into the git repository. A change there is not a change of the inputs."""
 
 
 def versions() -> dict[str, str]:
-    """Versions of Python and of the packages that can move a number; packages that are not installed are left out."""
+    """Versions of Python and of the installed packages that can change a number."""
     found = {"python": platform.python_version()}
     for name in PACKAGES:
         try:
@@ -42,12 +42,12 @@ def versions() -> dict[str, str]:
 
 
 def is_commit(text: str) -> bool:
-    """Whether a text is the whole name of a commit, in SHA-1 or SHA-256: git is given nothing else of a stranger's."""
+    """Whether a text is the whole name of a commit, in SHA-1 or SHA-256. Of a stranger's texts, git gets only these."""
     return re.fullmatch(r"[0-9a-f]{40}|[0-9a-f]{64}", text) is not None
 
 
 def commit(folder: Path) -> tuple[str | None, bool]:
-    """The commit checked out at `folder`, and whether anything under `folder` but `RESULTS` differs from it.
+    """The commit checked out at `folder`, and whether `folder` differs from it, apart from `RESULTS`.
 
     `(None, False)` outside a git repository, before its first commit, and without git.
     """
@@ -60,7 +60,7 @@ def commit(folder: Path) -> tuple[str | None, bool]:
 
 
 def changes(folder: Path) -> list[str]:
-    """The files under `folder`, relative to it, for which `commit` says that something differs."""
+    """The files of `folder` that differ from its commit, apart from `RESULTS`, as paths relative to it."""
     excluded = [f":(exclude){name}" for name in RESULTS]
     listing = ("status", "--porcelain", "-z", "--no-renames", "--untracked-files=all", "--", ".", *excluded)
     listed = git.ask(*listing, cwd=folder)
@@ -69,21 +69,20 @@ def changes(folder: Path) -> list[str]:
 
 
 def experiment() -> str | None:
-    """Name of the DVC experiment that runs this process; None under plain `dvc repro`."""
+    """The name of the DVC experiment that runs this process; None under plain `dvc repro`."""
     return os.environ.get("DVC_EXP_NAME") or None
 
 
 def main_repository() -> Path:
-    """The project that owns the records: an experiment in a temporary copy belongs to the repository it came from.
+    """The project that owns the records. An experiment in a temporary copy belongs to the repository it came from.
 
-    DVC gives its stages that repository in DVC_ROOT, except that a value in the user's environment wins in the
-    workspace. A stale one is recognised by not holding this folder (the copies lie under `<main>/.dvc/tmp`), or by
-    having no `.dvc`; then, and outside DVC, it is the nearest folder upwards that has one, or the current one.
+    DVC names that repository in DVC_ROOT, unless the user's environment has another value. DVC_ROOT counts only if it
+    has a `.dvc` and holds this folder (copies are under `<main>/.dvc/tmp`). Else it is the nearest folder upwards with
+    a `.dvc`, or the current folder.
     """
     here = Path.cwd().resolve()
     upwards = [here, *here.parents]
-    given = os.environ.get("DVC_ROOT")
-    if given:
+    if given := os.environ.get("DVC_ROOT"):
         root = Path(given).resolve()
         if root in upwards and (root / ".dvc").is_dir():
             return root
@@ -91,7 +90,7 @@ def main_repository() -> Path:
 
 
 def platform_facts() -> dict[str, str | int]:
-    """The machine in four words: processor architecture, operating system, CPU model, cores."""
+    """The machine: processor architecture, operating system, CPU model and number of cores."""
     return {
         "machine": platform.machine(),
         "system": f"{platform.system()} {platform.release()}",

@@ -1,8 +1,8 @@
 """One complete MLflow run for each experiment, written after the fact from `dvc.lock` and the outputs.
 
-A stage that DVC restores from its run cache executes no code, so a record kept by the stages themselves would be false.
-The last stage therefore writes the whole record, and an experiment is known by a digest of what DVC locked: parameters
-in, content out. Reproducing it, under whatever name, on whatever day, finds the run that is there.
+A stage that DVC restores from its run cache executes no code, so stages cannot record themselves. The last stage
+writes the whole record. A digest of what DVC locked, parameters and content, identifies an experiment: reproducing it
+under another name or on another day finds the run that is there.
 
 MLflow is imported inside functions: it takes seconds, and the command line should not pay them.
 """
@@ -15,54 +15,56 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.core import contracts, params, paths, records
-from pipeline.core.contracts import DataCard, QuantizedFacts, Receipt, TrainingSummary
+from pipeline.core.contracts import Cost, DataCard, QuantizedFacts, Receipt, TrainingSummary
 from pipeline.core.errors import UserError, listing
 from pipeline.core.progress import say
 from pipeline.core.records import Decoding
-from pipeline.record import costs, identity, provenance, store
+from pipeline.record import costs, identity, provenance, runs, store
 from pipeline.record.identity import Stages
-from pipeline.record.store import Point, Record
+from pipeline.record.runs import Point, Record
 from pipeline.score import side_by_side
 
 COMMAND = "dvc repro --force --single-item track"
-"""Writes the page, the MLflow run of the working directory, unless a finished one is there, and the receipt."""
+"""Writes the page, the receipt, and the MLflow run of the working directory if it is not recorded yet."""
+
+Files = list[tuple[Path, str | None]]
+"""What goes into a run: each path with its folder there (None: the root)."""
 
 
 def record(seeds: Sequence[int], tracking: params.Tracking) -> None:
-    """Record the experiment in the working directory, unless it is recorded already, and write `paths.RECEIPT`.
+    """Record the experiment in the working directory unless it is recorded already, and write `paths.RECEIPT`.
 
-    Before that, publish its comparison: DVC has removed the reports, and people read them whatever the store answers.
-
-    UserError when `dvc.lock` or an output is missing, when `dvc.lock` mixes two experiments, for a metric that MLflow
-    cannot hold, and for a store that cannot be used. A run is finished only when everything is in it.
+    First its reports are published: DVC has removed them, and people read them whatever the store answers. UserError
+    if `dvc.lock` or an output is missing, if `dvc.lock` mixes two experiments, if MLflow cannot hold a metric, and if
+    the store cannot be used. A run is finished only when everything is in it.
     """
     publish()
     made = gather(seeds)
-    _refuse_other_content(made, identity.here(seeds))
+    _require_unchanged(made, identity.here(seeds))
     [(run, word)] = store.write([made], tracking)
     contracts.write(paths.RECEIPT, Receipt(made.digest))
     say(f"{word}: {store.line(run, tracking)}")
 
 
 def publish() -> None:
-    """Copy what people read of `paths.COMPARISON`, which a cache may have restored, to `paths.REPORTS`."""
+    """Copy the reports from `paths.COMPARISON`, which a cache may have restored, to `paths.REPORTS`."""
     for path in sorted(path for path in paths.COMPARISON.rglob("*") if path.is_file() and paths.is_published(path)):
         with records.replacing(paths.published(path)) as temporary:
             shutil.copyfile(path, temporary)
 
 
 def describe(seeds: Sequence[int], tracking: params.Tracking) -> str:
-    """Where the record of the working directory is, in one line; the store is opened only if it is there."""
-    runs = store.of_digest(identity.digest(identity.here(seeds)), store.stored(tracking))
-    if runs:
-        return store.line(runs[0], tracking)
-    return "not recorded: run `dvc repro` (or `dvc repro --single-item --force track` if that finds nothing to do)"
+    """The run of the experiment in the working directory, in one line, or that it is not recorded."""
+    run = store.finished(identity.digest_here(seeds), tracking)
+    if run is None:
+        return "not recorded: run `dvc repro` (or `dvc repro --single-item --force track` if that finds nothing to do)"
+    return store.line(run, tracking)
 
 
-def _refuse_other_content(made: Record, stages: Stages) -> None:
-    """UserError where an output that goes into the run is not what its stage wrote.
+def _require_unchanged(made: Record, stages: Stages) -> None:
+    """UserError if an output that goes into the run is not what its stage wrote.
 
-    DVC takes a file for what it was by time and size, and restores what has rotted in its cache.
+    DVC compares only the time and size of a file, and restores what has rotted in its cache.
     """
     recorded = [path for path, _ in made.files] + [paths.split("test"), *paths.PREDICTIONS.glob("*.jsonl")]
     changed = [
@@ -73,95 +75,107 @@ def _refuse_other_content(made: Record, stages: Stages) -> None:
         and records.dvc_md5(Path(out)) != md5
     ]
     if changed:
-        remedy = "`lora-repro verify` says what mends it"
-        raise listing(changed, f"nothing is recorded of outputs that have changed on the disk; {remedy}:")
+        remedy = "`lora-repro verify` says how to mend them"
+        raise listing(changed, f"nothing is recorded, because outputs have changed on the disk; {remedy}:")
+
+
+# What runs hold
 
 
 def gather(seeds: Sequence[int]) -> Record:
-    """All that a run of the experiment in the working directory holds; UserError as of `record`."""
+    """The record of the experiment in the working directory; UserError as of `record`."""
     stages = identity.here(seeds)
     digest = identity.digest(stages)
     sha, dirty = provenance.commit(Path())
     experiment = provenance.experiment()
-    # Many experiments share a commit that they differ from: its name alone would be none.
+    spent = costs.of_stages(seeds)
+    # Many experiments share the commit that they differ from, so its name alone would not tell them apart.
     at_commit = sha and (f"{sha[:7]}+{digest[:7]}" if dirty else sha[:7])
     tags = {
-        store.DIGEST: digest,
-        store.EXPERIMENTS: experiment,
-        store.COMMITS: sha,
+        runs.DIGEST: digest,
+        runs.EXPERIMENTS: experiment,
+        runs.COMMITS: sha,
         "mlflow.source.name": "dvc repro",
-        store.COMMIT: sha,
+        runs.COMMIT: sha,
         "git.dirty": str(dirty).lower() if sha else None,
         "device": contracts.read(paths.decoding(paths.variant(None)), Decoding).device,
-        store.NOTE: paths.COMPARISON_MD.read_text(encoding="utf-8").split("\n", 1)[0][: store.MAX_TAG],
-        "energy": _meters(seeds, Path()),
-        **store.surroundings(),
+        runs.NOTE: paths.COMPARISON_MD.read_text(encoding="utf-8").split("\n", 1)[0][: runs.MAX_TAG],
+        "energy": _meters(spent),
+        **runs.surroundings(),
     }
-    files: list[tuple[Path, str | None]] = [(paths.DVC_LOCK, None), (paths.PARAMS, None), (paths.DATA_CARD, "data")]
+    files = _files(seeds)
+    if missing := [str(path) for path, _ in files if not path.exists()]:
+        raise listing(missing, "outputs are missing, run `dvc repro` or `dvc checkout`:")
+    return Record(
+        name=experiment or at_commit or digest[:12],
+        tags={key: value for key, value in tags.items() if value is not None},
+        params=_params(identity.params_of(stages)),
+        metrics=[*_results(), *_training(seeds, Path()), *_costs(spent)],
+        predictions=_predictions(seeds),
+        files=files,
+    )
+
+
+def _files(seeds: Sequence[int]) -> Files:
+    """The files and folders of a complete experiment's run."""
+    files: Files = [(paths.DVC_LOCK, None), (paths.PARAMS, None), (paths.DATA_CARD, "data")]
     files += [(path, "models") for path in (paths.BASE_FACTS, paths.QUANTIZED_FACTS)]
     reports = (paths.METRICS, paths.COMPARISON_JSON, paths.COMPARISON_MD, paths.REPORT_HTML, paths.COMPARISON_SVG)
     files += [(path, "reports") for path in reports]
     files += [(folder, f"reports/{folder.name}") for folder in (paths.FIGURES, paths.TABLES)]
     files += [(paths.scores(variant), paths.SCORES.name) for variant in map(paths.variant, (None, *seeds))]
     for seed in seeds:
-        files.append((paths.adapter(seed), f"adapter/{seed}"))
-        files += [(path, "training") for path in (paths.training_summary(seed), paths.training_log(seed))]
-        files.append((paths.forgetting(seed), paths.FORGETTING.name))
-    if missing := [str(path) for path, _ in files if not path.exists()]:
-        raise listing(missing, "outputs are missing, run `dvc repro` or `dvc checkout`:")
-    metrics = [*_results(), *_training(seeds, Path()), *_costs(seeds, Path())]
-    return Record(
-        name=experiment or at_commit or digest[:12],
-        tags={key: value for key, value in tags.items() if value is not None},
-        params=_params(stages),
-        metrics=metrics,
-        predictions=_predictions(seeds),
-        files=files,
-    )
+        files += [*_files_of_training(seed, Path()), (paths.forgetting(seed), paths.FORGETTING.name)]
+    return files
+
+
+def _files_of_training(seed: int, root: Path) -> Files:
+    logs = [(root / path, "training") for path in (paths.training_summary(seed), paths.training_log(seed))]
+    return [(root / paths.adapter(seed), f"adapter/{seed}"), *logs]
 
 
 def gather_trial(root: Path, commit: str, seeds: Sequence[int], name: str, sweep: str, loss: float) -> Record:
-    """All that the run of the trial `name` holds, whose outputs are in the project folder `root`."""
+    """The record of the trial `name`, whose outputs are in the project folder `root`."""
     stages = identity.stages_of_trial((root / paths.DVC_LOCK).read_text(encoding="utf-8"), seeds)
-    files: list[tuple[Path, str | None]] = [(root / paths.DVC_LOCK, None), (root / paths.PARAMS, None)]
+    files: Files = [(root / paths.DVC_LOCK, None), (root / paths.PARAMS, None)]
     for seed in seeds:
-        files.append((root / paths.adapter(seed), f"adapter/{seed}"))
-        files += [(root / path, "training") for path in (paths.training_summary(seed), paths.training_log(seed))]
-    metrics = [Point("validation_loss", loss), *_training(seeds, root), *_costs(seeds, root)]
+        files += _files_of_training(seed, root)
+    metrics = [Point("validation_loss", loss), *_training(seeds, root), *_costs(costs.of_stages(seeds, root))]
     device = contracts.read(root / paths.training_summary(seeds[0]), TrainingSummary).device
     note = f"Trial of sweep {sweep}: validation loss {loss:.4f}; not tested"
     tags = _trial_tags(commit, identity.digest(stages), name, sweep, note)
     tags |= {"trial.state": "complete", "device": device}
-    return Record(name, tags, _params(stages), metrics, {}, files)
+    return Record(name, tags, _params(identity.params_of(stages)), metrics, {}, files)
 
 
 def gather_pruned(
     commit: str, given: Mapping[str, Any], name: str, sweep: str, curve: list[tuple[int, float]]
 ) -> Record:
-    """What there is of a trial that was ended early: its parameters, and its validation losses until then."""
+    """The record of a trial that was ended early: its parameters, and its validation losses until then."""
     values = dict(identity.flat(given))
-    tags = _trial_tags(commit, "", name, sweep, f"Trial of sweep {sweep}: pruned; not tested")
-    content = json.dumps([commit, values, curve], sort_keys=True)
-    tags |= {store.TRIAL: records.sha256_text(content), "trial.state": "pruned"}
+    digest = records.sha256_text(json.dumps([commit, values, curve], sort_keys=True))
+    tags = _trial_tags(commit, digest, name, sweep, f"Trial of sweep {sweep}: pruned; not tested")
     points = [Point("validation/loss", loss, step) for step, loss in curve]
-    return Record(name, tags, {key: store.cut(value, "params.yaml") for key, value in values.items()}, points, {}, [])
+    return Record(name, tags | {"trial.state": "pruned"}, _params(values), points, {}, [])
 
 
 def _trial_tags(commit: str, digest: str, name: str, sweep: str, note: str) -> dict[str, str]:
     tags = {
-        store.TRIAL: digest,
+        runs.TRIAL: digest,
         "kind": "trial",
-        store.SWEEP: sweep,
-        store.EXPERIMENTS: name,
+        runs.SWEEP: sweep,
+        runs.EXPERIMENTS: name,
         "mlflow.source.name": "lora-repro sweep",
-        store.NOTE: note,
+        runs.NOTE: note,
+        runs.COMMITS: commit,
+        runs.COMMIT: commit,
+        "git.dirty": "true",  # a trial differs from its commit in its parameters
     }
-    # A trial differs from its commit in its parameters.
-    return tags | {store.COMMITS: commit, store.COMMIT: commit, "git.dirty": "true"} | store.surroundings()
+    return tags | runs.surroundings()
 
 
-def _params(stages: Stages) -> dict[str, str]:
-    return {key: store.cut(value, "params.yaml") for key, value in identity.params_of(stages).items()}
+def _params(values: Mapping[str, str]) -> dict[str, str]:
+    return {key: runs.cut(value, "params.yaml") for key, value in values.items()}
 
 
 def _results() -> Iterator[Point]:
@@ -186,7 +200,7 @@ def _numbers(value: Any, name: str = "") -> Iterator[Point]:
 
 
 def _fields(prefix: str, record: Any) -> Iterator[Point]:
-    """The fields of a record that hold numbers."""
+    """The numeric fields of a record, as metrics."""
     for name, value in asdict(record).items():
         if _is_number(value) and name != "seed":
             yield Point(f"{prefix}/{name}", value)
@@ -209,9 +223,9 @@ def _training(seeds: Sequence[int], root: Path) -> Iterator[Point]:
             yield from (Point(f"{prefix}train/{name}", float(value), step) for name, value in values.items())
 
 
-def _costs(seeds: Sequence[int], root: Path) -> Iterator[Point]:
-    """Time, memory and measured energy of each stage that this folder ran."""
-    for stage, cost in costs.of_stages(seeds, root).items():
+def _costs(spent: Mapping[str, Cost | None]) -> Iterator[Point]:
+    """Time, memory and measured energy of each stage that ran in this folder."""
+    for stage, cost in spent.items():
         if cost is not None:
             values = {
                 "seconds": cost.seconds,
@@ -222,14 +236,14 @@ def _costs(seeds: Sequence[int], root: Path) -> Iterator[Point]:
             yield from (Point(f"cost/{stage}_{name}", value) for name, value in values.items() if value is not None)
 
 
-def _meters(seeds: Sequence[int], root: Path) -> str | None:
-    """What measured the energy of the stages that ran here, or why nothing did."""
-    meters = dict.fromkeys(cost.energy_meter for cost in costs.of_stages(seeds, root).values() if cost)
-    return "; ".join(meter for meter in meters if meter)[: store.MAX_TAG] or None
+def _meters(spent: Mapping[str, Cost | None]) -> str | None:
+    """What measured the energy of the stages that ran in this folder, or why it was not measured."""
+    meters = dict.fromkeys(cost.energy_meter for cost in spent.values() if cost)
+    return "; ".join(meter for meter in meters if meter)[: runs.MAX_TAG] or None
 
 
 def _predictions(seeds: Sequence[int]) -> dict[str, list[Any]]:
-    """One row a test example: its text, what each variant wrote, and each variant's scores."""
+    """The table of test examples: a row for each, with what each variant wrote and its scores."""
     rows = side_by_side.read(seeds)
     columns = {"base": [row.base for row in rows]}
     for i, seed in enumerate(seeds):

@@ -16,7 +16,7 @@ from typing import Any
 from pipeline.core import git
 from pipeline.core.errors import UserError, listing, without_passwords
 from pipeline.core.progress import say
-from pipeline.record import bounds
+from pipeline.record.address import require_unsigned
 from pipeline.search import trial
 from pipeline.search.spec import Search
 from pipeline.search.study import Judge
@@ -162,7 +162,7 @@ def _on_node(
     try:
         # This node's passwords may only be sent to an address that this node names itself.
         if os.environ.get("MLFLOW_TRACKING_URI") != address:
-            bounds.require_unsigned(address, f"the MLflow store of this sweep is {address}")
+            require_unsigned(address, f"the MLflow store of this sweep is {address}")
         os.environ["MLFLOW_TRACKING_URI"] = address
         clone = place / "trials" / source.commit[:12] / job.name
         return call(replace(source, cache=str(place / "cache")), job, clone, *judge)

@@ -19,6 +19,8 @@ from pipeline.core import git, params, paths, records
 from pipeline.core.errors import UserError
 from pipeline.core.progress import say
 from pipeline.record import identity, lockfile, provenance, store
+from pipeline.record.address import tracking_uri
+from pipeline.record.runs import NOTE, WINNER
 from pipeline.search import grid, spec, trial
 from pipeline.search.printing import print_table, quoted
 from pipeline.search.spec import Search
@@ -85,7 +87,7 @@ def search(path: Path, jobs: int | None, address: str | None) -> int:
     grid.require_git()
     _require_optuna()
     commit, within = _committed(path)
-    uri = store.tracking_uri(given.tracking)
+    uri = tracking_uri(given.tracking)
     # The rules for addresses in params.yaml do not hold for one from the user's environment: so no validation.
     tracking = params.Tracking.model_construct(uri=uri, experiment=given.tracking.experiment)
     folder = (paths.SWEEPS / name).resolve()
@@ -174,9 +176,9 @@ def _test_winner(study: Study, runner: Runner, tracking: params.Tracking, table:
         say(f"{tested.name} has no MLflow run: `dvc exp apply {tested.name}`, then `dvc repro` records it")
         return 1
     runs = store.stored(tracking)
-    verdict = next(one for one in runs if one.run_id == run).tags.get(store.NOTE, "").replace("**", "")
+    verdict = next(one for one in runs if one.run_id == run).tags.get(NOTE, "").replace("**", "")
     say(f"{verdict}\n")
-    earlier = [one for one in runs if study.name in one.tags.get(store.WINNER, "").split(", ") and one.run_id != run]
+    earlier = [one for one in runs if study.name in one.tags.get(WINNER, "").split(", ") and one.run_id != run]
     if earlier:
         names = ", ".join(one.name for one in earlier)
         say(f"{names}, an earlier winner of this sweep, was tested too: the test split was used more than once\n")

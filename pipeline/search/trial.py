@@ -29,6 +29,7 @@ from pipeline.core.contracts import TrainingSummary, Validation
 from pipeline.core.errors import UserError
 from pipeline.core.progress import VALIDATIONS
 from pipeline.record import identity, lockfile, store, track
+from pipeline.record.runs import Record
 from pipeline.search import leash
 from pipeline.search.printing import tail
 
@@ -298,7 +299,7 @@ def _rejected(curve: Curve, judge: Judge) -> Curve | None:
     return next((curve[:end] for end in range(1, len(curve) + 1) if judge(curve[:end])), None)
 
 
-def _recorded(record: store.Record, source: Source) -> str:
+def _recorded(record: Record, source: Source) -> str:
     """Write a trial's run to MLflow, unless it exists, and return its id."""
     [(run, _)] = store.write([record], source.tracking)
     return run.run_id

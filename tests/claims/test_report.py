@@ -10,7 +10,8 @@ from ruamel.yaml import YAML
 from claims import evidence, judge, register, report
 from claims.evidence import Evidence
 from pipeline.core import params, paths, records
-from pipeline.record import store
+from pipeline.record import seal, store
+from pipeline.record.runs import CLAIM
 from pipeline.score.significance import Interval
 from tests import ROOT
 from tests.made.claims import EXACT
@@ -56,14 +57,14 @@ def test_every_claim_has_a_row_and_a_run(capsys: pytest.CaptureFixture[str]) -> 
     assert "4 claims: 1 reproduced, 1 not reproduced, 1 inconclusive, 1 not run" in printed
     assert "not reproduced: wrong: product (4) = published.four (5)" in printed
     tracking = params.load().tracking
-    runs = {run.name: run for run in store.stored(tracking, store.CLAIM)}
+    runs = {run.name: run for run in store.stored(tracking, CLAIM)}
     assert set(runs) == set(verdicts())
     assert runs["wrong"].tags["claim.verdict"] == "not reproduced"
     assert runs["seeds"].metrics == {"gain": 2.0, "ratio": 1.5, "ratio_ci_low": 1.0, "ratio_ci_high": 2.0}
     assert runs["product"].params["published.four"] == "4.0"
     assert (runs["product"].params["id"], runs["product"].params["claim"]) == ("product", "twice two")
     held = store.read_back(tracking, runs["product"].run_id, Path("back"))
-    assert store.spoilt(runs["product"], held, Path("back")) == []
+    assert seal.faults(runs["product"], held, Path("back")) == []
     assert json.loads(Path("back/product.json").read_text())
     assert store.stored(tracking) == []  # none of them is an experiment
 
@@ -87,12 +88,12 @@ def test_the_same_evidence_is_recorded_once_and_other_evidence_anew() -> None:
     report.write()
     report.write()
     tracking = params.load().tracking
-    assert len(store.stored(tracking, store.CLAIM)) == 4
+    assert len(store.stored(tracking, CLAIM)) == 4
     evidence.write("wrong", Evidence({"product": 5}))
     judge.judge("wrong")
     report.write()
     assert verdicts()["wrong"] == "reproduced"
-    assert len(store.stored(tracking, store.CLAIM)) == 5
+    assert len(store.stored(tracking, CLAIM)) == 5
 
 
 def test_time_is_told_where_it_was_spent_here_and_holds_what_is_shared() -> None:

@@ -18,7 +18,9 @@ from pipeline.commands import promote as registry
 from pipeline.core import contracts, params, paths, records
 from pipeline.core.errors import UserError
 from pipeline.core.records import Example, Prediction
-from pipeline.record import store
+from pipeline.record import address, seal, store
+from pipeline.record.bounds import Bounds
+from pipeline.record.runs import DIGEST, NOTE, Record
 from tests import ROOT
 from tests.made.experiment import COMPARE, examples, plant, scores_of
 from tests.made.records import training
@@ -80,9 +82,9 @@ class Project:
             ]
             for seed in shares
         }
-        record = store.Record(
+        record = Record(
             name=name,
-            tags={store.DIGEST: digest or name, store.NOTE: f"**Better**: {name}."},
+            tags={DIGEST: digest or name, NOTE: f"**Better**: {name}."},
             params={**GIVEN, "seeds": json.dumps(list(shares))},
             metrics=[],
             predictions={"id": [row.id for row in rows], "reference": [row.target for row in rows], **texts},
@@ -90,7 +92,7 @@ class Project:
         )
         tracking = self.given.tracking
         with store.opened(tracking) as client:
-            run = store._write(client, store.experiment(client, tracking), record, store._bounds(tracking))
+            run = store._write(client, store.experiment(client, tracking), record, Bounds.of(tracking))
             return str(run.info.run_id)
 
     def promote(self, name: str, **change: Any) -> None:
@@ -100,7 +102,7 @@ class Project:
     def client(self) -> Any:
         from mlflow import MlflowClient
 
-        return MlflowClient(tracking_uri=store.tracking_uri(self.given.tracking))
+        return MlflowClient(tracking_uri=address.tracking_uri(self.given.tracking))
 
     def versions(self, model: str = "toy") -> dict[int, str]:
         """The names of the runs that versions are of, by number."""
@@ -305,7 +307,7 @@ def test_a_champion_whose_scores_are_gone_is_one_clear_error(project: Project) -
 
 @pytest.mark.parametrize("model", ["a/b", "a:b", "it's", " a", ""])
 def test_a_name_that_the_registry_does_not_take_is_refused(project: Project, model: str) -> None:
-    with pytest.raises(UserError, match="is no name for a registered model"):
+    with pytest.raises(UserError, match="cannot be the name of a registered model"):
         project.promote("good", model=model)
 
 
@@ -324,10 +326,10 @@ def test_the_alias_leads_to_the_runs_own_adapter(
 
     run_id = project.record("good", {1: 0.9, 2: 0.8}, losses={2: 0.5})
     project.promote("good")
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", store.tracking_uri(project.given.tracking))
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", address.tracking_uri(project.given.tracking))
     (tmp_path / "champion").mkdir()
     folder = Path(download_artifacts("models:/toy@champion", dst_path=str(tmp_path / "champion")))
     assert records.sha256_tree(folder) == records.sha256_tree(paths.adapter(2)) != records.sha256_tree(paths.adapter(1))
     [run] = store.stored(project.given.tracking)
     held = store.read_back(project.given.tracking, run_id, tmp_path / "back")
-    assert store.spoilt(run, held, tmp_path / "back") == []
+    assert seal.faults(run, held, tmp_path / "back") == []

@@ -22,7 +22,8 @@ from pipeline.commands import cli, recompute, verify
 from pipeline.commands import show as lineage
 from pipeline.core import params, paths, records
 from pipeline.core.errors import UserError
-from pipeline.record import current, lockfile, provenance, store
+from pipeline.record import address, current, lockfile, provenance, store
+from pipeline.record.runs import DIGEST, Stored
 from pipeline.report import page as pages
 from pipeline.sources import source
 from tests.made.clone import Finished, environment
@@ -103,7 +104,7 @@ def tracking() -> params.Tracking:
     return params.load().tracking
 
 
-def run() -> store.Stored:
+def run() -> Stored:
     [found] = store.stored(tracking())
     return found
 
@@ -144,7 +145,7 @@ class TestCache:
         assert f"{listing}: {wrong} out/adapters/17 of stage train@17" in printed
         assert f"{within}: {wrong} out/data/test.jsonl of stage prepare" in printed
         assert f"{gone}: missing; it is out/scores/base.json of stage evaluate@base" in printed
-        assert printed.splitlines()[-1] == "4 to mend, from the top"
+        assert printed.splitlines()[-1] == "4 errors: mend them from the top"
         mend(printed)
         assert "all agreed" in checked(capsys)
         assert Path("dvc.lock").read_bytes() == lock
@@ -164,7 +165,7 @@ class TestCache:
         earlier = sorted(Path(".dvc/cache/runs").glob("??/*/*"))[0]
         flip(earlier, earlier.read_bytes().index(b"md5: ") + 5)  # not a size, which DVC neither hashes nor reads
         printed = checked(capsys)
-        assert f"{other}: its content does not match its name; no stage of now needs it" in printed
+        assert f"{other}: its content does not match its name; no current stage needs it" in printed
         assert f"{earlier}: a record of an earlier run" in printed
         mend(printed)
         assert "all agreed" in checked(capsys)
@@ -347,9 +348,9 @@ class TestMlflow:
         """As left by another experiment, its artifacts lost."""
         from mlflow import MlflowClient
 
-        client = MlflowClient(store.tracking_uri(tracking()))
+        client = MlflowClient(address.tracking_uri(tracking()))
         experiment = client.get_experiment_by_name("lora-repro").experiment_id
-        other = client.create_run(experiment, tags={store.DIGEST: "another"}).info.run_id
+        other = client.create_run(experiment, tags={DIGEST: "another"}).info.run_id
         client.set_terminated(other)
         [found] = verify.record(lockfile.read()).findings
         client.delete_run(other)
@@ -394,7 +395,7 @@ class TestMlflow:
         assert promoted.exit_code == 0, promoted.output
         assert "version   1 of lora-repro, new" in promoted.stdout
         assert places(verify.record) == []
-        monkeypatch.setenv("MLFLOW_TRACKING_URI", store.tracking_uri(tracking()))
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", address.tracking_uri(tracking()))
         folder = Path(download_artifacts("models:/lora-repro/1", dst_path=str(tmp_path)))
         assert records.dvc_md5(folder) == out("out/adapters/17").md5
         base = AutoModelForCausalLM.from_pretrained(here / "out/models/base")
@@ -415,12 +416,12 @@ class TestMlflow:
     def test_half_written_and_second_runs(self, capsys: pytest.CaptureFixture[str]) -> None:
         from mlflow import MlflowClient
 
-        client = MlflowClient(store.tracking_uri(tracking()))
+        client = MlflowClient(address.tracking_uri(tracking()))
         experiment = client.get_experiment_by_name("lora-repro").experiment_id
         own = run()
-        half = client.create_run(experiment, tags={store.DIGEST: own.tags[store.DIGEST]}).info.run_id
-        other = client.create_run(experiment, tags={store.DIGEST: "another"}).info.run_id
-        second = client.create_run(experiment, tags={store.DIGEST: own.tags[store.DIGEST]}).info.run_id
+        half = client.create_run(experiment, tags={DIGEST: own.tags[DIGEST]}).info.run_id
+        other = client.create_run(experiment, tags={DIGEST: "another"}).info.run_id
+        second = client.create_run(experiment, tags={DIGEST: own.tags[DIGEST]}).info.run_id
         client.set_terminated(second)
         printed = checked(capsys)
         for one in (half, other):
@@ -470,8 +471,8 @@ class TestShow:
         lineage.print_run(found.name, tracking())
         printed = capsys.readouterr().out
         assert f"adapter  17: sha256 {records.sha256_tree(paths.adapter(17))}, the one in dvc.lock" in printed
-        assert f"digest   {found.tags[store.DIGEST]}" in printed
-        commands = lineage.restoring(found, [17])
+        assert f"digest   {found.tags[DIGEST]}" in printed
+        commands = lineage.restoring(found)
         assert commands[0] == f"git checkout {git('rev-parse', 'HEAD')}"
         assert [words.split()[-1] for words in commands[1:3]] == ["params.yaml", "dvc.lock"]
         for name in text:
@@ -487,7 +488,7 @@ class TestShow:
         head = git("rev-parse", "HEAD")
         commit = git("commit-tree", git("write-tree"), "-p", head, "-m", "an experiment")
         git("update-ref", f"refs/exps/{head[:2]}/{head[2:]}/lucid-noon", commit)
-        assert lineage.restoring(found, [17]) == ["dvc exp apply lucid-noon"]
+        assert lineage.restoring(found) == ["dvc exp apply lucid-noon"]
         Path("dvc.lock").unlink()
         git("reset", "-q")
         mend("    mend: dvc exp apply lucid-noon\n")
@@ -495,10 +496,10 @@ class TestShow:
 
         git("add", "dvc.lock")
         git("commit", "-qm", "result")
-        assert lineage.restoring(found, [17]) == [f"git checkout {git('rev-parse', 'HEAD')}", "dvc checkout"]
+        assert lineage.restoring(found) == [f"git checkout {git('rev-parse', 'HEAD')}", "dvc checkout"]
         gone = cached(out("out/scores/base.json").md5)
         gone.rename("kept")
-        assert lineage.restoring(found, [17])[1].startswith("dvc pull   # 1 objects are not in the cache")
+        assert lineage.restoring(found)[1].startswith("dvc pull   # 1 objects are not in the cache")
         Path("kept").rename(gone)
 
 

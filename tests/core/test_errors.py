@@ -11,7 +11,8 @@ from pipeline.commands import show as lineage
 from pipeline.commands import use as recipes
 from pipeline.core import params, paths, progress
 from pipeline.core.errors import UserError, printable
-from pipeline.record import store
+from pipeline.record import runs
+from pipeline.record.runs import DIGEST, Stored
 from tests import ROOT
 from tests.made.clone import environment
 
@@ -69,9 +70,9 @@ def test_no_module_prints_past_the_one_function_that_cleans() -> None:
     assert found == printing
 
 
-def stored(**tags: str) -> store.Stored:
-    named = {store.DIGEST: "0" * 64} | {getattr(store, key): value for key, value in tags.items()}
-    return store.Stored("0" * 31 + ";", "a run", "FINISHED", named, {}, {})
+def stored(**tags: str) -> Stored:
+    named = {DIGEST: "0" * 64} | {getattr(runs, key): value for key, value in tags.items()}
+    return Stored("0" * 31 + ";", "a run", "FINISHED", named, {}, {})
 
 
 @pytest.mark.parametrize(
@@ -84,7 +85,7 @@ def test_only_commits_are_given_to_git_and_pasted(
     for command in ("init -q", "commit -q --allow-empty -m start"):
         subprocess.run(["git", *command.split()], check=True, env=environment())
     tag = planted.format(tmp_path)
-    commands = lineage.restoring(stored(COMMITS=f"{tag}, {tag}", COMMIT=tag), [17])
+    commands = lineage.restoring(stored(COMMITS=f"{tag}, {tag}", COMMIT=tag))
     assert [path.name for path in tmp_path.iterdir()] == [".git"]
     assert not any(command.startswith("git checkout") for command in commands)
     assert not any(tag in command for command in commands)
@@ -95,7 +96,7 @@ def test_a_commit_is_given_to_git(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     monkeypatch.chdir(tmp_path)
     subprocess.run(["git", "init", "-q"], check=True, env=environment())
     sha = "a" * 40
-    assert f"git checkout {sha}" in lineage.restoring(stored(COMMITS=sha, COMMIT=sha), [17])
+    assert f"git checkout {sha}" in lineage.restoring(stored(COMMITS=sha, COMMIT=sha))
 
 
 @pytest.mark.parametrize("label", ["\x1b[31m", "a\nb", "\ufffe", "\u202e", "x" * 300, ""])

@@ -26,7 +26,7 @@ from pipeline.core.errors import UserError, without_passwords
 from pipeline.fetch import fetch, gguf_layout
 from pipeline.prepare import leaks, splits
 from pipeline.prepare import prepare as data
-from pipeline.record import lockfile, store
+from pipeline.record import address, lockfile
 from pipeline.report import figures as charts
 from pipeline.report import marks as overlap
 from pipeline.report import page, wording
@@ -480,7 +480,7 @@ class TestAddresses:
             git.run("clone", "http://user:qzxjvw@127.0.0.1:9/a?token=qzxjvw", "b", cwd=tmp_path)
         progress.say("pip: Looking in indexes: https://user:qzxjvw@host/simple?key=qzxjvw, https://other/simple")
         monkeypatch.setenv("MLFLOW_TRACKING_URI", "https://user:qzxjvw@host/?token=qzxjvw")
-        print(store.address(params.Tracking(uri=None, experiment="a")))
+        print(address.shown(params.Tracking(uri=None, experiment="a")))
         printed = capfd.readouterr()
         assert "https://host/simple?key=..., https://other/simple\nhttps://host/?token=...\n" in printed.out
         assert "qzx" not in str(caught.value) + printed.out + printed.err

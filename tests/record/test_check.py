@@ -206,8 +206,9 @@ class TestLocks:
         text = json.dumps(entries).encode()
         (tmp_path / "listing").write_bytes(text)
         name = str(records.dvc_md5(tmp_path / "listing"))
-        (tmp_path / name[:2]).mkdir()
-        (tmp_path / name[:2] / f"{name[2:]}.dir").write_bytes(text)
+        place = lockfile.object_path(tmp_path, f"{name}.dir")
+        place.parent.mkdir(parents=True)
+        place.write_bytes(text)
         assert lockfile.listing_of(tmp_path, f"{name}.dir") == [("a", "a" * 32)]
 
     @pytest.mark.parametrize("path", ["victim", "../victim", "link/victim"])

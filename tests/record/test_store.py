@@ -22,7 +22,8 @@ from typer.testing import CliRunner
 from pipeline.commands import cli
 from pipeline.core import params
 from pipeline.core.errors import UserError
-from pipeline.record import store
+from pipeline.record import address, seal, store
+from pipeline.record.runs import DIGEST, NOTE, SWEEP, Record, Stored
 from tests import ROOT
 from tests.made.clone import SECRET
 
@@ -56,12 +57,10 @@ def unharmed(victim: Path) -> bool:
     return [(path.name, path.read_text()) for path in victim.iterdir()] == [("key", "private")]
 
 
-def record(digest: str = "d") -> store.Record:
+def record(digest: str = "d") -> Record:
     """A record with a file, which is params.yaml."""
     Path("params.yaml").write_text("of the project")
-    return store.Record(
-        "a-run", {store.DIGEST: digest}, {"lora.r": "4"}, [], {"id": ["a"]}, [(Path("params.yaml"), None)]
-    )
+    return Record("a-run", {DIGEST: digest}, {"lora.r": "4"}, [], {"id": ["a"]}, [(Path("params.yaml"), None)])
 
 
 def change(table: str, column: str, value: str) -> None:
@@ -193,7 +192,7 @@ def test_a_project_that_was_moved_is_told_so_with_a_command_that_mends_its_store
     held = store.read_back(OWN, run, tmp_path / "back")
     assert (tmp_path / "back" / "params.yaml").read_text() == "of the project"
     [stored] = store.stored(OWN)
-    assert store.spoilt(stored, held, tmp_path / "back") == []
+    assert seal.faults(stored, held, tmp_path / "back") == []
     [(second, word)] = store.write([record("e")], OWN)
     assert word == "recorded"
     with store.opened(OWN) as client:
@@ -247,7 +246,7 @@ class Server:
             "experiment_id": "1",
         }
         info |= {"status": status, "artifact_uri": uri, "lifecycle_stage": "active", "start_time": 1}
-        return {"info": info, "data": {"tags": [{"key": store.DIGEST, "value": digest}]}}
+        return {"info": info, "data": {"tags": [{"key": DIGEST, "value": digest}]}}
 
     def content(self, command: str, path: str) -> bytes:
         place = urlsplit(path).path
@@ -399,7 +398,7 @@ def test_what_an_honest_server_keeps_is_read(server: Server, tmp_path: Path) -> 
 def test_params_yaml_may_name_a_file_of_the_project_and_a_server(project: Path, uri: str, expected: str) -> None:
     places = {"root": project.as_posix(), "root_uri": project.as_uri()}
     given = params.Tracking(uri=uri.format(**places), experiment="toy")
-    assert store.tracking_uri(given) == expected.format(**places)
+    assert address.tracking_uri(given) == expected.format(**places)
 
 
 @pytest.mark.parametrize(
@@ -431,7 +430,7 @@ def test_params_yaml_may_name_no_other_store(
     assert list((tmp_path / "out").iterdir()) == []
     assert sorted(project.iterdir()) == sorted({*before, project / "params.yaml"})
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/out/my.db")
-    assert store.tracking_uri(given) == f"sqlite:///{tmp_path}/out/my.db"
+    assert address.tracking_uri(given) == f"sqlite:///{tmp_path}/out/my.db"
 
 
 # Passwords
@@ -466,7 +465,7 @@ def test_passwords_are_not_sent_to_an_address_of_params_yaml(server: Server, tmp
         lambda: store.write([record()], server.tracking()),
         lambda: store.stored(server.tracking()),
         lambda: store.read_back(server.tracking(), server.run_id, tmp_path / "back"),
-        lambda: store.tracking_uri(server.tracking()),
+        lambda: address.tracking_uri(server.tracking()),
     ):
         with pytest.raises(UserError, match=f"MLFLOW_TRACKING_URI={server.uri}") as caught:
             call()
@@ -544,13 +543,13 @@ FORGED = "a run\nall agreed\r\x0b\x85\u2028all agreed"
 def test_no_text_of_a_store_begins_a_line_of_ours(tmp_path: Path) -> None:
     run = written()
     change("runs", "name", FORGED)
-    for key in (store.NOTE, store.SWEEP, "more"):
+    for key in (NOTE, SWEEP, "more"):
         with store.opened(OWN) as client:
             client.set_tag(run, key, FORGED)
     (root() / run / "artifacts" / "adapter").mkdir()
     (root() / run / "artifacts" / "adapter" / "x\u2028all agreed").write_text("")
     [stored] = store.stored(OWN)
-    faults = store.spoilt(stored, store.read_back(OWN, run, tmp_path / "back"), tmp_path / "back")
+    faults = seal.faults(stored, store.read_back(OWN, run, tmp_path / "back"), tmp_path / "back")
     assert "artifacts/adapter/x all agreed was added" in faults
     told = store.line(stored, OWN)
     for text in (stored.name, *stored.tags.values(), *faults, told):
@@ -568,14 +567,14 @@ def test_a_run_whose_id_mlflow_would_not_make_is_refused(server: Server, run_id:
 
 @pytest.mark.parametrize("seeds", ['["../../../victim"]', '"../victim"', "{", "true", "[1.5]", "[true]", "null"])
 def test_seeds_that_are_no_numbers_lead_nowhere(seeds: str) -> None:
-    stored = store.Stored(RUN, "a-run", "FINISHED", {}, {"seeds": seeds}, {})
-    with pytest.raises(UserError, match="its seeds are no list of numbers"):
+    stored = Stored(RUN, "a-run", "FINISHED", {}, {"seeds": seeds}, {})
+    with pytest.raises(UserError, match="its seeds are not a list of whole numbers"):
         _ = stored.seeds
 
 
 @pytest.mark.parametrize("manifest", ["[]", "1", '"x"', "null"])
 def test_a_manifest_that_is_none_is_a_fault(tmp_path: Path, manifest: str) -> None:
-    (tmp_path / store.MANIFEST).write_text(manifest)
-    pinned = {store.SEAL: hashlib.sha256(manifest.encode()).hexdigest()}
-    faults = store.spoilt(store.Stored(RUN, "a-run", "FINISHED", pinned, {}, {}), {}, tmp_path)
-    assert faults == ["artifacts/manifest.json is no manifest"]
+    (tmp_path / seal.MANIFEST).write_text(manifest)
+    pinned = {seal.SEAL: hashlib.sha256(manifest.encode()).hexdigest()}
+    faults = seal.faults(Stored(RUN, "a-run", "FINISHED", pinned, {}, {}), {}, tmp_path)
+    assert faults == ["artifacts/manifest.json is not a manifest"]

@@ -22,7 +22,7 @@ from ruamel.yaml import YAML
 from pipeline.core import contracts, params
 from pipeline.core.contracts import Step
 from pipeline.core.errors import UserError, without_passwords
-from pipeline.record import identity, provenance, store, track
+from pipeline.record import address, identity, provenance, store, track
 from tests import ROOT
 from tests.made.toy import DVC_YAML, PARAMS, RECORDS, STAGE
 
@@ -402,7 +402,7 @@ class TestRefusals:
     @pytest.mark.parametrize("name", ["infer@base", "rouge (1)", "a//b", "../up", "/root", ""])
     def test_illegal_names(self, toy: Toy, name: str) -> None:
         (toy.folder / "reports/metrics.json").write_text(json.dumps({name: 1.0}))
-        with pytest.raises(UserError, match=r"MLflow cannot hold these metrics:\n  - .* is no name for a metric"):
+        with pytest.raises(UserError, match=r"MLflow cannot hold these metrics:\n  - .* is not a metric's name"):
             toy.track()
         assert runs(toy.database) == []
 
@@ -427,7 +427,7 @@ class TestRefusals:
         """As DVC restores it from a cache that has rotted."""
         content = (toy.folder / path).read_text()
         (toy.folder / path).write_text(content + "\n")
-        with pytest.raises(UserError, match=rf"(?s)nothing is recorded of .*- {path}: not what stage \w+"):
+        with pytest.raises(UserError, match=rf"(?s)nothing is recorded, .*- {path}: not what stage \w+"):
             toy.track()
         assert runs(toy.database) == []
         assert not (toy.folder / "out/receipt.json").exists()
@@ -527,7 +527,7 @@ class TestStore:
         wanted = expected.format(root=toy.folder.as_posix(), root_uri=toy.folder.as_uri())
         if uri is not None:
             monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
-        assert store.tracking_uri(params.Tracking(uri=None, experiment="toy")) == wanted
+        assert address.tracking_uri(params.Tracking(uri=None, experiment="toy")) == wanted
 
     def test_an_experiment_in_a_copy_is_recorded_in_the_main_repository(
         self, toy: Toy, monkeypatch: pytest.MonkeyPatch

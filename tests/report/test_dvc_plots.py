@@ -207,7 +207,7 @@ class TestPage:
         assert "its own plots.html_template, mine.html: it stays" in capsys.readouterr().out
         assert not viewer.PAGE.exists()
         viewer.CONFIG.write_text("plots\n")
-        with pytest.raises(UserError, match=r"config.local is no configuration of DVC's"):
+        with pytest.raises(UserError, match=r"config.local cannot be read"):
             viewer.prepare()
 
     def test_outside_of_a_project_it_says_so(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

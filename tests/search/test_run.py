@@ -26,7 +26,8 @@ from pipeline.commands import compare as experiments
 from pipeline.commands import show as lineage
 from pipeline.core import params, paths
 from pipeline.core.errors import UserError
-from pipeline.record import identity, provenance, store
+from pipeline.record import address, identity, provenance, store
+from pipeline.record.runs import DIGEST, TRIAL, WINNER
 from pipeline.search import cluster, study, trial
 from pipeline.search import run as search
 from pipeline.search import spec as space
@@ -210,8 +211,8 @@ def test_a_killed_search_goes_on_and_tests_its_winner_alone(project: Path, monke
     # MLflow has those, and the pruned one with its curve until then; no cache has its adapter.
     found = runs(project)
     assert {tags["status"] for tags in found} == {"FINISHED"}
-    assert [tags.get(store.WINNER) for tags in found if store.DIGEST in tags] == ["grid"]
-    assert sorted(tags["trial.state"] for tags in found if store.TRIAL in tags) == ["complete", "complete", "pruned"]
+    assert [tags.get(WINNER) for tags in found if DIGEST in tags] == ["grid"]
+    assert sorted(tags["trial.state"] for tags in found if TRIAL in tags) == ["complete", "complete", "pruned"]
     [pruned] = [tags for tags in found if tags.get("trial.state") == "pruned"]
     with contextlib.closing(sqlite3.connect(project / ".mlflow/mlflow.db")) as database:
         query = "select key, step, value from metrics where run_uuid = ? order by step"
@@ -436,7 +437,7 @@ def test_what_a_dead_worker_left_is_found_by_the_next_node(source: trial.Source,
     again = trial.run(replace(source, cache=f"{tmp_path}/two/cache"), job, tmp_path / "two/rates-1", lambda _: False)
     assert (again.state, again.loss, again.run) == (first.state, first.loss, first.run)
     assert done(Path.cwd()) == ["train 6 0.001"]
-    [recorded] = store.stored(source.tracking, store.TRIAL)
+    [recorded] = store.stored(source.tracking, TRIAL)
     assert recorded.run_id == first.run
     assert store.stored(source.tracking) == []
 
@@ -532,7 +533,7 @@ def test_a_nodes_own_passwords_are_not_sent_where_the_node_does_not_name(
     told: list[str] = []
 
     def note(*_: object) -> trial.Outcome:
-        told.append(store.tracking_uri(params.Tracking(uri=None, experiment="toy")))
+        told.append(address.tracking_uri(params.Tracking(uri=None, experiment="toy")))
         return trial.Outcome(trial.COMPLETE)
 
     monkeypatch.setenv("MLFLOW_TRACKING_TOKEN", SECRET)
