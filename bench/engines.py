@@ -17,13 +17,9 @@ from typing import Any
 
 from pipeline.core import contracts, params, paths, records
 from pipeline.core.contracts import QuantizedFacts
-from pipeline.infer import backend_transformers
-from pipeline.infer import infer as generate
-from pipeline.infer import scheduler as decode
-from pipeline.lora import adapter
-from pipeline.lora import train as training
-from pipeline.model import checkpoint, devices, fused, pack, packed
-from pipeline.model import load as models
+from pipeline.infer import backend_transformers, infer, scheduler
+from pipeline.lora import adapter, train
+from pipeline.model import checkpoint, devices, fused, load, pack, packed
 from pipeline.model.prompt import Encoder, Row
 from pipeline.sources import source
 
@@ -93,14 +89,14 @@ def train_ours(sharing: str) -> dict[str, Any]:
     settings = task.params.train.model_copy(
         update={"learning_rate": LEARNING_RATE, "schedule": "constant", "warmup": 0.0}
     )
-    model = adapter.attach(models.quantized(task.device, task.params.runtime.keep_dequantized), task.params.lora, 17)
-    trainer = training.Trainer(model, settings, 17, STEPS + WARM_UP)
+    model = adapter.attach(load.quantized(task.device, task.params.runtime.keep_dequantized), task.params.lora, 17)
+    trainer = train.Trainer(model, settings, 17, STEPS + WARM_UP)
     if sharing == "rows":
         rows = task.rows(BATCH * (STEPS + WARM_UP))
         batches = [[pack.tree([row]) for row in rows[at : at + BATCH]] for at in range(0, len(rows), BATCH)]
     else:
         trees = pack.trees(task.rows(10_000))
-        batches = training.batches(trees, settings.batch_size, 17)[: STEPS + WARM_UP]
+        batches = train.batches(trees, settings.batch_size, 17)[: STEPS + WARM_UP]
     for number, batch in enumerate(batches):
         if number == WARM_UP:
             started = time.perf_counter()
@@ -187,8 +183,8 @@ def train_scaling(setting: str) -> dict[str, Any]:
     task = Task()
     settings = task.params.train.model_copy(update={"warmup": 0.0})
     lora = task.params.lora.model_copy(update={"r": rank})
-    model = adapter.attach(models.quantized(task.device, task.params.runtime.keep_dequantized), lora, 17)
-    trainer = training.Trainer(model, settings, 17, SCALING_STEPS + WARM_UP)
+    model = adapter.attach(load.quantized(task.device, task.params.runtime.keep_dequantized), lora, 17)
+    trainer = train.Trainer(model, settings, 17, SCALING_STEPS + WARM_UP)
     answer = length // 8
     for number in range(SCALING_STEPS + WARM_UP):
         drawn = torch.randint(
@@ -205,7 +201,7 @@ def adapters(_: str) -> dict[str, Any]:
     task = Task()
     trained = adapter.Saved(paths.adapter(task.params.seeds[0]))
     started = time.perf_counter()
-    model = models.quantized(task.device, task.params.runtime.keep_dequantized)
+    model = load.quantized(task.device, task.params.runtime.keep_dequantized)
     loaded = time.perf_counter()
     for number in range(ADAPTERS):
         model = trained.load(model, task.facts.sha256, f"adapter {number}")
@@ -223,19 +219,19 @@ def adapters(_: str) -> dict[str, Any]:
 def infer_ours(setting: str) -> dict[str, Any]:
     """Our scheduler, as the stage `infer` runs it. `setting`: the number of prompts, or `float32`."""
     task = Task()
-    model = models.quantized(task.device, keep_dequantized=True)
+    model = load.quantized(task.device, keep_dequantized=True)
     examples = task.prompts(ALONE if setting == "float32" else int(setting))
     if setting == "float32":
         model = model.float()
-    config = generate.configuration(task.params.generation, [task.encoder.end], task.tokenizer)
+    config = infer.configuration(task.params.generation, [task.encoder.end], task.tokenizer)
     limits = task.params.generation
 
     def run(examples: list[records.Example]) -> dict[str, list[int]]:
         families = [
-            [decode.Request(example.id, task.encoder.prompt(example)) for example in group]
+            [scheduler.Request(example.id, task.encoder.prompt(example)) for example in group]
             for _, group in groupby(examples, key=lambda example: example.group)
         ]
-        finished = decode.greedy(model, config, families, limits.batch_size, limits.batch_tokens)
+        finished = scheduler.greedy(model, config, families, limits.batch_size, limits.batch_tokens)
         return {request.name: request.new for request in finished}
 
     return _timed(run, examples)
@@ -249,7 +245,7 @@ def infer_transformers(setting: str) -> dict[str, Any]:
     if setting == "float32":
         model = model.float()
     size = 1 if single else int(setting)
-    config = generate.configuration(task.params.generation, [task.encoder.end], task.tokenizer)
+    config = infer.configuration(task.params.generation, [task.encoder.end], task.tokenizer)
 
     def run(examples: list[records.Example]) -> dict[str, list[int]]:
         prompts = {example.id: task.encoder.prompt(example) for example in examples}

@@ -17,7 +17,7 @@ from typing import Any
 
 from bench.engines import Task, peak_mb
 from pipeline import quantize
-from pipeline.commands import use as recipes
+from pipeline.commands import use
 from pipeline.core import params, paths
 from pipeline.lora import adapter
 from pipeline.lora import train as training
@@ -68,7 +68,7 @@ EXPERIMENT: list[tuple[str, Setting, str]] = [
 
 def predicted(stage: str, setting: Setting) -> memory.Parts:
     """The prediction for the default model on a CPU. Values that `setting` lacks are the default experiment's."""
-    given = params.load(recipes.DEFAULT)
+    given = params.load(use.DEFAULT)
     base = memory.Base(_shape(), "bfloat16", "nf4", True, setting.get("keep_dequantized", True))
     stage = stage.partition(" ")[0]
     if stage == "quantize":
@@ -83,7 +83,7 @@ def predicted(stage: str, setting: Setting) -> memory.Parts:
 
 
 def _shape() -> Shape:
-    shape = recipes.stated_shape(RECIPE)
+    shape = use.stated_shape(RECIPE)
     assert shape is not None
     return shape
 

@@ -26,8 +26,7 @@ from ruamel.yaml import YAML
 from pipeline import quantize
 from pipeline.core import contracts, params, paths, records, yaml12
 from pipeline.core.contracts import QuantizedFacts, TrainingSummary
-from pipeline.model import checkpoint, devices
-from pipeline.model import load as models
+from pipeline.model import checkpoint, devices, load
 from pipeline.model import processes as distributed
 
 ROOT = Path(__file__).parent.parent
@@ -183,7 +182,7 @@ def _part() -> dict[str, Any]:
     import torch
 
     runtime = params.load().runtime.model_copy(update={"processes": 3, "sharding": "tensor"})
-    model = models.quantized(devices.choose(runtime), runtime.keep_dequantized, runtime.sharding)
+    model = load.quantized(devices.choose(runtime), runtime.keep_dequantized, runtime.sharding)
     with torch.no_grad():
         logits_1xLxV = model(input_ids=_text(), use_cache=False).logits
     parameters = distributed.gather(sum(getattr(one, "_local_tensor", one).numel() for one in model.parameters()))

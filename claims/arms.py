@@ -24,8 +24,7 @@ from pipeline.core import contracts, params, paths, records, stage
 from pipeline.core.contracts import QuantizedFacts
 from pipeline.core.progress import bar, say
 from pipeline.lora import adapter, train
-from pipeline.model import checkpoint, devices, loss, pack, resume
-from pipeline.model import load as models
+from pipeline.model import checkpoint, devices, load, loss, pack, resume
 from pipeline.model.prompt import Encoder, Row
 
 RESULT = Path("arm.json")
@@ -108,7 +107,7 @@ def tuned(bench: Bench, seed: str) -> Run:
     device = devices.choose(bench.experiment.runtime)
     budget = bench.experiment.train.micro_batch_tokens
     if bench.arm.learning_rate is None:
-        model = models.quantized(device, bench.experiment.runtime.keep_dequantized)
+        model = load.quantized(device, bench.experiment.runtime.keep_dequantized)
         return Run(0, 0, sums(model, bench.validation, budget), [])
     given = bench.experiment.train.model_copy(
         update={"learning_rate": bench.arm.learning_rate, "batch_size": bench.cut.batch_size}
@@ -119,7 +118,7 @@ def tuned(bench: Bench, seed: str) -> Run:
         model, trained = both, both.tuned
     else:
         lora = bench.experiment.lora.model_copy(update=bench.arm.lora.model_dump())
-        base = models.quantized(device, bench.experiment.runtime.keep_dequantized)
+        base = load.quantized(device, bench.experiment.runtime.keep_dequantized)
         model = trained = adapter.attach(base, lora, number)
     plan = [
         (epoch + at / len(steps), batch)

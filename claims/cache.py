@@ -13,7 +13,7 @@ from claims import evidence, lab, timing
 from claims.evidence import Evidence
 from pipeline.core import records
 from pipeline.core.records import Example
-from pipeline.infer import scheduler as decode
+from pipeline.infer import scheduler
 from pipeline.model import checkpoint, devices, fused
 
 TEXTS = 3
@@ -75,9 +75,9 @@ def expand(model: Any) -> Any:
 
 def held_bytes(model: Any) -> float:
     """The measured bytes of one token in the cache."""
-    slots = decode.Slots(1, decode.COLUMNS)
+    slots = scheduler.Slots(1, scheduler.COLUMNS)
     _extend(model, slots, 0, torch.zeros(1, 1, dtype=torch.long), 0)
-    return sum(held.nbytes for held in slots.held.values()) / decode.COLUMNS
+    return sum(held.nbytes for held in slots.held.values()) / scheduler.COLUMNS
 
 
 @torch.inference_mode()
@@ -89,7 +89,7 @@ def logit_difference(one: Any, other: Any, ids_1xL: torch.Tensor) -> float:
 @torch.inference_mode()
 def step(model: Any) -> Callable[[], float]:
     """A call that decodes one token after each of `ROWS` sequences, which all hold the same text."""
-    slots = decode.Slots(ROWS, CONTEXT + decode.COLUMNS)
+    slots = scheduler.Slots(ROWS, CONTEXT + scheduler.COLUMNS)
     draw = torch.Generator().manual_seed(SEED)
     ids_1xL = torch.randint(3, model.config.vocab_size, (1, CONTEXT), generator=draw)
     _extend(model, slots, 0, ids_1xL, 0)
@@ -99,12 +99,12 @@ def step(model: Any) -> Callable[[], float]:
 
 
 @torch.inference_mode()
-def _extend(model: Any, slots: decode.Slots, first: int, ids_RxL: torch.Tensor, start: int) -> Any:
+def _extend(model: Any, slots: scheduler.Slots, first: int, ids_RxL: torch.Tensor, start: int) -> Any:
     """Add tokens to slots, one row to each slot from `first` on, behind their first `start` tokens; the logits of the
     last token."""
     position_L = torch.arange(start, start + ids_RxL.shape[1], device=model.device)
     position_RxL = position_L.expand(ids_RxL.shape)
-    visible = -(-(start + ids_RxL.shape[1]) // decode.COLUMNS) * decode.COLUMNS
+    visible = -(-(start + ids_RxL.shape[1]) // scheduler.COLUMNS) * scheduler.COLUMNS
     slots.write_at(first, position_RxL, visible)
     hidden_LxC = torch.arange(visible, device=model.device) > position_L[:, None]
     mask_LxC = torch.zeros(hidden_LxC.shape, dtype=model.dtype, device=model.device)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from claims import evidence, register
 from claims.evidence import Evidence
-from pipeline.commands import use as recipes
+from pipeline.commands import use
 from pipeline.core import paths, records, stage
 from pipeline.core.progress import say
 
@@ -44,10 +44,10 @@ def _scores(metrics: dict[str, dict[str, float]]) -> Evidence:
     return Evidence(values={**tuned, **base})
 
 
-def _missing(needs: recipes.Needs) -> list[str]:
+def _missing(needs: use.Needs) -> list[str]:
     """What this machine lacks, as a verdict prints it behind "needs"."""
     missing = []
-    if needs.gpu_gb and not any(gb >= needs.gpu_gb for _, gb in recipes.gpus()):
+    if needs.gpu_gb and not any(gb >= needs.gpu_gb for _, gb in use.gpus()):
         missing.append(f"a GPU with {needs.gpu_gb:g} GB")
     if needs.hub and not _reaches_the_hub():
         missing.append("the Hugging Face hub")

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from claims.evidence import OUT
-from pipeline.commands import use as recipes
+from pipeline.commands import use
 from pipeline.core import params, paths, records
 
 BASE, BASE_FACTS = OUT / "models" / "base", OUT / "models" / "base.json"
@@ -30,7 +30,7 @@ def quantized(method: str) -> Path:
 
 def experiment(recipe: str = "default") -> params.Params:
     """The parameters of a recipe, with this machine's `runtime`."""
-    return recipes.experiment(recipe, params.load())
+    return use.experiment(recipe, params.load())
 
 
 @contextmanager

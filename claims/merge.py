@@ -16,8 +16,7 @@ from claims.evidence import Evidence
 from pipeline.core import contracts, params, records
 from pipeline.core.contracts import BaseFacts
 from pipeline.core.records import Example
-from pipeline.infer import backend_transformers
-from pipeline.infer import infer as generate
+from pipeline.infer import backend_transformers, infer
 from pipeline.lora import adapter
 from pipeline.model import checkpoint, devices, fused, packed
 from pipeline.model.prompt import Encoder
@@ -55,11 +54,11 @@ def merged() -> Evidence:
     values = _logits_apart(models, texts)
 
     given = experiment.generation.model_copy(update={"max_new_tokens": NEW_TOKENS, "num_beams": 1})
-    config = generate.configuration(given, sorted({encoder.end, *facts.stop_ids}), tokenizer)
+    config = infer.configuration(given, sorted({encoder.end, *facts.stop_ids}), tokenizer)
     values |= _answers_apart([dict(_answers(model, config, families, given)) for model in models])
 
     given = given.model_copy(update={"max_new_tokens": TIMED_TOKENS})
-    config = generate.configuration(given, [], tokenizer)  # nothing stops it
+    config = infer.configuration(given, [], tokenizer)  # nothing stops it
     values |= _times_apart(models, config, texts[0][:TIMED_PROMPT], given)
 
     rounded = logits(base, texts[0])

@@ -15,7 +15,7 @@ import numpy as np
 from claims import evidence, lab, resampling
 from claims.evidence import Evidence
 from pipeline import forget
-from pipeline.commands import use as recipes
+from pipeline.commands import use
 from pipeline.core import params
 from pipeline.core.errors import UserError
 from pipeline.core.progress import bar
@@ -97,7 +97,7 @@ def _reading(experiment: params.Params, device: "torch.device") -> Reading:
     if len(whole) < WINDOWS:
         raise UserError(
             f"forget.source = {given.source!r} holds {len(whole):,} whole windows of {WINDOW} tokens, not {WINDOWS:,}: "
-            f"name more text in {recipes.DEFAULT}"
+            f"name more text in {use.DEFAULT}"
         )
     ids_nxW = torch.tensor([one.ids for one in whole], device=device)
     return Reading(ids_nxW, [one.place for one in whole], {}, experiment.compare)

@@ -20,9 +20,7 @@ from pipeline.core.contracts import Forgetting, GeneralText, QuantizedFacts, Win
 from pipeline.core.errors import UserError
 from pipeline.core.progress import bar, say
 from pipeline.lora import adapter
-from pipeline.model import checkpoint, devices, loss, memory, pack, prompt, shard
-from pipeline.model import load as models
-from pipeline.model import processes as distributed
+from pipeline.model import checkpoint, devices, load, loss, memory, pack, processes, prompt, shard
 from pipeline.model.prompt import Row
 from pipeline.sources import source, tables
 
@@ -63,7 +61,7 @@ def forget(seed: int, forget: params.Forget, runtime: params.Runtime) -> None:
     found = Forgetting(seed, forget.source, facts.sha256, saved.sha256)
     if forget.source is not None:
         found = replace(found, measured=_measured(found, facts, saved, forget, runtime))
-    if distributed.rank() > 0:
+    if processes.rank() > 0:
         return
     contracts.write(paths.forgetting(seed), found)
     if (measured := found.measured) is None:
@@ -85,9 +83,9 @@ def _measured(
     base = memory.held(memory.Base.quantized(facts), runtime, device)
     memory.require_reading(device, base, max(TOGETHER, forget.window), saved.parameters)
     conditions = [contracts.content(found), forget.model_dump(mode="json"), devices.threads(device)]
-    distributed.require_same(conditions, "experiment")
+    processes.require_same(conditions, "experiment")
     # 2. The sums of every window.
-    model = saved.load(models.quantized(device, runtime.keep_dequantized, runtime.sharding), facts.sha256)
+    model = saved.load(load.quantized(device, runtime.keep_dequantized, runtime.sharding), facts.sha256)
     sums = measure(model, chosen, f"forget {found.seed}")
     # 3. What they come to, a token.
     tokens = sum(one.tokens for one in sums)
@@ -225,7 +223,7 @@ def measure(model: Any, windows: Sequence[Tokens], label: str) -> list[Window]:
     trees = [pack.tree([Row("", "", window.ids[:1], window.ids[1:])]) for window in windows]
     number_of = {id(tree): number for number, tree in enumerate(trees)}
     parts = pack.micro_batches(trees, TOGETHER)
-    own = distributed.share(parts, lambda part: sum(tree.tokens for tree in part))
+    own = processes.share(parts, lambda part: sum(tree.tokens for tree in part))
     progress = bar(label, sum(tree.supervised for part in own for tree in part), "tokens")
     measured: dict[str, list[float]] = {}  # by the window's number, as text for JSON
     with torch.no_grad(), shard.together(model), progress as advance:
@@ -243,7 +241,7 @@ def measure(model: Any, windows: Sequence[Tokens], label: str) -> list[Window]:
                 measured[str(number_of[id(tree)])] = nats_4xN[:, start:end].sum(dim=1).tolist()
                 start = end
                 advance(tree.supervised)
-    nats = {int(number): sums for one in distributed.gather(measured) for number, sums in one.items()}
+    nats = {int(number): sums for one in processes.gather(measured) for number, sums in one.items()}
     return [Window(window.place, len(window.ids) - 1, *nats[number]) for number, window in enumerate(windows)]
 
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pipeline import forget as reading
-from pipeline.commands import use as recipes
+from pipeline.commands import use
 from pipeline.core import params, paths
 from pipeline.core.errors import UserError
 from pipeline.core.progress import say
@@ -104,8 +104,8 @@ def show(recipe: str | None) -> None:
     if recipe is None:
         name, given, stated = str(paths.PARAMS), here, None
     else:
-        name, given = f"recipe {recipe}", recipes.experiment(recipe, here)
-        stated = recipes.stated_shape(recipe)
+        name, given = f"recipe {recipe}", use.experiment(recipe, here)
+        stated = use.stated_shape(recipe)
     shape = stated or _shape(given)
     for line in lines(name, given, shape):
         say(line)
@@ -120,7 +120,7 @@ def _shape(given: params.Params) -> Shape:
     local = Path(given.model.source).expanduser()
     if (local / "config.json").is_file():
         return Shape.read(local)
-    if found := recipes.shape_of(given.model.source):
+    if found := use.shape_of(given.model.source):
         return found
     raise UserError(
         f"the architecture of {given.model.source} is unknown: fetch the model with `dvc repro fetch`, or state the "

@@ -6,7 +6,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from pipeline.fetch import gguf_header as header
+from pipeline.fetch import gguf_header
 from pipeline.fetch.unfit import UnfitError, require_few_layers
 
 GGUF_FAMILIES = ("llama", "qwen2", "qwen3", "gemma3")
@@ -36,7 +36,7 @@ def require_readable(file: Path) -> None:
     import gguf
 
     try:
-        header.check(file)
+        gguf_header.check(file)
         reader = gguf.GGUFReader(str(file))
         family = reader.fields["general.architecture"].contents()
         if family in GGUF_FAMILIES:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from pipeline.core import params
 from pipeline.core.errors import UserError
 from pipeline.core.progress import say
-from pipeline.model import processes as distributed
+from pipeline.model import processes
 
 if TYPE_CHECKING:
     import torch
@@ -29,13 +29,13 @@ def choose(runtime: params.Runtime) -> "torch.device":
     quieten()
     # With this setting cuBLAS repeats its results. It is read when CUDA starts.
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    torch.set_num_threads(runtime.threads or max(1, (os.cpu_count() or 1) // distributed.local_processes()))
+    torch.set_num_threads(runtime.threads or max(1, (os.cpu_count() or 1) // processes.local_processes()))
     torch.use_deterministic_algorithms(True, warn_only=True)
     # Filling costs time, and nothing here reads memory before writing it.
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     cpu_only = runtime.device == "cpu"
-    if distributed.count() > 1:
-        device = distributed.join(cpu_only, one_model=runtime.sharding == "tensor")
+    if processes.count() > 1:
+        device = processes.join(cpu_only, one_model=runtime.sharding == "tensor")
     else:
         device = _found(cpu_only=cpu_only)
     if runtime.device not in ("auto", device.type):

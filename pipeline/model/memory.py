@@ -19,8 +19,7 @@ from typing import TYPE_CHECKING, Literal
 from pipeline.core import params, paths
 from pipeline.core.contracts import QuantizedFacts
 from pipeline.core.errors import UserError
-from pipeline.model import pack
-from pipeline.model import processes as distributed
+from pipeline.model import pack, processes
 from pipeline.model.shape import Shape
 
 if TYPE_CHECKING:
@@ -348,7 +347,7 @@ def available(device: "torch.device") -> float:
         metal = torch.mps.recommended_max_memory() - torch.mps.driver_allocated_memory()
         return min(float(metal), main_memory())
     # The members of a stage on one machine share it, and all ask before any of them loads.
-    return main_memory() / distributed.local_processes()
+    return main_memory() / processes.local_processes()
 
 
 CGROUPS = (

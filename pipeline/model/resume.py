@@ -18,7 +18,7 @@ from typing import Any
 
 from pipeline.core import paths, records, stage
 from pipeline.core.progress import say
-from pipeline.model import processes as distributed
+from pipeline.model import processes
 
 KEPT = 4
 """Checkpoints of interrupted stages with other inputs that a project keeps. Each holds the adapter three times, or four
@@ -52,7 +52,7 @@ def folder(name: str, identity: Any) -> Iterator[Path]:
     If several members share the stage (`pipeline.model.processes`), the first holds the lock and removes the folder.
     UserError when another process is at work on the same stage.
     """
-    if distributed.rank() > 0:
+    if processes.rank() > 0:
         scratch = paths.SCRATCH / key(name, identity)
         scratch.mkdir(parents=True, exist_ok=True)
         yield scratch

@@ -18,8 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline.core.errors import UserError
-from pipeline.model import checkpoint
-from pipeline.model import processes as distributed
+from pipeline.model import checkpoint, processes
 from pipeline.model.shape import Shape
 
 if TYPE_CHECKING:
@@ -32,18 +31,18 @@ SPLIT = frozenset({"colwise", "rowwise", "replicated_with_grad_allreduce"})
 @contextmanager
 def in_turn() -> Iterator[None]:
     """Run the body in one process of a machine at a time, so that main memory holds one whole base at a time."""
-    own, turns = int(os.environ["LOCAL_RANK"]), max(distributed.gather(distributed.local_processes()))
+    own, turns = int(os.environ["LOCAL_RANK"]), max(processes.gather(processes.local_processes()))
     for turn in range(turns):
         if turn == own:
             yield
-        distributed.gather(turn)
+        processes.gather(turn)
 
 
 def mesh(device: "torch.device") -> Any:
     """A device mesh of all processes in one row. All of them must call this."""
     from torch.distributed.device_mesh import init_device_mesh
 
-    return init_device_mesh(device.type, (distributed.count(),))
+    return init_device_mesh(device.type, (processes.count(),))
 
 
 def apply(model: Any, device: "torch.device", mesh: Any) -> None:
@@ -95,7 +94,7 @@ def together(model: Any, backward: bool = False) -> Iterator[None]:
     with decoder.register_forward_pre_hook(_announce):
         yield
     ids_1x1 = torch.zeros(1, 1, dtype=torch.long, device=next(decoder.parameters()).device)
-    while distributed.add_up(0.0) > 0:
+    while processes.add_up(0.0) > 0:
         with torch.set_grad_enabled(backward):
             hidden_1x1xH = decoder(input_ids=ids_1x1, use_cache=False).last_hidden_state
         if backward:
@@ -103,12 +102,12 @@ def together(model: Any, backward: bool = False) -> Iterator[None]:
 
 
 def _announce(*_: Any) -> None:
-    distributed.add_up(1.0)
+    processes.add_up(1.0)
 
 
 def kind(model: Any) -> str:
     """How a loaded model, with or without an adapter, is shared: a value of `runtime.sharding`."""
-    if distributed.count() == 1:
+    if processes.count() == 1:
         return "none"
     from torch.distributed.fsdp import FSDPModule
 
@@ -142,11 +141,11 @@ def split(folder: Path, device: "torch.device") -> Any:
             f"runtime.sharding = 'tensor' computes on this machine's {there}, and runtime.device asks for "
             f"{device.type}: set it to auto, or sharding to fsdp"
         )
-    require_divisible(AutoConfig.from_pretrained(folder), distributed.count())
+    require_divisible(AutoConfig.from_pretrained(folder), processes.count())
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()  # it warns of every layer that is not split: embeddings, norms and head
     try:
-        config = DistributedConfig(tp_size=distributed.count(), tp_plan="auto")
+        config = DistributedConfig(tp_size=processes.count(), tp_plan="auto")
         return checkpoint.pretrained(folder, None, distributed_config=config)
     finally:
         logging.set_verbosity(verbosity)
