@@ -1,1 +1,1 @@
-"""One thin script a stage of `dvc.yaml`: parse, call, exit. Run as `python -m stages.<name>`."""
+"""A short script for each stage of `dvc.yaml`: parse, call, exit. Run as `python -m stages.<name>`."""

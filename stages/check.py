@@ -1,4 +1,4 @@
-"""Stage check: the parameters are sound; else DVC starts nothing."""
+"""Stage check: the parameters are sound. Otherwise no other stage starts."""
 
 from pipeline.core import params, stage
 from pipeline.record import check

@@ -1,4 +1,4 @@
-"""Stage compare: base against tuned on the same rows; stores the comparison, and writes what people read of it."""
+"""Stage compare: base and tuned are compared on the same rows, and the comparison becomes reports."""
 
 from pipeline.core import params, stage
 from pipeline.report import files

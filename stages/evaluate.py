@@ -1,4 +1,4 @@
-"""Stage evaluate@base: the base's predictions scored."""
+"""Stage evaluate@base: the base's predictions are scored."""
 
 from pipeline.core import params, paths, stage
 from pipeline.score import evaluate

@@ -1,4 +1,4 @@
-"""Stage evaluate-tuned@<seed>: one seed's predictions scored."""
+"""Stage evaluate-tuned@<seed>: one seed's predictions are scored."""
 
 from pipeline.core import params, paths, stage
 from pipeline.score import evaluate

@@ -4,5 +4,5 @@ from pipeline.core import params, paths, stage
 from pipeline.fetch import fetch
 
 if __name__ == "__main__":
-    # The whole experiment decides nothing of what is written: only whether a later stage would refuse the model.
+    # All parameters: a model that a later stage would refuse is refused here. They do not change what is written.
     stage.run("fetch", lambda declared: fetch.fetch(declared[params.Model], params.load()), result=paths.BASE_FACTS)

@@ -1,4 +1,4 @@
-"""Stage forget: what one seed's adapter does to general text, against the base."""
+"""Stage forget: one seed's adapter is compared with the base on general text."""
 
 from pipeline import forget
 from pipeline.core import params, paths, stage

@@ -1,4 +1,4 @@
-"""Stage infer@base: what the base writes for the test split. Depends on nothing of LoRA or training."""
+"""Stage infer@base: the base answers the test split. It depends on neither LoRA nor training."""
 
 from pipeline.core import params, paths
 from pipeline.infer import infer

@@ -1,4 +1,4 @@
-"""Stage infer-tuned@<seed>: what the base with one seed's adapter writes for the same prompts."""
+"""Stage infer-tuned@<seed>: the base with one seed's adapter answers the same prompts."""
 
 from pipeline.core import params, paths, stage
 from pipeline.infer import infer

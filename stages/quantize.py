@@ -1,4 +1,4 @@
-"""Stage quantize: the base becomes the quantized base, and what that costs is measured."""
+"""Stage quantize: the base is quantized, and the loss of quality is measured."""
 
 from pipeline import quantize
 from pipeline.core import params, paths, stage

@@ -1,4 +1,4 @@
-"""Stage track: the report as a page, and the whole experiment as one MLflow run that holds it."""
+"""Stage track: the report becomes a page, and the whole experiment one MLflow run."""
 
 from pipeline.core import params, stage
 from pipeline.record import track

@@ -1,4 +1,4 @@
-"""Stage train: one LoRA adapter for one seed, on the quantized base."""
+"""Stage train@<seed>: one LoRA adapter is trained on the quantized base."""
 
 from pipeline.core import params, paths, stage
 from pipeline.lora import train

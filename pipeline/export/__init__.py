@@ -1,4 +1,4 @@
-"""A result as files that other programs load, with a card, and what the change of format costs.
+"""A result as files for other programs, with a model card, and what the change of format costs.
 
 It imports every room but search and commands.
 """

@@ -1,8 +1,7 @@
-"""The model card of an export, in the hub's format: YAML for machines, Markdown for people (Model Cards for Model
-Reporting, arXiv 1810.03993; huggingface.co/docs/hub/model-cards).
+"""The model card of an export, in the hub's format: YAML for machines, Markdown for people.
 
-No number is typed: all come out of the run's outputs. The commands are made of the run's parameters, and tests run them
-as they stand in the card.
+Source: Model Cards for Model Reporting, arXiv 1810.03993; huggingface.co/docs/hub/model-cards. Every number comes from
+the run's outputs, every command from its parameters. Tests run the commands of the card.
 """
 
 import json
@@ -22,7 +21,6 @@ from pipeline.model import checkpoint
 from pipeline.model.prompt import DATE, starts_with_bos
 from pipeline.record import store
 from pipeline.record.origin import Origin
-from pipeline.record.runs import of_digest
 from pipeline.report import wording
 from pipeline.score.comparison import Comparison
 from pipeline.score.metrics import LABELS
@@ -31,17 +29,19 @@ LICENCES = (
     "apache-2.0", "mit", "bsd-2-clause", "bsd-3-clause", "cc0-1.0", "cc-by-4.0", "cc-by-sa-4.0", "cc-by-nc-4.0",
     "cc-by-nc-sa-4.0", "gpl-3.0", "llama2", "llama3", "llama3.1", "llama3.2", "llama3.3", "gemma", "unknown",
 )  # fmt: skip
-"""Names that the hub knows, of those that the sources here have; any other is given as `other` and its name."""
+"""Names that the hub knows and that usual sources have. Any other licence is given as `other` with its name."""
 
 MAX_RISE = 0.01
-"""Files lose quality where they raise the perplexity by more than this share: `lora-repro parity`'s own bound."""
+"""Files that raise the perplexity by more than this share lose quality, as for `lora-repro parity`."""
 
 
 @dataclass(frozen=True, slots=True)
 class Content:
-    """What an export and its card are about; `measured` is of `merge.difference`, `base_words` what it rests on.
+    """What a card says of an export.
 
-    `base`: the folder or file of the base beside the adapter, None where it is not part of the export.
+    `base` is the folder or file of the base beside the adapter (None: it is not part of the export), and `base_words`
+    says what the base holds. `files` maps a path to its size in bytes and its sha256. `measured` is the result of
+    `merge.difference`. `command` writes the same files again.
     """
 
     what: str
@@ -60,7 +60,7 @@ class Content:
 
 
 def licences(given: params.Params) -> dict[str, Stated]:
-    """Of every source of the experiment, by its name."""
+    """The licence of every source of the experiment, by the source's name."""
     found = {given.model.source: licence.stated(given.model.source, given.model.sha256, kind="model", key="model")}
     for name, sha256 in given.data.pinned:
         found[name] = licence.stated(name, sha256, kind="dataset", key="data")
@@ -68,7 +68,7 @@ def licences(given: params.Params) -> dict[str, Stated]:
 
 
 def shown(source: str) -> str:
-    """A source as others may read it: of a local one the name alone, since its path tells of this machine."""
+    """A source without the path of a local one, which belongs to this machine."""
     return source if source.startswith(("pip:", "hf:")) else f"local:{Path(source).name}"
 
 
@@ -120,7 +120,7 @@ LIBRARIES = {"adapter": "peft", "merged": "transformers", "gguf": "llama.cpp", "
 
 
 def loss(measured: Difference | None) -> str | None:
-    """That exported files lose quality, by what was measured of them; None where they do not, or nothing was."""
+    """A sentence that says that exported files lose quality; None if they do not, or if nothing was measured."""
     if measured is None or (rise := math.exp(measured.loss - measured.loss_measured) - 1) <= MAX_RISE:
         return None
     return (
@@ -136,7 +136,7 @@ def _backend(generation: params.Generation) -> str:
 
 
 def hub(source: str) -> tuple[str, str] | None:
-    """Repository and revision of a source on the hub, of its whole; None for any other."""
+    """Repository and revision of a whole repository on the hub; None for any other source."""
     found = re.fullmatch(r"hf:([^@]+)@([0-9a-f]{40})", source)
     return (found[1], found[2]) if found else None
 
@@ -146,7 +146,7 @@ def _title(content: Content) -> str:
 
 
 def _named(source: str) -> str:
-    """A source in one word: of a wheel the package, else the last part."""
+    """A source in one word: the package of a wheel, else the last part of the source."""
     return source.removeprefix("pip:").partition("==")[0] if source.startswith("pip:") else _short(source)
 
 
@@ -156,7 +156,7 @@ def _short(source: str) -> str:
 
 
 def _parameters(content: Content) -> dict[str, str]:
-    """All parameters of the run, without paths of this machine; what one line cannot hold as it is stands quoted."""
+    """All parameters of the run, without paths of this machine. A value that does not fit in a line is quoted."""
     given = content.given
     sources = {"data.source": [name for name, _ in given.data.pinned], "model.source": [given.model.source]}
     sources["forget.source"] = [given.forget.source] if given.forget.source else []
@@ -173,7 +173,7 @@ def _rows(split: str) -> int:
 
 
 def _metadata(content: Content) -> Any:
-    """The YAML: only names that the hub knows stand under its own keys, where others would be refused."""
+    """The metadata in YAML. The hub's own keys get only names that the hub knows, since it refuses others."""
     from huggingface_hub import EvalResult, ModelCardData
 
     given, comparison = content.given, content.comparison
@@ -220,7 +220,7 @@ def _metadata(content: Content) -> Any:
 
 
 def loading(content: Content) -> tuple[str, str]:
-    """The packages that loading takes, and the Python that loads the export and writes one answer."""
+    """The packages for the export, and the Python that loads it and writes one answer."""
     if content.what.startswith("gguf"):
         return "xllamacpp", _llama_cpp(content)
     packages = "torch transformers"
@@ -232,7 +232,7 @@ def loading(content: Content) -> tuple[str, str]:
 
 
 def _transformers(content: Content) -> str:
-    """For Python with transformers, and with PEFT for an adapter."""
+    """The Python for transformers, with PEFT for an adapter."""
     names, first, loads = ["AutoModelForCausalLM", "AutoTokenizer", "GenerationConfig"], [], []
     if content.what == "merged":
         loads = ['model = AutoModelForCausalLM.from_pretrained(".", dtype="auto").eval()']
@@ -246,7 +246,8 @@ def _transformers(content: Content) -> str:
             if method != "none":
                 names = [*names[:2], "BitsAndBytesConfig", names[2]]
                 quantized = f", quantization_config={_quantization(content.given)}"
-        loads = [f"base = AutoModelForCausalLM.from_pretrained({where}, dtype={_dtype(content)}{quantized})"]
+        dtype = '"auto"' if content.base else f'"{content.given.model.dtype}"'
+        loads = [f"base = AutoModelForCausalLM.from_pretrained({where}, dtype={dtype}{quantized})"]
         loads += ['model = PeftModel.from_pretrained(base, ".").eval()']
         loads += [f"tokenizer = AutoTokenizer.from_pretrained({where})"]
     return "\n".join(
@@ -269,12 +270,8 @@ def _transformers(content: Content) -> str:
     )
 
 
-def _dtype(content: Content) -> str:
-    return '"auto"' if content.base else f'"{content.given.model.dtype}"'
-
-
 def _quantization(given: params.Params) -> str:
-    """The base quantized as it was in training, for transformers."""
+    """The Python that quantizes the base as in training."""
     quantize = given.quantize
     if quantize.method == "int8":
         return f"BitsAndBytesConfig(load_in_8bit=True, llm_int8_threshold={quantize.int8_threshold})"
@@ -285,7 +282,7 @@ def _quantization(given: params.Params) -> str:
 
 
 def _text(prompt: params.Prompt) -> list[str]:
-    """The text of a prompt, from the template of the run and the first of its instructions."""
+    """The Python that makes a prompt's text, from the template and the first instruction."""
     lines = ['source = "Here stands the text that the task is about."']
     text = _python(prompt.template)
     if prompt.instructions and "{instruction}" in prompt.template:
@@ -301,8 +298,10 @@ def _text(prompt: params.Prompt) -> list[str]:
 
 
 def _python(value: str | dict[str, str]) -> str:
-    """A string, or a dictionary of strings, as Python has it: JSON has it so as well. What is not seen is escaped, such
-    as bidirectional controls, which show code as what it is not; a dictionary's own line breaks stay."""
+    """A string or a dictionary of strings as a literal, which JSON and Python write alike.
+
+    Invisible characters, such as bidirectional controls, are escaped: they would hide what the code does.
+    """
     text = json.dumps(value, ensure_ascii=False, indent=4)
     return "".join(one if one.isprintable() or one == "\n" else one.encode("unicode_escape").decode() for one in text)
 
@@ -324,33 +323,30 @@ def _llama_cpp(content: Content) -> str:
     adapters = [name for name in content.files if name.startswith("adapter")]
     settings = given.generation
     tokens = given.prompt.max_tokens + settings.max_new_tokens
-    lines = [
-        "import json",
-        "",
-        "import xllamacpp",
-        "",
-        "settings = xllamacpp.CommonParams()",
-        f"settings.model.path = {_python(model)}",
-        "settings.n_parallel = 1",
-        f"settings.n_ctx = {tokens}",
-    ]
-    for name in adapters:
-        lines += [
-            f"settings.lora_adapters = [xllamacpp.CommonAdapterLoraInfo({_python(name)}, 1.0)]",
-        ]
-    lines += ["server = xllamacpp.Server(settings)", "", *_text(given.prompt)]
+    lora = [f"settings.lora_adapters = [xllamacpp.CommonAdapterLoraInfo({_python(name)}, 1.0)]" for name in adapters]
     if given.prompt.style == "chat":
         call = 'server.handle_chat_completions({"messages": [{"role": "user", "content": text}], **options})'
         written = 'answer["choices"][0]["message"]["content"]'
     else:
         call = 'server.handle_completions({"prompt": text, **options})'
         written = 'answer["choices"][0]["text"] if "choices" in answer else answer["content"]'
-    # Of all tokens before, as transformers has it, and not of the last 64.
+    # Over all tokens before, as in transformers, and not over the last 64.
     penalty = f'"repeat_penalty": {settings.repetition_penalty}, "repeat_last_n": {tokens}'
     options = f'"temperature": 0, "max_tokens": {settings.max_new_tokens}, "n_predict": {settings.max_new_tokens}'
     return "\n".join(
         [
-            *lines,
+            "import json",
+            "",
+            "import xllamacpp",
+            "",
+            "settings = xllamacpp.CommonParams()",
+            f"settings.model.path = {_python(model)}",
+            "settings.n_parallel = 1",
+            f"settings.n_ctx = {tokens}",
+            *lora,
+            "server = xllamacpp.Server(settings)",
+            "",
+            *_text(given.prompt),
             f"options = {{{options}, {penalty}}}",
             f"answer = {call}",
             "answer = json.loads(answer) if isinstance(answer, str) else answer",
@@ -360,10 +356,9 @@ def _llama_cpp(content: Content) -> str:
 
 
 def run_of(given: params.Params, digest: str) -> str | None:
-    """The id of the finished MLflow run of an experiment; None where the store has none, or there is no store."""
+    """Name and id of the finished MLflow run of an experiment; None if there is none, or the store cannot be read."""
     try:
-        runs = store.stored(given.tracking)
+        run = store.finished(digest, given.tracking)
     except UserError:
         return None
-    finished = of_digest(digest, runs)
-    return f"{finished[0].name} ({finished[0].run_id})" if finished else None
+    return f"{run.name} ({run.run_id})" if run else None

@@ -1,7 +1,8 @@
-"""A result as files that others can load: the adapter, merged weights or GGUF, with a model card and a record of all.
+"""A result as files for other programs: the adapter, merged weights or GGUF, with a card and a record of the files.
 
-Only what the run of `dvc.lock` left is exported: outputs, parameters and code are compared by content first. Of several
-seeds the one with the lowest validation loss is taken, as for the registry; a choice by test scores would flatter it.
+Only a result that agrees with `dvc.lock` is exported: outputs, parameters and code are compared by content first. Of
+several seeds it is the one with the lowest validation loss, as in the registry: a choice by test scores would flatter
+it.
 """
 
 import shutil
@@ -32,8 +33,11 @@ What = Literal["adapter", "merged", "gguf"]
 
 @dataclass(frozen=True, slots=True)
 class Asked:
-    """What the command was given: `kind` and `joined` are for GGUF, `with_base` for an adapter (None: unless it is on
-    the hub)."""
+    """The options of the command.
+
+    For GGUF, `kind` is the type and `joined` merges the adapter into the file. For an adapter, `with_base` adds its
+    base (None: unless the hub has it).
+    """
 
     what: What
     seed: int | None
@@ -43,11 +47,11 @@ class Asked:
 
     @property
     def stored(self) -> str | None:
-        """The type of a GGUF file; None of other forms."""
+        """The type of the GGUF file; None for other formats."""
         return (self.kind or "Q8_0") if self.what == "gguf" else None
 
     def check(self) -> None:
-        """UserError for an option that would be of no effect."""
+        """UserError for an option that would have no effect."""
         if self.what != "gguf" and (self.kind or self.joined):
             raise UserError(f"{'--type' if self.kind else '--merged'} is for gguf: {self.what} has no such choice")
         if self.what != "adapter" and self.with_base is not None:
@@ -59,9 +63,10 @@ class Asked:
 def write(asked: Asked, destination: Path, overwrite: bool) -> None:
     """Write the export to a folder, whole or not at all.
 
-    UserError for outputs that are missing or not of this experiment, a seed that was not trained, and a folder that is
-    there already, unless it is an earlier export, nothing else lies in it, and `overwrite` is set.
+    UserError if outputs are missing or do not agree with `dvc.lock`, if the seed was not trained, and if the folder is
+    neither new nor empty. With `overwrite`, it may be an earlier export without files of the user.
     """
+    # 1. Whatever can be refused before anything is written.
     asked.check()
     stage.set_environment()
     given = params.load()
@@ -75,17 +80,17 @@ def write(asked: Asked, destination: Path, overwrite: bool) -> None:
     if asked.what == "gguf":
         gguf.refuse(paths.QUANTIZED)
     origin = Origin.read(given.seeds)
+    # 2. The files, their card and their record.
     with _written(destination) as folder:
         base, words = _write(asked, seed, given, folder)
         measured, why_not = _measured(asked, seed, given, folder)
-        files = _files(folder)
         content = card.Content(
             what="gguf-merged" if asked.what == "gguf" and asked.joined else asked.what,
             seed=seed,
             given=given,
             base=base,
             base_words=words,
-            files=files,
+            files=_files(folder),
             measured=measured,
             why_not_measured=why_not,
             comparison=comparison,
@@ -95,18 +100,8 @@ def write(asked: Asked, destination: Path, overwrite: bool) -> None:
             command=_command(asked, seed),
         )
         records.write_text(folder / README, card.render(content))
-        records.write_json(
-            folder / RECORD,
-            {
-                "what": content.what,
-                "seed": seed,
-                "type": asked.stored,
-                "digest": origin.digest,
-                "commit": origin.commit,
-                "difference": contracts.content(measured),
-                "files": {name: {"bytes": size, "sha256": sha256} for name, (size, sha256) in files.items()},
-            },
-        )
+        records.write_json(folder / RECORD, _record(content, asked.stored))
+    # 3. What there is now.
     if measured:
         say(
             f"export: validation loss {measured.loss_measured:.4f} as measured, {measured.loss:.4f} of these "
@@ -114,31 +109,44 @@ def write(asked: Asked, destination: Path, overwrite: bool) -> None:
         )
         if loss := card.loss(measured):
             say(f"export: {loss}")
-    size = sum(size for size, _ in files.values())
+    size = sum(size for size, _ in content.files.values())
     say(f"export: {asked.what} of seed {seed}, {size / 1e6:,.1f} MB in {destination}; {README} says how to load it")
+
+
+def _record(content: card.Content, stored: str | None) -> dict[str, Any]:
+    """The content of `RECORD`, by which a later export recognizes this one."""
+    return {
+        "what": content.what,
+        "seed": content.seed,
+        "type": stored,
+        "digest": content.origin.digest,
+        "commit": content.origin.commit,
+        "difference": contracts.content(content.measured),
+        "files": {name: {"bytes": size, "sha256": sha256} for name, (size, sha256) in content.files.items()},
+    }
 
 
 def _require_room(destination: Path, overwrite: bool) -> None:
     if destination.resolve().is_relative_to(paths.OUT.resolve()):
-        raise UserError(f"{destination} lies in {paths.OUT}, which is DVC's: export to another folder")
+        raise UserError(f"{destination} is in {paths.OUT}, which DVC manages: export to another folder")
     if not destination.exists() or (destination.is_dir() and not any(destination.iterdir())):
         return
     own = _of_an_export(destination)
     if own is None:
-        raise UserError(f"{destination} is there and no export of this command: name a new folder, or an empty one")
+        raise UserError(f"{destination} exists and is not an export of this command: name a new or empty folder")
     if not overwrite:
-        raise UserError(f"{destination} holds an export already: name another folder, or add --overwrite")
+        raise UserError(f"{destination} already holds an export: name another folder, or add --overwrite")
     files = (file for file in destination.rglob("*") if file.is_symlink() or not file.is_dir())
     others = sorted({file.relative_to(destination).as_posix() for file in files} - own)
     if others:
         raise listing(
             [*others[:5], *([f"and {len(others) - 5} more"] if len(others) > 5 else [])],
-            f"{destination} holds what no export wrote and --overwrite would remove: move it, or name another folder",
+            f"{destination} holds files that no export wrote and --overwrite would remove: move them elsewhere",
         )
 
 
 def _of_an_export(folder: Path) -> set[str] | None:
-    """The files that an earlier export wrote there, by its own record; None where there is no such record."""
+    """The files that an earlier export wrote there, by its record; None if there is no such record."""
     try:
         record = records.read_json(folder / RECORD)
         return {*record["files"], README, RECORD} if record["digest"] else None
@@ -148,14 +156,14 @@ def _of_an_export(folder: Path) -> set[str] | None:
 
 def _seed(wanted: int | None, seeds: list[int]) -> int:
     if wanted is not None and wanted not in seeds:
-        raise UserError(f"--seed {wanted}: trained were {', '.join(map(str, seeds))} (seeds in {paths.PARAMS})")
+        raise UserError(f"--seed {wanted} was not trained: give one of {', '.join(map(str, seeds))}")
     if wanted is not None:
         return wanted
     return min(seeds, key=lambda seed: contracts.read(paths.training_summary(seed), TrainingSummary).kept_loss)
 
 
 def _write(asked: Asked, seed: int, given: params.Params, folder: Path) -> tuple[str | None, str]:
-    """Write the files; the name of the base among them, None for none, and what it holds in words."""
+    """Write the files. Returns the name of the base among them (None: it is not), and in words what it holds."""
     trained = paths.adapter(seed)
     if asked.stored is not None:
         return _write_gguf(asked.stored, asked.joined, trained, given, folder)
@@ -182,15 +190,15 @@ def _write(asked: Asked, seed: int, given: params.Params, folder: Path) -> tuple
 
 
 def _save(model: Any, folder: Path) -> None:
-    model.config._name_or_path = ""
-    # How to decode is the run's: the defaults of the base's authors would come in between.
+    model.config.name_or_path = ""
+    # Without the defaults of the base's authors, which would change how the run decoded.
     model.generation_config = type(model.generation_config)(eos_token_id=model.config.eos_token_id)
     model.save_pretrained(folder)
     checkpoint.tokenizer(paths.BASE).save_pretrained(folder)
 
 
 def _settings(seed: int) -> Any:
-    """How the run decoded, as a model's generation configuration: of the record what transformers has a name for."""
+    """How the run decoded, as transformers' generation configuration."""
     from transformers import GenerationConfig
 
     recorded = contracts.read(paths.decoding(paths.variant(seed)), Decoding).generation
@@ -216,7 +224,7 @@ def _write_gguf(kind: str, joined: bool, trained: Path, given: params.Params, fo
 
 
 def _measured(asked: Asked, seed: int, given: params.Params, folder: Path) -> tuple[merge.Difference | None, str]:
-    """The exported files, read again, beside the model whose scores the report has; else why that is not measured."""
+    """Compare the exported files, read again, with the model that was scored; else the reason why not."""
     import torch
 
     cpu = torch.device("cpu")
@@ -234,7 +242,7 @@ def _measured(asked: Asked, seed: int, given: params.Params, folder: Path) -> tu
     if asked.what == "adapter" or (asked.what == "gguf" and not asked.joined):
         from peft import PeftModel
 
-        # llama.cpp's own adapter file holds the same numbers: this measures what the base was written as.
+        # llama.cpp's adapter file holds the same numbers, so only the base can differ.
         other = PeftModel.from_pretrained(other, folder if asked.what == "adapter" else paths.adapter(seed))
     trees = merge.rows(given.prompt)
     return merge.difference(merge.as_measured(seed, given.runtime), other.eval(), trees), ""
@@ -257,12 +265,12 @@ def _command(asked: Asked, seed: int) -> str:
 
 @contextmanager
 def _written(destination: Path) -> Iterator[Path]:
-    """A folder beside the destination that takes its place if, and only if, the block succeeds.
+    """Yield a folder beside the destination that takes its place if, and only if, the block succeeds.
 
-    It and what is in it have the modes that the umask gives: libraries make some files for their owner alone.
+    All files get the modes of the umask. Libraries make some that only their owner may read.
     """
     try:
-        place = destination.resolve()  # where a link leads, which stays
+        place = destination.resolve()  # a link to a folder stays
         place.parent.mkdir(parents=True, exist_ok=True)
         made = Path(mkdtemp(prefix=f".{place.name}.", dir=place.parent))
         folder, usual = made / "export", made / "usual"
@@ -287,6 +295,6 @@ def _written(destination: Path) -> Iterator[Path]:
 
 def _unwritable(destination: Path, error: Exception) -> UserError:
     return UserError(
-        f"cannot write {destination} ({error}): name a folder within one that you may write to; it is made beside, and "
-        "put in place when it is whole"
+        f"cannot write {destination} ({error}): name a folder inside one that you may write to; the export is made "
+        "beside it and moved there when it is complete"
     )

@@ -1,7 +1,7 @@
-"""Under which licence a source says that it is. Nothing is guessed: what is not stated is not known.
+"""The licence that a source states. Nothing is guessed: a licence that is not stated is not known.
 
-A wheel says so in its metadata (packaging.python.org, core metadata: License-Expression, License, or a classifier), a
-GGUF file in its header (`general.license`), a repository or folder on the hub's model in the YAML of its README.md.
+A wheel states it in its metadata (packaging.python.org, core metadata: License-Expression, License, or a classifier), a
+GGUF file in its header (`general.license`), a repository on the hub or a folder in the YAML of its README.md.
 """
 
 from dataclasses import dataclass
@@ -15,21 +15,21 @@ from pipeline.fetch import gguf_header
 from pipeline.sources import source
 
 LONGEST = 64
-"""Characters of a name of a licence; some wheels have its whole text there."""
+"""The most characters in the name of a licence. Some wheels have the whole text in its place."""
 MOST_METADATA = 2**20
-"""Bytes of a wheel's metadata that are read: the fields come first, then a page about the package."""
+"""The most bytes of a wheel's metadata that are read. The fields come first, a page about the package follows."""
 
 
 @dataclass(frozen=True, slots=True)
 class Stated:
-    """`name` as it stands there, None where nothing is said; `where` it stands, or why it is not known."""
+    """The `name` of a licence (None: not known), and `where` the source states it, or why it is not known."""
 
     name: str | None
     where: str
 
     @property
     def identifier(self) -> str:
-        """As the hub writes it in a card: in lower case, or `unknown`."""
+        """The name in the hub's form: in lower case, or `unknown`."""
         return self.name.lower() if self.name else "unknown"
 
     def __str__(self) -> str:
@@ -37,7 +37,7 @@ class Stated:
 
 
 def stated(name: str, sha256: str | None, *, kind: Literal["model", "dataset"], key: str) -> Stated:
-    """What the source says of itself. A wheel that is not here is downloaded; where that fails, nothing is known."""
+    """The licence that a source states. A missing wheel is downloaded; if that fails, the licence is not known."""
     try:
         if name.startswith("hf:"):
             return _of_repository(name, kind)
@@ -75,7 +75,7 @@ def _of_gguf(file: Path) -> str | None:
     try:
         gguf_header.check(file)
         fields = gguf.GGUFReader(str(file)).fields
-    except Exception:  # whatever numbers that lead nowhere bring about
+    except Exception:  # a damaged header can raise anything
         return None
     field = fields.get("general.license")
     return _named(field.contents()) if field else None
@@ -86,12 +86,12 @@ def _of_card(file: Path) -> str | None:
 
     try:
         return _named(ModelCard.load(file).data.get("license"))
-    except Exception:  # a file of anyone's
+    except Exception:  # a stranger's file can raise anything
         return None
 
 
 def _of_repository(name: str, kind: str) -> Stated:
-    """Of the README.md at the pinned revision; it is the one thing asked for here that is no part of the content."""
+    """The licence in README.md at the pinned revision, the only file asked for that is not part of the content."""
     from huggingface_hub import hf_hub_download
 
     repository, _, rest = name.removeprefix("hf:").partition("@")

@@ -1,7 +1,7 @@
 """The adapter added into the weights of the base (LoRA, arXiv 2106.09685, section 4.1: W + BA), and what that changes.
 
-It is added to the values that it was trained on: a 4-bit base is unpacked first, since adding to the original weights
-would be another model than the one that was measured. The sum is taken in float32 and rounded once, to `model.dtype`.
+It is added to the values that it was trained on. A 4-bit base is unpacked first, since the original weights would give
+another model than the one that was scored. The sum is computed in float32 and rounded once, to `model.dtype`.
 """
 
 from collections.abc import Sequence
@@ -17,13 +17,13 @@ from pipeline.model import checkpoint, devices, load, loss, pack, packed
 from pipeline.model.prompt import Encoder
 
 ROWS = 48
-"""Validation rows that are compared at most, evenly spread."""
+"""The most validation rows that are compared, evenly spread."""
 TOGETHER = 512
-"""Tokens computed at once, by two models."""
+"""Tokens that each of the two models computes at once."""
 
 
 def base() -> tuple[Any, str]:
-    """The base in plain layers on the CPU, and which values they hold, in words."""
+    """The base in plain layers on the CPU, and in words which values they hold."""
     import torch
 
     facts, cpu = contracts.read(paths.QUANTIZED_FACTS, QuantizedFacts), torch.device("cpu")
@@ -46,11 +46,11 @@ def base() -> tuple[Any, str]:
 
 
 def merged(model: Any, folder: Path) -> Any:
-    """`model`, with the adapter of a folder added to its weights in place."""
+    """`model` with the adapter in `folder` added to its weights, in place."""
     from peft import PeftModel
     from peft.tuners.lora import LoraLayer
 
-    # By default PEFT holds the adapter in float32, as it was saved.
+    # PEFT keeps the adapter in float32, as it was saved.
     adapted = PeftModel.from_pretrained(model, folder)
     for layer in (layer for layer in adapted.modules() if isinstance(layer, LoraLayer)):
         [name] = layer.active_adapters
@@ -69,7 +69,7 @@ def rows(prompt: params.Prompt) -> list[pack.Tree]:
 
 
 def as_measured(seed: int, runtime: params.Runtime) -> Any:
-    """The model whose scores the report has: the quantized base, whole in this process, with the adapter beside it."""
+    """The model that was scored: the quantized base, whole in this process, with the adapter beside it."""
     facts = contracts.read(paths.QUANTIZED_FACTS, QuantizedFacts)
     model = load.quantized(devices.choose(runtime), runtime.keep_dequantized)
     return adapter.Saved(paths.adapter(seed)).load(model, facts.sha256)
@@ -77,10 +77,10 @@ def as_measured(seed: int, runtime: params.Runtime) -> Any:
 
 @dataclass(frozen=True, slots=True)
 class Difference:
-    """What exported files predict of validation answers, beside the model that was measured.
+    """How well exported files predict validation answers, compared with the model that was scored.
 
-    Losses are in nats a token. Of the logits there are the largest and the mean absolute difference; `same` is the
-    share of tokens at which the likeliest one is the same.
+    Losses are in nats a token. `logit_max` and `logit_mean` are absolute differences; `same` is the share of tokens for
+    which both models find the same token likeliest.
     """
 
     loss_measured: float
@@ -93,7 +93,7 @@ class Difference:
 
 
 def difference(measured: Any, other: Any, trees: Sequence[pack.Tree]) -> Difference:
-    """Compare `other` with the model that was measured, on the answers in `trees`."""
+    """Compare `other` with `measured`, the model that was scored, on the answers in `trees`."""
     import torch
 
     losses, mean, same, largest, tokens = [0.0, 0.0], 0.0, 0.0, 0.0, 0

@@ -1,4 +1,4 @@
-"""Ollama's Modelfile for exported GGUF files: the chat template in ollama's language (Go's), and how to decode."""
+"""Ollama's Modelfile for exported GGUF files: the chat template in ollama's language (Go's), and decoding options."""
 
 import re
 from pathlib import Path
@@ -10,15 +10,15 @@ from pipeline.model import checkpoint, prompt
 
 
 def decodes(generation: params.Generation) -> bool:
-    """Whether llama.cpp and ollama can decode as `generation` has it."""
+    """Whether llama.cpp and ollama can decode as `generation` says."""
     return generation.num_beams == 1 and not generation.no_repeat_ngram_size
 
 
 def modelfile(base: str, adapter: str | None, folder: Path, generation: params.Generation, tokens: int) -> str:
-    """The Modelfile for files beside it: the chat template, decoding as in `generation`, and room for a prompt and its
-    answer of `tokens` together (ollama cuts off what its own default does not hold).
+    """The text of the Modelfile beside the files `base` and `adapter` (None: merged into the base).
 
-    The experiment's own instructions are not in it: what is sent is the user's message as it is.
+    `folder` has the tokenizer, and `tokens` is the room for a prompt with its answer; ollama cuts off what its default
+    does not hold. The experiment's instructions are left out: ollama sends the user's message as it is.
     """
     tokenizer = checkpoint.tokenizer(folder)
     lines = [f"FROM ./{base}"]
@@ -46,7 +46,7 @@ def modelfile(base: str, adapter: str | None, folder: Path, generation: params.G
     config = records.read_json(folder / "config.json")
     stops = [tokenizer.convert_ids_to_tokens(one) for one in gguf.stops(folder, config, tokenizer)]
     for stop in stops:
-        # Whatever stands between the first and the last quote; behind a quote, a line break ends it.
+        # A value extends to the last quote in its line, but it ends at a line break behind a quote.
         lines.append(
             "# A token that ends an answer holds a quote and a line break, which a Modelfile cannot tell."
             if '"' in stop and re.search(r"[\r\n]", stop)
@@ -56,9 +56,9 @@ def modelfile(base: str, adapter: str | None, folder: Path, generation: params.G
 
 
 def _template(tokenizer: Any) -> str | None:
-    """The chat template in ollama's language (Go's), put together from what stands around marked messages.
+    """The chat template in ollama's language (Go's), composed of what it writes around messages.
 
-    None where the pieces do not give back what the template itself renders, for several conversations.
+    None if the pieces do not compose to what the template itself renders, for each of `_CONVERSATIONS`.
     """
     try:
         pieces = _pieces(tokenizer)
@@ -69,14 +69,14 @@ def _template(tokenizer: Any) -> str | None:
     except prompt.TemplateError:
         return None
     bos = tokenizer.bos_token if tokenizer.bos_token and tokenizer("a").input_ids[0] == tokenizer.bos_token_id else ""
-    told = {name: _go(text) for name, text in pieces.items()}
+    go = {name: _go(text) for name, text in pieces.items()}
     default, system = _go(pieces["default"].removeprefix(bos)), _go(pieces["system"].removeprefix(bos))
     template = (
         "{{ if not .System }}" + default + "{{ end }}{{ range .Messages }}"
-        '{{ if eq .Role "system" }}' + system + "{{ .Content }}" + told["after_system"]
-        + '{{ else if eq .Role "user" }}' + told["user"] + "{{ .Content }}" + told["after_user"]
-        + '{{ else if eq .Role "assistant" }}' + told["assistant"] + "{{ .Content }}" + told["after_assistant"]
-        + "{{ end }}{{ end }}" + told["answer"]
+        '{{ if eq .Role "system" }}' + system + "{{ .Content }}" + go["after_system"]
+        + '{{ else if eq .Role "user" }}' + go["user"] + "{{ .Content }}" + go["after_user"]
+        + '{{ else if eq .Role "assistant" }}' + go["assistant"] + "{{ .Content }}" + go["after_assistant"]
+        + "{{ end }}{{ end }}" + go["answer"]
     )  # fmt: skip
     return None if template.endswith('"') else template  # the first three quotes in a row end it
 
@@ -97,9 +97,9 @@ def _render(tokenizer: Any, messages: list[dict[str, str]], prompted: bool) -> s
 
 
 def _pieces(tokenizer: Any) -> dict[str, str] | None:
-    """What a chat template writes around messages, told apart by marks in their place; None where they are not there.
+    """What a chat template writes around messages, found by marks in their place; None if it does not write the marks.
 
-    `default` stands before the first user's message where there is no system message.
+    `default` is what it writes before the user's first message if there is no system message.
     """
     s, u, a, v = "\u2042S", "\u2042U", "\u2042A", "\u2042V"
     user = {"role": "user", "content": u}
@@ -116,8 +116,8 @@ def _pieces(tokenizer: Any) -> dict[str, str] | None:
     before_system, between = with_system.split(s)
     before_answer, behind = long.split(a)
     opening = before_answer.split(u)[1].removeprefix(after_user)
-    # Between an answer and the next message: the answer's end, which as a rule is that of a user's message, then what
-    # a user's message begins with.
+    # Between an answer and the next message are the end of the answer, usually the same as that of a user's message,
+    # and the beginning of a user's message.
     turn, between_system = behind.split(v)[0], between.split(u)[0]
     own_user = turn.removeprefix(after_user)
     if not before_user.endswith(own_user):
@@ -144,7 +144,7 @@ def _shared_end(one: str, other: str) -> str:
 
 
 def _compose(pieces: dict[str, str], messages: list[dict[str, str]]) -> str:
-    """What ollama makes of the template that the pieces become."""
+    """What ollama renders for `messages` with the template of these pieces."""
     text = "" if messages[0]["role"] == "system" else pieces["default"]
     for message in messages:
         text += pieces[message["role"]] + message["content"] + pieces[f"after_{message['role']}"]
@@ -152,5 +152,5 @@ def _compose(pieces: dict[str, str], messages: list[dict[str, str]]) -> str:
 
 
 def _go(text: str) -> str:
-    """Text as it stands in a Go template within Modelfile's triple quotes."""
+    """Text as it is written in a Go template inside a Modelfile's triple quotes."""
     return text.replace("{{", '{{ "{{" }}').replace('"""', '""{{ "\\"" }}')

@@ -1,10 +1,10 @@
-"""Parity: what is lost when the experiment leaves transformers for llama.cpp, measured on the same token ids.
+"""Parity: what is lost when the experiment moves from transformers to llama.cpp, measured on the same token ids.
 
-Three questions, for the base and for the first seed's adapter on it. How many of the tokens that greedy decoding writes
-are the same, up to an answer's first difference? How likely does each backend find the references of the validation
-split? And does it score lower on the test split, where the difference has a paired interval over groups
-(`pipeline.score.significance`)? A GGUF type loses where such an interval lies below zero, or where perplexity rises by
-more than a stated share. A difference that may be chance is not called a loss.
+Three questions, for the base and for the first seed's adapter on it. How many tokens of greedy decoding are equal, up
+to an answer's first difference? How likely are the references of the validation split in each backend? Does llama.cpp
+score lower on the test split? That difference has a paired interval over groups (`pipeline.score.significance`). A GGUF
+type loses if such an interval is below zero, or if the perplexity rises by more than a given share. A difference that
+may be chance is not called a loss.
 """
 
 import math
@@ -34,7 +34,7 @@ from pipeline.score.significance import Interval
 
 @dataclass(frozen=True)
 class Side:
-    """What one backend made of one variant. `loss` is the sum over the validation references' tokens."""
+    """The result of one variant in one backend; `loss` is the sum over the tokens of the validation references."""
 
     written: dict[str, list[int]]
     seconds: float
@@ -43,14 +43,17 @@ class Side:
 
     @property
     def speed(self) -> float:
-        """New tokens a second, prompts included in the time."""
+        """New tokens a second. The time includes that of the prompts."""
         return sum(map(len, self.written.values())) / self.seconds
 
 
 @dataclass(frozen=True)
 class Agreement:
-    """Two backends' tokens: shares of answers that are the same, and of tokens before an answer's first difference;
-    the median place of that difference among the answers that have one."""
+    """How far two backends wrote the same tokens.
+
+    `answers` is the share of equal answers, `tokens` the share of tokens before an answer's first difference, and
+    `first_difference` the median place of that difference (None: all answers are equal).
+    """
 
     answers: float
     tokens: float
@@ -59,7 +62,7 @@ class Agreement:
 
 @dataclass(frozen=True)
 class Rows:
-    """What both backends are given: test prompts to answer, and validation references to take the loss of."""
+    """The input of both backends: test prompts to answer, and validation rows whose references have a loss."""
 
     test: list[Example]
     prompts: dict[str, list[int]]
@@ -73,23 +76,23 @@ class Rows:
 
     @property
     def tokens(self) -> int:
-        """The tokens of all references."""
+        """The number of tokens in all references."""
         return sum(len(row.completion) for row in self.validation)
 
     def longest(self, new_tokens: int) -> int:
-        """Tokens of the longest sequence, where an answer has `new_tokens` at most."""
+        """The number of tokens in the longest sequence, if an answer has at most `new_tokens`."""
         answered = max(map(len, self.prompts.values())) + new_tokens
         return max(answered, max(len(row.prompt) + len(row.completion) for row in self.validation))
 
 
 def measure(given: params.Params, types: Sequence[str], rows: int | None, merged: bool, max_rise: float) -> bool:
-    """Compare, write `reports/parity.md` and `.json`, and say whether any of `types` loses.
+    """Compare, write `reports/parity.md` and `.json`, and return whether any of the GGUF `types` loses.
 
-    `rows` limits the test and validation rows; `merged` writes the adapter into the GGUF weights; a type loses whose
-    perplexity rises by a larger share than `max_rise`. UserError for what llama.cpp cannot do with this experiment, and
-    where the experiment has not been run.
+    `rows` limits the test and validation rows, `merged` merges the adapter into the GGUF weights, and `max_rise` is the
+    allowed rise in perplexity, as a share. UserError for what llama.cpp cannot do with this experiment, and if the
+    experiment has not been run.
     """
-    # 1. What is refused, before anything is computed.
+    # 1. Whatever can be refused before anything is computed.
     os.environ.setdefault("GOMP_SPINCOUNT", "5000")  # read when OpenMP is loaded; as in `stage.run`
     for written_as in types:
         params.require_backend(given.model_copy(update={"generation": _generation(given, written_as)}))
@@ -98,7 +101,7 @@ def measure(given: params.Params, types: Sequence[str], rows: int | None, merged
     saved = adapter.Saved(paths.adapter(given.seeds[0]))
     saved.require_of(facts.sha256)
     chosen = _rows(given, facts, rows)
-    # 2. What each backend makes of base and tuned.
+    # 2. Base and tuned in each backend.
     variants = {paths.variant(None): None, paths.variant(given.seeds[0]): saved}
     conditions: dict[str, Any] = {}
     sides: dict[str | None, dict[str, Side]] = {}
@@ -111,7 +114,7 @@ def measure(given: params.Params, types: Sequence[str], rows: int | None, merged
             engine = _load(setup, kind, merged)
             conditions[setup.generation.backend] = _conditions(engine)
             sides[kind][variant] = _side(engine, kind, chosen, given.evaluate)
-    # 3. What separates them.
+    # 3. The differences.
     of_types = {kind: _compared(sides[kind], sides[None], chosen, given, max_rise) for kind in types}
     found = {
         "test_rows": len(chosen.test),
@@ -137,7 +140,7 @@ def measure(given: params.Params, types: Sequence[str], rows: int | None, merged
 
 
 def _rows(given: params.Params, facts: QuantizedFacts, count: int | None) -> Rows:
-    """The first `count` rows of both splits, in whole groups; UserError where none can be compared."""
+    """The first `count` rows of both splits, in whole groups; UserError if there are none to compare."""
     tokenizer = checkpoint.tokenizer()
     encoder = Encoder(tokenizer, given.prompt, facts.context)
     test = _first_groups(records.read_rows(paths.split("test"), Example), count)
@@ -165,22 +168,22 @@ def _load(setup: backend.Setup, kind: str | None, merged: bool) -> Any:
 
 
 def _conditions(engine: Any) -> dict[str, Any]:
-    """Where and how a backend computed; its GGUF type stands beside the figures."""
+    """Where and how a backend computed, without the GGUF type, which the report has in another place."""
     content = {"device": engine.device, "threads": engine.threads, **engine.conditions}
     return {name: value for name, value in content.items() if name != "gguf_type"}
 
 
 def _summed(sides: dict[str, Side], rows: Rows, given: params.Params) -> dict[str, Any]:
-    """What one backend's variants reach, and what fine-tuning gains there."""
+    """The figures of one backend's variants, and the gain of fine-tuning."""
     base, tuned = sides.values()
-    told = {name: _told(side, rows.tokens) for name, side in sides.items()}
-    return {"variants": told, "gain": _contrast(base, tuned, rows.groups, given)}
+    variants = {name: _figures(side, rows.tokens) for name, side in sides.items()}
+    return {"variants": variants, "gain": _contrast(base, tuned, rows.groups, given)}
 
 
 def _compared(
     sides: dict[str, Side], reference: dict[str, Side], rows: Rows, given: params.Params, max_rise: float
 ) -> dict[str, Any]:
-    """The same of a GGUF type, with what separates it from transformers, and in which ways it loses."""
+    """The same for a GGUF type, with its differences from transformers, and the reasons why it loses."""
     content = _summed(sides, rows, given)
     for name, side in sides.items():
         content["variants"][name] |= {
@@ -203,10 +206,10 @@ def agreement(reference: dict[str, list[int]], other: dict[str, list[int]]) -> A
     )
 
 
-def losing(told: dict[str, Any], decide_by: Sequence[str], max_rise: float) -> list[str]:
-    """In which ways a GGUF type is worse than transformers, in words; none where no loss is shown."""
+def losing(variants: dict[str, Any], decide_by: Sequence[str], max_rise: float) -> list[str]:
+    """The reasons why a GGUF type is worse than transformers, in words; none if no loss is shown."""
     reasons = []
-    for variant, one in told.items():
+    for variant, one in variants.items():
         for metric in decide_by:
             difference = one["difference"][metric]
             if difference["high"] < 0:
@@ -217,7 +220,7 @@ def losing(told: dict[str, Any], decide_by: Sequence[str], max_rise: float) -> l
 
 
 def markdown(found: dict[str, Any], decide_by: Sequence[str]) -> str:
-    """The report that people read."""
+    """The report in Markdown."""
     level = f"{found['confidence']:.0%}"
     lines = [
         "# Parity of transformers and llama.cpp",
@@ -255,14 +258,14 @@ def markdown(found: dict[str, Any], decide_by: Sequence[str]) -> str:
 
 
 def references(encoder: Encoder, count: int | None) -> list[Row]:
-    """The first rows of the validation split, whole groups, so many at most where that is given, that fit."""
+    """The rows of the validation split that fit, from the first groups with at most `count` rows (None: all)."""
     examples = _first_groups(records.read_rows(paths.split("validation"), Example), count)
     rows = [encoder.row(example) for example in examples]
     return [row for row in rows if encoder.fits(row.prompt) and encoder.holds(row)]
 
 
 def _generation(given: params.Params, kind: str | None) -> params.Generation:
-    """The experiment's decoding through transformers, or through llama.cpp as GGUF of type `kind`."""
+    """The settings of decoding through llama.cpp with GGUF of type `kind`, or through transformers if it is None."""
     change = {"backend": "transformers"} if kind is None else {"backend": "llama.cpp", "gguf_type": kind}
     if kind is not None and given.quantize.method == "int8":
         raise UserError("quantize.method = 'int8' quantizes activations as well: no GGUF file computes that")
@@ -270,7 +273,7 @@ def _generation(given: params.Params, kind: str | None) -> params.Generation:
 
 
 def _side(engine: Any, kind: str | None, rows: Rows, evaluate: params.Evaluate) -> Side:
-    """What a loaded model writes for the test rows, and how likely it finds the references."""
+    """What a loaded model writes for the test rows, and its loss on the references."""
     families = [
         [(example.id, rows.prompts[example.id]) for example in group]
         for _, group in groupby(rows.test, key=lambda one: one.group)
@@ -303,7 +306,7 @@ def _loss(model: Any, row: Row) -> float:
         return float(loss.summed(model, pack.pack([pack.tree([row])], model.device)))
 
 
-def _told(side: Side, tokens: int) -> dict[str, Any]:
+def _figures(side: Side, tokens: int) -> dict[str, Any]:
     rows = np.array([len(side.written)], np.float64)
     return {
         "perplexity": math.exp(side.loss / tokens),
@@ -322,7 +325,7 @@ def _contrast(one: Side, other: Side, groups: Any, given: params.Params) -> dict
 
 
 def _first_groups(examples: Sequence[Example], rows: int | None) -> list[Example]:
-    """The first rows, so many at most, in whole groups, but two groups at least: over one nothing can be resampled."""
+    """The first groups with at most `rows` rows, but at least two groups: one alone cannot be resampled."""
     kept: list[Example] = []
     groups = [list(group) for _, group in groupby(examples, key=lambda one: one.group)]
     for number, group in enumerate(groups):

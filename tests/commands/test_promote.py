@@ -16,6 +16,7 @@ from typer.testing import CliRunner
 from pipeline.commands import cli
 from pipeline.commands import promote as registry
 from pipeline.core import contracts, params, paths, records
+from pipeline.core.contracts import Validation
 from pipeline.core.errors import UserError
 from pipeline.core.records import Example, Prediction
 from pipeline.record import address, seal, store
@@ -201,10 +202,9 @@ def test_of_several_seeds_validation_chooses_not_the_test_set(
 
 
 def test_the_loss_is_that_of_the_adapter_which_was_kept(tmp_path: Path) -> None:
-    validation = [{"step": 0, "loss": 3.0}, {"step": 5, "loss": 1.0}, {"step": 9, "loss": 2.0}]
-    records.write_json(tmp_path / "last.json", {"validation": validation})
-    records.write_json(tmp_path / "best.json", {"validation": validation, "kept_loss": 1.0})
-    assert [registry._loss(tmp_path / name) for name in ("last.json", "best.json")] == [2.0, 1.0]
+    validation = [Validation(0, 3.0), Validation(5, 1.0), Validation(9, 2.0)]
+    contracts.write(tmp_path / "17.json", training(17, validation=validation, kept_loss=1.0))
+    assert registry._loss(tmp_path / "17.json") == 1.0
 
 
 def test_a_dry_run_says_the_same_and_writes_nothing(project: Project, capsys: pytest.CaptureFixture[str]) -> None:

@@ -189,10 +189,10 @@ def test_the_card_s_numbers_are_the_run_s(adapter: Path) -> None:
         (("adapter", "DEST", "--merged"), "--merged is for gguf: adapter has no such choice"),
         (("merged", "DEST", "--base"), "--base and --no-base are for adapter: merged holds its base in any case"),
         (("gguf", "DEST", "--type", "Q9_9"), "--type Q9_9: a GGUF file is written as "),
-        (("adapter", "DEST", "--seed", "18"), "--seed 18: trained were 17"),
-        (("adapter", "out/export"), "lies in out, which is DVC's"),
-        (("adapter", "stages"), "stages is there and no export of this command"),
-        (("adapter", "params.yaml", "--overwrite"), "params.yaml is there and no export of this command"),
+        (("adapter", "DEST", "--seed", "18"), "--seed 18 was not trained: give one of 17"),
+        (("adapter", "out/export"), "is in out, which DVC manages"),
+        (("adapter", "stages"), "stages exists and is not an export of this command"),
+        (("adapter", "params.yaml", "--overwrite"), "params.yaml exists and is not an export of this command"),
     ],
 )
 def test_what_would_be_of_no_effect_or_do_harm_is_refused(
@@ -211,7 +211,7 @@ def test_an_earlier_export_is_replaced_whole_and_only_when_asked(
     run("adapter", str(folder), "--no-base")
     assert not (folder / "base").exists()
     assert '"<folder of the base>"' in blocks(folder)[0]
-    with pytest.raises(UserError, match="holds an export already: name another folder, or add --overwrite"):
+    with pytest.raises(UserError, match="already holds an export: name another folder, or add --overwrite"):
         run("adapter", str(folder))
     with monkeypatch.context() as patched, pytest.raises(ZeroDivisionError):
         patched.setattr(card, "render", lambda _: 1 / 0)
@@ -221,7 +221,7 @@ def test_an_earlier_export_is_replaced_whole_and_only_when_asked(
     (folder / ".git").mkdir()
     (folder / ".git" / "HEAD").write_text("x")
     with pytest.raises(
-        UserError, match=r"holds what no export wrote and --overwrite would remove(?s:.*).git/HEAD\n.*own"
+        UserError, match=r"holds files that no export wrote and --overwrite would remove(?s:.*).git/HEAD\n.*own"
     ):
         run("adapter", str(folder), "--overwrite")
     (folder / "own").unlink()
@@ -235,14 +235,14 @@ def test_an_earlier_export_is_replaced_whole_and_only_when_asked(
     assert (tmp_path / "link").is_symlink()
     assert sorted(file.name for file in tmp_path.iterdir()) == ["link", "out"]
     (folder / export.RECORD).write_text("{}")
-    with pytest.raises(UserError, match="is there and no export of this command"):
+    with pytest.raises(UserError, match="exists and is not an export of this command"):
         run("adapter", str(folder), "--overwrite")
 
 
 def test_a_place_that_cannot_be_written_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     for place in (tmp_path / "file" / "out", Path("/proc/out")):
-        with pytest.raises(UserError, match=f"cannot write {place} .*: name a folder within one that you may write to"):
+        with pytest.raises(UserError, match=f"cannot write {place} .*: name a folder inside one that you may write to"):
             run("adapter", str(place))
 
 
