@@ -8,7 +8,8 @@ import pytest
 from typer.testing import CliRunner
 
 from pipeline.commands import cli
-from pipeline.core import params, paths, records
+from pipeline.core import contracts, params, paths, records
+from pipeline.core.contracts import QuantizedFacts
 from pipeline.core.errors import UserError
 from pipeline.export import parity
 from pipeline.infer import backend_llamacpp
@@ -111,7 +112,7 @@ def test_losses_are_those_of_transformers_token_by_token(project: params.Params,
     quantized(project, tiny_model)
     generation = project.generation.model_copy(update={"backend": "llama.cpp", "gguf_type": "F32"})
     config = infer.configuration(generation, [1], checkpoint.tokenizer())
-    facts = records.read_json(paths.QUANTIZED_FACTS)
+    facts = contracts.read(paths.QUANTIZED_FACTS, QuantizedFacts)
     engine = backend_llamacpp.load(backend.Setup(facts, config, generation, project.runtime, None, 64))
     prompt, completion = [5, 6, 7], [*range(150, 162), 1]  # bytes of half characters among them
     with torch.no_grad():

@@ -19,7 +19,7 @@ from pipeline.commands import use as recipes
 from pipeline.core import contracts, params, paths, records
 from pipeline.core.errors import UserError
 from pipeline.fetch import hub_layout
-from pipeline.infer import infer
+from pipeline.infer import backend_transformers, infer
 from pipeline.infer import scheduler as decode
 from pipeline.lora import (
     optimizer,
@@ -378,7 +378,8 @@ def test_stages_refuse_before_they_load(
     contracts.write(paths.BASE_FACTS, base_facts(sha256=sha256))
     contracts.write(paths.QUANTIZED_FACTS, quantized_facts(sha256=sha256, dtype="float32"))
     monkeypatch.setattr(memory, "available", lambda _: 1000.0)
-    monkeypatch.setattr(models, "quantized", lambda *_: pytest.fail("loaded"))
+    for module in (models, backend_transformers):
+        monkeypatch.setattr(module, "quantized", lambda *_: pytest.fail("loaded"))
     monkeypatch.setattr(checkpoint, "pretrained", lambda *_, **__: pytest.fail("loaded"))
     given = project
     with pytest.raises(UserError, match="train takes about"):

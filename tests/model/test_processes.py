@@ -19,9 +19,9 @@ from safetensors.torch import load_file
 
 from pipeline.core import params, paths, records, stage
 from pipeline.core.errors import UserError
+from pipeline.infer import backend_transformers
 from pipeline.lora import adapter, train
 from pipeline.model import devices, memory
-from pipeline.model import load as model
 from pipeline.model import processes as distributed
 from tests import ROOT
 from tests.made.clone import environment
@@ -220,7 +220,7 @@ def test_none_loads_its_base_before_all_have_asked_what_memory_is_left(
 
     monkeypatch.setattr(memory, "require_inference", lambda *_: called.append("asked"))
     monkeypatch.setattr(distributed, "gather", lambda _: called.append("met"))
-    monkeypatch.setattr(model, "quantized", load)
+    monkeypatch.setattr(backend_transformers, "quantized", load)
     with pytest.raises(InterruptedError):
         inferred(quantized)
     assert called == ["asked", "met", "loaded"]
@@ -287,7 +287,7 @@ WAIT = "if d.rank() == 0: time.sleep(60)\n"
 
 
 def test_members_know_their_number_and_the_first_gives_the_result(folder: Path) -> None:
-    body = "print('second') if d.rank() else 0\nreturn {'rank': d.rank(), 'processes': d.processes()}"
+    body = "print('second') if d.rank() else 0\nreturn {'rank': d.rank(), 'processes': d.count()}"
     assert distributed.launch(program(body), 2, folder) == {"rank": 0, "processes": 2}
     assert not folder.exists()
 

@@ -165,7 +165,9 @@ def test_heads_over_processes_train_and_write_what_one_process_does(unquantized:
     }  # fmt: skip
     for name, tensor in load_file(paths.adapter(17) / adapter.WEIGHTS).items():
         assert torch.allclose(tensor, weights[name], atol=1e-4), name
-    assert records.read_json(paths.forgetting(17))["kl"] == pytest.approx(forgotten["kl"], rel=1e-3)
+    assert records.read_json(paths.forgetting(17))["measured"]["kl"] == pytest.approx(
+        forgotten["measured"]["kl"], rel=1e-3
+    )
     assert records.read_json(paths.decoding("base"))["generation"]["tensor_parallel"] == 2
 
 

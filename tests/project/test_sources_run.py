@@ -136,7 +136,7 @@ def test_the_whole_experiment_runs_on(
     summary, forgetting = (records.read_json(file) for file in (paths.training_summary(17), paths.forgetting(17)))
     assert summary["kept_loss"] < summary["validation"][0]["loss"]
     assert summary["logit_change"] > 1e-2
-    assert forgetting["kl"] > 1e-5
+    assert forgetting["measured"]["kl"] > 1e-5
     test = [row.id for row in records.read_rows(paths.split("test"), records.Example)]
     assert len(test) == 2 * SPLIT_GROUPS["test"]
     for variant, of in (("base", None), ("tuned-17", adapter.Saved(paths.adapter(17)).sha256)):
