@@ -1,4 +1,4 @@
-# make repro | test | verify | push | claims | bench | ui | experiments | docs | lock. Needs Python 3.11 to 3.13, git, make; everything else goes into .venv.
+# make repro | quick | test | verify | push | claims | bench | ui | experiments | docs | lock. Needs Python 3.11 to 3.13, git, make; everything else goes into .venv.
 
 PYTHON ?= python3
 VENV := .venv
@@ -12,7 +12,7 @@ INSTALL := $(PIP) install --quiet --require-hashes --no-deps --no-build-isolatio
 
 DROP := rouge(?!\d.(diff|tuned))|lines|words|stopped|out|pipeline|stages|reports|constraints
 
-.PHONY: repro test verify push claims bench ui experiments docs lock
+.PHONY: repro quick test verify push claims bench ui experiments docs lock
 .DEFAULT_GOAL := repro
 
 repro: $(VENV)/installed ## run what has changed of the experiment, then say the verdict
@@ -22,11 +22,17 @@ repro: $(VENV)/installed ## run what has changed of the experiment, then say the
 	@dvc repro
 	@lora-repro show
 
+quick: $(VENV)/installed-dev ## lint, types and the tests that need no training of another process: about a minute
+	@ruff check .
+	@ruff format --check .
+	@mypy
+	@pytest -m "not slow" --numprocesses auto --maxprocesses 4 --dist loadfile --durations 10 -rs
+
 test: $(VENV)/installed-dev ## lint, types and tests
 	@ruff check .
 	@ruff format --check .
 	@mypy
-	@pytest --numprocesses auto --maxprocesses 4 --dist loadfile
+	@pytest --numprocesses auto --maxprocesses 4 --dist loadfile --durations 10 -rs
 
 verify: $(VENV)/installed ## do cache, dvc.lock, outputs, reports, MLflow run and wheels say the same?
 	@lora-repro verify

@@ -22,6 +22,13 @@ from tests.made.parameters import tiny_params
 from tests.made.records import base_facts
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Whoever asks for a finished project, directly or not, waits until its stages have run."""
+    for item in items:
+        if isinstance(item, pytest.Function) and "finished" in item.fixturenames:
+            item.add_marker(pytest.mark.slow)
+
+
 @pytest.fixture(autouse=True)
 def clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     """DVC and MLflow obey their environment variables: those of the tests' caller are not for the tests."""

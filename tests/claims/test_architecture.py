@@ -144,6 +144,7 @@ def test_heads_that_read_another_key_are_found(monkeypatch: pytest.MonkeyPatch) 
     assert failed("scaled-dot-product", architecture.scaled_dot_product()) == {"output_error"}
 
 
+@pytest.mark.slow
 def test_two_processes_give_the_model_and_not_another(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     real, base = parallelism._run, architecture.base
 
@@ -171,6 +172,7 @@ def test_two_processes_give_the_model_and_not_another(monkeypatch: pytest.Monkey
     assert failed("model-parallelism", parallelism.model_parallelism()) == {"logits_difference"}
 
 
+@pytest.mark.slow
 def test_a_member_that_fails_ends_the_measurement(tmp_path: Path) -> None:
     task = parallelism.Task(tmp_path / "none", tmp_path, [1], 2, 16, 1e-5, 1e4, True, 1)
     with pytest.raises(RuntimeError, match="did not end well"):

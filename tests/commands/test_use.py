@@ -477,6 +477,7 @@ def test_a_gpu_is_asked_for_its_memory(
     assert recipes._gpu_found(24) == told
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("stage", "key", "kind"), [("prepare", "data", "datasets/"), ("fetch", "model", "")])
 def test_without_the_hub_a_run_ends_at_once_and_says_what_to_do(
     folder: Path, tmp_path: Path, stage: str, key: str, kind: str

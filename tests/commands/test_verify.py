@@ -565,8 +565,12 @@ def test_what_python_and_editors_leave_beside_the_code_is_no_input() -> None:
         assert records.dvc_md5(room) != before
 
 
-def test_a_damaged_and_a_deleted_store(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """The last test of all: this process's MLflow keeps its connections to the database that is gone."""
+def test_a_damaged_and_a_deleted_store(
+    finished: Finished, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In a project of its own: this process's MLflow keeps its connections to the database that is gone."""
+    here = finished.copy(tmp_path / "my project")
+    monkeypatch.chdir(here)
     flip(Path(".mlflow/mlflow.db"), at=3)
     printed = checked(capsys)
     assert f"{here}/.mlflow/mlflow.db: the database is damaged" in printed

@@ -242,6 +242,7 @@ except ImportError:
 """
 
 
+@pytest.mark.slow
 def test_programs_of_a_model_hub_are_not_looked_for(tmp_path: Path) -> None:
     """With the package `kernels` installed, by which libraries run what the hub holds at the time."""
     package = tmp_path / "kernels"

@@ -16,6 +16,7 @@ from tests.made.variants import decoded, quantized, trained
 CPU = torch.device("cpu")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("family", "tied", "method", "changes"),
     [

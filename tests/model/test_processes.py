@@ -135,6 +135,7 @@ def outputs() -> dict[str, str]:
     return {path.name: records.sha256_file(path) for path in files}
 
 
+@pytest.mark.slow
 def test_two_processes_train_the_adapter_of_one(quantized: params.Params) -> None:
     trained(quantized)
     losses, summary = curve(), records.read_json(paths.training_summary(17))
@@ -151,6 +152,7 @@ def test_two_processes_train_the_adapter_of_one(quantized: params.Params) -> Non
         assert torch.allclose(tensor, weights[name], atol=1e-3), name
 
 
+@pytest.mark.slow
 def test_processes_of_which_one_died_go_on_and_end_as_if_it_had_not(quantized: params.Params) -> None:
     assert members(quantized, trained) == [0, 0]
     expected = outputs()
@@ -163,11 +165,13 @@ def test_processes_of_which_one_died_go_on_and_end_as_if_it_had_not(quantized: p
     assert not list(paths.SCRATCH.glob("train-17-*"))
 
 
+@pytest.mark.slow
 def test_processes_that_drift_apart_fail(quantized: params.Params) -> None:
     assert members(quantized, differing) == [1, 1]
     assert "process 1 of 2 (counted from 0) has another adapter than process 0" in Path("printed-0").read_text()
 
 
+@pytest.mark.slow
 def test_two_processes_write_what_one_writes(quantized: params.Params) -> None:
     inferred(quantized)
     expected = [path.read_bytes() for path in (paths.predictions("base"), paths.decoding("base"))]
@@ -178,10 +182,12 @@ def test_two_processes_write_what_one_writes(quantized: params.Params) -> None:
     assert not list(paths.SCRATCH.glob("infer-base-*"))
 
 
+@pytest.mark.slow
 def test_values_are_gathered_as_they_are_and_without_a_pickle(quantized: params.Params) -> None:
     assert members(quantized, gathering) == [0, 0]
 
 
+@pytest.mark.slow
 def test_nothing_runs_of_what_another_program_sends_in_place_of_a_member(
     quantized: params.Params, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -375,6 +381,7 @@ def test_a_launcher_that_started_another_number_is_refused(
     assert called == []
 
 
+@pytest.mark.slow
 def test_the_stage_starts_its_members_and_notes_what_they_cost(quantized: params.Params) -> None:
     edit(runtime={"processes": 2}, train={"epochs": 2})
     assert members(quantized, trained) == [0, 0]

@@ -29,6 +29,8 @@ from tests.made.models import of_family
 from tests.made.parameters import edit
 from tests.made.processes import inferred, members
 
+pytestmark = pytest.mark.slow
+
 CPU = torch.device("cpu")
 
 

@@ -19,12 +19,12 @@ from pipeline.core import yaml12
 from pipeline.core.errors import UserError
 from tests import ROOT
 
-PAGES = sorted([*(ROOT / "docs").glob("*.md"), ROOT / "README.md"])
+PAGES = sorted([*(ROOT / "docs").glob("*.md"), ROOT / "README.md", ROOT / "CONTRIBUTING.md"])
 NAMED = re.compile(r"`(tests/[\w/]+\.py)((?:::\w+)*)`(?: \(`(\w+)`\))?")
 
 
 def test_there_are_pages() -> None:
-    assert {"security.md", "faults.md", "README.md"} <= {page.name for page in PAGES}
+    assert {"security.md", "faults.md", "README.md", "CONTRIBUTING.md"} <= {page.name for page in PAGES}
     assert len(NAMED.findall((ROOT / "docs" / "security.md").read_text(encoding="utf-8"))) > 40
 
 

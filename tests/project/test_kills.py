@@ -24,6 +24,8 @@ from bench import kills
 from pipeline.core import paths, records
 from tests.made.processes import SPAWNING
 
+pytestmark = pytest.mark.slow
+
 Identity = tuple[str, ...]
 SCRIPTS: dict[str, Identity] = {
     "prepare": ("stages.prepare",),

@@ -161,6 +161,7 @@ def lock(project: Path, file: str, name: str, digest: str) -> None:
     (project / "lock" / f"{file}.txt").write_text(f"{renew.HEADER}{name}==1.0 \\\n    --hash=sha256:{digest}\n")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("file", ["build", "torch", "run"])
 def test_other_bytes_of_a_pinned_version_are_not_installed(project: Path, file: str) -> None:
     name = "torch" if file == "torch" else f"planted_{file}"
@@ -171,12 +172,14 @@ def test_other_bytes_of_a_pinned_version_are_not_installed(project: Path, file: 
     assert installed(project) == set(order[: order.index(name)])
 
 
+@pytest.mark.slow
 def test_what_has_no_hash_is_not_installed(project: Path) -> None:
     (project / "lock" / "run.txt").write_text(f"{renew.HEADER}planted_run==1.0\n")
     assert "Hashes are required in --require-hashes mode" in refused(project)
     assert installed(project) == {"planted_build", "torch"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("is_listed", [True, False])
 def test_no_source_is_built_in_place_of_a_wheel(project: Path, tmp_path: Path, is_listed: bool) -> None:
     index = tmp_path / "index"

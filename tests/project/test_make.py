@@ -75,6 +75,17 @@ def test_the_site_is_built_by_what_is_pinned_and_a_warning_is_an_error(here: Pat
     assert make(here, "docs") == (False, [built])
 
 
+def test_quick_does_what_test_does_but_for_the_slow_tests(here: Path) -> None:
+    (here / ".venv" / "installed-dev").touch()
+    for name in ("ruff", "mypy", "pytest"):
+        (here / ".venv" / "bin" / name).write_text(f'#!/bin/sh\necho "{name} $*" >> called\n')
+        (here / ".venv" / "bin" / name).chmod(0o755)
+    (succeeded, quick), (also, test) = make(here, "quick"), make(here, "test")
+    assert (succeeded, also) == (True, True)
+    assert quick == [*test[:-1], test[-1].replace("pytest ", "pytest -m not slow ")]
+    assert quick[:3] == ["ruff check .", "ruff format --check .", "mypy "]
+
+
 # What is installed
 
 HASHED = "-m pip install --quiet --require-hashes --no-deps --no-build-isolation --use-pep517"

@@ -26,6 +26,8 @@ from tests.made.gguf_files import GGUF_SIZES, WINDOW, write_gguf
 from tests.made.models import of_family, sharded, trained_words
 from tests.made.parameters import edit
 
+pytestmark = pytest.mark.slow
+
 TEXT = "red cat runs, 12 now"
 IDS = torch.tensor([[1, 5, 6, 7, 8, 9, *range(20, 50)]])
 TURNS = (

@@ -56,6 +56,7 @@ PLANTED = ([17, RUNS, "../../victim"], [17, "../../../victim"])
 """From out/adapters, the paths lead to a folder of the project, and to one beside it."""
 
 
+@pytest.mark.slow
 class TestSeeds:
     @pytest.mark.parametrize("way", WAYS, ids=" ".join)
     def test_nothing_of_a_seed_runs_and_nothing_is_removed(self, way: tuple[str, ...], clone: Path) -> None:

@@ -572,6 +572,7 @@ class TestStore:
         text = "https://host/x and a@b, //a b@c, hf:a/b@main, git@host:a/b"
         assert without_passwords(text) == text
 
+    @pytest.mark.slow
     def test_three_processes_on_a_fresh_store(self, toy: Toy) -> None:
         """Two experiments, one of them twice at the same time: two runs, and a database that is whole."""
         shutil.rmtree(toy.folder / ".mlflow")
@@ -650,6 +651,7 @@ def dvc(tmp_path: Path, empty_database: Path) -> Callable[..., str]:
     return call
 
 
+@pytest.mark.slow
 def test_every_way_of_running_dvc_ends_in_one_store(dvc: Callable[..., str], tmp_path: Path) -> None:
     folder = tmp_path / "project"
     database = folder / ".mlflow" / "mlflow.db"

@@ -171,6 +171,7 @@ def runs(project: Path) -> list[dict[str, str]]:
         ]
 
 
+@pytest.mark.slow
 def test_a_killed_search_goes_on_and_tests_its_winner_alone(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The first trial ends, the second is killed in training. Then: that one ends, one fails, and one, which would
     train for ever, is pruned on the way."""
@@ -373,6 +374,7 @@ def test_the_example_is_a_search(here: Path) -> None:
     assert (here / paths.PARAMS).exists()
 
 
+@pytest.mark.slow
 def test_a_lock_of_a_trial_is_no_experiment(project: Path) -> None:
     lock = (project / paths.DVC_LOCK).read_text()
     assert identity.digest_of(lock, [17])
@@ -424,6 +426,7 @@ def source(project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tr
     return trial.Source(f"{tmp_path}/origin.git", commit, "", "", True, tracking, "rates", ("a", "a@example.org"))
 
 
+@pytest.mark.slow
 def test_what_a_dead_worker_left_is_found_by_the_next_node(source: trial.Source, tmp_path: Path) -> None:
     given = params.load().model_dump(mode="json")
     given["lora"]["r"] = 6
@@ -548,6 +551,7 @@ def test_a_nodes_own_passwords_are_not_sent_where_the_node_does_not_name(
     assert told == ["http://127.0.0.1:9/theirs"] * 2
 
 
+@pytest.mark.slow
 def test_ray_gives_back_how_a_task_ended(tmp_path: Path) -> None:
     """In a process of its own: Ray's warnings are not ours."""
     code = f"""
