@@ -215,7 +215,7 @@ def requantize(method: str) -> None:
     changes = {"method": method, "double_quantization": method == "nf4", "perplexity_tokens": 256}
     edit(Path(), quantize=changes)
     given = params.load()
-    quantize.quantize(given.quantize, given.runtime)
+    quantize.write_quantized(given.quantize, given.runtime)
 
 
 if __name__ == "__main__":

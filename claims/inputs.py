@@ -12,13 +12,13 @@ from pipeline.prepare import prepare as data
 def fetch_base() -> None:
     model = lab.experiment().model
     with lab.lab("fetch", {}, {paths.BASE: lab.BASE, paths.BASE_FACTS: lab.BASE_FACTS}):
-        fetch.fetch(model)
+        fetch.write_base(model)
 
 
 def prepare(task: str) -> None:
     given = lab.experiment(task).data
     with lab.lab(f"prepare-{task}", {}, {paths.DATA: lab.data(task)}):
-        data.prepare(given)
+        data.write_splits(given)
 
 
 def quantize_base(method: str) -> None:
@@ -28,7 +28,7 @@ def quantize_base(method: str) -> None:
     links = {paths.BASE: lab.BASE, paths.BASE_FACTS: lab.BASE_FACTS, paths.DATA: lab.data("default")}
     facts = lab.quantized(method).with_suffix(".json")
     with lab.lab(f"quantize-{method}", links, {paths.QUANTIZED: lab.quantized(method), paths.QUANTIZED_FACTS: facts}):
-        quantize.quantize(params.Quantize(**given), experiment.runtime)
+        quantize.write_quantized(params.Quantize(**given), experiment.runtime)
 
 
 if __name__ == "__main__":

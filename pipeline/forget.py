@@ -51,7 +51,7 @@ class Tokens:
     ids: list[int]
 
 
-def forget(seed: int, forget: params.Forget, runtime: params.Runtime) -> None:
+def measure_seed(seed: int, forget: params.Forget, runtime: params.Runtime) -> None:
     """Write `out/forgetting/<seed>.json`: the sums of every window, and the means over all tokens.
 
     UserError for a source that cannot be read or has too little text, and for losses that are not finite.

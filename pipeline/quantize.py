@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     import torch
 
 
-def quantize(quantize: params.Quantize, runtime: params.Runtime) -> None:
+def write_quantized(quantize: params.Quantize, runtime: params.Runtime) -> None:
     """Write `out/models/quantized` and its facts; with method none, the base as it is.
 
     UserError if the base has changed since it was fetched, or does not fit into memory.

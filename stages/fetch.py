@@ -3,6 +3,11 @@
 from pipeline.core import params, paths, stage
 from pipeline.fetch import fetch
 
-if __name__ == "__main__":
+
+def main(declared: params.Declared) -> None:
     # All parameters: a model that a later stage would refuse is refused here. They do not change what is written.
-    stage.run("fetch", lambda declared: fetch.fetch(declared[params.Model], params.load()), result=paths.BASE_FACTS)
+    fetch.write_base(declared[params.Model], params.load())
+
+
+if __name__ == "__main__":
+    stage.run("fetch", main, result=paths.BASE_FACTS)

@@ -6,7 +6,7 @@ from pipeline.model import processes
 
 
 def main(declared: params.Declared, seed: int) -> None:
-    forget.forget(seed, declared[params.Forget], declared[params.Runtime])
+    forget.measure_seed(seed, declared[params.Forget], declared[params.Runtime])
 
 
 if __name__ == "__main__":

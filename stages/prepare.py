@@ -4,4 +4,4 @@ from pipeline.core import params, paths, stage
 from pipeline.prepare import prepare
 
 if __name__ == "__main__":
-    stage.run("prepare", lambda declared: prepare.prepare(declared[params.Data]), result=paths.DATA_CARD)
+    stage.run("prepare", lambda declared: prepare.write_splits(declared[params.Data]), result=paths.DATA_CARD)

@@ -6,6 +6,6 @@ from pipeline.core import params, paths, stage
 if __name__ == "__main__":
     stage.run(
         "quantize",
-        lambda declared: quantize.quantize(declared[params.Quantize], declared[params.Runtime]),
+        lambda declared: quantize.write_quantized(declared[params.Quantize], declared[params.Runtime]),
         result=paths.QUANTIZED_FACTS,
     )

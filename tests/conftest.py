@@ -113,7 +113,7 @@ def quantized(project: params.Params, tiny_model: Path) -> params.Params:
 
     shutil.copytree(tiny_model, paths.BASE)
     contracts.write(paths.BASE_FACTS, base_facts(sha256=records.sha256_tree(paths.BASE)))
-    quantize.quantize(project.quantize, project.runtime)
+    quantize.write_quantized(project.quantize, project.runtime)
     return project
 
 

@@ -19,8 +19,7 @@ from pipeline.core.contracts import Forgetting
 from pipeline.core.errors import UserError
 from pipeline.forget import Text, Tokens
 from pipeline.lora import adapter
-from pipeline.model import attention, checkpoint, loss, pack
-from pipeline.model import load as models
+from pipeline.model import attention, checkpoint, load, loss, pack
 from pipeline.model.prompt import Row
 from tests.made.records import quantized_facts
 
@@ -211,7 +210,7 @@ def ready(project: params.Params, tiny_model: Path, monkeypatch: pytest.MonkeyPa
     adapter.save(model, adapter.tensors(model), paths.adapter(17), "a" * 64)
     monkeypatch.setattr(checkpoint, "tokenizer", lambda: AutoTokenizer.from_pretrained(tiny_model))
     monkeypatch.setattr(
-        models,
+        load,
         "quantized",
         lambda *_: AutoModelForCausalLM.from_pretrained(tiny_model, attn_implementation=attention.NAME),
     )
@@ -219,7 +218,7 @@ def ready(project: params.Params, tiny_model: Path, monkeypatch: pytest.MonkeyPa
 
 
 def test_the_stage_writes_sums_and_means(ready: params.Params) -> None:
-    forget.forget(17, ready.forget, ready.runtime)
+    forget.measure_seed(17, ready.forget, ready.runtime)
     written = contracts.read(paths.forgetting(17), Forgetting)
     found = written.measured
     assert found is not None
@@ -231,12 +230,12 @@ def test_the_stage_writes_sums_and_means(ready: params.Params) -> None:
     assert found.kl == pytest.approx(found.cross_entropy - found.base_entropy)
     assert found.kl > 0
     first = paths.forgetting(17).read_bytes()
-    forget.forget(17, ready.forget, ready.runtime)
+    forget.measure_seed(17, ready.forget, ready.runtime)
     assert paths.forgetting(17).read_bytes() == first
 
 
 def test_without_a_source_nothing_is_measured_and_that_is_written(ready: params.Params) -> None:
-    forget.forget(17, ready.forget.model_copy(update={"source": None}), ready.runtime)
+    forget.measure_seed(17, ready.forget.model_copy(update={"source": None}), ready.runtime)
     found = records.read_json(paths.forgetting(17))
     assert found["source"] is None
     assert sorted(found) == ["adapter_sha256", "model_sha256", "seed", "source"]
@@ -254,5 +253,5 @@ def test_without_a_source_nothing_is_measured_and_that_is_written(ready: params.
 )
 def test_a_mistake_is_one_clear_error(ready: params.Params, change: dict[str, Any], told: str) -> None:
     with pytest.raises(UserError, match=told):
-        forget.forget(17, ready.forget.model_copy(update=change), ready.runtime)
+        forget.measure_seed(17, ready.forget.model_copy(update=change), ready.runtime)
     assert not paths.forgetting(17).exists()

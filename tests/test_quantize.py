@@ -96,7 +96,7 @@ def test_the_stage_writes_a_checkpoint_that_loads_as_it_is_and_its_facts(
     shutil.copytree(tiny_model, paths.BASE)
     of_base = base_facts(dtype="float32", sha256=records.sha256_tree(paths.BASE))
     contracts.write(paths.BASE_FACTS, of_base)
-    quantize.quantize(project.quantize, project.runtime)
+    quantize.write_quantized(project.quantize, project.runtime)
     facts = contracts.read(paths.QUANTIZED_FACTS, QuantizedFacts)
     # QLoRA, section 3: 4 bits and 0.127 bits of doubly quantized constants a parameter. The layers here are so small
     # that the second level's own constants weigh more.
@@ -116,7 +116,7 @@ def test_a_base_that_has_changed_on_the_disk_is_refused(project: params.Params, 
     config = paths.BASE / "config.json"
     config.write_text(config.read_text().replace('"rms_norm_eps": 1e-06', '"rms_norm_eps": 1e-05'))
     with pytest.raises(UserError, match="out/models/base is not what its stage wrote.*lora-repro verify"):
-        quantize.quantize(project.quantize, project.runtime)
+        quantize.write_quantized(project.quantize, project.runtime)
 
 
 def test_a_silent_downgrade_is_refused(tiny_model: Path) -> None:
@@ -183,13 +183,13 @@ def test_gradients_on_int8_are_those_of_plain_weights_also_after_an_evaluation(t
 
 @pytest.mark.filterwarnings("ignore:MatMul8bitLt:UserWarning")
 def test_int8_is_written_with_its_facts_and_stays_int8(project: params.Params, tiny_model: Path) -> None:
-    from pipeline.model import load as models
+    from pipeline.model import load
 
     shutil.copytree(tiny_model, paths.BASE)
     of_base = base_facts(dtype="bfloat16", sha256=records.sha256_tree(paths.BASE))
     contracts.write(paths.BASE_FACTS, of_base)
     wanted = {"method": "int8", "double_quantization": False, "int8_threshold": 4.0}
-    quantize.quantize(project.quantize.model_copy(update=wanted), project.runtime)
+    quantize.write_quantized(project.quantize.model_copy(update=wanted), project.runtime)
     facts = contracts.read(paths.QUANTIZED_FACTS, QuantizedFacts)
     # One float32 constant a row of 64 or 128 columns.
     assert 8 + 32 / 128 <= facts.bits_per_parameter <= 8 + 32 / 64
@@ -197,7 +197,7 @@ def test_int8_is_written_with_its_facts_and_stays_int8(project: params.Params, t
     assert 0 < max(facts.layers.values()) < 0.02
     assert facts.perplexity_after == pytest.approx(facts.perplexity_before, rel=0.05)
     for keep in (True, False):
-        loaded = models.quantized(CPU, keep_dequantized=keep)
+        loaded = load.quantized(CPU, keep_dequantized=keep)
         assert {layer.state.threshold for layer in loaded.modules() if type(layer).__name__ == "Linear8bitLt"} == {4.0}
     with pytest.raises(UserError, match=r"int8_threshold = 6.0 was asked for, but the loaded model has 4.0"):
         packed.require_effective(loaded, replace(facts, int8_threshold=6.0))
@@ -215,7 +215,7 @@ def test_a_base_in_main_memory_gives_the_same_facts_and_says_so(
     found = []
     for home in ("cpu", "cpu:0"):
         monkeypatch.setattr(memory, "require_quantizing", lambda *_, home=home: torch.device(home))
-        quantize.quantize(project.quantize, project.runtime)
+        quantize.write_quantized(project.quantize, project.runtime)
         found.append(contracts.read(paths.QUANTIZED_FACTS, QuantizedFacts))
     assert found[1] == replace(found[0], base_on="cpu")
 

@@ -23,7 +23,7 @@ Check = Callable[[Any, Any], None]
 """Called with the model without weights, and the tokenizer, before the weights are read."""
 
 
-def fetch(model: params.Model, experiment: params.Params | None = None) -> None:
+def write_base(model: params.Model, experiment: params.Params | None = None) -> None:
     """Bring the model to `out/models/base` as safetensors in `model.dtype`, and its facts beside it.
 
     UserError when the source is not a causal language model of a known family, or has no usable tokenizer; and when a
@@ -66,7 +66,7 @@ def fetch(model: params.Model, experiment: params.Params | None = None) -> None:
 def gguf(file: Path) -> Any:
     """The model that a GGUF file holds, in float32, with the attention that packed sequences rely on.
 
-    UserError as of `fetch`.
+    UserError as of `write_base`.
     """
     import torch
 

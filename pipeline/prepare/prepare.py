@@ -28,7 +28,7 @@ MOST_ASPECTS = 500
 """Each is a row of the report with its own intervals; a chart of 2,000 cannot be drawn."""
 
 
-def prepare(data: params.Data) -> None:
+def write_splits(data: params.Data) -> None:
     """Write `out/data/<split>.jsonl` and `out/data/card.json`.
 
     UserError, with nothing written, for a source that cannot be read, ids that repeat, a split left empty, or more than

@@ -11,7 +11,7 @@ from ruamel.yaml import YAML
 from claims import evidence, full, gain, register
 from claims.evidence import Evidence
 from claims.register import Claim, Finding
-from pipeline.commands import use as recipes
+from pipeline.commands import use
 from pipeline.core import params
 from pipeline.core.errors import UserError
 from pipeline.score.significance import Interval
@@ -44,7 +44,7 @@ def test_every_full_claim_has_a_recipe_that_exists_or_says_that_there_is_none() 
     assert {name for name, one in claims.items() if one.recipe is None} == {"llama13b-gpt3"}
     for one in claims.values():
         if one.recipe is not None:
-            recipe = YAML(typ="safe").load(ROOT / recipes.FOLDER / f"{one.recipe}.yaml")
+            recipe = YAML(typ="safe").load(ROOT / use.FOLDER / f"{one.recipe}.yaml")
             assert recipe["needs"].get("gpu_gb") == one.needs.gpu_gb
             assert recipe["needs"].get("hub") is one.needs.hub is True
 
@@ -64,10 +64,10 @@ def test_a_published_score_is_met_and_tuning_raises_it(tuned: float, base: float
 
 def test_what_a_machine_lacks_is_told_and_what_this_project_does_not_score(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
-    monkeypatch.setattr(recipes, "gpus", lambda: [("small", 12.0)])
+    monkeypatch.setattr(use, "gpus", lambda: [("small", 12.0)])
     monkeypatch.setattr(full, "_reaches_the_hub", lambda: False)
     assert full.measure("samsum-7b").not_run == "a GPU with 19 GB, the Hugging Face hub"
-    monkeypatch.setattr(recipes, "gpus", lambda: [("large", 80.0)])
+    monkeypatch.setattr(use, "gpus", lambda: [("large", 80.0)])
     monkeypatch.setattr(full, "_reaches_the_hub", lambda: True)
     assert full.measure("llama13b-gpt3").not_run == "benchmarks that this project does not score"
 
@@ -78,7 +78,7 @@ def test_what_a_gain_s_conditions_name_is_what_its_recipe_scores() -> None:
     for claim, measure in gain.MEASUREMENTS.items():
         assert isinstance(measure, partial)
         (task,) = measure.args
-        scored = recipes.experiment(task, params.load(ROOT / "params.yaml")).evaluate.metrics
+        scored = use.experiment(task, params.load(ROOT / "params.yaml")).evaluate.metrics
         known = {f"{name}_{end}" for name in scored for end in ("gain", *(f"over_{line}" for line in lines[task]))}
         assert {one.value for one in claims[claim].reproduced_when} <= known, claim
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.commands import compare as experiments
+from pipeline.commands import compare
 from pipeline.commands.compare import Experiment
 from pipeline.core import params, paths, records
 from pipeline.core.errors import UserError
@@ -47,7 +47,7 @@ def made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Experimen
 
 
 def test_they_are_ranked_and_every_pair_is_compared_once(made: dict[str, Experiment]) -> None:
-    ranking = experiments.rank(list(made.values()), COMPARE)
+    ranking = compare.rank(list(made.values()), COMPARE)
     assert ranking.names[-1] == "weak"
     assert {(pair.first, pair.second) for pair in ranking.pairs} == {
         (ranking.names[0], ranking.names[1]),
@@ -57,7 +57,7 @@ def test_they_are_ranked_and_every_pair_is_compared_once(made: dict[str, Experim
     assert {pair.metric for pair in ranking.pairs} == {"rouge1", "rouge2"}
     raw = sorted(pair.result.p for pair in ranking.pairs)
     assert min(pair.p_holm for pair in ranking.pairs) == pytest.approx(6 * raw[0])
-    page = experiments.page(list(made.values()), ranking, COMPARE)
+    page = compare.page(list(made.values()), ranking, COMPARE)
     overview, *rest = tables(page)
     assert [row[1] for row in overview[1:]] == ranking.names
     assert "lora.r" in overview[0]
@@ -87,22 +87,22 @@ def test_no_table_is_wider_than_a_terminal(made: dict[str, Experiment]) -> None:
     costs = {"trainable": 4_884_480.0, "train s": 1234.0, "peak MB": 3100.0}
     names = ["tacit-jays", "gummy-owls", "local-tier"]
     found = [replace(one, name=name, costs=costs) for name, one in zip(names, made.values(), strict=True)]
-    page = experiments.page(found, experiments.rank(found, COMPARE), COMPARE)
+    page = compare.page(found, compare.rank(found, COMPARE), COMPARE)
     assert max(len(line) for line in page.splitlines() if line.startswith("|")) <= 80
     assert "| lora.r | seeds | ROUGE-1 | trainable | train s | peak MB |" in page
     [overview] = [table for table in tables(page) if "trainable" in table[0]]
     assert {row[-3] for row in overview[1:]} == {"4,884,480"}
     long = {"prompt.template": "{source}\n\n{instruction}", "data.source": "pip:one==1.0/one/data"}
     found[1] = replace(found[1], params=found[1].params | long)
-    page = experiments.page(found, experiments.rank(found, COMPARE), COMPARE)
+    page = compare.page(found, compare.rank(found, COMPARE), COMPARE)
     assert max(len(line) for line in page.splitlines() if line.startswith("|")) <= 80
-    place = 1 + experiments.rank(found, COMPARE).names.index("gummy-owls")
+    place = 1 + compare.rank(found, COMPARE).names.index("gummy-owls")
     assert f"- #{place}: data.source = pip:one==1.0/one/data, lora.r = 16, prompt.template = {{source}}<br>" in page
 
 
 def test_the_examples_on_which_the_best_two_differ_most_are_shown(made: dict[str, Experiment]) -> None:
     found = [made["strong"], made["weak"]]
-    page = experiments.page(found, experiments.rank(found, COMPARE), COMPARE)
+    page = compare.page(found, compare.rank(found, COMPARE), COMPARE)
     gains = {
         row.id: row.scores["rouge1"] - other.scores["rouge1"]
         for row, other in zip(found[0].tuned[0].examples, found[1].tuned[0].examples, strict=True)
@@ -118,44 +118,44 @@ def test_the_examples_on_which_the_best_two_differ_most_are_shown(made: dict[str
 
 
 def test_a_pair_has_the_difference_that_its_rows_have(made: dict[str, Experiment]) -> None:
-    ranking = experiments.rank([made["weak"], made["strong"]], COMPARE)
+    ranking = compare.rank([made["weak"], made["strong"]], COMPARE)
     [pair] = [pair for pair in ranking.pairs if pair.metric == "rouge1"]
     gain = made["weak"].tuned[0].corpus["rouge1"] - made["strong"].tuned[0].corpus["rouge1"]
     assert (pair.first, pair.second) == ("strong", "weak")
     assert pair.result.diff.value == pytest.approx(gain)
-    assert f"| #1 − #2 | +{-gain:.1f} (" in experiments.page(list(made.values())[:2], ranking, COMPARE)
+    assert f"| #1 − #2 | +{-gain:.1f} (" in compare.page(list(made.values())[:2], ranking, COMPARE)
 
 
 def test_what_was_tested_or_scored_otherwise_is_refused(made: dict[str, Experiment], tmp_path: Path) -> None:
     weak, strong = made["weak"], made["strong"]
     scored = replace(weak, base=replace(weak.base, signature="x"), tuned=[replace(weak.tuned[0], signature="x")])
     with pytest.raises(UserError, match="weak is scored as x, strong as rouge-score"):
-        experiments.rank([strong, scored], COMPARE)
+        compare.rank([strong, scored], COMPARE)
     (tmp_path / "other").mkdir()
     rows = [replace(row, target=random.Random(1).choice(["a b", "c d"]), references=[]) for row in examples(40)]
     plant(rows, {"base": 0.3, "tuned-1": 0.4})
     other = replace(weak, base=scores_of("base"), tuned=[scores_of("tuned-1")])
     with pytest.raises(UserError, match="weak was tested on other examples than strong$"):
-        experiments.rank([strong, other], COMPARE)
+        compare.rank([strong, other], COMPARE)
     plant(rows[:30], {"base": 0.3, "tuned-1": 0.4})
     fewer = replace(weak, base=scores_of("base"), tuned=[scores_of("tuned-1")])
     with pytest.raises(UserError, match=r"weak was tested on other examples than strong \(30, not 80\)"):
-        experiments.rank([strong, fewer], COMPARE)
+        compare.rank([strong, fewer], COMPARE)
     with pytest.raises(UserError, match="strong is named twice"):
-        experiments.rank([strong, strong], COMPARE)
+        compare.rank([strong, strong], COMPARE)
 
 
 def test_a_metric_that_was_not_computed_is_refused(made: dict[str, Experiment]) -> None:
     wanted = COMPARE.model_copy(update={"decide_by": ["chrf"]})
     with pytest.raises(UserError, match="compare.decide_by names chrf, which these experiments did not compute"):
-        experiments.rank(list(made.values()), wanted)
+        compare.rank(list(made.values()), wanted)
 
 
 @pytest.mark.usefixtures("made")
 def test_the_workspace_without_a_result_is_one_clear_error() -> None:
     tracking = params.Tracking(uri=None, experiment="x")
     with pytest.raises(UserError, match=r"dvc.lock is missing: run `dvc repro`"):
-        experiments.find(experiments.HERE, tracking)
+        compare.find(compare.HERE, tracking)
     paths.DVC_LOCK.write_text("schema: '2.0'\nstages: {}\n")
     with pytest.raises(UserError, match="holds no finished comparison"):
-        experiments.find(experiments.HERE, tracking)
+        compare.find(compare.HERE, tracking)

@@ -19,7 +19,7 @@ from pipeline.commands import cli
 from pipeline.commands import use as recipes
 from pipeline.core import params, paths, records
 from pipeline.core.errors import UserError
-from pipeline.prepare import prepare as data
+from pipeline.prepare import prepare
 from pipeline.sources import source
 from tests import ROOT
 from tests.made.clone import environment
@@ -213,10 +213,10 @@ def test_a_template_reads_such_files_as_it_describes_once_it_is_given_their_dige
         WRITERS[name](split, rows)
     text = used(name)
     with pytest.raises(UserError, match="data.sha256 is null: pin the content of data/mine with sha256: ") as told:
-        data.prepare(params.load().data)
+        prepare.write_splits(params.load().data)
     digest = str(told.value).rpartition(" ")[2]
     Path("params.yaml").write_text(text.replace("sha256: null", f"sha256: {digest}", 1), encoding="utf-8")
-    data.prepare(params.load().data)
+    prepare.write_splits(params.load().data)
     found = {split: records.read_rows(paths.split(split), records.Example) for split in paths.SPLITS}
     numbers = [int(row.target.removeprefix("short ")) for examples in found.values() for row in examples]
     assert sorted(numbers) == sorted(range(60 if name == "local-chat" else 100))
@@ -439,8 +439,8 @@ def test_the_list_says_what_each_needs_and_which_one_is_here() -> None:
 def test_what_a_recipe_needs_is_said_at_once() -> None:
     printed = use("samsum-7b").stdout
     given = params.load()
-    data, model = str(given.data.source), given.model.source
-    assert f"needs  the Hugging Face hub (huggingface.co), for {data[3:]} and {model[3:]}\n" in printed
+    prepare, model = str(given.data.source), given.model.source
+    assert f"needs  the Hugging Face hub (huggingface.co), for {prepare[3:]} and {model[3:]}\n" in printed
     page = "https://huggingface.co/meta-llama/Llama-2-7b-hf"
     assert f"needs  the licence accepted on {page}, then `hf auth login` or HF_TOKEN\n" in printed
     assert "needs  a GPU with 19 GB: warning, no NVIDIA GPU was found\n" in printed

@@ -18,13 +18,12 @@ import pytest
 from ruamel.yaml import YAML
 from typer.testing import CliRunner
 
-from pipeline.commands import cli, recompute, verify
-from pipeline.commands import show as lineage
+from pipeline.commands import cli, recompute, show, verify
 from pipeline.core import params, paths, records
 from pipeline.core.errors import UserError
 from pipeline.record import address, current, lockfile, provenance, store
 from pipeline.record.runs import DIGEST, Stored
-from pipeline.report import page as pages
+from pipeline.report import page
 from pipeline.sources import source
 from tests.made.clone import Finished, environment
 
@@ -291,25 +290,25 @@ class TestPage:
 
     def test_of_another_experiment(self, capsys: pytest.CaptureFixture[str]) -> None:
         text = paths.REPORT_HTML.read_text()
-        digest = pages.digest_of(paths.REPORT_HTML)
+        digest = page.digest_of(paths.REPORT_HTML)
         assert digest is not None
         other = text.rpartition("<!-- sha256")[0].replace(digest, digest[::-1])
-        paths.REPORT_HTML.write_text(other + pages.SEAL.format(hashlib.sha256(other.encode()).hexdigest()))
+        paths.REPORT_HTML.write_text(other + page.SEAL.format(hashlib.sha256(other.encode()).hexdigest()))
         shows = f"shows another experiment ({digest[::-1][:12]}…) than the one here ({digest[:12]}…)"
         assert places(verify.page) == [f"reports/index.html: it {shows}"]
-        told = pages.describe([17])
+        told = page.describe([17])
         assert told.endswith(f"{digest[::-1][:12]}…: run `dvc repro --force --single-item track`")
         mend(checked(capsys))
         assert "all agreed" in checked(capsys)
 
     def test_a_deleted_one(self, capsys: pytest.CaptureFixture[str]) -> None:
         paths.REPORT_HTML.unlink()
-        assert "is missing" in pages.describe([17])
+        assert "is missing" in page.describe([17])
         printed = checked(capsys)
         assert "\n  reports/index.html: missing\n    mend: dvc repro --force --single-item track" in printed
         mend(printed)
         assert "all agreed" in checked(capsys)
-        assert pages.describe([17]) == "reports/index.html"
+        assert page.describe([17]) == "reports/index.html"
 
 
 def artifact(path: str) -> Path:
@@ -406,7 +405,7 @@ class TestMlflow:
         flip(artifact("adapter/17/adapter_model.safetensors"))
         before = run().run_id
         with pytest.raises(UserError, match="(?s)is not what was written.*adapter_model.*not the adapter that the run"):
-            lineage.print_run(before, tracking())
+            show.print_run(before, tracking())
         printed = checked(capsys)
         assert f"({before}): artifacts/adapter/17/adapter_model.safetensors is not what was written" in printed
         mend(printed)
@@ -457,22 +456,22 @@ class TestShow:
     def test_by_name_prefix_and_not_at_all(self) -> None:
         found = run()
         for name in (found.run_id, found.run_id[:6], found.name):
-            assert lineage.find(name, [found]) == found
+            assert show.find(name, [found]) == found
         with pytest.raises(UserError, match=rf"(?s)no run has the name or id none.*{found.run_id}"):
-            lineage.find("none", [found])
+            show.find("none", [found])
         with pytest.raises(UserError, match="may be any of these runs"):
-            lineage.find(found.name, [found, found])
+            show.find(found.name, [found, found])
 
     def test_restored_from_the_run_from_an_experiment_and_from_a_commit(
         self, capsys: pytest.CaptureFixture[str]
     ) -> None:
         found = run()
         text = {name: Path(name).read_text() for name in ("dvc.lock", "params.yaml")}
-        lineage.print_run(found.name, tracking())
+        show.print_run(found.name, tracking())
         printed = capsys.readouterr().out
         assert f"adapter  17: sha256 {records.sha256_tree(paths.adapter(17))}, the one in dvc.lock" in printed
         assert f"digest   {found.tags[DIGEST]}" in printed
-        commands = lineage.restoring(found)
+        commands = show.restoring(found)
         assert commands[0] == f"git checkout {git('rev-parse', 'HEAD')}"
         assert [words.split()[-1] for words in commands[1:3]] == ["params.yaml", "dvc.lock"]
         for name in text:
@@ -488,7 +487,7 @@ class TestShow:
         head = git("rev-parse", "HEAD")
         commit = git("commit-tree", git("write-tree"), "-p", head, "-m", "an experiment")
         git("update-ref", f"refs/exps/{head[:2]}/{head[2:]}/lucid-noon", commit)
-        assert lineage.restoring(found) == ["dvc exp apply lucid-noon"]
+        assert show.restoring(found) == ["dvc exp apply lucid-noon"]
         Path("dvc.lock").unlink()
         git("reset", "-q")
         mend("    mend: dvc exp apply lucid-noon\n")
@@ -496,10 +495,10 @@ class TestShow:
 
         git("add", "dvc.lock")
         git("commit", "-qm", "result")
-        assert lineage.restoring(found) == [f"git checkout {git('rev-parse', 'HEAD')}", "dvc checkout"]
+        assert show.restoring(found) == [f"git checkout {git('rev-parse', 'HEAD')}", "dvc checkout"]
         gone = cached(out("out/scores/base.json").md5)
         gone.rename("kept")
-        assert lineage.restoring(found)[1].startswith("dvc pull   # 1 objects are not in the cache")
+        assert show.restoring(found)[1].startswith("dvc pull   # 1 objects are not in the cache")
         Path("kept").rename(gone)
 
 

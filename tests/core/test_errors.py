@@ -7,8 +7,7 @@ from pathlib import Path
 import pytest
 from ruamel.yaml import YAML
 
-from pipeline.commands import show as lineage
-from pipeline.commands import use as recipes
+from pipeline.commands import show, use
 from pipeline.core import params, paths, progress
 from pipeline.core.errors import UserError, printable
 from pipeline.record import runs
@@ -34,18 +33,18 @@ def test_a_recipe_does_not_reach_the_terminal_as_it_is(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    for name in (paths.PARAMS, recipes.DEFAULT):
+    for name in (paths.PARAMS, use.DEFAULT):
         (tmp_path / name).write_text((ROOT / name).read_text(encoding="utf-8"))
-    recipes.FOLDER.mkdir()
+    use.FOLDER.mkdir()
     recipe = {
         "about": "red \x1b[31m",
         "source": "b",
         "needs": {},
         "params": {"prompt": {"template": "{source}\x1b[2J"}},
     }
-    YAML().dump(recipe, recipes.FOLDER / "theirs.yaml")
-    recipes.show()
-    recipes.apply("theirs", dry_run=True)
+    YAML().dump(recipe, use.FOLDER / "theirs.yaml")
+    use.show()
+    use.apply("theirs", dry_run=True)
     printed = capsys.readouterr().out
     assert "red \ufffd[31m" in printed
     assert "\x1b" not in printed
@@ -85,7 +84,7 @@ def test_only_commits_are_given_to_git_and_pasted(
     for command in ("init -q", "commit -q --allow-empty -m start"):
         subprocess.run(["git", *command.split()], check=True, env=environment())
     tag = planted.format(tmp_path)
-    commands = lineage.restoring(stored(COMMITS=f"{tag}, {tag}", COMMIT=tag))
+    commands = show.restoring(stored(COMMITS=f"{tag}, {tag}", COMMIT=tag))
     assert [path.name for path in tmp_path.iterdir()] == [".git"]
     assert not any(command.startswith("git checkout") for command in commands)
     assert not any(tag in command for command in commands)
@@ -96,7 +95,7 @@ def test_a_commit_is_given_to_git(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     monkeypatch.chdir(tmp_path)
     subprocess.run(["git", "init", "-q"], check=True, env=environment())
     sha = "a" * 40
-    assert f"git checkout {sha}" in lineage.restoring(stored(COMMITS=sha, COMMIT=sha))
+    assert f"git checkout {sha}" in show.restoring(stored(COMMITS=sha, COMMIT=sha))
 
 
 @pytest.mark.parametrize("label", ["\x1b[31m", "a\nb", "\ufffe", "\u202e", "x" * 300, ""])

@@ -13,8 +13,7 @@ import pytest
 from pipeline.commands import mend
 from pipeline.core import params, paths, stage
 from pipeline.core.errors import UserError
-from pipeline.model import processes as distributed
-from pipeline.model import resume
+from pipeline.model import processes, resume
 from tests import ROOT
 
 HOLD = (
@@ -118,7 +117,7 @@ def test_checkpoints_of_other_parameters_stay_up_to_a_number(
 def test_a_member_that_comes_first_has_its_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """On a machine of its own it may be the only one that makes `.scratch` at all."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(distributed, "rank", lambda: 1)
+    monkeypatch.setattr(processes, "rank", lambda: 1)
     with resume.folder("train-17", 1) as scratch:
         assert scratch.is_dir()
 

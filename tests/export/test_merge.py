@@ -12,8 +12,7 @@ from pipeline.core import params, paths, records
 from pipeline.export import merge
 from pipeline.fetch import fetch
 from pipeline.lora import adapter
-from pipeline.model import checkpoint
-from pipeline.model import load as models
+from pipeline.model import checkpoint, load
 from tests.made.variants import act
 
 CPU = torch.device("cpu")
@@ -21,12 +20,12 @@ CPU = torch.device("cpu")
 
 def prepared(project: params.Params, method: str, dtype: str = "float32", rslora: bool = False) -> None:
     """Base, quantized base and an adapter with which it acts, as the stages leave them."""
-    fetch.fetch(project.model.model_copy(update={"dtype": dtype}))
+    fetch.write_base(project.model.model_copy(update={"dtype": dtype}))
     update = {"method": method, "double_quantization": method == "nf4"}
-    quantize.quantize(project.quantize.model_copy(update=update), project.runtime)
+    quantize.write_quantized(project.quantize.model_copy(update=update), project.runtime)
     facts = records.read_json(paths.QUANTIZED_FACTS)
     lora = project.lora.model_copy(update={"rslora": rslora})
-    model = act(adapter.attach(models.quantized(CPU, keep_dequantized=True), lora, 1))
+    model = act(adapter.attach(load.quantized(CPU, keep_dequantized=True), lora, 1))
     adapter.save(model, adapter.tensors(model), paths.adapter(17), facts["sha256"])
 
 

@@ -13,10 +13,9 @@ from pipeline import quantize
 from pipeline.core import params, paths, records
 from pipeline.core.errors import UserError
 from pipeline.fetch import fetch, hub_layout
-from pipeline.infer import scheduler as decode
+from pipeline.infer import scheduler
 from pipeline.lora import adapter
-from pipeline.model import load as models
-from pipeline.model import loss, pack, packed
+from pipeline.model import load, loss, pack, packed
 from pipeline.model.prompt import Row
 from tests.made.models import of_family
 from tests.made.parameters import runtime
@@ -29,15 +28,15 @@ LORA = params.Lora(r=4, alpha=8.0, rslora=False, dropout=0.0, target_modules="al
 
 def taken(folder: Path, method: str) -> Any:
     """The base as the stages load it, after `fetch` and `quantize`."""
-    fetch.fetch(params.Model(source=str(folder), sha256=records.sha256_tree(folder), dtype="float32"))
+    fetch.write_base(params.Model(source=str(folder), sha256=records.sha256_tree(folder), dtype="float32"))
     four_bits = method != "none"
-    quantize.quantize(
+    quantize.write_quantized(
         params.Quantize(
             method=method, double_quantization=four_bits, int8_threshold=6.0, perplexity_tokens=256  # type: ignore[arg-type]
         ),
         runtime(),
     )  # fmt: skip
-    return models.quantized(CPU, keep_dequantized=True)
+    return load.quantized(CPU, keep_dequantized=True)
 
 
 def as_it_comes(method: str) -> Any:
@@ -108,8 +107,8 @@ def test_a_family_trains_writes_and_saves_as_its_libraries_do(
         no_repeat_ngram_size=0,
     )  # fmt: skip
     prompts = {row.id: row.prompt for row in rows()}
-    groups = [[decode.Request(name, prompts[name]) for name in names] for names in (("a/1", "a/2"), ("b/1",))]
-    written = {one.name: one.new for one in decode.greedy(ours.eval(), config, groups, 8, 1000)}
+    groups = [[scheduler.Request(name, prompts[name]) for name in names] for names in (("a/1", "a/2"), ("b/1",))]
+    written = {one.name: one.new for one in scheduler.greedy(ours.eval(), config, groups, 8, 1000)}
     for name, ids in prompts.items():
         with torch.inference_mode():
             output = theirs.generate(input_ids=torch.tensor([ids]), generation_config=config)[0, len(ids) :].tolist()
@@ -133,7 +132,7 @@ def test_shards_are_read(tiny_model: Path, tmp_path: Path) -> None:
 def test_a_window_or_a_change_of_frequencies_ends_the_context(tiny_model: Path, tmp_path: Path) -> None:
     def context(family: str, **changes: Any) -> int:
         folder = of_family(family, True, tiny_model, tmp_path / f"{family}{len(changes)}", **changes)
-        fetch.fetch(params.Model(source=str(folder), sha256=records.sha256_tree(folder), dtype="float32"))
+        fetch.write_base(params.Model(source=str(folder), sha256=records.sha256_tree(folder), dtype="float32"))
         return int(records.read_json(paths.BASE_FACTS)["context"])
 
     assert context("mistral", sliding_window=48) == 48
@@ -146,7 +145,7 @@ def test_a_window_or_a_change_of_frequencies_ends_the_context(tiny_model: Path, 
 
 def refused(folder: Path, message: str) -> None:
     with pytest.raises(UserError, match=message):
-        fetch.fetch(params.Model(source=str(folder), sha256=records.sha256_path(folder), dtype="float32"))
+        fetch.write_base(params.Model(source=str(folder), sha256=records.sha256_path(folder), dtype="float32"))
     assert not paths.BASE.exists()
 
 

@@ -23,7 +23,7 @@ from tests.made.models import of_family, sharded, trained_words
 
 
 def test_a_local_folder_becomes_a_checkpoint_with_its_facts(project: params.Params, tiny_model: Path) -> None:
-    fetch.fetch(project.model)
+    fetch.write_base(project.model)
     facts = records.read_json(paths.BASE_FACTS)
     assert facts["family"] == "llama"
     # Embeddings once (tied), then 2 layers of attention (q and o 64x64, k and v 64x32), MLP (3 of 64x128), 2 norms.
@@ -41,7 +41,7 @@ def test_a_local_folder_becomes_a_checkpoint_with_its_facts(project: params.Para
 
 
 def test_the_stored_precision_is_the_requested_one(project: params.Params) -> None:
-    fetch.fetch(project.model.model_copy(update={"dtype": "bfloat16"}))
+    fetch.write_base(project.model.model_copy(update={"dtype": "bfloat16"}))
     assert records.read_json(paths.BASE_FACTS)["dtype"] == "bfloat16"
     loaded = AutoModelForCausalLM.from_pretrained(paths.BASE)
     assert {parameter.dtype for parameter in loaded.parameters()} == {torch.bfloat16}
@@ -70,7 +70,7 @@ def test_what_cannot_be_the_base_is_refused(
 ) -> None:
     assert project
     with pytest.raises(UserError, match=message):
-        fetch.fetch(changed(tiny_model, tmp_path / "other", **config))
+        fetch.write_base(changed(tiny_model, tmp_path / "other", **config))
     assert not paths.BASE.exists()
 
 
@@ -85,7 +85,7 @@ def test_a_folder_without_a_model_and_a_strange_file_are_refused(project: params
     ):
         given = params.Model(source=str(path), sha256=records.sha256_path(path), dtype="float32")
         with pytest.raises(UserError, match=message):
-            fetch.fetch(given)
+            fetch.write_base(given)
 
 
 def test_a_tokenizer_of_another_model_is_refused(project: params.Params, tiny_model: Path, tmp_path: Path) -> None:
@@ -97,13 +97,13 @@ def test_a_tokenizer_of_another_model_is_refused(project: params.Params, tiny_mo
     loaded.save_pretrained(folder)
     given = params.Model(source=str(folder), sha256=records.sha256_tree(folder), dtype="float32")
     with pytest.raises(UserError, match=r"the tokenizer has \d+ tokens but the model embeds only 100"):
-        fetch.fetch(given)
+        fetch.write_base(given)
 
 
 def fetched(folder: Path, file: Path, family: str, kind: str = "F32", **more: Any) -> None:
     """Write a checkpoint as GGUF, fetch that, and compare the logits with those of what the file holds."""
     held = write_gguf(folder, file, family, kind, **more)
-    fetch.fetch(params.Model(source=str(file), sha256=records.sha256_file(file), dtype="float32"))
+    fetch.write_base(params.Model(source=str(file), sha256=records.sha256_file(file), dtype="float32"))
     ids = torch.tensor([[5, 6, 7, 8, 9, *range(20, 50)]])
     wanted, found = (AutoModelForCausalLM.from_pretrained(where) for where in (folder, paths.BASE))
     wanted.load_state_dict(held, strict=False)
@@ -167,7 +167,7 @@ def test_a_gguf_file_that_would_not_be_read_faithfully_is_refused(
     file = tmp_path / "m.gguf"
     write_gguf(folder, file, family, **(more | ({"attention.key_length": 16} if sizes and more else {})))
     with pytest.raises(UserError, match=message):
-        fetch.fetch(params.Model(source=str(file), sha256=records.sha256_file(file), dtype="float32"))
+        fetch.write_base(params.Model(source=str(file), sha256=records.sha256_file(file), dtype="float32"))
     assert not paths.BASE.exists()
 
 
@@ -189,7 +189,7 @@ def test_a_type_that_is_not_read_is_named(tmp_path: Path) -> None:
     writer.write_tensors_to_file()
     writer.close()
     with pytest.raises(UserError, match="holds weights of type Q8_1; of GGUF files these are read: F32, F16, "):
-        fetch.fetch(params.Model(source=str(file), sha256=records.sha256_file(file), dtype="float32"))
+        fetch.write_base(params.Model(source=str(file), sha256=records.sha256_file(file), dtype="float32"))
 
 
 SCALED: dict[str, Any] = {"rope.scaling.type": "yarn"}
@@ -211,7 +211,7 @@ def test_a_spoilt_gguf_file_is_one_clear_error(
         file.write_bytes(b"")
     given = params.Model(source=str(file), sha256=records.sha256_file(file), dtype="float32")
     with pytest.raises(UserError, match="scales its rotary" if fault == "scaled" else "is not a sound GGUF file"):
-        fetch.fetch(given)
+        fetch.write_base(given)
 
 
 @pytest.mark.parametrize("file", ["../outside.safetensors", "/tmp/outside.safetensors", ".hidden.safetensors"])
@@ -230,7 +230,7 @@ def test_weights_that_the_digest_does_not_cover_are_refused(
         given = given.model_copy(update={"sha256": records.sha256_tree(folder)})
     shutil.copy(tiny_model / "model.safetensors", folder.parent / "outside.safetensors")
     with pytest.raises(UserError, match=f"takes weights from '{file}', which leads out of its folder"):
-        fetch.fetch(given)
+        fetch.write_base(given)
 
 
 CODE = "from pathlib import Path\nPath('ran').touch()\nfrom transformers import {0}\nclass Own({0}):\n    pass\n"
@@ -257,7 +257,7 @@ def test_code_beside_a_checkpoint_is_never_run(
     records.write_json(folder / file, settings | {"auto_map": {name: own}, "tokenizer_class": "Own"})
     given = params.Model(source=str(folder), sha256=records.sha256_tree(folder), dtype="float32")
     with contextlib.suppress(UserError):
-        fetch.fetch(given)
+        fetch.write_base(given)
     assert not list(paths.BASE.glob("*.py"))
     assert not Path("ran").exists()
 
@@ -275,7 +275,7 @@ def test_what_lies_beside_a_gguf_file_does_not_enter(project: params.Params, tin
     digests = []
     for folder in (alone, crowded):
         file = folder / "tiny.gguf"
-        fetch.fetch(params.Model(source=str(file), sha256=records.sha256_file(file), dtype="float32"))
+        fetch.write_base(params.Model(source=str(file), sha256=records.sha256_file(file), dtype="float32"))
         digests.append((records.sha256_tree(paths.BASE), records.read_json(paths.BASE_FACTS)["stop_ids"]))
         shutil.rmtree(paths.BASE)
     assert digests[0] == digests[1]
@@ -334,7 +334,7 @@ def test_several_files_that_do_not_fit_their_index_are_refused(fault: str, tiny_
     plant(tmp_path / "m")
     model = params.Model(source=str(tmp_path / "m"), sha256=records.sha256_tree(tmp_path / "m"), dtype="float32")
     with pytest.raises(UserError, match=message):
-        fetch.fetch(model)
+        fetch.write_base(model)
     assert not paths.BASE.exists()
 
 
@@ -343,7 +343,7 @@ def test_several_files_beside_a_copy_in_another_format_are_the_model(tiny_model:
     folder = tmp_path / "m"
     shards = sharded(folder, tiny_model)
     shutil.copy(shards[0], folder / "consolidated.safetensors")
-    fetch.fetch(params.Model(source=str(folder), sha256=records.sha256_tree(folder), dtype="float32"))
+    fetch.write_base(params.Model(source=str(folder), sha256=records.sha256_tree(folder), dtype="float32"))
     ids = torch.tensor([[5, 6, 7]])
     one, other = (AutoModelForCausalLM.from_pretrained(where)(ids).logits for where in (tiny_model, paths.BASE))
     assert torch.equal(one, other)
@@ -372,7 +372,7 @@ def test_weights_that_change_between_the_digest_and_their_end_are_refused(
 
     monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", exchanged)
     with pytest.raises(UserError, match=r"model.safetensors has changed while it was read"):
-        fetch.fetch(given)
+        fetch.write_base(given)
     assert project
     assert not paths.BASE.exists()
 
@@ -391,7 +391,7 @@ def test_weights_are_read_by_the_time_that_their_files_are_let_go(
     else:
         given = changed(tiny_model, tmp_path / "model")
         weights = tmp_path / "model" / "model.safetensors"
-    fetch.fetch(given)
+    fetch.write_base(given)
     expected = records.sha256_tree(paths.BASE)
     shutil.rmtree(paths.BASE)
 
@@ -401,7 +401,7 @@ def test_weights_are_read_by_the_time_that_their_files_are_let_go(
             file.write(bytes(weights.stat().st_size // 2))
 
     monkeypatch.setattr(fetch, "_check_tokenizer", emptied)
-    fetch.fetch(given)
+    fetch.write_base(given)
     assert records.sha256_tree(paths.BASE) == expected
 
 
@@ -416,7 +416,7 @@ def test_weights_behind_a_linked_folder_are_refused(project: params.Params, tiny
     without = records.sha256_tree(folder)
     (folder / "sub").symlink_to(tmp_path / "elsewhere")
     with pytest.raises(UserError, match="m/sub is a link to a folder"):
-        fetch.fetch(params.Model(source=str(folder), sha256=without, dtype="float32"))
+        fetch.write_base(params.Model(source=str(folder), sha256=without, dtype="float32"))
     assert not paths.BASE.exists()
 
 
@@ -448,7 +448,7 @@ def test_a_configuration_larger_than_the_weights_is_refused_before_it_is_built(
 
     monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", built)
     with soon(), pytest.raises(UserError, match=message):
-        fetch.fetch(given)
+        fetch.write_base(given)
     assert not paths.BASE.exists()
 
 
@@ -458,7 +458,7 @@ def test_frequencies_without_number_are_refused(project: params.Params, tiny_mod
     rotation = {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 1e9}
     given = changed(of_family("phi3", True, tiny_model, tmp_path / "m"), tmp_path / "other", rope_parameters=rotation)
     with soon(), pytest.raises(UserError, match="do not fit its configuration, which describes a model of [0-9,]{10,}"):
-        fetch.fetch(given)
+        fetch.write_base(given)
     assert not paths.BASE.exists()
 
 
@@ -469,7 +469,7 @@ def test_a_file_of_too_many_layers_is_refused(project: params.Params, tiny_model
     save_file(many, tmp_path / "other" / "model.safetensors")
     given = given.model_copy(update={"sha256": records.sha256_tree(tmp_path / "other")})
     with soon(), pytest.raises(UserError, match="has 30,000 layers: 1,000 are the most"):
-        fetch.fetch(given)
+        fetch.write_base(given)
 
 
 # What a tokenizer may bring about
@@ -505,7 +505,7 @@ def test_a_tokenizer_that_breaks_its_library_is_one_error(
     (folder / "tokenizer.json").write_text(json.dumps(content))
     given = params.Model(source=str(folder), sha256=records.sha256_tree(folder), dtype="float32")
     with soon(), pytest.raises(UserError):
-        fetch.fetch(given, project)
+        fetch.write_base(given, project)
     assert not paths.BASE.exists()
 
 
@@ -517,7 +517,7 @@ def test_an_interrupted_fetch_is_no_fault_of_the_tokenizer(
 
     monkeypatch.setattr(AutoTokenizer, "from_pretrained", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        fetch.fetch(project.model)
+        fetch.write_base(project.model)
 
 
 def test_a_template_that_never_ends_is_refused_before_the_weights_are_read(
@@ -527,5 +527,5 @@ def test_a_template_that_never_ends_is_refused_before_the_weights_are_read(
     (folder / "chat_template.jinja").write_text(templates.LOOPS)
     given = params.Model(source=str(folder), sha256=records.sha256_tree(folder), dtype="float32")
     with soon(), pytest.raises(UserError, match="the model's chat template takes more than 2 s of the processor"):
-        fetch.fetch(given, project)
+        fetch.write_base(given, project)
     assert not paths.BASE.exists()

@@ -13,8 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 
 from pipeline.core import paths, records
 from pipeline.core.errors import UserError
-from pipeline.fetch import fetch
-from pipeline.fetch import meta_layout as meta
+from pipeline.fetch import fetch, meta_layout
 from tests.limits import soon
 from tests.made.meta_files import SETTINGS, WIDTH, forward, given, parts, tensors, written
 from tests.made.models import trained_words
@@ -27,7 +26,7 @@ TEXTS = ["red cat runs", "  two  spaces", "Grüße, 世界 🙂", "didn't", "12 
 def test_what_is_fetched_computes_what_meta_computes(ranks: int, by_words: bool, words: Path, tmp_path: Path) -> None:
     whole = written(tmp_path / "m", words, ranks, by_words)
     listed(tmp_path / "m")
-    fetch.fetch(given(tmp_path / "m"))
+    fetch.write_base(given(tmp_path / "m"))
     loaded = AutoModelForCausalLM.from_pretrained(paths.BASE)
     ids = torch.tensor([1, 40, 41, 200, 7, 40, 250, 99, 13, 5])
     torch.testing.assert_close(loaded(ids[None]).logits[0], forward(whole, ids), rtol=1e-4, atol=1e-4)
@@ -52,7 +51,7 @@ def test_a_model_of_transformers_comes_back_bit_by_bit(words: Path, tmp_path: Pa
     with torch.random.fork_rng():
         torch.manual_seed(2)
         model = LlamaForCausalLM(config).eval()
-    names = {f"{theirs}.": f"{ours}." for theirs, ours in (meta.NAMES | meta.OUTSIDE).items()}
+    names = {f"{theirs}.": f"{ours}." for theirs, ours in (meta_layout.NAMES | meta_layout.OUTSIDE).items()}
     state = model.state_dict()
     whole = {}
     for key in tensors(config.vocab_size):
@@ -63,7 +62,7 @@ def test_a_model_of_transformers_comes_back_bit_by_bit(words: Path, tmp_path: Pa
         whole[key] = tensor
     for rank, part in enumerate(parts(whole, 2)):
         torch.save(part, tmp_path / "m" / f"consolidated.{rank:02}.pth")
-    fetch.fetch(given(tmp_path / "m"))
+    fetch.write_base(given(tmp_path / "m"))
     ids = torch.tensor([[1, 40, 41, 200, 7]])
     assert torch.equal(AutoModelForCausalLM.from_pretrained(paths.BASE)(ids).logits, model(ids).logits)
     assert records.read_json(paths.BASE_FACTS)["context"] == 16384
@@ -176,7 +175,7 @@ def test_a_checklist_leads_to_no_other_file(file: str, words: Path, tmp_path: Pa
     md5 = hashlib.md5(b"a-secret").hexdigest()
     (tmp_path / "m" / "checklist.chk").write_text(f"{md5}  {file}\n")
     with soon(), pytest.raises(UserError, match=f"by its checklist.chk, {file} is listed, and not there"):
-        fetch.fetch(given(tmp_path / "m"))
+        fetch.write_base(given(tmp_path / "m"))
 
 
 @pytest.mark.usefixtures("project")
@@ -186,6 +185,6 @@ def test_what_is_odd_is_refused(fault: str, words: Path, tmp_path: Path) -> None
     written(tmp_path / "m", words, ranks=2)
     plant(tmp_path / "m")
     with pytest.raises(UserError, match=message):
-        fetch.fetch(given(tmp_path / "m"))
+        fetch.write_base(given(tmp_path / "m"))
     assert not Path("ran").exists()
     assert not paths.BASE.exists()

@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 
-from pipeline.infer import scheduler as decode
+from pipeline.infer import scheduler
 from pipeline.model import attention
 
 STOPS = [7, 30, 61, 83, 111, 140, 170, 200, 222, 250]
@@ -39,7 +39,7 @@ def config(**changes: Any) -> GenerationConfig:
     return GenerationConfig(**settings | changes)
 
 
-def families() -> list[decode.Family]:
+def families() -> list[scheduler.Family]:
     """Prompts of 1 to 60 tokens in families of 1 to 5 that share nothing, something, or all but the last token."""
     generator = torch.Generator().manual_seed(3)
 
@@ -51,7 +51,7 @@ def families() -> list[decode.Family]:
         [(3, 40, 12), (1, 0, 60), (5, 9, 3), (2, 0, 20), (1, 0, 1), (4, 30, 1)]
     ):
         prefix = draw(shared)
-        made.append([decode.Request(f"{number}/{n}", prefix + draw(rest + n * (rest > 1))) for n in range(size)])
+        made.append([scheduler.Request(f"{number}/{n}", prefix + draw(rest + n * (rest > 1))) for n in range(size)])
     return made
 
 
@@ -67,7 +67,7 @@ def one_by_one(model: Any, config: GenerationConfig) -> dict[str, list[int]]:
 
 
 def scheduled(model: Any, config: GenerationConfig, rows: int, tokens: int = 100_000) -> dict[str, list[int]]:
-    return {request.name: request.new for request in decode.greedy(model, config, families(), rows, tokens)}
+    return {request.name: request.new for request in scheduler.greedy(model, config, families(), rows, tokens)}
 
 
 @pytest.mark.parametrize(
@@ -109,8 +109,8 @@ def test_a_finished_sequence_is_computed_no_further(model: Any, forwards: list[t
 
 def test_a_shared_beginning_is_computed_once(model: Any, forwards: list[tuple[int, int]]) -> None:
     prefix = list(range(20, 60))
-    family = [decode.Request(str(n), [*prefix, 70 + n, 80, 81]) for n in range(4)]
-    list(decode.greedy(model, config(max_new_tokens=1), [family], 8, 10_000))
+    family = [scheduler.Request(str(n), [*prefix, 70 + n, 80, 81]) for n in range(4)]
+    list(scheduler.greedy(model, config(max_new_tokens=1), [family], 8, 10_000))
     assert forwards == [(1, 40), (4, 2), (4, 1)]
 
 
@@ -118,13 +118,13 @@ def test_memory_is_bounded_by_the_tokens_and_used_for_more_rows_once_prompts_are
     model: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     sizes: list[tuple[int, int]] = []
-    original = decode.Slots.__init__
+    original = scheduler.Slots.__init__
 
-    def noted(self: decode.Slots, rows: int, columns: int) -> None:
+    def noted(self: scheduler.Slots, rows: int, columns: int) -> None:
         sizes.append((rows, columns))
         original(self, rows, columns)
 
-    monkeypatch.setattr(decode.Slots, "__init__", noted)
+    monkeypatch.setattr(scheduler.Slots, "__init__", noted)
     assert len(scheduled(model, config(), 64, 400)) == 16
     sizes = sizes[1:]
     assert len(sizes) > 1
@@ -134,19 +134,19 @@ def test_memory_is_bounded_by_the_tokens_and_used_for_more_rows_once_prompts_are
 
 def test_the_cache_does_not_grow_with_the_number_of_prompts(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     sizes: list[int] = []
-    original = decode.Slots.__init__
+    original = scheduler.Slots.__init__
 
-    def noted(self: decode.Slots, rows: int, columns: int) -> None:
+    def noted(self: scheduler.Slots, rows: int, columns: int) -> None:
         sizes.append(rows * columns)
         original(self, rows, columns)
 
-    monkeypatch.setattr(decode.Slots, "__init__", noted)
+    monkeypatch.setattr(scheduler.Slots, "__init__", noted)
 
-    def many(count: int) -> list[decode.Family]:
-        return [[decode.Request(str(n), [20 + n % 50, 21, 22])] for n in range(count)]
+    def many(count: int) -> list[scheduler.Family]:
+        return [[scheduler.Request(str(n), [20 + n % 50, 21, 22])] for n in range(count)]
 
-    assert len(list(decode.greedy(model, config(), many(8), 8, 10_000))) == 8
+    assert len(list(scheduler.greedy(model, config(), many(8), 8, 10_000))) == 8
     few = max(sizes)
     sizes.clear()
-    assert len(list(decode.greedy(model, config(), many(40), 8, 10_000))) == 40
+    assert len(list(scheduler.greedy(model, config(), many(40), 8, 10_000))) == 40
     assert max(sizes) == few

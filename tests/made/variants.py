@@ -11,7 +11,7 @@ from pipeline.core import contracts, params, paths, records
 from pipeline.core.records import Prediction
 from pipeline.infer import infer
 from pipeline.lora import adapter
-from pipeline.model import load as models
+from pipeline.model import load
 from tests.made.records import base_facts
 
 
@@ -28,14 +28,14 @@ def quantized(project: params.Params, checkpoint: Path, method: str = "none") ->
     shutil.copytree(checkpoint, paths.BASE)
     contracts.write(paths.BASE_FACTS, base_facts(sha256=records.sha256_tree(paths.BASE)))
     settings = {"method": method, "double_quantization": method != "none"}
-    quantize.quantize(project.quantize.model_copy(update=settings), project.runtime)
+    quantize.write_quantized(project.quantize.model_copy(update=settings), project.runtime)
     return project
 
 
 def trained(rslora: bool, seed: int = 17) -> adapter.Saved:
     """An adapter whose B is not zero."""
     lora = params.Lora(r=4, alpha=8.0, rslora=rslora, dropout=0.0, target_modules="all-linear")
-    adapted = adapter.attach(models.quantized(torch.device("cpu"), keep_dequantized=True), lora, seed)
+    adapted = adapter.attach(load.quantized(torch.device("cpu"), keep_dequantized=True), lora, seed)
     with torch.no_grad(), torch.random.fork_rng():
         torch.manual_seed(seed)
         for tensor in adapter.tensors(adapted).values():

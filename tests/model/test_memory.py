@@ -14,13 +14,11 @@ from typer.testing import CliRunner
 
 from bench import memory as bench
 from pipeline import quantize
-from pipeline.commands import cli, plan
-from pipeline.commands import use as recipes
+from pipeline.commands import cli, plan, use
 from pipeline.core import contracts, params, paths, records
 from pipeline.core.errors import UserError
 from pipeline.fetch import hub_layout
-from pipeline.infer import backend_transformers, infer
-from pipeline.infer import scheduler as decode
+from pipeline.infer import backend_transformers, infer, scheduler
 from pipeline.lora import (
     optimizer,
     train,  # fmt: skip
@@ -59,13 +57,13 @@ def cuda(monkeypatch: pytest.MonkeyPatch, free_gb: float) -> torch.device:
 
 def llama(keep_dequantized: bool = True) -> memory.Base:
     """Llama-2-7B in NF4."""
-    shape = recipes.stated_shape("samsum-7b")
+    shape = use.stated_shape("samsum-7b")
     assert shape is not None
     return memory.Base(shape, "bfloat16", "nf4", True, keep_dequantized)
 
 
 def sections(**changes: Any) -> tuple[params.Lora, params.Train]:
-    given = params.load(recipes.DEFAULT)
+    given = params.load(use.DEFAULT)
     return given.lora, given.train.model_copy(update=changes)
 
 
@@ -75,7 +73,7 @@ def sections(**changes: Any) -> tuple[params.Lora, params.Train]:
 @pytest.mark.usefixtures("root")
 @pytest.mark.parametrize(("recipe", "parameters"), SIZES.items())
 def test_the_parameters_of_a_stated_architecture_are_those_of_the_model(recipe: str, parameters: int) -> None:
-    shape = recipes.stated_shape(recipe)
+    shape = use.stated_shape(recipe)
     assert shape is not None
     assert shape.parameters == parameters
 
@@ -159,7 +157,7 @@ def _saved_bytes(model: Any, packed: pack.Packed) -> int:
 
 def test_the_numbers_of_other_modules_are_theirs() -> None:
     assert memory.KEPT_WEIGHTS == attention.Short.COLUMNS
-    assert memory.PREFILL == decode.PREFILL_TOKENS
+    assert memory.PREFILL == scheduler.PREFILL_TOKENS
 
 
 def test_the_largest_micro_batch_is_found() -> None:
@@ -193,7 +191,7 @@ def test_each_part_grows_with_what_it_depends_on() -> None:
 
 
 def test_keys_and_values_are_bounded_by_batch_tokens_but_never_below_one_example() -> None:
-    generation = params.load(recipes.DEFAULT).generation
+    generation = params.load(use.DEFAULT).generation
     a_token = 2 * 32 * 4096 * 2 * (1 + 2 / 32)
     for batch_tokens, columns in ((8192, 8192), (64, 2032)):
         limited = generation.model_copy(update={"batch_tokens": batch_tokens})
@@ -304,7 +302,7 @@ def test_optimizer_states_in_8_bits_are_named_where_they_make_it_fit(monkeypatch
 
 def test_inference_that_does_not_fit_is_told_what_does(monkeypatch: pytest.MonkeyPatch) -> None:
     device = cuda(monkeypatch, 22)
-    generation = params.load(recipes.DEFAULT).generation
+    generation = params.load(use.DEFAULT).generation
     with pytest.raises(UserError, match=r"set generation.batch_tokens to (\d+) or less \(it is 24576\)") as told:
         memory.require_inference(device, llama(), generation, 1000, 10_000_000)
     fits = int(str(told.value).partition("batch_tokens to ")[2].split()[0])
@@ -387,7 +385,7 @@ def test_stages_refuse_before_they_load(
     with pytest.raises(UserError, match="infer takes about"):
         infer.decode("base", given.prompt, given.generation, given.runtime)
     with pytest.raises(UserError, match="quantize takes about"):
-        quantize.quantize(given.quantize, given.runtime)
+        quantize.write_quantized(given.quantize, given.runtime)
 
 
 # The plan
@@ -397,11 +395,11 @@ def test_stages_refuse_before_they_load(
 def test_the_memory_that_a_recipe_states_is_what_the_plan_computes() -> None:
     stated = 0
     for path in sorted((ROOT / "recipes").glob("*.yaml")):
-        recipe = recipes._choice(path, recipes._default()).recipe
+        recipe = use._choice(path, use._default()).recipe
         if recipe.needs.gpu_gb is None:
             continue
         assert recipe.needs.model is not None, path
-        given = recipes.experiment(path.stem, params.load())
+        given = use.experiment(path.stem, params.load())
         assert recipe.needs.gpu_gb == plan.gpu_gb(given, recipe.needs.model), path
         stated += 1
     assert stated == 11
@@ -412,7 +410,7 @@ def test_there_is_a_recipe_for_each_card() -> None:
     needed = [
         recipe.needs.gpu_gb
         for path in (ROOT / "recipes").glob("*.yaml")
-        if (recipe := recipes._choice(path, recipes._default()).recipe).needs.gpu_gb
+        if (recipe := use._choice(path, use._default()).recipe).needs.gpu_gb
     ]
     for low, high in ((12, 24), (24, 48), (48, 80)):
         assert [gb for gb in needed if low < gb <= high], high
@@ -433,7 +431,7 @@ def test_the_command_prints_what_fits_where() -> None:
 
 @pytest.mark.usefixtures("root")
 def test_an_optimizer_that_a_device_lacks_is_not_planned_there() -> None:
-    given = params.load(recipes.DEFAULT)
+    given = params.load(use.DEFAULT)
     paged = given.model_copy(update={"train": given.train.model_copy(update={"optimizer": "paged-adamw8bit"})})
     printed = list(plan.lines("x", paged, bench._shape()))
     row = next(line for line in printed if line.startswith("train.micro_batch_tokens"))
@@ -444,7 +442,7 @@ def test_an_optimizer_that_a_device_lacks_is_not_planned_there() -> None:
 def test_the_plan_reads_the_architecture_where_it_can(project: params.Params, tiny_model: Path) -> None:
     assert plan._shape(project) == Shape.read(tiny_model)
     unknown = project.model_copy(update={"model": project.model.model_copy(update={"source": "hf:a/b@" + 40 * "0"})})
-    monkey = recipes.DEFAULT
+    monkey = use.DEFAULT
     monkey.write_text((ROOT / "params.default.yaml").read_text(encoding="utf-8"))
     with pytest.raises(UserError, match="is unknown: fetch the model with `dvc repro fetch`"):
         plan._shape(unknown)

@@ -21,8 +21,7 @@ from pipeline.core import params, paths, records, stage
 from pipeline.core.errors import UserError
 from pipeline.infer import backend_transformers
 from pipeline.lora import adapter, train
-from pipeline.model import devices, memory
-from pipeline.model import processes as distributed
+from pipeline.model import devices, memory, processes
 from tests import ROOT
 from tests.made.clone import environment
 from tests.made.parameters import edit, runtime
@@ -33,12 +32,12 @@ def test_a_division_holds_every_item_once_and_is_even() -> None:
     draw = random.Random(1)
     for count in range(1, 6):
         items = [(number, draw.randint(1, 100)) for number in range(draw.randint(0, 30))]
-        shares = distributed.divide(items, lambda item: item[1], count)
+        shares = processes.divide(items, lambda item: item[1], count)
         assert len(shares) == count
         assert sorted(item for one in shares for item in one) == items
         loads = [sum(weight for _, weight in one) for one in shares]
         assert max(loads) - min(loads) <= max([weight for _, weight in items], default=0)
-    assert distributed.divide([1, 3, 2], int, 1) == [[1, 3, 2]]
+    assert processes.divide([1, 3, 2], int, 1) == [[1, 3, 2]]
 
 
 # Members that compute
@@ -69,7 +68,7 @@ def dying(project: params.Params) -> None:
     step = train.Trainer.step
 
     def stepping(self: train.Trainer, batch: Any, epoch: float) -> None:
-        if len(self.log) == 3 and distributed.rank() == 1:
+        if len(self.log) == 3 and processes.rank() == 1:
             os._exit(9)
         step(self, batch, epoch)
 
@@ -83,7 +82,7 @@ def differing(project: params.Params) -> None:
 
     def stepping(self: train.Trainer, batch: Any, epoch: float) -> None:
         step(self, batch, epoch)
-        next(iter(self.masters.values())).add_(distributed.rank() * 1e-6)
+        next(iter(self.masters.values())).add_(processes.rank() * 1e-6)
 
     train.Trainer.step = stepping  # type: ignore[method-assign]
     trained(project)
@@ -98,14 +97,14 @@ HELD: list[Any] = [
 
 def gathering(_: params.Params) -> None:
     """`HELD` comes to every member as it was, and nothing is unpickled."""
-    distributed.join(cpu_only=True)
+    processes.join(cpu_only=True)
 
     def fail(*_: Any, **__: Any) -> None:
         raise AssertionError("a pickle is read")
 
     torch.distributed.distributed_c10d._unpickler = fail  # type: ignore[assignment]
     for held in (HELD, [None, None], [1, 2]):
-        assert repr(distributed.gather(held[distributed.rank()])) == repr(held)
+        assert repr(processes.gather(held[processes.rank()])) == repr(held)
 
 
 class Runs:
@@ -117,9 +116,9 @@ class Runs:
 
 def attacked(_: params.Params) -> None:
     """Process 1 is another program, which sends a pickle where a value is due."""
-    distributed.join(cpu_only=True)
-    if distributed.rank() == 0:
-        distributed.gather({"a": 1})
+    processes.join(cpu_only=True)
+    if processes.rank() == 0:
+        processes.gather({"a": 1})
     else:
         with contextlib.suppress(Exception):  # what process 0 sends is no pickle
             torch.distributed.all_gather_object([None, None], Runs())
@@ -204,13 +203,13 @@ def test_nothing_runs_of_what_another_program_sends_in_place_of_a_member(
 def test_what_json_would_change_is_not_sent(monkeypatch: pytest.MonkeyPatch, value: Any) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(TypeError, match="JSON"):
-        distributed.gather(value)
+        processes.gather(value)
 
 
 def test_more_processes_than_a_batch_has_groups_are_refused(
     quantized: params.Params, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(distributed, "count", lambda: 3)
+    monkeypatch.setattr(processes, "count", lambda: 3)
     with pytest.raises(UserError, match=r"runtime.processes = 3, but a step's batch has 2 groups of rows at most"):
         trained(quantized)
 
@@ -225,7 +224,7 @@ def test_none_loads_its_base_before_all_have_asked_what_memory_is_left(
         raise InterruptedError
 
     monkeypatch.setattr(memory, "require_inference", lambda *_: called.append("asked"))
-    monkeypatch.setattr(distributed, "gather", lambda _: called.append("met"))
+    monkeypatch.setattr(processes, "gather", lambda _: called.append("met"))
     monkeypatch.setattr(backend_transformers, "quantized", load)
     with pytest.raises(InterruptedError):
         inferred(quantized)
@@ -252,7 +251,7 @@ def test_processes_that_the_devices_cannot_serve_are_refused(
     monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: mps)
     with pytest.raises(UserError, match=told):
-        distributed.join(cpu_only=False)
+        processes.join(cpu_only=False)
 
 
 def test_the_cores_are_divided_and_a_number_of_threads_is_each_processes_own(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -260,7 +259,7 @@ def test_the_cores_are_divided_and_a_number_of_threads_is_each_processes_own(mon
     monkeypatch.setenv("WORLD_SIZE", "4")
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     monkeypatch.setattr(os, "cpu_count", lambda: 6)
-    monkeypatch.setattr(distributed, "join", lambda *_, **__: torch.device("cpu"))
+    monkeypatch.setattr(processes, "join", lambda *_, **__: torch.device("cpu"))
     try:
         for given, threads in ((0, 3), (2, 2)):
             devices.choose(runtime(threads=given, processes=4))
@@ -294,7 +293,7 @@ WAIT = "if d.rank() == 0: time.sleep(60)\n"
 
 def test_members_know_their_number_and_the_first_gives_the_result(folder: Path) -> None:
     body = "print('second') if d.rank() else 0\nreturn {'rank': d.rank(), 'processes': d.count()}"
-    assert distributed.launch(program(body), 2, folder) == {"rank": 0, "processes": 2}
+    assert processes.launch(program(body), 2, folder) == {"rank": 0, "processes": 2}
     assert not folder.exists()
 
 
@@ -305,7 +304,7 @@ def test_members_of_one_machine_listen_to_it_alone(folder: Path, monkeypatch: py
     body = "import psutil\nd.join(cpu_only=True)\nd.gather(None)\n"
     body += "found = [one.laddr.ip for one in psutil.Process().net_connections() if one.status == 'LISTEN']\n"
     body += "told = d.gather(found)\nd._state().destroy_process_group()\nreturn {'found': told}"
-    given: Any = distributed.launch(program(body), 2, folder)
+    given: Any = processes.launch(program(body), 2, folder)
     assert [set(addresses) for addresses in given["found"]] == [{"127.0.0.1"}] * 2
 
 
@@ -327,7 +326,7 @@ def test_one_that_fails_takes_the_others_along(
 ) -> None:
     started = time.monotonic()
     with pytest.raises(UserError, match=told):
-        distributed.launch(program(WAIT + body), 2, folder)
+        processes.launch(program(WAIT + body), 2, folder)
     assert time.monotonic() - started < 30
     assert ("ZeroDivisionError" in capfd.readouterr().err) == (body == "1 / 0")
     assert not folder.exists()
@@ -338,15 +337,15 @@ def test_what_one_said_is_told_although_another_was_gone_sooner(folder: Path) ->
     body += "    raise UserError('the third row is bad')\n"
     body += "while not pathlib.Path('members/1.error').is_file():\n    pass\n1 / 0"
     with pytest.raises(UserError, match="^the third row is bad$"):
-        distributed.launch(program(body), 2, folder)
+        processes.launch(program(body), 2, folder)
 
 
 STARTER = """
 import signal, sys
 from pathlib import Path
-from pipeline.model import processes as distributed
+from pipeline.model import processes
 signal.signal(signal.SIGINT, signal.default_int_handler)  # what starts the tests may ignore it
-distributed.launch([sys.executable, "-c", sys.argv[1]], 2, Path("members"))
+processes.launch([sys.executable, "-c", sys.argv[1]], 2, Path("members"))
 """
 
 
@@ -373,7 +372,7 @@ def test_a_launcher_that_started_another_number_is_refused(
     monkeypatch.setenv("RANK", "0")
     called: list[params.Declared] = []
     with pytest.raises(SystemExit, match="1"):
-        distributed.run("train", called.append, paths.training_summary(17), 17)
+        processes.run("train", called.append, paths.training_summary(17), 17)
     assert "runtime.processes = 1, but WORLD_SIZE = 2 in the environment says how many" in capsys.readouterr().err
     with pytest.raises(SystemExit, match="1"):
         stage.run("quantize", called.append)

@@ -21,9 +21,8 @@ from pipeline.core.params import Params
 from pipeline.fetch import hub_layout
 from pipeline.infer import infer
 from pipeline.lora import adapter, train
-from pipeline.model import checkpoint, fused, loss, pack, shard
+from pipeline.model import checkpoint, fused, loss, pack, processes, shard
 from pipeline.model import load as models
-from pipeline.model import processes as distributed
 from pipeline.model.prompt import Row
 from tests.made.models import of_family
 from tests.made.parameters import edit
@@ -54,8 +53,8 @@ def shared(project: Params, **settings: Any) -> Params:
 def everything(project: Params) -> None:
     """All stages that compute with the quantized base."""
     train.fit(17, project.prompt, project.lora, project.train, project.runtime)
-    distributed.gather(None)  # until process 0 has written
-    forget.forget(17, project.forget, project.runtime)
+    processes.gather(None)  # until process 0 has written
+    forget.measure_seed(17, project.forget, project.runtime)
     inferred(project)
     saved = adapter.Saved(paths.adapter(17))
     infer.decode("tuned-17", project.prompt, project.generation, project.runtime, saved)
@@ -88,7 +87,7 @@ def require_half_held() -> None:
 
 def untold(project: Params) -> None:
     """Stage forget, as a launcher has started it, and what it cost."""
-    distributed._take_part(params.read("forget"), lambda _: forget.forget(17, project.forget, project.runtime))
+    processes._take_part(params.read("forget"), lambda _: forget.measure_seed(17, project.forget, project.runtime))
 
 
 def written() -> dict[str, bytes]:
@@ -143,7 +142,7 @@ def test_processes_agree_that_nothing_is_measured(packed: Params) -> None:
 def unquantized(packed: Params) -> Params:
     shutil.rmtree(paths.QUANTIZED)
     none = packed.quantize.model_copy(update={"method": "none", "double_quantization": False})
-    quantize.quantize(none, packed.runtime)
+    quantize.write_quantized(none, packed.runtime)
     return packed.model_copy(update={"quantize": none})
 
 
@@ -179,7 +178,7 @@ def dying(project: Params) -> None:
 
     def adding(self: infer.Written, row: records.Prediction) -> None:
         add(self, row)
-        if distributed.rank() == 1 and len(self.rows) == 6:
+        if processes.rank() == 1 and len(self.rows) == 6:
             os._exit(9)
 
     infer.Written.add = adding  # type: ignore[method-assign]
@@ -215,10 +214,10 @@ def three_heads(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def computing(_: Params) -> None:
     """Logits by the heads of all processes."""
-    distributed.join(cpu_only=True, one_model=True)
+    processes.join(cpu_only=True, one_model=True)
     model = shard.split(Path("three"), CPU)
     with torch.no_grad():
-        torch.save(model(input_ids=torch.tensor(IDS), use_cache=False).logits, f"logits-{distributed.rank()}")
+        torch.save(model(input_ids=torch.tensor(IDS), use_cache=False).logits, f"logits-{processes.rank()}")
 
 
 def test_heads_over_three_processes_give_the_logits_of_one(packed: Params, three_heads: Path) -> None:
@@ -241,7 +240,7 @@ def test_heads_that_cannot_be_divided_are_refused(packed: Params, three_heads: P
 
 def learning(project: Params) -> None:
     """The loss and the gradients of every family, with whole bases and with those that processes share."""
-    distributed.join(cpu_only=True)
+    processes.join(cpu_only=True)
     mesh = shard.mesh(CPU)
     row = pack.pack([pack.tree([Row("", "", [5, 9, 30, 31, 32], [40, 41, 42, 7])])], CPU)
 

@@ -14,7 +14,7 @@ from pipeline.core.errors import UserError
 from pipeline.core.records import Example, read_rows, sha256_file, sha256_tree
 from pipeline.prepare import prepare as data
 from pipeline.prepare.leaks import Overlap
-from pipeline.prepare.prepare import prepare
+from pipeline.prepare.prepare import write_splits
 from pipeline.prepare.splits import places as places_of
 from pipeline.score import significance
 from tests.limits import soon
@@ -74,7 +74,7 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Prepare:
             "overlap_threshold": 0.5,
             "max_dropped_share": 1.0,
         }
-        prepare(params.Data.model_validate({**section, **changes}))
+        write_splits(params.Data.model_validate({**section, **changes}))
         card: dict[str, Any] = json.loads(paths.DATA_CARD.read_text())
         return card
 

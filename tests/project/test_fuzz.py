@@ -24,12 +24,10 @@ from pipeline.core import git, params, paths, progress, records
 from pipeline.core import text as sentences
 from pipeline.core.errors import UserError, without_passwords
 from pipeline.fetch import fetch, gguf_layout
-from pipeline.prepare import leaks, splits
-from pipeline.prepare import prepare as data
+from pipeline.prepare import leaks, prepare, splits
 from pipeline.record import address, lockfile
-from pipeline.report import figures as charts
+from pipeline.report import figures, page, wording
 from pipeline.report import marks as overlap
-from pipeline.report import page, wording
 from pipeline.score import metrics
 from pipeline.search import trial
 from pipeline.sources import source, tables, wheels
@@ -225,7 +223,7 @@ def section(kind: str, encoding: str = "utf-8") -> params.Data:
 def read(file: Path, given: params.Data) -> list[records.Example]:
     """The rows of a file as `prepare` reads and writes them."""
     there = tables.File(file.name, "source", file)
-    rows = data.examples(given, "train", there, 0)
+    rows = prepare.examples(given, "train", there, 0)
     records.write_rows(file.with_name("written"), rows)
     return rows
 
@@ -393,7 +391,7 @@ class TestLabels:
         assert len(taken) > 150
         one = comparison().aspects[0]
         drawn = replace(comparison(), aspects=[replace(one, name=label[:200]) for label in taken])
-        chart = charts.drawn(charts._aspects(drawn, charts.FILE), charts.FILE)
+        chart = figures.drawn(figures._aspects(drawn, figures.FILE), figures.FILE)
         assert len(list(ElementTree.fromstring(chart).iter())) > len(taken)
 
 
@@ -555,7 +553,7 @@ class TestGguf:
             elif loaded < 10:
                 loaded += 1
                 given = params.Model(source=str(file), sha256=records.sha256_file(file), dtype="float32")
-                said = told(lambda given=given: fetch.fetch(given))  # type: ignore[misc]
+                said = told(lambda given=given: fetch.write_base(given))  # type: ignore[misc]
                 assert not (said and number == 0)
         assert refused > 50
         assert loaded == 10
@@ -604,5 +602,5 @@ class TestGguf:
         file = tmp_path / "tiny.gguf"
         file.write_bytes(sound[:at] + struct.pack("<I", value) + sound[at + 4 :])
         given = params.Model(source=str(file), sha256=records.sha256_file(file), dtype="float32")
-        assert told(lambda: fetch.fetch(given))
+        assert told(lambda: fetch.write_base(given))
         assert not paths.BASE_FACTS.exists()

@@ -8,13 +8,11 @@ from typing import Any
 import pytest
 from ruamel.yaml import YAML
 
-from pipeline.commands import use as recipes
+from pipeline.commands import use
 from pipeline.core import params, paths, records, stage, yaml12
 from pipeline.core.errors import UserError
 from pipeline.record import check, lockfile
-from pipeline.search import grid as sweep
-from pipeline.search import spec as space
-from pipeline.search import trial
+from pipeline.search import grid, spec, trial
 from tests import ROOT
 from tests.made.clone import Finished, environment, make_clone
 
@@ -148,22 +146,22 @@ class TestInterpolation:
         content["parameters"] = {"lora.target_modules": {"choices": [["q_proj"], [SECRET]]}}
         YAML().dump(content, Path("mine.yaml"))
         with pytest.raises(UserError, match=r"parameters.lora.target_modules.choices.1.0 = .*write the value itself"):
-            space.load(Path("mine.yaml"))
+            spec.load(Path("mine.yaml"))
 
     def test_is_refused_in_a_recipe(self, project: params.Params) -> None:
         assert project
-        Path(recipes.DEFAULT).write_text((ROOT / recipes.DEFAULT).read_text(encoding="utf-8"))
+        Path(use.DEFAULT).write_text((ROOT / use.DEFAULT).read_text(encoding="utf-8"))
         before = paths.PARAMS.read_bytes()
         recipe = {"about": "a", "source": "b", "needs": {}, "params": {"prompt": {"template": "{source}" + SECRET}}}
         YAML().dump(recipe, Path("theirs.yaml"))
         with pytest.raises(UserError, match="write the value itself"):
-            recipes.apply("theirs.yaml", force=True)
+            use.apply("theirs.yaml", force=True)
         assert paths.PARAMS.read_bytes() == before
 
     def test_is_refused_on_the_command_line_of_a_sweep(self, project: params.Params) -> None:
         assert project
         with pytest.raises(UserError, match="write the value itself"):
-            sweep.check(sweep.expand([f"prompt.template='{{source}} {SECRET}'"]))
+            grid.check(grid.expand([f"prompt.template='{{source}} {SECRET}'"]))
 
 
 def locked(**stages: Any) -> str:

@@ -15,8 +15,7 @@ from pipeline.core import paths
 from pipeline.core.errors import UserError
 from pipeline.core.params import Published
 from pipeline.record import track
-from pipeline.report import figures as charts
-from pipeline.report import wording
+from pipeline.report import figures, wording
 from pipeline.score.comparison import Aspect, Pair
 from pipeline.score.side_effects import Cost
 from pipeline.score.significance import Interval
@@ -257,7 +256,7 @@ def test_inline_svg_drops_namespaces_and_height() -> None:
     document = (
         '<svg class="m" xmlns="x" xmlns:xlink="y" version="1.1" width="9" height="8" viewBox="0 0 9 8"><g/></svg>'
     )
-    assert charts.inline(document) == '<svg class="m" version="1.1" width="9" viewBox="0 0 9 8"><g/></svg>'
+    assert figures.inline(document) == '<svg class="m" version="1.1" width="9" viewBox="0 0 9 8"><g/></svg>'
 
 
 # What it cost

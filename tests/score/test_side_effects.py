@@ -7,7 +7,7 @@ import pytest
 
 from pipeline.core import contracts, params, paths
 from pipeline.core.contracts import Forgetting, GeneralText, Window
-from pipeline.score import side_effects as cost
+from pipeline.score import side_effects
 from tests.made.experiment import COMPARE
 from tests.made.records import training
 
@@ -30,11 +30,11 @@ def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
 
 
-def read(rises: dict[int, float], places: list[str], compare: params.Compare = COMPARE) -> cost.Cost:
+def read(rises: dict[int, float], places: list[str], compare: params.Compare = COMPARE) -> side_effects.Cost:
     for seed, rise in rises.items():
         contracts.write(paths.training_summary(seed), training(seed))
         contracts.write(paths.forgetting(seed), measured(seed, rise, places))
-    return cost.read(list(rises), compare)
+    return side_effects.read(list(rises), compare)
 
 
 PLACES = [f"text {i // 2}" for i in range(40)]
@@ -74,7 +74,7 @@ def test_what_was_kept_is_past_its_best_or_not() -> None:
     contracts.write(paths.forgetting(17), Forgetting(17, None, "b" * 64, "c" * 64))
     for kept, expected in ((2.6, True), (2.5, False), (2.52, False)):
         contracts.write(paths.training_summary(17), training(17, kept_loss=kept))
-        found = cost.read([17], COMPARE)
+        found = side_effects.read([17], COMPARE)
         assert found.forgetting is None
         assert found.training[0].overfitted is expected
         assert not found.training[0].stopped_early

@@ -9,7 +9,7 @@ import pytest
 
 from bench import kills, parallel
 from pipeline.core.errors import UserError
-from pipeline.search import grid as sweep
+from pipeline.search import grid
 from tests import ROOT
 
 
@@ -22,38 +22,38 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.mark.usefixtures("here")
 def test_every_combination_is_made_and_checked() -> None:
-    made = sweep.expand(["lora.r=4,8", "train.learning_rate=1e-4,1e-3"])
+    made = grid.expand(["lora.r=4,8", "train.learning_rate=1e-4,1e-3"])
     assert [str(one) for one in made] == [
         "lora.r=4 train.learning_rate=0.0001",
         "lora.r=4 train.learning_rate=0.001",
         "lora.r=8 train.learning_rate=0.0001",
         "lora.r=8 train.learning_rate=0.001",
     ]
-    sweep.check(made)
+    grid.check(made)
 
 
 @pytest.mark.usefixtures("here")
 def test_all_mistakes_are_found_before_anything_is_queued() -> None:
     with pytest.raises(UserError) as caught:
-        sweep.check(sweep.expand(["lora.rank=4,8"]))
+        grid.check(grid.expand(["lora.rank=4,8"]))
     assert "nothing was queued" in str(caught.value)
     assert "rank" in str(caught.value)
     with pytest.raises(UserError) as caught:
-        sweep.check(sweep.expand(["lora.r=4,0,many"]))
+        grid.check(grid.expand(["lora.r=4,0,many"]))
     assert [line.split(":")[0] for line in str(caught.value).splitlines()[1:]] == [
         "  - lora.r = 0",
         "  - lora.r = 'many'",
     ]
     with pytest.raises(UserError, match="-S lora.r=4,8"):
-        sweep.expand([])
+        grid.expand([])
     with pytest.raises(UserError, match="-S takes"):
-        sweep.expand(["lora.r 4"])
+        grid.expand(["lora.r 4"])
 
 
 def test_tools_that_are_missing_are_named(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patch, pytest.raises(UserError, match="`dvc` is not on the PATH"):
         patch.setenv("PATH", "/nowhere")
-        sweep.sweep(["lora.r=4,8"], 1)
+        grid.sweep(["lora.r=4,8"], 1)
     monkeypatch.setattr("shutil.which", lambda name: name)
     monkeypatch.setenv("HOME", str(here))
     monkeypatch.setenv("GIT_CONFIG_NOSYSTEM", "1")
@@ -61,11 +61,11 @@ def test_tools_that_are_missing_are_named(here: Path, monkeypatch: pytest.Monkey
     for name in ("NAME", "EMAIL"):
         monkeypatch.delenv(f"GIT_COMMITTER_{name}", raising=False)
     with pytest.raises(UserError, match=r"git has no user.name"):
-        sweep.sweep(["lora.r=4,8"], 1)
+        grid.sweep(["lora.r=4,8"], 1)
     for name in ("NAME", "EMAIL"):
         monkeypatch.setenv(f"GIT_COMMITTER_{name}", "a@example.org")
     with pytest.raises(UserError, match="there is no commit"):
-        sweep.sweep(["lora.r=4,8"], 1)
+        grid.sweep(["lora.r=4,8"], 1)
 
 
 def test_two_workers_on_a_fresh_store_and_one_failure(tmp_path: Path) -> None:

@@ -22,15 +22,13 @@ import pytest
 from ruamel.yaml import YAML
 
 from bench.kills import environment
-from pipeline.commands import compare as experiments
-from pipeline.commands import show as lineage
+from pipeline.commands import compare, show
 from pipeline.core import params, paths
 from pipeline.core.errors import UserError
 from pipeline.record import address, identity, provenance, store
 from pipeline.record.runs import DIGEST, TRIAL, WINNER
-from pipeline.search import cluster, study, trial
+from pipeline.search import cluster, spec, study, trial
 from pipeline.search import run as search
-from pipeline.search import spec as space
 from pipeline.search.study import Study
 from tests import ROOT
 from tests.made.clone import SECRET
@@ -225,7 +223,7 @@ def test_a_killed_search_goes_on_and_tests_its_winner_alone(project: Path, monke
     assert not [path for path in (project / ".sweeps/grid").iterdir() if path.is_dir()]
     # A trial is no complete experiment.
     monkeypatch.chdir(project)
-    for find in (lineage.named, experiments.find):
+    for find in (show.named, compare.find):
         with pytest.raises(UserError, match="trial of (the|a) sweep"):
             find(best, params.load().tracking)
 
@@ -269,12 +267,12 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def planned(**content: Any) -> space.Search:
-    return space.Search.model_validate(RANDOM | content)
+def planned(**content: Any) -> spec.Search:
+    return spec.Search.model_validate(RANDOM | content)
 
 
-def ran(plan: space.Search, runner: Fake, name: str) -> dict[int, Any]:
-    study = Study(plan, name, space.check(plan, Path("file.yaml")), "commit")
+def ran(plan: spec.Search, runner: Fake, name: str) -> dict[int, Any]:
+    study = Study(plan, name, spec.check(plan, Path("file.yaml")), "commit")
     search._run(plan, study, runner, params.load().tracking, paths.SWEEPS)
     return {number: (study.values[number], study.ended[number].state) for number in study.values}
 
@@ -364,13 +362,13 @@ def test_values_reach_params_yaml_as_they_are(here: Path) -> None:
 def test_mistakes_are_found_before_anything_runs(here: Path, content: dict[str, Any], said: str) -> None:
     YAML().dump(RANDOM | content, here / "file.yaml")
     with pytest.raises(UserError) as caught:
-        space.check(space.load(here / "file.yaml"), here / "file.yaml")
+        spec.check(spec.load(here / "file.yaml"), here / "file.yaml")
     assert said in str(caught.value)
 
 
 def test_the_example_is_a_search(here: Path) -> None:
     path = ROOT / "sweeps" / "example.yaml"
-    assert space.check(space.load(path), path).seeds == [17]
+    assert spec.check(spec.load(path), path).seeds == [17]
     assert (here / paths.PARAMS).exists()
 
 
@@ -464,7 +462,7 @@ def test_all_that_nodes_could_not_share_is_named(tmp_path: Path, monkeypatch: py
         cluster.shared(here)
     with (
         pytest.raises(UserError, match="--ray needs `cluster"),
-        cluster.connected(space.Search.model_validate(RANDOM), here, "local"),
+        cluster.connected(spec.Search.model_validate(RANDOM), here, "local"),
     ):
         pass
 
@@ -559,9 +557,9 @@ import json, sys
 from dataclasses import asdict
 from pathlib import Path
 from pipeline.core import params
-from pipeline.search import cluster, spec as space, study, trial
+from pipeline.search import cluster, spec, study, trial
 from pipeline.core.errors import UserError
-plan = space.Search.model_validate({{**json.loads(sys.argv[1]),
+plan = spec.Search.model_validate({{**json.loads(sys.argv[1]),
     "cluster": {{"cpus": 1, "gpus": 0, "folder": {str(tmp_path / "node")!r}}}}})
 here = trial.Source({str(tmp_path / "nowhere.git")!r}, "0" * 40, "", "", True,
     params.Tracking(uri="http://127.0.0.1:9", experiment="e"), "s", ("a", "a@example.org"))
@@ -570,7 +568,7 @@ job = trial.Job(0, "s-1", ("lora.r=4",), {{"seeds": [17]}})
 with cluster.connected(plan, here, "local") as nodes:
     [(handle, outcome)] = nodes.wait([nodes.start(job, study.Judge(None, None, []))])
     print("outcome", json.dumps(asdict(outcome)))
-big = plan.model_copy(update={{"cluster": space.Cluster(cpus=1, gpus=99, folder="/tmp")}})
+big = plan.model_copy(update={{"cluster": spec.Cluster(cpus=1, gpus=99, folder="/tmp")}})
 try:
     with cluster.connected(big, here, "local"):
         pass
