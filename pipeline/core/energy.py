@@ -17,7 +17,7 @@ from typing import Any
 RAPL = Path("/sys/class/powercap")
 SECONDS_BETWEEN_READINGS = 15.0
 """Counters of RAPL start again from zero after some minutes: they must be read more often than that."""
-# codecarbon's name of the way in which it follows the CPU -> ours. What is missing here is an estimate.
+# codecarbon's name of a meter of the CPU -> ours. All its other ways to follow a CPU are estimates.
 CPU_METERS = {"intel_rapl": "RAPL", "intel_power_gadget": "Intel Power Gadget", "windows_emi": "EMI"}
 
 Reading = dict[str, object]
@@ -25,8 +25,10 @@ Reading = dict[str, object]
 
 @contextmanager
 def metered() -> Iterator[Callable[[], Reading]]:
-    """Yield what ends the measurement and gives `energy_kwh` and `energy_meter`, or `energy_meter` alone: `n/a`, and
-    why."""
+    """Yield a function that ends the measurement.
+
+    It returns `energy_kwh` and `energy_meter`, or `energy_meter` alone: `n/a` with the reason.
+    """
     if find_spec("codecarbon") is None:
         yield lambda: _none("codecarbon is not installed (pip install --require-hashes -r lock/energy.txt)")
         return
@@ -47,8 +49,10 @@ def metered() -> Iterator[Callable[[], Reading]]:
 
 
 def _started() -> Any:
-    """codecarbon at work, without a network, a file, a lock or a word. The country is for emissions, which are not
-    used."""
+    """A running tracker of codecarbon that uses no network, file or lock, and prints nothing.
+
+    The country is for emissions, which are not used.
+    """
     logging.getLogger("codecarbon").disabled = True
     from codecarbon import OfflineEmissionsTracker
 
@@ -67,7 +71,7 @@ def _started() -> Any:
 
 
 def _reading(tracker: Any) -> Reading:
-    """What was measured, and by which meters; nothing of what was estimated."""
+    """The measured energy and its meters, without what codecarbon estimated."""
     from codecarbon.core import gpu
 
     data: Any = getattr(tracker, "final_emissions_data", None)

@@ -12,8 +12,8 @@ LONGEST_LABEL = 200
 class UserError(Exception):
     """A mistake in the parameters, the data, the model or the environment that the user can mend.
 
-    Entry points print it without a traceback and exit with code 1; anything else that escapes is a defect of ours. It
-    may quote what strangers have written, so it is made `printable` here.
+    Entry points print it without a traceback and exit with code 1. Any other exception that escapes is a defect of
+    ours. A message may quote text of strangers, so it is made `printable` here.
     """
 
     def __init__(self, message: str) -> None:
@@ -23,8 +23,8 @@ class UserError(Exception):
 def printable(text: str) -> str:
     """`text` as it may be printed and logged: without passwords, and with U+FFFD for what a terminal would obey.
 
-    That are control characters, line feeds and tabs aside, and those that turn the direction of writing: a name could
-    hide with them what stands before it. `text` may be of several lines.
+    A terminal obeys control characters (line feeds and tabs stay) and characters that turn the direction of writing,
+    with which a name could hide the text before it. `text` may have several lines.
     """
     return _OBEYED.sub("\ufffd", without_passwords(text))
 
@@ -101,7 +101,7 @@ _NO_LABEL = {
     "Zl": "a line separator",
     "Zp": "a paragraph separator",
 }
-"""What is told of characters of these general categories."""
+"""The reason that a message gives, by the general category of the character."""
 
 
 def listing(problems: Iterable[str], headline: str) -> UserError:
@@ -111,8 +111,10 @@ def listing(problems: Iterable[str], headline: str) -> UserError:
 
 @contextmanager
 def panics_told() -> Iterator[None]:
-    """UserError in place of a panic in a library that is written in Rust, as tokenizers is: what comes of one is an
-    exception, and no `Exception`."""
+    """UserError in place of a panic in a library that is written in Rust, such as tokenizers.
+
+    A panic reaches Python as a `BaseException` that is no `Exception`.
+    """
     try:
         yield
     except (Exception, KeyboardInterrupt, SystemExit, GeneratorExit):

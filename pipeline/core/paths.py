@@ -125,5 +125,5 @@ def published(path: Path) -> Path:
 
 
 def costs(result: Path) -> Path:
-    """What the run of a stage that wrote `result` cost in time and memory: true of one machine, no output of DVC's."""
+    """The cost in time and memory of the run that wrote `result`. It is this machine's, and no output of DVC's."""
     return COSTS / f"{'-'.join(result.relative_to(OUT).with_suffix('').parts)}.json"

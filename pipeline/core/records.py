@@ -221,7 +221,7 @@ def files(folder: Path) -> dict[str, Path]:
 
 
 def _not_a_file(path: Path) -> str | None:
-    """What keeps a path from being read as a file; None where it is one, or leads to one."""
+    """The reason that a path cannot be read as a file; None for a file, or a link to one."""
     try:
         mode = path.stat().st_mode
     except OSError as error:

@@ -1,7 +1,7 @@
-"""What every stage script does around its one call: run alone, get its parameters, print a mistake, measure the cost.
+"""The frame of every stage's one call: run alone, read its parameters, print a mistake, measure the cost.
 
-DVC keeps two `dvc repro` apart, but not a stage whose `dvc` was killed from the one that the next `dvc repro` starts:
-both would write the same files. Hence a lock for each stage, which the operating system drops when its holder dies.
+DVC keeps two `dvc repro` apart. But if `dvc` is killed and its stage lives on, the next `dvc repro` starts that stage a
+second time, and both write the same files. So each stage has a lock, which the operating system drops with its holder.
 """
 
 import argparse
@@ -26,18 +26,18 @@ COMPUTING = (
     "torch", "transformers", "peft", "bitsandbytes", "accelerate", "tokenizers", "sentencepiece", "safetensors", "gguf",
     "datasets", "pyarrow", "polib", "numpy", "scipy", "rouge_score", "nltk", "sacrebleu", "regex", "py3langid",
 )  # fmt: skip
-"""The packages whose version can move a number. Their pins are an input of every stage: `constraints.txt` is one."""
+"""The packages whose version can move a number. Every stage depends on their pins, in `constraints.txt`."""
 
 WHERE_INSTALLED = ("xllamacpp",)
-"""The same of extras."""
+"""The same, for extras: only if they are installed."""
 
 
 def run(
     stage: str, call: Callable[[params.Declared], None], result: Path | None = None, seed: int | None = None
 ) -> None:
-    """Run one stage of `dvc.yaml`, of a matrix the one of `seed`; it is given the parameters that it declares.
+    """Run one stage of `dvc.yaml`, or the one of `seed` in a matrix, by `process`.
 
-    Else as `process`.
+    `call` is given the parameters that the stage declares.
     """
     process(address(stage, seed), lambda: call(params.read(stage)), result)
 
@@ -72,14 +72,13 @@ def _seed(text: str) -> int:
 def process(
     name: str, call: Callable[[], dict[str, Any] | None], result: Path | None = None, shared: bool = False
 ) -> None:
-    """Do what a process is for, under the lock `name`; with `result`, the output that tells one run of it from another,
-    note its cost.
+    """Run `call` under the lock `name`; if `result`, an output of the call, is given, record what the call cost.
 
-    The cost is no output of the pipeline: it differs from run to run, and `dvc.lock` must not. It names the content of
-    the result that it was paid for, so it can be told from the cost of an earlier result in the same place. What the
-    call returns takes the place of what this process measures of itself: other processes may have done the work
-    (`shared`, `pipeline.model.processes`).
-    A UserError is printed without a traceback, and the process exits with 1; an interrupted one exits with 130.
+    The cost differs from run to run, and `dvc.lock` must not, so it is no output of the pipeline. It names the digest
+    of `result`, which tells it from the cost of an earlier result in the same place. If the call returns a cost, that
+    replaces the one of this process: others may have done the work (`shared`, `pipeline.model.processes`).
+
+    A UserError is printed without a traceback, and the process exits with 1. An interrupted process exits with 130.
     """
     set_environment()
     started = time.monotonic()
@@ -89,14 +88,13 @@ def process(
                 f"{name} computes in one process, but WORLD_SIZE = {os.environ['WORLD_SIZE']} in the environment says "
                 "that a launcher started several: start it without one, by `dvc repro`"
             )
-        with alone(name):
+        with alone(name), panics_told():
             require_pinned_versions()
             remove_leftovers()
             if result is None:
-                with panics_told():
-                    call()
+                call()
                 return
-            with panics_told(), energy.metered() as end:
+            with energy.metered() as end:
                 measured = call()
                 paid = {"seconds": round(time.monotonic() - started, 3)} | (measured or cost()) | end()
             records.write_json(paths.costs(result), paid | {"result_sha256": records.sha256_file(result)})
@@ -109,7 +107,7 @@ def process(
 
 
 def set_environment() -> None:
-    """What libraries read when they are imported, which happens inside a stage's call."""
+    """Set the environment variables that libraries read when they are imported, which a stage's call does."""
     if not sys.stderr.isatty():  # bars are litter
         os.environ.setdefault("TQDM_DISABLE", "1")
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")

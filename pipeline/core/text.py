@@ -1,5 +1,4 @@
-"""Sentences by rule: for the lead of a source, and for rougeLsum, which scores sentence by sentence. And words: for
-lengths, and where a text is cut to a length.
+"""Sentences by rule, for the lead of a source and for rougeLsum, which scores sentence by sentence; words, for lengths.
 
 A sentence ends at a line break, or at [.!?…] with what closes it (quotes, brackets) when white space follows and then
 something other than a lower-case letter or more punctuation; never after a common abbreviation, an initial
@@ -35,7 +34,7 @@ _LONGEST_ABBREVIATION = 12  # characters: all that the patterns above need to se
 
 
 def words(text: str) -> list[str]:
-    """What white space separates; in scripts without it each character by itself, with its marks."""
+    """The words of `text`: separated by white space; in scripts without it, each character with its marks."""
     parts = text.split()
     return parts if text.isascii() else [word for part in parts for word in _words().findall(part)]
 
@@ -48,7 +47,7 @@ def _words() -> Any:
 
 
 def foreign_share(texts: Iterable[str]) -> float:
-    """Which share of the letters of some texts lies outside a-z; 0 where there are no letters."""
+    """The share of letters outside a-z in some texts; 0 if they have no letters."""
     letters = [letter for text in texts for letter in text.lower() if letter.isalpha()]
     return sum(not "a" <= letter <= "z" for letter in letters) / max(1, len(letters))
 

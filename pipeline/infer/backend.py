@@ -6,9 +6,8 @@
 | `llama.cpp` | `pipeline.infer.backend_llamacpp`, in this process, base and adapter as GGUF | greedy decoding |
 | `vllm` | `pipeline.infer.backend_vllm`, in a process with another torch, on CUDA | greedy decoding |
 
-All are given the same token ids and stop at the same tokens; none tokenizes. What one cannot do,
-`pipeline.core.params` or
-its `load` refuses.
+All are given the same token ids and stop at the same tokens; none tokenizes. What a backend cannot do is refused by
+`pipeline.core.params`, or by its `load`.
 """
 
 from collections.abc import Iterator, Sequence
@@ -25,8 +24,7 @@ Families = Sequence[Sequence[tuple[str, list[int]]]]
 
 
 class Adapter(Protocol):
-    """What `pipeline.lora.adapter.Saved` offers. A protocol, so that inference of the base depends on nothing of
-    LoRA."""
+    """A saved adapter (`pipeline.lora.adapter.Saved`), as a protocol: the base's inference needs nothing of LoRA."""
 
     @property
     def folder(self) -> Path: ...
@@ -44,7 +42,7 @@ class Adapter(Protocol):
 
 @dataclass(frozen=True)
 class Setup:
-    """What a backend is loaded with: the quantized base of `facts`, and `adapter` on it.
+    """The input of a backend: the quantized base of `facts`, and `adapter` on it.
 
     `config` is transformers' whole GenerationConfig; `tokens` the length of the longest prompt with its answer.
     """
@@ -58,7 +56,8 @@ class Setup:
 
 
 class Engine(Protocol):
-    """A loaded model. `threads` is 0 where the CPU does not compute; `conditions` is what else a result rests on."""
+    """A loaded model. `threads` is 0 where the CPU does not compute; `conditions` are the backend's own settings that a
+    result depends on."""
 
     @property
     def device(self) -> str: ...
@@ -70,11 +69,11 @@ class Engine(Protocol):
     def conditions(self) -> dict[str, Any]: ...
 
     def together(self) -> AbstractContextManager[None]:
-        """Around all that several processes complete, each its share of it."""
+        """The frame in which several processes complete, each its share."""
 
 
 class Backend(Protocol):
-    """What each of the modules above offers."""
+    """The two functions of each module above."""
 
     def load(self, setup: Setup) -> Any:
         """An `Engine`; UserError for what cannot be honoured, and for an adapter of another base or without effect."""

@@ -1,4 +1,4 @@
-"""Which module decodes, by `generation.backend`."""
+"""The choice of the module that decodes, by `generation.backend`."""
 
 from pipeline.infer.backend import Backend
 

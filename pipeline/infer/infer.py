@@ -23,8 +23,8 @@ from pipeline.model import checkpoint, processes, resume
 from pipeline.model.prompt import Encoder
 
 ROUND = 4
-"""Examples of a round, in multiples of `generation.batch_size`: few, and little is lost to a kill; many, and the batch
-is seldom thinned out by the end of a round."""
+"""Examples of a round, in multiples of `generation.batch_size`. With fewer, a kill loses less; with more, the end of a
+round thins out the batch less often."""
 
 
 def decode(
@@ -34,22 +34,71 @@ def decode(
     runtime: params.Runtime,
     adapter: Adapter | None = None,
 ) -> None:
-    """Write what the base, or the base with `adapter`, answers to every test prompt, and under which conditions.
+    """Write what the base, or the base with `adapter`, answers to every test prompt, and the conditions (`Decoding`).
 
     UserError for prompts that do not fit, and for an adapter that is of another base or does not act.
     """
+    # 1. The prompts, and whether they fit.
     facts = contracts.read(paths.QUANTIZED_FACTS, QuantizedFacts)
     tokenizer = checkpoint.tokenizer()
     encoder = Encoder(tokenizer, prompt, facts.context)
     examples = records.read_rows(paths.split("test"), Example)
     prompts = {example.id: encoder.prompt(example) for example in examples}
     encoder.require_fit(prompts, "test", generation.max_new_tokens)
-
+    # 2. The model, and the conditions under which it decodes.
     config = configuration(generation, sorted({encoder.end, *facts.stop_ids}), tokenizer)
     tokens = max(map(len, prompts.values())) + generation.max_new_tokens
     backend = choice.chosen(generation.backend)
     engine = backend.load(Setup(facts, config, generation, runtime, adapter, tokens))
-    decoding = Decoding(
+    conditions = _conditions(variant, prompts, facts, adapter, generation, config, engine)
+    identity = [asdict(conditions), runtime.model_dump(mode="json")]
+    processes.require_same(resume.key("infer", identity), "experiment")
+    # 3. This process's share of the rounds, each written as it is finished.
+    planned = rounds(examples, prompts, generation.batch_size)
+    if len(planned) < processes.shares():
+        say(
+            f"infer {variant}: {len(planned)} rounds for {processes.shares()} processes, so some of them have nothing "
+            "to do; a smaller generation.batch_size gives more rounds"
+        )
+    own = processes.share(planned, lambda families: sum(len(prompts[name]) for names in families for name in names))
+    with resume.folder(f"infer-{variant}", identity) as scratch:
+        written = Written(scratch / f"predictions-{processes.rank()}.jsonl")
+        done = processes.done_by_all(set(written.rows))
+        progress = bar(f"infer {variant}", sum(len(names) for families in own for names in families), "examples")
+        with engine.together(), progress as advance:
+            for families in own:
+                names = [name for family in families for name in family]
+                if done.issuperset(names):
+                    advance(len(names))
+                    continue
+                for name, ids in backend.complete(engine, [[(n, prompts[n]) for n in f] for f in families]):
+                    written.add(_prediction(name, prompts[name], ids, tokenizer, config))
+                    advance(1)
+        # 4. Some examples again, each alone; then what all processes wrote, in the order of the test split.
+        alone = recheck(backend, engine, prompts, generation.recheck)
+        again = {name: text(tokenizer, ids) for name, ids in alone.items()}
+        held: dict[str, Any] = {"rows": [asdict(row) for row in written.rows.values()], "again": again}
+        everything = processes.gather(held)[: processes.shares()]
+        if processes.rank() > 0:
+            return
+        predicted = {row["id"]: Prediction(**row) for one in everything for row in one["rows"]}
+        same = [predicted[name].text == said for one in everything for name, said in one["again"].items()]
+        conditions = replace(conditions, recheck={"examples": len(same), "identical": sum(same)})
+        records.write_rows(paths.predictions(variant), [predicted[example.id] for example in examples])
+        contracts.write(paths.decoding(variant), conditions)
+
+
+def _conditions(
+    variant: str,
+    prompts: Mapping[str, Sequence[int]],
+    facts: QuantizedFacts,
+    adapter: Adapter | None,
+    generation: params.Generation,
+    config: Any,
+    engine: Any,
+) -> Decoding:
+    """The conditions of a variant's predictions, before any was checked again."""
+    return Decoding(
         variant=variant,
         prompts_sha256=records.sha256_ids(token for ids in prompts.values() for token in [*ids, -1]),
         model_sha256=facts.sha256,
@@ -66,48 +115,17 @@ def decode(
         dtype=facts.dtype,
         recheck={},
     )
-    identity = [asdict(decoding), runtime.model_dump(mode="json")]
-    processes.require_same(resume.key("infer", identity), "experiment")
-    planned = rounds(examples, prompts, generation.batch_size)
-    if len(planned) < processes.shares():
-        say(
-            f"infer {variant}: {len(planned)} rounds for {processes.shares()} processes, some of which have "
-            f"nothing to do; a smaller generation.batch_size gives more rounds"
-        )
-    own = processes.share(planned, lambda families: sum(len(prompts[name]) for names in families for name in names))
-    with resume.folder(f"infer-{variant}", identity) as scratch:
-        written = Written(scratch / f"predictions-{processes.rank()}.jsonl")
-        done = processes.done_by_all(set(written.rows))
-        progress = bar(f"infer {variant}", sum(len(names) for families in own for names in families), "examples")
-        with engine.together(), progress as advance:
-            for families in own:
-                names = [name for family in families for name in family]
-                if done.issuperset(names):
-                    advance(len(names))
-                    continue
-                for name, ids in backend.complete(engine, [[(n, prompts[n]) for n in f] for f in families]):
-                    written.add(
-                        Prediction(
-                            id=name,
-                            prompt_sha256=records.sha256_ids(prompts[name]),
-                            prompt_tokens=len(prompts[name]),
-                            text=text(tokenizer, ids),
-                            tokens=len(ids),
-                            finish="stop" if ids[-1] in config.eos_token_id else "length",
-                        )
-                    )
-                    advance(1)
-        alone = recheck(backend, engine, prompts, generation.recheck)
-        again = {name: text(tokenizer, ids) for name, ids in alone.items()}
-        held: dict[str, Any] = {"rows": [asdict(row) for row in written.rows.values()], "again": again}
-        everything = processes.gather(held)[: processes.shares()]
-        if processes.rank() > 0:
-            return
-        predicted = {row["id"]: Prediction(**row) for one in everything for row in one["rows"]}
-        same = [predicted[name].text == said for one in everything for name, said in one["again"].items()]
-        decoding = replace(decoding, recheck={"examples": len(same), "identical": sum(same)})
-        records.write_rows(paths.predictions(variant), [predicted[example.id] for example in examples])
-        contracts.write(paths.decoding(variant), decoding)
+
+
+def _prediction(name: str, prompt: Sequence[int], new: list[int], tokenizer: Any, config: Any) -> Prediction:
+    return Prediction(
+        id=name,
+        prompt_sha256=records.sha256_ids(prompt),
+        prompt_tokens=len(prompt),
+        text=text(tokenizer, new),
+        tokens=len(new),
+        finish="stop" if new[-1] in config.eos_token_id else "length",
+    )
 
 
 def configuration(generation: params.Generation, stop_ids: list[int], tokenizer: Any) -> Any:
@@ -154,7 +172,7 @@ def recheck(backend: Backend, engine: Any, prompts: Mapping[str, list[int]], cou
 
 
 def text(tokenizer: Any, ids: list[int]) -> str:
-    """What new token ids say, without special tokens and surrounding white space."""
+    """The text of new token ids, without special tokens and surrounding white space."""
     decoded: str = tokenizer.decode(ids, skip_special_tokens=True)
     return decoded.strip()
 

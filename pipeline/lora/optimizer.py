@@ -1,10 +1,9 @@
 """The optimizer of the adapter: AdamW (arXiv 1711.05101), its moments in float32 or, by bitsandbytes, in 8 bits.
 
 In 8 bits a moment of at least 4,096 values has one constant a block of 256 (arXiv 2110.02861); smaller ones stay in
-float32. Paged moments lie in memory that CUDA moves between device and machine (QLoRA, arXiv 2305.14314, section 3);
-after a kill they go on from the checkpoint on the device, unpaged, with the same values: `pipeline.model.memory`
-counts them
-there in any case.
+float32. Paged moments lie in memory that CUDA moves between device and machine (QLoRA, arXiv 2305.14314, section 3).
+After a kill they continue from the checkpoint on the device, unpaged, with the same values, so `pipeline.model.memory`
+always counts them there.
 """
 
 from collections.abc import Sequence

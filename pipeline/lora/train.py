@@ -55,7 +55,7 @@ class Rows:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What is computed: every step's batch with the epochs that lie before it, and the rows of the two losses.
+    """The computation: the batch of every step with the epochs before it, and the rows of the two losses.
 
     `sample` holds training groups spread evenly through the split, with about as many rows as `validation`.
     """
@@ -174,7 +174,7 @@ def _identity(
     sections: Sequence[BaseModel],
     runtime: params.Runtime,
 ) -> dict[str, Any]:
-    """What decides the result besides code and packages: a checkpoint with another identity is of no use."""
+    """The inputs that decide the result, besides code and packages. A checkpoint of other inputs is of no use."""
     return {
         "seed": seed,
         "model": facts.sha256,

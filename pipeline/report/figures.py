@@ -70,7 +70,7 @@ OF_OBJECTS = {
     "constructor", "hasOwnProperty", "isPrototypeOf", "propertyIsEnumerable", "toLocaleString", "toString", "valueOf",
     "__defineGetter__", "__defineSetter__", "__lookupGetter__", "__lookupSetter__", "__proto__",
 }  # fmt: skip
-"""What every object of JavaScript has."""
+"""The properties of every object in JavaScript: Vega cannot draw an aspect with such a name."""
 UNCUT = 6
 """So many characters of any script fit into a label."""
 BINS = 40

@@ -16,7 +16,7 @@ from pipeline.score import metrics
 WORD, PAIR = 1, 2
 """Levels of a mark: a shared word, and shared words side by side in both texts (ROUGE-2 counts such pairs)."""
 FAR_SEARCHES = 100
-"""After so many words that the text does not have, words are looked for close by alone: this keeps time linear."""
+"""After so many words that were not found, only the text close by is searched, which keeps time linear."""
 NEAR = 1000
 """Characters."""
 
@@ -78,7 +78,10 @@ def _pairs(words: Sequence[Word]) -> list[tuple[str, str]]:
 
 
 def _marks(words: Sequence[Word], common: Counter[str], pairs: Counter[tuple[str, str]]) -> list[Mark]:
-    """Of each key as many words as are common, those in shared pairs first; neighbours in a pair become one mark."""
+    """The marks: for each key as many words as are common, those in shared pairs first.
+
+    Neighbours in a pair become one mark.
+    """
     paired, left = set(), pairs.copy()
     for i, pair in enumerate(_pairs(words)):
         if left[pair] > 0:

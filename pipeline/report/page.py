@@ -214,7 +214,7 @@ def strips(comparison: Comparison) -> list[dict[str, Any]]:
 
 
 def _words(name: str, evaluate: params.Evaluate) -> str:
-    """What is marked, in a sentence."""
+    """A sentence that says which words are marked."""
     if name == "chrf":
         return "words, as written, that both have; chrF itself counts characters"
     label = "BLEU" if name == "bleu" else "ROUGE"
@@ -268,7 +268,7 @@ def shown(text: str) -> str:
 
 
 def _data(content: Content, held: Iterable[int], split: Splitter) -> dict[str, Any]:
-    """What the explorer's script reads; each source once, since rows of a group share it."""
+    """The input of the explorer's script. Each source is there once, since the rows of a group share it."""
     comparison = content.comparison
     sources: dict[str, int] = {}
     aspects: dict[str, int] = {}
@@ -332,7 +332,7 @@ def _runs(text: str, marks: Sequence[Mark]) -> list[int]:
 
 
 def faults(path: Path, digest: str) -> list[str]:
-    """What is wrong with the page at `path`, for the experiment with this digest."""
+    """The faults of the page at `path`, for the experiment with this digest."""
     try:
         text = path.read_bytes().decode()
     except FileNotFoundError:

@@ -74,8 +74,8 @@ class Line:
 
 @dataclass(frozen=True, slots=True)
 class Output:
-    """What the outputs of one variant look like: mean words, shares (stopped by the cap, empty, equal to their source,
-    in `evaluate.language` if that names one), scores."""
+    """The outputs of one variant: mean words, scores, and shares that were stopped by the cap, are empty, equal their
+    source, or are in `evaluate.language`, if that names one."""
 
     variant: str
     words: float

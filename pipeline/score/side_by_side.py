@@ -86,7 +86,7 @@ def join(test: Sequence[Example], variants: Sequence[Outputs]) -> list[Row]:
 
 
 def misplaced(test: Sequence[Example], outputs: Outputs) -> list[str]:
-    """What keeps the outputs of a variant from being joined with the test split, a message each."""
+    """The reasons, a message each, that the outputs of a variant cannot be joined with the test split."""
     ids = [row.id for row in test]
     found = []
     for what, rows in (("scores", outputs.scores.examples), ("predictions", outputs.predictions)):

@@ -44,9 +44,11 @@ class Forgetting:
 
 @dataclass(frozen=True, slots=True)
 class Training:
-    """One seed's training: losses in nats a supervised token, of the untrained model, the lowest and the last on
-    validation rows, and of the adapter that was kept on validation rows and on training rows
-    (`pipeline.lora.train`)."""
+    """One seed's training (`pipeline.lora.train`). Losses are in nats a supervised token.
+
+    `first_loss` (untrained), `best_loss`, `last_loss` and `kept_loss` are on validation rows. `training_loss` is the
+    kept adapter's on training rows, and `gap` is `kept_loss` minus `training_loss`.
+    """
 
     seed: int
     epochs: float
@@ -73,7 +75,7 @@ class Training:
 
 @dataclass(frozen=True, slots=True)
 class Cost:
-    """Of one experiment; `forgetting` is None where `forget.source` is null. Bytes are of one seed's weights."""
+    """The cost of one experiment. `forgetting` is None if `forget.source` is null; bytes are of one seed's weights."""
 
     trainable_parameters: int
     adapter_bytes: int
