@@ -1,6 +1,6 @@
-"""What one stage writes as JSON and another reads: frozen records, checked when they are read.
+"""The JSON files that one stage writes and another reads: frozen records, checked when they are read.
 
-A field whose default is None is left out of the file while it is None. Losses are in nats a token.
+A field whose default is None is left out of the file if it is None. Losses are in nats a token.
 """
 
 from collections.abc import Hashable, Sequence
@@ -23,7 +23,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True)
 class Words:
-    """Lengths of the texts of a split, in words."""
+    """Lengths of the texts of one split, in words."""
 
     min: int
     median: float
@@ -32,10 +32,10 @@ class Words:
 
 @dataclass(frozen=True, slots=True)
 class Split:
-    """One split of the data: where its rows come from, and how many were read, filtered, held out, merged and dropped.
+    """One split of the data: the files of its rows, and how many were read, filtered, held out, merged and dropped.
 
-    `read` counts the rows that could be used, before any was dropped; `rows` those that are left. `filtered` and
-    `dropped` map a reason to a number of rows; `aspects` maps each aspect to its number of rows.
+    `read` counts the usable rows before any was dropped, and `rows` the remaining ones. `filtered` and `dropped` map a
+    reason to a number of rows, `aspects` maps an aspect to its number of rows.
     """
 
     files: list[str]
@@ -53,7 +53,7 @@ class Split:
 
 @dataclass(frozen=True, slots=True)
 class Overlap:
-    """Rows of one split that another holds as well: word for word, and nearly so."""
+    """The number of rows of one split that stand in another split too, exactly or nearly."""
 
     exact: int
     near: int
@@ -63,7 +63,7 @@ class Overlap:
 class DataCard:
     """The data of an experiment: its sources with their digests, and its splits by name.
 
-    `overlap` maps a pair such as "train in test" to what was found and dropped.
+    `overlap` maps a pair such as "train in test" to the rows that were found and dropped.
     """
 
     source: str | list[str]
@@ -98,7 +98,7 @@ class Architecture:
 
 @dataclass(frozen=True, slots=True)
 class BaseFacts(Architecture):
-    """The base in `out/models/base`: its architecture, the source it came from, and the digest of its files."""
+    """The base in `out/models/base`: its architecture, its source, and the digest of its files."""
 
     source: str
     sha256: str
@@ -108,9 +108,9 @@ class BaseFacts(Architecture):
 class QuantizedFacts:
     """The quantized base in `out/models/quantized`.
 
-    `layers` maps each quantized layer to its relative error |W - Q(W)| / |W| (Frobenius); `bytes` are those of the
-    weights' files. `context`, `dtype` and `stop_ids` are the base's. `base_on` names the device that held the base,
-    where that was another than the one which quantized it.
+    `layers` maps each quantized layer to its relative error |W - Q(W)| / |W| (Frobenius). `bytes` is the size of the
+    weights' files. `context`, `dtype` and `stop_ids` are the base's. `base_on` names the device that held the base if
+    another device quantized it.
     """
 
     method: str
@@ -135,7 +135,7 @@ class QuantizedFacts:
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """One line of the training curve. `loss` is a supervised token's; `tokens` were computed, not padded."""
+    """One line of the training curve. `loss` is the mean over supervised tokens; `tokens` excludes padding."""
 
     step: int
     epoch: float
@@ -158,8 +158,8 @@ class Validation:
 class TrainingSummary:
     """The training of one seed. `best_...` is the validation with the lowest loss, `kept_...` the saved adapter's.
 
-    `gap` is the kept validation loss minus `training_loss`, which was measured in the same way on `training_loss_rows`
-    training rows. `tokens` were computed, and `supervised_tokens` of them had a loss.
+    `training_loss` is measured like the validation loss, on `training_loss_rows` training rows, and `gap` is
+    `kept_loss` minus it. `tokens` were computed, and `supervised_tokens` of them had a loss.
     """
 
     seed: int
@@ -197,7 +197,7 @@ class TrainingSummary:
 
 @dataclass(frozen=True, slots=True)
 class AdapterOrigin:
-    """The base that an adapter belongs to, in a file beside PEFT's own two."""
+    """The base that an adapter was trained on, in a file beside PEFT's own two."""
 
     model_sha256: str
 
@@ -209,8 +209,8 @@ class AdapterOrigin:
 class Window:
     """Sums over the predicted tokens of one window of general text, in nats.
 
-    `base` and `tuned` are the losses on the text, `cross_entropy` is that of tuned against the base's distribution, and
-    `entropy` the base's own. `place` says where the text stands in its source.
+    `base` and `tuned` are the losses on the text. `cross_entropy` is tuned's against the base's distribution, `entropy`
+    the base's own. `place` is the text's position in its source.
     """
 
     place: str
@@ -223,7 +223,7 @@ class Window:
 
 @dataclass(frozen=True, slots=True)
 class GeneralText:
-    """What base and tuned lose on general text: means over all predicted tokens, and the windows they come from."""
+    """The losses of base and tuned on general text: means over all predicted tokens, and the windows behind them."""
 
     device: str
     threads: int
@@ -241,7 +241,7 @@ class GeneralText:
 
 @dataclass(frozen=True, slots=True)
 class Forgetting:
-    """What one seed's adapter does to general text; `measured` is left out where `forget.source` is null."""
+    """The effect of one seed's adapter on general text. `measured` is left out if `forget.source` is null."""
 
     seed: int
     source: str | None
@@ -255,7 +255,7 @@ class Forgetting:
 
 @dataclass(frozen=True, slots=True)
 class ScoredRow:
-    """One test example, scored by itself: `scores` maps a metric to a score in [0, 100]."""
+    """The scores of one test example alone: `scores` maps a metric to a score in [0, 100]."""
 
     id: str
     group: str
@@ -267,13 +267,12 @@ class ScoredRow:
 class Scores:
     """The scores of one variant.
 
-    `test_sha256` is over the ids, groups, aspects and references of the test split, in order: prompts may differ.
-    `corpus` maps a metric to its score over all examples, in [0, 100]. `words` and `reference_words` are means.
-    `stopped_by_cap`, `empty` and `copied` (the source as it is) are shares of the predictions, and so is `in_language`
-    where `evaluate.language` names one; `references_in_language` is the share of the references, since short texts are
-    often taken for another language. `examples` has one entry for each test row, in the order of the test split.
-    `statistics` maps the metrics that count (chrF, BLEU) to each row's counts, from which their scores over any rows
-    follow.
+    `test_sha256` is the digest of the ids, groups, aspects and references of the test split, in order; prompts may
+    differ. `corpus` maps a metric to its score over all examples, in [0, 100]. `words` and `reference_words` are means.
+    `stopped_by_cap`, `empty` and `copied` (equal to the source) are shares of the predictions, and so is `in_language`
+    if `evaluate.language` names a language. `references_in_language` is the same share of the references, since
+    detection often mistakes the language of short texts. `examples` has one entry a row of the test split, in its
+    order. `statistics` maps chrF and BLEU to the counts of each row, which give the score over any set of rows.
     """
 
     variant: str
@@ -306,10 +305,10 @@ class Receipt:
 
 @dataclass(frozen=True, slots=True)
 class Cost:
-    """What one run of a stage cost on one machine, for the result with this digest.
+    """What one run of a stage cost on one machine. `result_sha256` is the digest of its result.
 
-    Memory is in MiB, over all of `processes`; `threads` are one process's. `energy_meter` names what measured the
-    energy, or why nothing did.
+    Memory is in MiB, the sum over `processes`; `threads` is the number in one process. `energy_meter` names the meter,
+    or says why there is no figure.
     """
 
     result_sha256: str
@@ -327,15 +326,15 @@ class Cost:
 
 
 def write(path: Path, record: Any) -> None:
-    """Write a record as JSON, atomically; ValueError for NaN or an infinity."""
+    """Write a record as JSON, atomically. ValueError for NaN or an infinity."""
     records.write_json(path, content(record))
 
 
 def content(record: Any) -> Any:
-    """A record, a section of the parameters, or a list or mapping of them, as JSON has it."""
+    """A record, a section of the parameters, or a list or mapping of them, as JSON values."""
     if is_dataclass(record) and not isinstance(record, type):
         named = [(one, getattr(record, one.name)) for one in fields(record)]
-        # Left out by `default`: None is also a value, of a field that has no default.
+        # None is also a value of fields without a default, which are never left out.
         return {one.name: content(value) for one, value in named if value is not None or one.default is not None}
     if isinstance(record, BaseModel):
         return record.model_dump(mode="json")
@@ -349,13 +348,13 @@ def content(record: Any) -> Any:
 def read(path: Path, contract: type[T]) -> T:
     """The record in a JSON file.
 
-    UserError where the file is missing, is not JSON, or does not hold such a record: another version wrote it.
+    UserError if the file is missing, is not JSON, or holds no such record because another version wrote it.
     """
     return parse(records.read_json(path), contract, str(path))
 
 
 def parse(found: Any, contract: type[T], name: str) -> T:
-    """The record that the content of a JSON file holds; UserError, which calls the file `name`, where it holds none."""
+    """The record in the content of a JSON file. UserError, with the file's `name`, if it holds none."""
     try:
         made: T = _adapter(cast("Hashable", contract)).validate_python(found)
     except ValidationError as error:
@@ -373,11 +372,11 @@ def _adapter(contract: Hashable) -> TypeAdapter[Any]:
 
 
 def curve_text(curve: Sequence[Step]) -> str:
-    """A training curve as CSV, one row an optimizer step."""
+    """A training curve as CSV, one row for each optimizer step."""
     names = [one.name for one in fields(Step)]
     return records.csv_text(names, ([getattr(step, name) for name in names] for step in curve))
 
 
 def read_curve(path: Path) -> list[Step]:
-    """The training curve that `curve_text` wrote; UserError where the file is missing or holds something else."""
+    """The training curve that `curve_text` wrote. UserError if the file is missing or holds something else."""
     return parse(records.read_csv(path), list[Step], str(path))

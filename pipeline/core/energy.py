@@ -1,9 +1,9 @@
-"""The energy that a stage took, where the machine has a meter for it.
+"""The energy that a stage took, on machines with a meter for it.
 
-codecarbon (the extra `energy`) reads RAPL, NVML and powermetrics. Where it finds no meter it estimates, from the load
-and the rated power of the processor: that is no measurement, and is not reported. Main memory it always estimates. A
-meter counts the whole processor, or all GPUs, whatever else they do at that time; where the GPUs alone have one, the
-figure is theirs.
+codecarbon (the extra `energy`) reads RAPL, NVML and powermetrics. Without a meter it estimates from the processor's
+load and rated power, and it always estimates main memory. Estimates are not reported. A meter counts the whole
+processor, or all GPUs, including the work of other programs. If only the GPUs have a meter, the figure covers only
+them.
 """
 
 import logging
@@ -16,8 +16,8 @@ from typing import Any
 
 RAPL = Path("/sys/class/powercap")
 SECONDS_BETWEEN_READINGS = 15.0
-"""Counters of RAPL start again from zero after some minutes: they must be read more often than that."""
-# codecarbon's name of a meter of the CPU -> ours. All its other ways to follow a CPU are estimates.
+"""RAPL's counters overflow after some minutes and must be read more often than that."""
+# codecarbon's modes of following the CPU that read a meter, with the meters' names. All other modes estimate.
 CPU_METERS = {"intel_rapl": "RAPL", "intel_power_gadget": "Intel Power Gadget", "windows_emi": "EMI"}
 
 Reading = dict[str, object]
@@ -25,9 +25,10 @@ Reading = dict[str, object]
 
 @contextmanager
 def metered() -> Iterator[Callable[[], Reading]]:
-    """Yield a function that ends the measurement.
+    """Measure the block. Yields a function that ends the measurement and returns the reading.
 
-    It returns `energy_kwh` and `energy_meter`, or `energy_meter` alone: `n/a` with the reason.
+    A reading has `energy_kwh` and `energy_meter`. If nothing was measured, it has `energy_meter` alone: `n/a:
+    <reason>`.
     """
     if find_spec("codecarbon") is None:
         yield lambda: _none("codecarbon is not installed (pip install --require-hashes -r lock/energy.txt)")
@@ -49,9 +50,9 @@ def metered() -> Iterator[Callable[[], Reading]]:
 
 
 def _started() -> Any:
-    """A running tracker of codecarbon that uses no network, file or lock, and prints nothing.
+    """A started tracker that uses no network, writes no file and prints nothing.
 
-    The country is for emissions, which are not used.
+    codecarbon demands a country for the emissions, which are not used.
     """
     logging.getLogger("codecarbon").disabled = True
     from codecarbon import OfflineEmissionsTracker
@@ -71,15 +72,16 @@ def _started() -> Any:
 
 
 def _reading(tracker: Any) -> Reading:
-    """The measured energy and its meters, without what codecarbon estimated."""
+    """The energy that meters counted, without estimates."""
     from codecarbon.core import gpu
 
     data: Any = getattr(tracker, "final_emissions_data", None)
     kwh: dict[str, float] = {}
+    # codecarbon shows in no public place whether it measured or estimated. Its version is pinned (lock/energy.txt).
     for one in getattr(tracker, "_hardware", []):
-        kind = type(one).__name__
-        if kind == "CPU" and getattr(one, "_mode", None) in CPU_METERS:
-            kwh[CPU_METERS[one._mode]] = data.cpu_energy
+        kind, mode = type(one).__name__, getattr(one, "_mode", None)
+        if kind == "CPU" and mode in CPU_METERS:
+            kwh[CPU_METERS[mode]] = data.cpu_energy
         elif kind == "GPU":
             kwh["NVML" if gpu.is_nvidia_system() else "AMD SMI"] = data.gpu_energy
         elif kind == "AppleSiliconChip":  # once for the CPU, once for the GPU
@@ -92,9 +94,9 @@ def _reading(tracker: Any) -> Reading:
 
 
 def _why_not() -> str:
-    closed = [path for path in RAPL.glob("intel-rapl*/energy_uj") if not os.access(path, os.R_OK)]
-    if closed:
-        return f"{closed[0]} may not be read by this user (sudo chmod -R a+r {RAPL})"
+    for path in RAPL.glob("intel-rapl*/energy_uj"):
+        if not os.access(path, os.R_OK):
+            return f"{path} may not be read by this user (sudo chmod -R a+r {RAPL})"
     return "this machine shows no meter (RAPL, NVML, powermetrics)"
 
 

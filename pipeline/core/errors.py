@@ -1,4 +1,4 @@
-"""The one error a user is meant to see: what is wrong, with which value, and what to do about it."""
+"""The one error that users are meant to see: it says what is wrong, with which value, and what to do about it."""
 
 import re
 import unicodedata
@@ -6,14 +6,19 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 LONGEST_LABEL = 200
-"""Characters. An instruction is a parameter `prompt.instructions.<aspect>` in MLflow, whose names have 250 at most."""
+"""Characters. MLflow allows 250 in a parameter's name, and `prompt.instructions.<aspect>` is one."""
+
+CONTROLS = r"\x00-\x08\x0b-\x1f\x7f-\x9f"
+"""Control characters except tab and line feed, as members of a character class of `re`."""
+BIDIRECTIONAL = r"\u202a-\u202e\u2066-\u2069"
+"""The characters that turn the direction of writing, likewise."""
 
 
 class UserError(Exception):
-    """A mistake in the parameters, the data, the model or the environment that the user can mend.
+    """A mistake in the parameters, the data, the model or the environment that the user can correct.
 
-    Entry points print it without a traceback and exit with code 1. Any other exception that escapes is a defect of
-    ours. A message may quote text of strangers, so it is made `printable` here.
+    Entry points print it without a traceback and exit with code 1. Any other exception that escapes is our defect. The
+    message may quote text of strangers, so it is made `printable` here.
     """
 
     def __init__(self, message: str) -> None:
@@ -21,30 +26,27 @@ class UserError(Exception):
 
 
 def printable(text: str) -> str:
-    """`text` as it may be printed and logged: without passwords, and with U+FFFD for what a terminal would obey.
+    """`text`, of one or more lines, made safe for a terminal and a log.
 
-    A terminal obeys control characters (line feeds and tabs stay) and characters that turn the direction of writing,
-    with which a name could hide the text before it. `text` may have several lines.
+    Passwords are removed. U+FFFD replaces the characters that a terminal would obey (`CONTROLS`, `BIDIRECTIONAL`): with
+    them a name could hide the text before it.
     """
-    return _OBEYED.sub("\ufffd", without_passwords(text))
-
-
-_OBEYED = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
+    return re.sub(f"[{CONTROLS}{BIDIRECTIONAL}]", "\ufffd", without_passwords(text))
 
 
 def without_passwords(text: str) -> str:
-    """`text`, its addresses without the user name and password that they may hold, and without values that may be keys.
+    """`text` whose addresses have lost user names, passwords and values that may be keys.
 
-    Of "?name=value&name=value", and the same behind "#", only values stay whose names are known to be of no secret:
-    what services call their tokens, keys and signatures has no end. The user name of a login by ssh stays.
+    In "?name=value&name=value", also behind "#", a value stays only if its name is known to hold no secret: services
+    have countless names for tokens, keys and signatures. The user name of an ssh login stays.
     """
     text = _UNQUOTED.sub(r"\1", _LOGIN.sub(_without_login, text))
     return _VALUE.sub(_without_value, text)
 
 
-# `pathlib` makes one slash of two, JSON may write "\/".
+# One slash may stand for two, since `pathlib` joins them; JSON may write "\/".
 _LOGIN = re.compile(r"(//|(?<=\w\w:)/|\\/\\/)([^\s/?#]*)@")
-# A password that was to be percent-encoded and is not, as in "//me:a/b c@host"; a number is a port instead.
+# A password that should be percent-encoded but is not, as in "//me:a/b c@host". A number there is a port.
 _UNQUOTED = re.compile(
     r"""(?<!/)(//|(?<=\w\w:)/)(?!/)[^\s/?#@:\[]*:(?!\d+(?:[/?#\s,;:)\]}>'"]|$))\S[^\n@]{0,2000}@(?:\S*@)?"""
 )
@@ -56,7 +58,7 @@ _HARMLESS = re.compile(
         |revision|ref|branch|page|limit|format|version""",
     re.IGNORECASE | re.VERBOSE,
 )
-"""Names that databases, their drivers and hubs give to what is no secret."""
+"""Names that databases, their drivers and hubs give to values that are not secret."""
 
 
 def _without_login(found: re.Match[str]) -> str:
@@ -73,11 +75,11 @@ def _without_value(found: re.Match[str]) -> str:
 
 
 def label_fault(text: str, longest: int = LONGEST_LABEL) -> str | None:
-    """Why a text cannot be a label (an id, a group, an aspect, a name), None where it can.
+    """Why a text cannot be a label (an id, a group, an aspect, a name); None if it can.
 
-    Labels stand in charts, tables, file formats and terminals. Some of these end the process at a control character or
-    a noncharacter, and half of a surrogate pair cannot be written; line breaks and bidirectional controls show a label
-    as what it is not.
+    Labels appear in charts, tables, file formats and terminals. Some of these end the process at a control character or
+    a noncharacter, and half of a surrogate pair cannot be written. Line breaks and bidirectional controls make one
+    label look like another.
     """
     if len(text) > longest:
         return f"has {len(text):,} characters, more than {longest:,}: shorten it"
@@ -85,7 +87,7 @@ def label_fault(text: str, longest: int = LONGEST_LABEL) -> str | None:
         code, category = ord(character), unicodedata.category(character)
         if category in _NO_LABEL:
             what = _NO_LABEL[category]
-        elif 0x202A <= code <= 0x202E or 0x2066 <= code <= 0x2069:
+        elif re.match(f"[{BIDIRECTIONAL}]", character):
             what = "a bidirectional control"
         elif 0xFDD0 <= code <= 0xFDEF or code & 0xFFFE == 0xFFFE:
             what = "which is no character"
@@ -101,19 +103,19 @@ _NO_LABEL = {
     "Zl": "a line separator",
     "Zp": "a paragraph separator",
 }
-"""The reason that a message gives, by the general category of the character."""
+"""Unicode's general categories that no label may contain, and how messages name their characters."""
 
 
 def listing(problems: Iterable[str], headline: str) -> UserError:
-    """All problems at once, one line each, under one headline."""
+    """One error that lists all problems, one line each, under a headline."""
     return UserError("\n".join([headline, *(f"  - {problem}" for problem in problems)]))
 
 
 @contextmanager
 def panics_told() -> Iterator[None]:
-    """UserError in place of a panic in a library that is written in Rust, such as tokenizers.
+    """Turn a panic of a Rust library, such as tokenizers, into a UserError.
 
-    A panic reaches Python as a `BaseException` that is no `Exception`.
+    Python sees a panic as a `BaseException` that is not an `Exception`.
     """
     try:
         yield

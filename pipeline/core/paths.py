@@ -1,8 +1,8 @@
-"""Where everything lies, relative to the project folder, which is the working directory of every stage.
+"""All paths, relative to the project folder, which is the working directory of every stage.
 
-`out/` is DVC's (cached, git-ignored); `reports/` is for people and kept in git, with a copy of `out/comparison`, since
-DVC caches nothing that git keeps but metrics and plots. Only `index.html` there is not: it also tells what differs
-between machines. `.scratch/` holds what a killed stage leaves behind and is never an output.
+`out/` belongs to DVC: cached, and ignored by git. `reports/` is for people and kept in git. It gets a copy of
+`out/comparison`, since DVC caches no file that git keeps, except metrics and plots. `reports/index.html` is not in git,
+because it also shows what differs between machines. `.scratch/` holds the leftovers of killed stages, never an output.
 """
 
 from pathlib import Path, PurePosixPath
@@ -30,7 +30,7 @@ RECEIPT = OUT / "receipt.json"
 
 COMPARISON = OUT / "comparison"
 COMPARISON_JSON = COMPARISON / "comparison.json"
-"""The comparison as later stages read it; people get the other files of the folder."""
+"""The comparison for later stages. The folder's other files are for people."""
 COMPARISON_MD = COMPARISON / "comparison.md"
 COMPARISON_SVG = COMPARISON / "comparison.svg"
 FIGURES = COMPARISON / "figures"
@@ -39,7 +39,7 @@ TABLES = COMPARISON / "tables"
 REPORTS = Path("reports")
 METRICS = REPORTS / "metrics.json"
 CLAIMS = REPORTS / "claims.json"
-"""The verdicts of the claims' pipeline; absent where it has never run."""
+"""The verdicts of the claims' pipeline; missing if it has never run."""
 REPORT_HTML = REPORTS / "index.html"
 PARITY_JSON = REPORTS / "parity.json"
 PARITY_MD = REPORTS / "parity.md"
@@ -56,7 +56,7 @@ SPLITS = ("train", "validation", "test")
 
 
 def relative(name: str) -> str:
-    """`name`, a path that a file of a stranger gives; ValueError unless it is relative and goes down only."""
+    """Return `name`, a path out of a stranger's file. ValueError unless it is relative and never goes up."""
     path = PurePosixPath(name)
     if not path.parts or ".." in path.parts or path.is_absolute() or "\0" in name:
         raise ValueError(f"the path {name!r} leads out of the project")
@@ -64,7 +64,7 @@ def relative(name: str) -> str:
 
 
 def inside(folder: Path, name: str) -> Path:
-    """`folder / name`; ValueError as of `relative`, and where a link on the way leads out of the folder."""
+    """`folder / name`. ValueError if `name` is not `relative`, or if a link leads out of the folder."""
     path = folder / relative(name)
     if not path.resolve().is_relative_to(folder.resolve()):
         raise ValueError(f"the path {name!r} leads out of {folder} by a link")
@@ -91,7 +91,7 @@ def training_log(seed: int) -> Path:
 
 
 def forgetting(seed: int) -> Path:
-    """What one seed's adapter does to general text."""
+    """The effect of one seed's adapter on general text: `contracts.Forgetting`."""
     return FORGETTING / f"{seed}.json"
 
 
@@ -115,15 +115,15 @@ def scores(variant: str) -> Path:
 
 
 def is_published(path: Path) -> bool:
-    """Whether `reports/` gets a copy of a file: of those in `COMPARISON` that people read."""
+    """Whether `reports/` gets a copy of a file: true of the files in `COMPARISON` that people read."""
     return path.is_relative_to(COMPARISON) and path != COMPARISON_JSON
 
 
 def published(path: Path) -> Path:
-    """Where people find a file of `COMPARISON`."""
+    """The copy of a file of `COMPARISON` in `reports/`."""
     return REPORTS / path.relative_to(COMPARISON)
 
 
 def costs(result: Path) -> Path:
-    """The cost in time and memory of the run that wrote `result`. It is this machine's, and no output of DVC's."""
+    """The `contracts.Cost` of the run that wrote `result`. It differs between machines and is no output of DVC's."""
     return COSTS / f"{'-'.join(result.relative_to(OUT).with_suffix('').parts)}.json"

@@ -1,4 +1,4 @@
-"""Long work made visible: a bar with rate and remaining time on a terminal, plain lines everywhere else."""
+"""Progress of long work: a bar with rate and remaining time on a terminal, plain lines elsewhere."""
 
 import json
 import os
@@ -16,19 +16,19 @@ from pipeline.core.errors import printable
 SECONDS_BETWEEN_LINES = 10.0
 
 VALIDATIONS = "LORA_REPRO_VALIDATIONS"
-"""The environment variable that names the file which a search reads validation losses from while a trial trains."""
+"""Environment variable with the path of a file. A search reads a trial's validation losses from it during training."""
 
 
 def say(message: str) -> None:
-    """One line to the user, at once: stages run under DVC, which shows their output as it comes.
+    """Print one line for the user, at once: DVC shows the output of stages as it comes.
 
-    It may quote what strangers or other programs have written, so it is made `printable`.
+    The message may quote text of strangers or of other programs, so it is made `printable`.
     """
     print(printable(message), flush=True)
 
 
 def publish_validation(seed: int, step: int, loss: float) -> None:
-    """Append a validation loss to the file that `VALIDATIONS` names, if there is one. It changes no result."""
+    """Append a validation loss (nats a token) to the file that `VALIDATIONS` names, if any. It changes no result."""
     if name := os.environ.get(VALIDATIONS):
         with open(name, "a", encoding="utf-8") as file:  # noqa: PTH123 - one write, which is appended whole
             file.write(json.dumps({"seed": seed, "step": step, "loss": loss}) + "\n")
@@ -36,7 +36,7 @@ def publish_validation(seed: int, step: int, loss: float) -> None:
 
 @contextmanager
 def bar(label: str, total: int, unit: str) -> Iterator[Callable[[int], None]]:
-    """Yield `advance(n)`, to be called as `n` more of `total` units are done (`unit` in the plural: rows, MB)."""
+    """Yield `advance(n)`, to be called when `n` more of `total` units are done. `unit` is a plural, such as rows."""
     if sys.stdout.isatty():
         columns = (TextColumn(label), BarColumn(), _Done(unit), TimeRemainingColumn())
         with Progress(*columns, console=Console()) as progress:
@@ -61,6 +61,8 @@ class _Done(ProgressColumn):
 
 
 class _Lines:
+    """A line every `SECONDS_BETWEEN_LINES`, and one at the end."""
+
     def __init__(self, label: str, total: int, unit: str) -> None:
         self.label, self.total, self.unit = label, total, unit
         self.done = 0

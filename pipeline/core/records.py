@@ -1,6 +1,6 @@
-"""What stages hand to each other: frozen records, and files written whole or not at all.
+"""Files between stages: frozen records of rows, files that are written whole or not at all, and digests.
 
-JSON refuses NaN and infinities, has sorted keys and a trailing newline, so that equal content is equal bytes.
+JSON has sorted keys and a trailing newline and refuses NaN and infinities, so equal content gives equal bytes.
 """
 
 import csv
@@ -20,16 +20,17 @@ from pipeline.core.errors import UserError
 
 T = TypeVar("T")
 FORMULA = ("=", "+", "-", "@", "\t", "\r")
+"""Spreadsheets take a cell that begins like this for a formula."""
 
 
 @dataclass(frozen=True, slots=True)
 class Example:
     """One row of a split.
 
-    `group` names the source that rows share (a paper): shuffling, prefix sharing and the bootstrap keep its rows
-    together. `aspect` chooses the instruction. `lead` is the first sentence of `source`, a reference line.
-    `references` are all answers that are right, `target` first; training uses `target` alone. `history` holds the
-    messages before `source` in a conversation, each `{"role": ..., "content": ...}`: system, user or assistant.
+    `group` names the source that rows share, such as a paper. Shuffling, prefix sharing and the bootstrap keep its rows
+    together. `aspect` selects the instruction. `lead` is the first sentence of `source`, a reference line. `references`
+    are all right answers, `target` first; training uses only `target`. `history` holds the earlier messages of a
+    conversation, each `{"role": ..., "content": ...}` with the role system, user or assistant.
     """
 
     id: str
@@ -42,7 +43,7 @@ class Example:
     history: list[dict[str, str]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        if not self.references:  # the usual case: one answer is right
+        if not self.references:  # usually only `target` is right
             object.__setattr__(self, "references", [self.target])
 
 
@@ -50,8 +51,8 @@ class Example:
 class Prediction:
     """What a model wrote for one test example.
 
-    `prompt_sha256` is over the prompt's token ids; `tokens` counts new tokens, a closing EOS included; `finish` is
-    "stop" for EOS and "length" for the cap.
+    `prompt_sha256` is the digest of the prompt's token ids. `tokens` counts new tokens, including a closing EOS.
+    `finish` is "stop" after an EOS and "length" at the cap.
     """
 
     id: str
@@ -64,12 +65,12 @@ class Prediction:
 
 @dataclass(frozen=True, slots=True)
 class Decoding:
-    """The conditions under which a variant's predictions were made; base and tuned must agree on all but the adapter.
+    """How a variant's predictions were made. Base and tuned must agree in everything but the adapter.
 
-    `prompts_sha256` is over ids and prompt tokens in order; `model_sha256` and `adapter_sha256` are over the files of
-    the quantized base and of the adapter; `generation` is the whole of transformers' GenerationConfig, the batching and
-    the backend with the versions that it rests on. `threads` is 0 where the CPU does not compute. `recheck` counts the
-    examples that were decoded again alone, and those among them that came out the same.
+    `prompts_sha256` is the digest of the prompts' token ids, in order. `model_sha256` and `adapter_sha256` are those of
+    the files of the quantized base and of the adapter. `generation` holds transformers' whole GenerationConfig, the
+    batching, and the backend with its versions. `threads` is 0 if the CPU does not compute. `recheck` counts the
+    examples that were decoded again alone ("examples"), and those with the same text ("identical").
     """
 
     variant: str
@@ -84,7 +85,7 @@ class Decoding:
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Write `content` atomically; ValueError for NaN or an infinity."""
+    """Write `content` as JSON, atomically. ValueError for NaN or an infinity."""
     text = json.dumps(content, indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False)
     write_text(path, text + "\n")
 
@@ -96,10 +97,9 @@ def write_text(path: Path, text: str) -> None:
 
 
 def read_json(path: Path) -> Any:
+    """The content of a JSON file. UserError if it is missing or not JSON."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{path} is missing: run `dvc repro`, which makes it") from None
+        return json.loads(_text(path))
     except ValueError as error:
         raise UserError(f"{path} is not JSON ({error}): remove it and run `dvc repro`") from None
 
@@ -112,7 +112,7 @@ def write_rows(path: Path, rows: Iterable[Any]) -> None:
 
 
 def csv_text(header: Sequence[str], rows: Iterable[Iterable[Any]]) -> str:
-    """A table as CSV with line feeds; None is an empty cell, and no text is a formula where a spreadsheet opens it."""
+    """A table as CSV with line feeds. None becomes an empty cell, and no spreadsheet takes a text for a formula."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerows(map(_cell, row) for row in (header, *rows))
@@ -120,16 +120,20 @@ def csv_text(header: Sequence[str], rows: Iterable[Iterable[Any]]) -> str:
 
 
 def read_csv(path: Path) -> list[dict[str, str]]:
-    """The rows of a CSV file with a header; UserError where it is missing."""
+    """The rows of a CSV file with a header. UserError if it is missing."""
+    return list(csv.DictReader(io.StringIO(_text(path), newline="")))
+
+
+def _text(path: Path) -> str:
+    """The text of a file, with the line ends it has; UserError if it is missing."""
     try:
-        with path.open(encoding="utf-8", newline="") as file:
-            return list(csv.DictReader(file))
+        return path.read_bytes().decode("utf-8")
     except FileNotFoundError:
         raise UserError(f"{path} is missing: run `dvc repro`, which makes it") from None
 
 
 def _cell(value: Any) -> Any:
-    """The value; a text that begins as a formula does, and is not a number, behind an apostrophe, as OWASP advises."""
+    """The value. A text that looks like a formula, and is not a number, gets an apostrophe before it (OWASP)."""
     if not isinstance(value, str):
         return value
     text = value.replace("\r\n", "\n").replace("\r", "\n")  # `csv` writes "\r" unquoted, and readers end the row there
@@ -141,19 +145,15 @@ def _cell(value: Any) -> Any:
 
 
 def json_line(row: Any) -> str:
-    """One record as one line of JSON, newline included."""
+    """One dataclass record as one line of JSON, with its newline."""
     return json.dumps(asdict(row), ensure_ascii=False, allow_nan=False) + "\n"
 
 
 def read_rows(path: Path, record: type[T]) -> list[T]:
-    """Read the JSON lines of `path` as `record`s; UserError names the line that does not fit."""
-    try:
-        # Not splitlines(): it also splits at U+2028 and its like, which JSON strings may hold.
-        lines = path.read_text(encoding="utf-8").split("\n")
-    except FileNotFoundError:
-        raise UserError(f"{path} is missing: run `dvc repro`, which makes it") from None
+    """Read the JSON lines of `path` as `record`s. UserError if it is missing, or naming a line that does not fit."""
     rows = []
-    for number, line in enumerate(lines, start=1):
+    # Not splitlines(): it also splits at U+2028 and the like, which JSON strings may contain.
+    for number, line in enumerate(_text(path).split("\n"), start=1):
         if line:
             try:
                 rows.append(record(**json.loads(line)))
@@ -164,7 +164,7 @@ def read_rows(path: Path, record: type[T]) -> list[T]:
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Yield a temporary path beside `path` that takes its place if, and only if, the block succeeds."""
+    """Yield a temporary path beside `path`. It replaces `path` if, and only if, the block succeeds."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
@@ -176,7 +176,7 @@ def replacing(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def opened(path: Path) -> Iterator[io.BufferedReader]:
-    """A regular file, open for reading; UserError for a device, a pipe or the like, whose bytes may never end."""
+    """Open a regular file for reading. UserError for a device, a pipe or the like, whose bytes may never end."""
 
     def without_waiting(name: str, flags: int) -> int:  # a pipe would wait for its writer
         return os.open(name, flags | os.O_NONBLOCK)
@@ -188,22 +188,21 @@ def opened(path: Path) -> Iterator[io.BufferedReader]:
 
 
 def sha256_file(path: Path) -> str:
-    """Digest of a file's bytes; UserError for what is not a regular file."""
+    """Digest of a file's bytes. UserError if it is not a regular file."""
     with opened(path) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def files(folder: Path) -> dict[str, Path]:
-    """The files of a folder by their paths from it, sorted. Whatever goes through a source goes through it by this.
+    """The files of a folder by their relative paths, sorted. Everything that walks through a source uses this.
 
-    Hidden files and folders are left out, as they do not belong to a checkpoint or a data set (`.cache`, `.git`). A
-    link to a file counts as that file. UserError, which names it, for what a digest cannot cover and a program could
-    still follow: a link to a folder (it may lead round in a circle), a link that leads nowhere, a device, a pipe or a
-    socket, and a folder that cannot be listed.
+    Hidden files and folders (`.cache`, `.git`) are left out: they do not belong to a checkpoint or a data set. A link
+    to a file counts as that file. UserError for anything that a digest cannot cover but a program could follow: a link
+    to a folder (it may form a circle), a broken link, a device, a pipe, a socket, or a folder that cannot be listed.
     """
 
     def refuse(error: OSError) -> None:
-        raise UserError(f"{error.filename} cannot be listed ({error.strerror}): mend or remove it")
+        raise UserError(f"{error.filename} cannot be listed ({error.strerror}): correct its permissions or remove it")
 
     found = {}
     for top, folders, names in os.walk(folder, onerror=refuse):
@@ -212,16 +211,16 @@ def files(folder: Path) -> dict[str, Path]:
         for path in [*links, *(Path(top, name) for name in names if not name.startswith("."))]:
             name = path.relative_to(folder).as_posix()
             if why := _not_a_file(path):
-                raise UserError(f"{path} {why}: remove it, or put a copy of what is meant in its place")
-            # A digest is over lines of UTF-8, one a file.
+                raise UserError(f"{path} {why}: remove it, or replace it by a copy of the file or folder")
+            # The digest of a folder is over lines of UTF-8, one a file.
             if "\n" in name or name.encode("utf-8", "ignore").decode() != name:
-                raise UserError(f"{str(path)!r} has a line feed in its name, or what is not UTF-8: rename it")
+                raise UserError(f"the name of {str(path)!r} has a line feed or is not UTF-8: rename it")
             found[name] = path
     return dict(sorted(found.items()))
 
 
 def _not_a_file(path: Path) -> str | None:
-    """The reason that a path cannot be read as a file; None for a file, or a link to one."""
+    """Why a path cannot be read as a file; None if it is a file or a link to one."""
     try:
         mode = path.stat().st_mode
     except OSError as error:
@@ -232,30 +231,31 @@ def _not_a_file(path: Path) -> str | None:
 
 
 def sha256_tree(folder: Path) -> str:
-    """Digest of a folder: sha256 over one line `<sha256>  <relative path>` a file, sorted by path; UserError as `files`
-    raises it."""
-    lines = [f"{sha256_file(path)}  {name}\n" for name, path in files(folder).items()]
-    return hashlib.sha256("".join(lines).encode()).hexdigest()
+    """Digest of a folder: sha256 over a line `<sha256>  <relative path>` for each file, sorted by path.
+
+    Raises what `files` raises.
+    """
+    return sha256_text("".join(f"{sha256_file(path)}  {name}\n" for name, path in files(folder).items()))
 
 
 def git_blob(path: Path) -> str:
-    """git's name for a file's content, as of the files in a repository that are not in Git LFS."""
+    """git's name for a file's content, valid for files that are not in Git LFS."""
     with opened(path) as file:
         digest = hashlib.sha1(b"blob %d\0" % os.fstat(file.fileno()).st_size)
         return hashlib.file_digest(file, lambda: digest).hexdigest()
 
 
 def sha256_path(path: Path) -> str:
-    """Digest of a file's bytes, or of a folder's files and their names."""
+    """Digest of a file, or of a folder with `sha256_tree`."""
     return sha256_tree(path) if path.is_dir() else sha256_file(path)
 
 
 IGNORED = ("__pycache__", "*.pyc", ".DS_Store", "*~", ".*.swp", ".#*")
-"""Names that DVC passes over in a folder, as `.dvcignore` says: what Python, editors and file managers leave there."""
+"""Names that DVC ignores in a folder, as in `.dvcignore`: leftovers of Python, editors and file managers."""
 
 
 def dvc_files(folder: Path) -> dict[str, Path]:
-    """The files of a folder by their paths from it, as DVC goes through it."""
+    """The files of a folder that DVC counts, by their relative paths."""
     found = {path.relative_to(folder): path for path in folder.rglob("*") if path.is_file()}
     return {
         relative.as_posix(): path
@@ -265,7 +265,7 @@ def dvc_files(folder: Path) -> dict[str, Path]:
 
 
 def dvc_md5(path: Path) -> str | None:
-    """DVC's name for the content of a file, or of a folder (its listing as JSON); None where there is none."""
+    """DVC's name for the content of a file or folder; None if there is none. A folder's is over its listing as JSON."""
     if path.is_file():
         with path.open("rb") as file:
             return hashlib.file_digest(file, "md5").hexdigest()
@@ -277,9 +277,10 @@ def dvc_md5(path: Path) -> str | None:
 
 
 def sha256_text(text: str) -> str:
+    """Digest of a text as UTF-8."""
     return hashlib.sha256(text.encode()).hexdigest()
 
 
 def sha256_ids(ids: Iterable[int]) -> str:
     """Digest of a sequence of token ids."""
-    return hashlib.sha256(" ".join(map(str, ids)).encode()).hexdigest()
+    return sha256_text(" ".join(map(str, ids)))

@@ -1,7 +1,8 @@
-"""The frame of every stage's one call: run alone, read its parameters, print a mistake, measure the cost.
+"""What every stage script does around its one call: hold a lock, read parameters, print mistakes, measure the cost.
 
-DVC keeps two `dvc repro` apart. But if `dvc` is killed and its stage lives on, the next `dvc repro` starts that stage a
-second time, and both write the same files. So each stage has a lock, which the operating system drops with its holder.
+DVC never runs two `dvc repro` at once. But if `dvc` is killed, its stage may still run when the next `dvc repro` starts
+the same stage, and both would write the same files. So each stage has a lock, which the operating system releases when
+the holder dies.
 """
 
 import argparse
@@ -26,28 +27,28 @@ COMPUTING = (
     "torch", "transformers", "peft", "bitsandbytes", "accelerate", "tokenizers", "sentencepiece", "safetensors", "gguf",
     "datasets", "pyarrow", "polib", "numpy", "scipy", "rouge_score", "nltk", "sacrebleu", "regex", "py3langid",
 )  # fmt: skip
-"""The packages whose version can move a number. Every stage depends on their pins, in `constraints.txt`."""
+"""The packages whose version can change a result. Every stage depends on their pins in `constraints.txt`."""
 
 WHERE_INSTALLED = ("xllamacpp",)
-"""The same, for extras: only if they are installed."""
+"""Likewise, for packages of extras, which may be missing."""
 
 
 def run(
     stage: str, call: Callable[[params.Declared], None], result: Path | None = None, seed: int | None = None
 ) -> None:
-    """Run one stage of `dvc.yaml`, or the one of `seed` in a matrix, by `process`.
+    """Run `call`, a stage of `dvc.yaml`, on the parameters that the stage declares; otherwise like `process`.
 
-    `call` is given the parameters that the stage declares.
+    `seed` selects the stage of a matrix over seeds. `result` is the output whose digest identifies the run.
     """
     process(address(stage, seed), lambda: call(params.read(stage)), result)
 
 
 def seed(about: str) -> int:
-    """The seed that this process computes: by `--seed` on its command line, else by the stage that DVC runs.
+    """The seed of this process: from `--seed` on the command line, otherwise from the stage that DVC runs.
 
-    DVC names that stage in its environment (`DVC_STAGE`, `train@17`). A seed never stands in a command of `dvc.yaml`:
-    DVC hands commands to a shell, and `params.yaml` may be a stranger's. `about` is the text of `--help`. Exits with 2
-    where neither gives a whole number.
+    DVC names that stage in the environment (`DVC_STAGE`, `train@17`). Commands in `dvc.yaml` never contain a seed: DVC
+    hands them to a shell, and `params.yaml` may be a stranger's. `about` is the text of `--help`. Exits with 2 if
+    neither gives a whole number.
     """
     parser = argparse.ArgumentParser(description=about)
     parser.add_argument("--seed", type=_seed, help="by default that of the stage which DVC runs")
@@ -72,13 +73,11 @@ def _seed(text: str) -> int:
 def process(
     name: str, call: Callable[[], dict[str, Any] | None], result: Path | None = None, shared: bool = False
 ) -> None:
-    """Run `call` under the lock `name`; if `result`, an output of the call, is given, record what the call cost.
+    """Run `call` under the lock `name`; if `result` is given, record what it cost.
 
-    The cost differs from run to run, and `dvc.lock` must not, so it is no output of the pipeline. It names the digest
-    of `result`, which tells it from the cost of an earlier result in the same place. If the call returns a cost, that
-    replaces the one of this process: others may have done the work (`shared`, `pipeline.model.processes`).
-
-    A UserError is printed without a traceback, and the process exits with 1. An interrupted process exits with 130.
+    `result` is the output whose digest identifies the run. `shared` allows several processes, as
+    `pipeline.model.processes` starts them. A UserError is printed without a traceback, and the process exits with 1. An
+    interrupted process exits with 130.
     """
     set_environment()
     started = time.monotonic()
@@ -93,11 +92,8 @@ def process(
             remove_leftovers()
             if result is None:
                 call()
-                return
-            with energy.metered() as end:
-                measured = call()
-                paid = {"seconds": round(time.monotonic() - started, 3)} | (measured or cost()) | end()
-            records.write_json(paths.costs(result), paid | {"result_sha256": records.sha256_file(result)})
+            else:
+                _record_cost(call, result, started)
     except UserError as error:
         print(f"\nerror: {error}\n", file=sys.stderr, flush=True)
         sys.exit(1)
@@ -106,22 +102,34 @@ def process(
         sys.exit(130)
 
 
+def _record_cost(call: Callable[[], dict[str, Any] | None], result: Path, started: float) -> None:
+    """Run `call` and write what it cost, with the digest of the result, since that place had other results before.
+
+    If other processes did the work, `call` returns their memory and devices, which replace this process's own. The cost
+    is no output of the pipeline: it differs between runs, and `dvc.lock` must not.
+    """
+    with energy.metered() as end:
+        measured = call()
+        paid = {"seconds": round(time.monotonic() - started, 3)} | (measured or cost()) | end()
+    records.write_json(paths.costs(result), paid | {"result_sha256": records.sha256_file(result)})
+
+
 def set_environment() -> None:
-    """Set the environment variables that libraries read when they are imported, which a stage's call does."""
-    if not sys.stderr.isatty():  # bars are litter
+    """Set what libraries read when they are imported, which happens inside a stage's call."""
+    if not sys.stderr.isatty():  # progress bars would only litter a log
         os.environ.setdefault("TQDM_DISABLE", "1")
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    # OpenMP's threads wait for each other by spinning for milliseconds, which takes the cores from a second experiment.
+    # OpenMP's threads spin for milliseconds while they wait, which takes cores away from a second experiment.
     os.environ.setdefault("GOMP_SPINCOUNT", "5000")
-    # Through the package `kernels`, where it is installed, transformers and bitsandbytes run what a model hub holds at
-    # the time, which no pin covers. bitsandbytes has no setting for it: the package is not to be found.
+    # With the package `kernels`, transformers and bitsandbytes run code from a model hub, which no pin covers.
+    # bitsandbytes has no setting against it, so the package is hidden.
     os.environ["USE_HUB_KERNELS"] = "0"
     sys.modules["kernels"] = None  # type: ignore[assignment]
 
 
 def address(stage: str, seed: int | None) -> str:
-    """DVC's name of a stage: `prepare`; of one of a matrix over seeds `train@17`."""
+    """DVC's name of a stage: `prepare`, or `train@17` in a matrix over seeds."""
     return stage if seed is None else f"{stage}@{seed}"
 
 
@@ -129,7 +137,7 @@ def address(stage: str, seed: int | None) -> str:
 def alone(name: str) -> Iterator[None]:
     """Hold the lock of stage `name` of the project in the working directory.
 
-    UserError, with the process's number, when another process holds it.
+    UserError, which names the other process, if that one holds it.
     """
     paths.SCRATCH.mkdir(exist_ok=True)
     holder = paths.SCRATCH / f"{name}.pid"
@@ -139,11 +147,11 @@ def alone(name: str) -> Iterator[None]:
     except Timeout:
         try:
             pid = holder.read_text()
-        except FileNotFoundError:  # it has only just begun, or is ending
+        except FileNotFoundError:  # the other process has only just begun, or is ending
             pid = "<pid>"
         raise UserError(
-            f"{name} is being computed by another process, pid {pid}, maybe of a `dvc repro` that was killed: wait for "
-            f"it, or end it with `kill {pid}`; then run `dvc repro` again"
+            f"{name} is being computed by another process, pid {pid}, perhaps left by a `dvc repro` that was killed: "
+            f"wait for it, or end it with `kill {pid}`; then run `dvc repro` again"
         ) from None
     try:
         records.write_text(holder, str(os.getpid()))
@@ -154,7 +162,7 @@ def alone(name: str) -> Iterator[None]:
 
 
 def require_pinned_versions() -> None:
-    """UserError where another version than the one in `constraints.txt` would compute: `dvc.lock` would not tell."""
+    """UserError if an installed version differs from `constraints.txt`: `dvc.lock` would not show that."""
     if not paths.CONSTRAINTS.is_file():  # DVC does not start a stage without it
         return
     lines = paths.CONSTRAINTS.read_text(encoding="utf-8").splitlines()
@@ -162,7 +170,7 @@ def require_pinned_versions() -> None:
     other = []
     for name in (*COMPUTING, *WHERE_INSTALLED):
         try:
-            # torch's builds for other devices say so behind a +.
+            # torch's builds for other devices add "+cu128" or the like.
             found = version(name).partition("+")[0]
         except PackageNotFoundError:
             found = pins.get(name, "not") if name in WHERE_INSTALLED else "not"
@@ -170,8 +178,8 @@ def require_pinned_versions() -> None:
             other.append(f"{name} {pins[name]}, and {found} is installed")
     if other:
         remedy = (
-            "install them with `rm .venv/installed; make .venv/installed`, or write there what you mean to compute "
-            "with, then `make lock`: all stages then run again"
+            "install the pinned versions with `rm .venv/installed; make .venv/installed`, or change the pins and run "
+            "`make lock`: all stages then run again"
         )
         raise listing([*other, remedy], f"{paths.CONSTRAINTS} has other versions than this environment:")
 
@@ -179,10 +187,10 @@ def require_pinned_versions() -> None:
 def remove_leftovers() -> None:
     """Remove the half-written files (`records.replacing`) of processes that are gone.
 
-    DVC takes whole folders as dependencies (`out/predictions`): a leftover would be part of them.
+    Some dependencies are whole folders (`out/predictions`), and DVC would count a leftover in them.
     """
     for top in (paths.OUT, paths.REPORTS, paths.SCRATCH):
-        # Not rglob(): it fails where another stage removes a folder meanwhile.
+        # Not rglob(): it fails when another stage removes a folder meanwhile.
         for folder, _, names in os.walk(top):
             for name in names:
                 writer = re.fullmatch(r"\..*\.(\d+)\.part", name)
@@ -191,8 +199,8 @@ def remove_leftovers() -> None:
 
 
 def cost() -> dict[str, Any]:
-    """Peak memory of this process (and of the accelerator, where there is one), device and threads."""
-    # getrusage counts in bytes on macOS, in KiB elsewhere.
+    """Peak memory of this process and of its accelerator (MiB), device and threads."""
+    # getrusage counts bytes on macOS, KiB elsewhere.
     peak_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
     found: dict[str, Any] = {"peak_memory_mb": round(peak_bytes / 2**20, 1)}
     torch = sys.modules.get("torch")

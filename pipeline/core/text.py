@@ -1,10 +1,10 @@
-"""Sentences by rule, for the lead of a source and for rougeLsum, which scores sentence by sentence; words, for lengths.
+"""Sentences and words by rule. Sentences serve the lead of a source and ROUGE-Lsum, words serve lengths and cuts.
 
-A sentence ends at a line break, or at [.!?…] with what closes it (quotes, brackets) when white space follows and then
-something other than a lower-case letter or more punctuation; never after a common abbreviation, an initial
-("J. Smith"), or a bare number that opens the sentence ("1. Introduction"). Text whose tokens are separated already
-("a word . Next") is treated alike. Nothing is trained and nothing downloaded, so the split of a text never changes;
-a rule this small does miss what needs a dictionary, and scripts that write no space between sentences.
+A sentence ends at a line break. It also ends at [.!?…], with any closing quotes and brackets, if white space follows
+and the next character is neither a lower-case letter nor punctuation. It never ends after a common abbreviation, an
+initial ("J. Smith"), or a bare number that opens the sentence ("1. Introduction"). The same holds for text whose tokens
+are separated already ("a word . Next"). Nothing is trained or downloaded, so the split of a text never changes. A rule
+this small misses sentences that need a dictionary, and scripts without a space between sentences.
 """
 
 import re
@@ -13,14 +13,13 @@ from functools import cache
 from typing import Any
 
 WITHOUT_SPACES = r"\p{Han}\p{Hiragana}\p{Katakana}\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}"
-"""The scripts that put no space between words, as members of a character class of the package `regex`: there each
-character counts as a word."""
+"""Scripts without spaces between words, as members of a character class of `regex`. Each character counts as a word."""
 MAX_FOREIGN_SHARE = 0.5
-"""Share of letters outside a-z above which ROUGE's own tokenizer sees too little of a text to score."""
+"""Above this share of letters outside a-z, ROUGE's own tokenizer sees too little of a text to score it."""
 
-# A run of full stops, what closes the sentence behind them, and white space: as much of each as there is. Possessive,
-# so that time is linear; `_ends` looks for an earlier end where no white space follows. Quotes that also open are taken
-# as closing only where they touch the full stop.
+# A run of full stops, then closing quotes and brackets, then white space. The quantifiers are possessive, which keeps
+# time linear; if no white space follows, `_ends` looks for an earlier end. Quotes that can also open a quotation count
+# as closing only if they touch the full stop.
 _STOPS = re.compile(r"""[.!?…](?:\s?[.!?…])*+["']*+(?:\s?(?:''|[”’»)\]]))*+\s*+""")
 _ABBREVIATION = re.compile(
     r"""(?:^|[^\w.])
@@ -34,7 +33,7 @@ _LONGEST_ABBREVIATION = 12  # characters: all that the patterns above need to se
 
 
 def words(text: str) -> list[str]:
-    """The words of `text`: separated by white space; in scripts without it, each character with its marks."""
+    """The words of `text`, split at white space; in `WITHOUT_SPACES`, each character with its marks is a word."""
     parts = text.split()
     return parts if text.isascii() else [word for part in parts for word in _words().findall(part)]
 
@@ -47,24 +46,24 @@ def _words() -> Any:
 
 
 def foreign_share(texts: Iterable[str]) -> float:
-    """The share of letters outside a-z in some texts; 0 if they have no letters."""
+    """The share of the texts' letters that lie outside a-z; 0 if there are no letters."""
     letters = [letter for text in texts for letter in text.lower() if letter.isalpha()]
     return sum(not "a" <= letter <= "z" for letter in letters) / max(1, len(letters))
 
 
 def sentences(text: str) -> list[str]:
-    """The sentences of `text` in order, stripped, none empty; white space between them is all that is lost."""
+    """The sentences of `text` in order, stripped, none empty. Only white space between them is lost."""
     return list(_each(text))
 
 
 def lead(text: str) -> str:
-    """The first sentence of `text`; empty where there is none."""
+    """The first sentence of `text`, or an empty string."""
     return next(_each(text), "")
 
 
 def _each(text: str) -> Iterator[str]:
     for line in text.splitlines():
-        start = seen = 0  # of the sentence, the part before `seen` is searched for letters
+        start = seen = 0  # the part of the sentence before `seen` has been searched for letters
         letters = False
         for stop, end in _ends(line):
             following = line[end : end + 1]
@@ -81,9 +80,10 @@ def _each(text: str) -> Iterator[str]:
 
 
 def _ends(line: str) -> Iterator[tuple[int, int]]:
-    """Where sentences may end: the place behind the last full stop and what closes it, and behind the white space.
+    """Where sentences may end: the places before and after the white space behind the closing marks.
 
-    Where no white space follows, the last within them is taken: "a . .b" may end behind its first full stop.
+    If no white space follows a run of marks, the last white space inside it counts: "a . .b" may end after the first
+    full stop.
     """
     position = 0
     while found := _STOPS.search(line, position):
@@ -96,6 +96,6 @@ def _ends(line: str) -> Iterator[tuple[int, int]]:
 
 
 def _is_open(tail: str) -> bool:
-    """Whether the full stop at the end of `tail`, the last characters of a sentence, closes none."""
+    """Whether the sentence goes on after the full stop at the end of `tail`, its last characters."""
     initial = _INITIAL.search(tail) and tail[-2].isupper()
     return bool(initial or _ABBREVIATION.search(tail))

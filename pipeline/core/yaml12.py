@@ -1,7 +1,7 @@
-"""YAML 1.2 of strangers: a params file, a recipe, a search, a `dvc.lock`.
+"""YAML 1.2 that strangers may have written: a params file, a recipe, a search, a `dvc.lock`.
 
-Tags that would build objects are refused by ruamel's safe loader. Aliases are refused here: a few lines of them stand
-for more values than fit into memory, and every reader of the file, DVC among them, would expand them.
+ruamel's safe loader refuses tags that would build objects. This module also refuses aliases: a few lines of them can
+expand to more values than fit into memory, in every program that reads the file, such as DVC.
 """
 
 from pathlib import Path
@@ -17,7 +17,7 @@ from pipeline.core.errors import UserError
 
 
 def read(path: Path) -> Any:
-    """The content of a YAML file; UserError where it is missing, is not UTF-8, or as of `load`."""
+    """The content of a YAML file. UserError if it is missing or not UTF-8, or if `load` raises it."""
     try:
         return load(path.read_text(encoding="utf-8"), str(path))
     except FileNotFoundError:
@@ -27,25 +27,25 @@ def read(path: Path) -> Any:
 
 
 def load(text: str, name: str) -> Any:
-    """The content of a YAML text; `name` heads the error.
+    """The content of a YAML text. `name` stands at the head of errors.
 
-    `NotYamlError` for a text that is not YAML; UserError for an alias in it.
+    Raises `NotYamlError` for a text that is not YAML, and UserError for an alias.
     """
     return _parsed("load", text, name)
 
 
 def compose(text: str, name: str) -> Node | None:
-    """The nodes of a YAML text with their places in it; UserError as of `load`."""
+    """The nodes of a YAML text, with their positions. Raises what `load` raises."""
     node: Node | None = _parsed("compose", text, name)
     return node
 
 
 class NotYamlError(UserError):
-    """A text that is not YAML: half-written, or never YAML."""
+    """The text is not YAML, or was cut off."""
 
 
 class _AliasError(Exception):
-    """An alias was met; the argument is its event."""
+    """The text has an alias. The argument is its event."""
 
 
 class _WithoutAliases(Composer):
@@ -68,5 +68,5 @@ def _parsed(how: str, text: str, name: str) -> Any:
         ) from None
     except YAMLError as error:
         raise NotYamlError(f"{name} is not YAML: {error}") from None
-    except Exception as error:  # ruamel meets bad dates, numbers and too deep a nesting with whatever they bring about
-        raise NotYamlError(f"{name} is not YAML that can be read ({type(error).__name__}: {error})") from None
+    except Exception as error:  # ruamel lets the errors of bad dates, bad numbers and deep nesting through
+        raise NotYamlError(f"{name} cannot be read as YAML ({type(error).__name__}: {error})") from None
