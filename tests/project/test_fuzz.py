@@ -91,6 +91,9 @@ def overwritten(draw: random.Random, content: bytes) -> bytes:
 BOMB = b"a: &a [x]\n" + b"".join(b"%c: &%c [%s]\n" % (n, n, b", ".join([b"*%c" % (n - 1)] * 9)) for n in b"bcdefghijkl")
 
 
+pytestmark = pytest.mark.slow
+
+
 class TestParams:
     ANYTHING: tuple[Any, ...] = (
         None, True, -1, 0, 10**30, 1.5, float("nan"), float("-inf"), "", "x" * 500, "\x1b[2J", "\ud800", [], [None],

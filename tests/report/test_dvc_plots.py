@@ -163,6 +163,7 @@ def addresses(page: str) -> list[str]:
     return parser.found
 
 
+@pytest.mark.slow
 class TestPage:
     @pytest.fixture
     def project(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:

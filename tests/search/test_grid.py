@@ -68,6 +68,7 @@ def test_tools_that_are_missing_are_named(here: Path, monkeypatch: pytest.Monkey
         grid.sweep(["lora.r=4,8"], 1)
 
 
+@pytest.mark.slow
 def test_two_workers_on_a_fresh_store_and_one_failure(tmp_path: Path) -> None:
     project = tmp_path / "project"
     parallel.make_project(project)
