@@ -1,5 +1,5 @@
-"""Training: the adapter, its optimizer, and the step.
+"""Training: the adapter, its optimizer, and the steps.
 
-It imports core and model. The base's own inference depends on nothing in it but `adapter`, and that for tuned models
-alone.
+It imports core and model. Inference with an adapter depends on `adapter`; inference of the base depends on nothing
+here.
 """

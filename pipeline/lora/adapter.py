@@ -1,4 +1,4 @@
-"""LoRA adapters (arXiv 2106.09685) through PEFT: made, saved, and loaded with proof that they took effect."""
+"""LoRA adapters (arXiv 2106.09685) through PEFT: make, save, and load them with a proof that they act."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -15,12 +15,15 @@ if TYPE_CHECKING:
 
 WEIGHTS = "adapter_model.safetensors"
 CONFIG = "adapter_config.json"
-# Beside PEFT's two files, and ignored by it: the base that the adapter belongs to.
 ORIGIN = "origin.json"
+"""The digest of the base (`contracts.AdapterOrigin`), beside PEFT's two files. PEFT ignores it."""
 
 
 def attach(model: Any, lora: params.Lora, seed: int) -> Any:
-    """Put a fresh adapter on a loaded base: A random by `seed`, B zero, so that the model starts as the base."""
+    """Put a fresh adapter on a loaded base: A is drawn from `seed` and B is zero, so the model starts as the base.
+
+    Returns PEFT's model. UserError for a target module that the base does not have.
+    """
     import torch
     from peft import LoraConfig, get_peft_model
 
@@ -46,7 +49,7 @@ def attach(model: Any, lora: params.Lora, seed: int) -> Any:
 
 
 def targets(model: Any, lora: params.Lora) -> list[str]:
-    """The layer names to adapt; UserError for a name that the model does not have."""
+    """The names of the layers to adapt. UserError for a name that the model does not have."""
     known = checkpoint.linear_layers(model)
     if lora.target_modules == "all-linear":
         return known
@@ -54,18 +57,21 @@ def targets(model: Any, lora: params.Lora) -> list[str]:
     if unknown:
         raise UserError(
             f"lora.target_modules names {', '.join(unknown)}, which this model does not have; "
-            f"it has {', '.join(known)} (all-linear takes them all)"
+            f"it has {', '.join(known)} (all-linear takes all of them)"
         )
     return sorted(set(lora.target_modules))
 
 
 def tensors(adapted: Any) -> dict[str, "torch.nn.Parameter"]:
-    """The trainable tensors by name; only the adapter's."""
+    """The trainable tensors by name, which are the adapter's."""
     return {name: tensor for name, tensor in adapted.named_parameters() if tensor.requires_grad}
 
 
 def save(adapted: Any, values: Mapping[str, "torch.Tensor"], folder: Path, model_sha256: str) -> None:
-    """Write an adapter of these values (`tensors`) in PEFT's format; UserError when one is not finite."""
+    """Write the adapter in PEFT's format, with `values` in place of its `tensors`. UserError if one is not finite.
+
+    `model_sha256` is the digest of the quantized base.
+    """
     import torch
 
     bad = [name for name, tensor in values.items() if not torch.isfinite(tensor).all()]
@@ -73,7 +79,7 @@ def save(adapted: Any, values: Mapping[str, "torch.Tensor"], folder: Path, model
         raise UserError(f"the trained adapter holds NaN or infinity (in {bad[0]}): lower train.learning_rate")
     adapted.save_pretrained(folder, state_dict=dict(values))
     (folder / "README.md").unlink(missing_ok=True)  # PEFT's empty model card
-    # PEFT keeps the layers' names in a set, whose order differs from process to process.
+    # PEFT keeps the layers' names in a set, whose order differs between processes.
     config = records.read_json(folder / CONFIG)
     records.write_json(folder / CONFIG, config | {"target_modules": sorted(config["target_modules"])})
     contracts.write(folder / ORIGIN, AdapterOrigin(model_sha256))
@@ -81,21 +87,22 @@ def save(adapted: Any, values: Mapping[str, "torch.Tensor"], folder: Path, model
 
 @dataclass(frozen=True)
 class Saved:
-    """A saved adapter: its digest, and its way back onto the base."""
+    """A saved adapter in `folder`."""
 
     folder: Path
 
     @property
     def sha256(self) -> str:
+        """Digest of the folder."""
         return records.sha256_tree(self.folder)
 
     @property
     def parameters(self) -> int:
-        """Values in it, which are saved in float32."""
+        """About how many values it has: they are saved in float32."""
         return (self.folder / WEIGHTS).stat().st_size // 4
 
     def require_of(self, model_sha256: str) -> None:
-        """UserError when it belongs to another base."""
+        """UserError if the adapter was trained on another base."""
         origin = contracts.read(self.folder / ORIGIN, AdapterOrigin).model_sha256
         if origin != model_sha256:
             raise UserError(
@@ -105,13 +112,12 @@ class Saved:
     def load(self, model: Any, model_sha256: str, name: str = "default") -> Any:
         """Put the adapter on the base it was trained on, and prove that it acts.
 
-        A base that holds adapters already keeps them, and this one becomes the active one: `set_adapter(name)` of what
-        is returned switches between them, within `disable_adapter()` it is the base.
+        A base with adapters keeps them, and this one becomes the active one. On the returned model, `set_adapter(name)`
+        switches between adapters, and within `disable_adapter()` the model is the base.
 
-        UserError when it belongs to another base, when a tensor is missing, superfluous, not finite or not loaded as
-        saved, or when the logits stay what they were; when there is an adapter of that name.
+        UserError if the adapter belongs to another base, if the model has an adapter of that name, if a tensor is
+        missing, superfluous, not finite or not loaded as saved, or if the logits do not change.
         """
-        import torch
         from peft import PeftModel, get_peft_model_state_dict
         from safetensors.torch import load_file
 
@@ -130,7 +136,18 @@ class Saved:
         if shard.kind(adapted) == "tensor":
             shard.fit(adapted)
         state = get_peft_model_state_dict(adapted, adapter_name=name)
-        loaded = {name: shard.whole(tensor) for name, tensor in state.items()}
+        self._require_loaded(saved, {key: shard.whole(tensor) for key, tensor in state.items()})
+        for key, tensor in adapted.named_parameters():
+            if "lora_" in key:
+                tensor.data = tensor.data.to(model.dtype)
+        fused.apply(adapted.eval())
+        if logit_change(adapted) == 0.0:
+            raise UserError(f"{self.folder} does not change the model's logits: it was not trained, or is not applied")
+        return adapted
+
+    def _require_loaded(self, saved: Mapping[str, "torch.Tensor"], loaded: Mapping[str, "torch.Tensor"]) -> None:
+        import torch
+
         differing = sorted(set(saved) ^ set(loaded))
         if differing:
             raise UserError(f"{self.folder}: {len(differing)} tensors missing or unexpected, such as {differing[0]}")
@@ -139,17 +156,10 @@ class Saved:
                 raise UserError(f"{self.folder}: {name} holds NaN or infinity")
             if not torch.equal(tensor.to(loaded[name]), loaded[name]):
                 raise UserError(f"{self.folder}: {name} was not loaded as saved")
-        for name, tensor in adapted.named_parameters():
-            if "lora_" in name:
-                tensor.data = tensor.data.to(model.dtype)
-        fused.apply(adapted.eval())
-        if logit_change(adapted) == 0.0:
-            raise UserError(f"{self.folder} does not change the model's logits: it was not trained, or is not applied")
-        return adapted
 
 
 def logit_change(adapted: Any) -> float:
-    """Largest absolute difference that the adapter makes to the next-token logits of a fixed sequence."""
+    """The adapter's largest absolute change of a next-token logit, on a fixed sequence."""
     import torch
 
     ids = torch.arange(3, 19, device=adapted.device)[None] % adapted.config.vocab_size

@@ -1,8 +1,8 @@
-"""The optimizer of the adapter: AdamW (arXiv 1711.05101), its moments in float32 or, by bitsandbytes, in 8 bits.
+"""The optimizer of the adapter: AdamW (arXiv 1711.05101), with moments in float32, or in 8 bits by bitsandbytes.
 
-In 8 bits a moment of at least 4,096 values has one constant a block of 256 (arXiv 2110.02861); smaller ones stay in
-float32. Paged moments lie in memory that CUDA moves between device and machine (QLoRA, arXiv 2305.14314, section 3).
-After a kill they continue from the checkpoint on the device, unpaged, with the same values, so `pipeline.model.memory`
+In 8 bits, a moment of at least 4,096 values has one constant for each block of 256 (arXiv 2110.02861); smaller ones
+stay in float32. Paged moments lie in memory that CUDA moves between device and machine (QLoRA, arXiv 2305.14314,
+section 3). After a resumed run they have the same values, but lie unpaged on the device, so `pipeline.model.memory`
 always counts them there.
 """
 
@@ -16,11 +16,11 @@ if TYPE_CHECKING:
     import torch
 
 DEVICES = {"adamw": ("cpu", "cuda", "mps"), "adamw8bit": ("cpu", "cuda"), "paged-adamw8bit": ("cuda",)}
-"""Where bitsandbytes 0.50.2 has an update for the optimizer's states; on a CPU it would leave pages out and go on."""
+"""The devices on which bitsandbytes 0.50.2 updates the states. On a CPU it would silently ignore paging."""
 
 
 def require(name: str, device: "torch.device") -> None:
-    """UserError where the device cannot update such an optimizer."""
+    """UserError if the optimizer `name` (`train.optimizer`) does not run on the device."""
     if device.type not in DEVICES[name]:
         possible = [other for other, types in DEVICES.items() if device.type in types]
         raise UserError(
@@ -30,7 +30,7 @@ def require(name: str, device: "torch.device") -> None:
 
 
 def build(tensors: "Sequence[torch.Tensor]", train: params.Train) -> "torch.optim.Optimizer":
-    """Over float32 tensors; the learning rate is set at each step."""
+    """The optimizer of `train` over float32 tensors. The learning rate must be set at each step."""
     import torch
 
     if train.optimizer == "adamw":
@@ -38,5 +38,5 @@ def build(tensors: "Sequence[torch.Tensor]", train: params.Train) -> "torch.opti
     from bitsandbytes.optim import AdamW8bit, PagedAdamW8bit
 
     kind = PagedAdamW8bit if train.optimizer == "paged-adamw8bit" else AdamW8bit
-    optimizer: torch.optim.Optimizer = kind(list(tensors), betas=(0.9, train.beta2), weight_decay=train.weight_decay)
-    return optimizer
+    made: torch.optim.Optimizer = kind(list(tensors), betas=(0.9, train.beta2), weight_decay=train.weight_decay)
+    return made

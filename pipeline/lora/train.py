@@ -1,17 +1,17 @@
-"""LoRA training: the adapter alone is optimized, on a frozen and possibly 4-bit base (QLoRA, arXiv 2305.14314).
+"""LoRA training: only the adapter is optimized, on a frozen and possibly 4-bit base (QLoRA, arXiv 2305.14314).
 
 The loss of a step is the mean over all supervised tokens of its batch, however the batch is split for memory. The
-adapter computes in the model's dtype; gradients are summed and the update is made in float32. Order, dropout and
-learning rate of a step depend on the seed and the step's number alone, so training can stop and go on anywhere.
+adapter computes in the model's dtype; gradients are summed, and the update is made, in float32. The order, dropout and
+learning rate of a step depend only on the seed and the step's number, so training can be interrupted anywhere.
 
-Several processes (`pipeline.model.processes`) divide the groups of each step's batch, and of validation, among them,
-and sum gradients and losses over the supervised tokens of all: up to rounding, what one process computes. Dropout alone
-differs, since each process draws its own.
+Several processes (`pipeline.model.processes`) divide the groups of each batch, and of validation, among them. They sum
+gradients and losses over the supervised tokens of all, which equals one process up to rounding. Only dropout differs,
+since each process draws its own.
 
-Overfitting is watched by the loss on the validation split. With `early_stopping`, training ends once that has not
-fallen for so many validations, and the adapter of the lowest is kept. The state before the first step is never kept:
-it is the base. The training loss beside it is of the same kind: in evaluation mode, by the
-adapter that is kept, over training groups spread evenly through the split, with about as many rows as validation has.
+The loss on the validation split shows overfitting. `early_stopping` ends training after that many validations without a
+lower loss, and keeps the adapter with the lowest one. It never keeps the state before the first step, which is the
+base. The training loss is measured like the validation loss: in evaluation mode, with the kept adapter, on training
+groups spread evenly through the split, with about as many rows as validation has.
 """
 
 import hashlib
@@ -41,7 +41,7 @@ SECONDS_BETWEEN_CHECKPOINTS = 60.0
 
 @dataclass(frozen=True, slots=True)
 class Rows:
-    """The rows that training and validation read, and how many training rows are too long and were dropped."""
+    """The rows of training and validation, and how many training rows were dropped because they are too long."""
 
     train: list[Row]
     validation: list[Row]
@@ -49,15 +49,16 @@ class Rows:
 
     @property
     def checked(self) -> int:
-        """The prompts that were looked at, those of dropped rows included."""
+        """The number of prompts that were checked, including those of dropped rows."""
         return len(self.train) + self.dropped + len(self.validation)
 
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """The computation: the batch of every step with the epochs before it, and the rows of the two losses.
+    """What will be computed.
 
-    `sample` holds training groups spread evenly through the split, with about as many rows as `validation`.
+    `steps` has the epochs before each step, and its batch. `validation` and `sample`, training groups spread evenly
+    through the split, are the groups of the two losses.
     """
 
     steps: list[tuple[float, list[pack.Tree]]]
@@ -66,17 +67,16 @@ class Plan:
     sample: list[pack.Tree]
 
     def epochs_at(self, step: int) -> float:
-        """How many epochs had passed once so many steps were made."""
+        """The number of epochs that have passed after `step` steps."""
         return self.steps[step][0] if step < len(self.steps) else float(self.epochs)
 
 
 def fit(seed: int, prompt: params.Prompt, lora: params.Lora, train: params.Train, runtime: params.Runtime) -> None:
-    """Train the adapter of one seed; write it with its summary (`TrainingSummary`) and its curve.
+    """Train the adapter of one seed. Write it with its summary (`TrainingSummary`) and its curve.
 
-    UserError for rows that do not fit, a target module that is not there, too little memory, or a loss that is not
-    finite.
+    UserError if rows do not fit, a target module does not exist, memory is too small, or a loss is not finite.
     """
-    # 1. What will be computed, and whether it can be.
+    # 1. Plan, and check what can be checked before the model is loaded.
     facts = contracts.read(paths.QUANTIZED_FACTS, QuantizedFacts)
     rows = _rows(Encoder(checkpoint.tokenizer(), prompt, facts.context), prompt, train)
     plan = _plan(rows, train, seed)
@@ -84,7 +84,7 @@ def fit(seed: int, prompt: params.Prompt, lora: params.Lora, train: params.Train
     identity = _identity(seed, facts, device, [prompt, lora, train], runtime)
     processes.require_same(resume.key("train", identity), "experiment")
     with resume.folder(f"train-{seed}", identity) as scratch:
-        # 2. The model with a fresh adapter, or the state that an interrupted run left.
+        # 2. Load the model with a fresh adapter, or with the state of an interrupted run.
         model = adapter.attach(load.quantized(device, runtime.keep_dequantized, runtime.sharding), lora, seed)
         if runtime.gradient_checkpointing:
             model.get_base_model().activation_checkpointing_enable()
@@ -95,9 +95,9 @@ def fit(seed: int, prompt: params.Prompt, lora: params.Lora, train: params.Train
             f"train {seed}: {len(rows.train)} rows ({rows.dropped} dropped), {len(plan.steps)} steps, "
             f"{trainer.parameters:,} trainable parameters"
         )
-        # 3. The steps.
+        # 3. Make the steps.
         _run(trainer, plan, scratch)
-        # 4. The adapter that is kept, and what it is worth.
+        # 4. Measure and write the adapter that is kept.
         trainer.validate(plan.validation)
         trainer.keep_best()
         training_loss = trainer.loss(plan.sample, "training rows")
@@ -117,7 +117,7 @@ def fit(seed: int, prompt: params.Prompt, lora: params.Lora, train: params.Train
 
 
 def _rows(encoder: Encoder, prompt: params.Prompt, train: params.Train) -> Rows:
-    """The rows of both splits; UserError where too many do not fit."""
+    """The rows of both splits. UserError if too many do not fit."""
     everything = [encoder.row(example) for example in records.read_rows(paths.split("train"), Example)]
     fitting = [row for row in everything if encoder.fits(row.prompt) and encoder.holds(row)]
     validation = [encoder.row(example) for example in records.read_rows(paths.split("validation"), Example)]
@@ -134,7 +134,7 @@ def _rows(encoder: Encoder, prompt: params.Prompt, train: params.Train) -> Rows:
 
 
 def _plan(rows: Rows, train: params.Train, seed: int) -> Plan:
-    """The batches of every epoch; UserError where `train.early_stopping` would wait longer than training lasts."""
+    """The plan of one seed. UserError if `train.early_stopping` would wait longer than training lasts."""
     groups, validation = pack.trees(rows.train), pack.trees(rows.validation)
     epochs = [batches(groups, train.batch_size, _mix(seed, -1 - epoch)) for epoch in range(train.epochs)]
     steps = [(epoch + at / len(some), batch) for epoch, some in enumerate(epochs) for at, batch in enumerate(some)]
@@ -142,7 +142,7 @@ def _plan(rows: Rows, train: params.Train, seed: int) -> Plan:
     if train.early_stopping >= after_the_first > 0:
         raise UserError(
             f"train.early_stopping = {train.early_stopping}, but training has {after_the_first} validations after "
-            f"its first step, too few to wait so long: lower it, raise train.epochs, or validate more often with "
+            f"its first step, which are too few: lower it, raise train.epochs, or validate more often with "
             f"train.validate_every (training has {len(steps)} steps)"
         )
     return Plan(steps, train.epochs, validation, evenly(groups, len(rows.validation)))
@@ -151,7 +151,7 @@ def _plan(rows: Rows, train: params.Train, seed: int) -> Plan:
 def _device_for(
     plan: Plan, facts: QuantizedFacts, lora: params.Lora, train: params.Train, runtime: params.Runtime
 ) -> "torch.device":
-    """The device that trains; UserError where it cannot, or where a process would have nothing to do."""
+    """The device that trains. UserError if it cannot, or if a process would have nothing to do."""
     groups = max(len(batch) for _, batch in plan.steps)
     if groups < processes.count() and runtime.sharding != "tensor":
         raise UserError(
@@ -174,7 +174,7 @@ def _identity(
     sections: Sequence[BaseModel],
     runtime: params.Runtime,
 ) -> dict[str, Any]:
-    """The inputs that decide the result, besides code and packages. A checkpoint of other inputs is of no use."""
+    """What decides the result besides code and packages. A checkpoint with another identity is not used."""
     return {
         "seed": seed,
         "model": facts.sha256,
@@ -186,7 +186,7 @@ def _identity(
 
 
 def _run(trainer: "Trainer", plan: Plan, scratch: Path) -> None:
-    """The steps that are left, with their validations and checkpoints, until the last or until training stops early."""
+    """Make the remaining steps, with validations and checkpoints, unless training stops early."""
     seed, train = trainer.seed, trainer.train
     last_saved = time.monotonic()
     with bar(f"train {seed}", len(plan.steps), "steps") as advance:
@@ -197,7 +197,7 @@ def _run(trainer: "Trainer", plan: Plan, scratch: Path) -> None:
                 trainer.validate(plan.validation)
                 if is_over(trainer.validation, train.early_stopping):
                     break
-                # Not the last one: when a search may end a trial does not depend on how fast it looks.
+                # Not the last one: a search must not end a trial depending on how fast it reads the file.
                 publish_validation(seed, len(trainer.log), trainer.validation[-1].loss)
             trainer.step(batch, epoch)
             advance(1)
@@ -250,7 +250,10 @@ def _summary(
 
 
 class Trainer:
-    """The state of a training run, and the three things done to it: a step, a validation, a checkpoint."""
+    """The state of a training run, with its steps, validations and checkpoints.
+
+    `masters` are the adapter's values in float32. `steps` is the planned number, which the learning rate depends on.
+    """
 
     def __init__(self, model: Any, train: params.Train, seed: int, steps: int) -> None:
         self.model, self.train, self.seed, self.steps = model, train, seed, steps
@@ -268,17 +271,33 @@ class Trainer:
         return sum(tensor.numel() for tensor in self.masters.values())
 
     def step(self, batch: Sequence[pack.Tree], epoch: float) -> None:
-        """One optimizer step on one batch; UserError when the loss or the gradient is not finite."""
+        """One optimizer step on one batch, after `epoch` epochs. UserError if the loss or the gradient is not
+        finite."""
         import torch
 
         number = len(self.log)
+        mean, gradients = self._gradients(batch)
+        norm = float(torch.nn.utils.get_total_norm(list(gradients.values())))
+        if not math.isfinite(mean) or not math.isfinite(norm):
+            raise UserError(
+                f"training diverged at step {number}: loss {mean}, gradient norm {norm}; lower train.learning_rate"
+            )
+        rate = learning_rate(number, self.steps, self.train)
+        self._update(gradients, rate, min(1.0, self.train.max_grad_norm / (norm + 1e-6)))
+        rows = sum(len(tree.branches) for tree in batch)
+        self.log.append(Step(number, epoch, mean, rate, norm, rows, sum(tree.tokens for tree in batch)))
+
+    def _gradients(self, batch: Sequence[pack.Tree]) -> tuple[float, "dict[str, torch.Tensor]"]:
+        """The mean loss over the supervised tokens of a batch, and its gradients in float32, over all processes."""
+        import torch
+
         self.model.train()
-        torch.manual_seed(_mix(self.seed, number) + processes.rank())  # of dropout
+        torch.manual_seed(_mix(self.seed, len(self.log)) + processes.rank())  # for dropout
         supervised = sum(tree.supervised for tree in batch)
         gradients = {name: torch.zeros_like(master) for name, master in self.masters.items()}
         total = 0.0
         own = processes.share(batch, lambda tree: tree.tokens)
-        # In float16 the gradient of a mean would be lost below 6e-8: there it is that of the sum, divided in float32.
+        # Gradients below 6e-8 vanish in float16: there, take the gradient of the sum and divide it in float32.
         unit = 1 / supervised if self.model.dtype is torch.float16 else 1.0
         with shard.together(self.model, backward=True):
             for part in pack.micro_batches(own, self.train.micro_batch_tokens):
@@ -291,26 +310,20 @@ class Trainer:
                         gradient = shard.whole(tensor.grad)
                         gradients[name] += gradient if unit == 1.0 else gradient.float() * unit
                         tensor.grad = None
-        self.model.zero_grad()  # what came of waiting
-        total = processes.add_up(total, list(gradients.values()))
-        norm = float(torch.nn.utils.get_total_norm(list(gradients.values())))
-        if not math.isfinite(total) or not math.isfinite(norm):
-            raise UserError(
-                f"training diverged at step {number}: loss {total}, gradient norm {norm}; lower train.learning_rate"
-            )
-        scale = min(1.0, self.train.max_grad_norm / (norm + 1e-6))
+        self.model.zero_grad()  # `shard.together` may have made gradients while this process waited
+        return processes.add_up(total, list(gradients.values())), gradients
+
+    def _update(self, gradients: "dict[str, torch.Tensor]", rate: float, scale: float) -> None:
+        """Step the optimizer, with gradients scaled in place, and give the model the new values."""
         for name, master in self.masters.items():
             master.grad = gradients[name].mul_(scale)
-        rate = learning_rate(number, self.steps, self.train)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         self.optimizer.step()
-        self._write(self.masters)
-        rows = sum(len(tree.branches) for tree in batch)
-        self.log.append(Step(number, epoch, total, rate, norm, rows, sum(tree.tokens for tree in batch)))
+        self._write_rounded()
 
     def validate(self, trees: Sequence[pack.Tree]) -> None:
-        """Append the mean loss over all validation rows; with early stopping, hold on to the best state."""
+        """Append the mean loss over all validation rows, once a step. With early stopping, remember the best state."""
         if any(one.step == len(self.log) for one in self.validation) or not trees:
             return
         processes.require_same(self.masters, "adapter")
@@ -322,7 +335,7 @@ class Trainer:
             self.best = {name: master.clone() for name, master in self.masters.items()}
 
     def loss(self, trees: Sequence[pack.Tree], label: str) -> float:
-        """The mean loss over the supervised tokens of all rows; dropout is off and nothing is changed."""
+        """The mean loss in nats over the supervised tokens of all rows, without dropout. It changes no state."""
         import torch
 
         self.model.eval()
@@ -337,18 +350,18 @@ class Trainer:
         return processes.add_up(total) / sum(tree.supervised for tree in trees)
 
     def keep_best(self) -> None:
-        """With early stopping, go back to the state whose validation loss was the lowest."""
+        """With early stopping, return to the state with the lowest validation loss."""
         for name, tensor in self.best.items():
             self.masters[name].copy_(tensor)
-        self._write(self.masters)
+        self._write_rounded()
 
     def write_masters(self) -> None:
-        """Give the model the float32 masters, which are what is saved."""
+        """Give the model the float32 values, which are saved."""
         for name, tensor in self.tensors.items():
             tensor.data = shard.part(self.masters[name].clone(), tensor)
 
     def save(self, scratch: Path) -> None:
-        """Write the state whole, or leave the earlier one."""
+        """Write the state to `scratch`, atomically."""
         import torch
 
         state = {
@@ -362,7 +375,7 @@ class Trainer:
             torch.save(state, temporary)
 
     def resume(self, scratch: Path) -> None:
-        """Go on from the state in `scratch`, if there is one."""
+        """Continue from the state in `scratch`, if there is one."""
         import torch
 
         file = scratch / "state.pt"
@@ -376,17 +389,20 @@ class Trainer:
         self.validation, self.best = [Validation(**one) for one in state["validation"]], state["best"]
         for one in self.validation:
             publish_validation(self.seed, one.step, one.loss)
-        self._write(self.masters)
+        self._write_rounded()
         say(f"train {self.seed}: going on from step {len(self.log)}")
 
-    def _write(self, masters: "dict[str, torch.Tensor]") -> None:
+    def _write_rounded(self) -> None:
+        """Give the model the masters in its own dtype."""
         for name, tensor in self.tensors.items():
-            tensor.data.copy_(shard.part(masters[name], tensor))
+            tensor.data.copy_(shard.part(self.masters[name], tensor))
 
 
 def batches(trees: Sequence[pack.Tree], rows: int, seed: int) -> list[list[pack.Tree]]:
-    """One epoch: all groups in an order drawn from `seed`, whole groups a batch, at most `rows` rows unless one group
-    has more."""
+    """The batches of one epoch: whole groups, in an order drawn from `seed`, with at most `rows` rows a batch.
+
+    A group with more rows is a batch of its own.
+    """
     import torch
 
     order = torch.randperm(len(trees), generator=torch.Generator().manual_seed(seed)).tolist()
@@ -399,29 +415,29 @@ def batches(trees: Sequence[pack.Tree], rows: int, seed: int) -> list[list[pack.
 
 
 def evenly(trees: Sequence[pack.Tree], rows: int) -> list[pack.Tree]:
-    """Groups spread evenly through `trees`, with about `rows` rows together; all of them where there are fewer."""
+    """Groups spread evenly through `trees`, with about `rows` rows in total, or all groups if they have fewer."""
     share = min(1.0, rows / sum(len(tree.branches) for tree in trees))
     count = max(1, round(share * len(trees)))
     return [trees[at * len(trees) // count] for at in range(count)]
 
 
 def lowest(validation: Sequence[Validation]) -> Validation:
-    """The validation with the lowest loss, the first of equal ones, of those after a step where there are any."""
+    """The first validation with the lowest loss. The one before the first step counts only if it is the only one."""
     return min(validation[1:] or validation, key=lambda one: one.loss)
 
 
 def is_over(validation: Sequence[Validation], patience: int) -> bool:
-    """Whether so many validations have passed since the lowest that training ends; patience 0 never ends it."""
+    """Whether training ends: `patience` validations have passed since the lowest. Patience 0 never ends it."""
     return 0 < patience <= len(validation) - 1 - validation.index(lowest(validation))
 
 
 def _is_due(step: int, epoch: float, train: params.Train) -> bool:
-    """Whether to validate before this step; the end of training is due in any case."""
+    """Whether to validate before this step. The end of training is always validated."""
     return step % train.validate_every == 0 if train.validate_every else epoch.is_integer()
 
 
 def learning_rate(step: int, steps: int, train: params.Train) -> float:
-    """The rate of step `step` of `steps`, counted from 0: warm-up, then the schedule."""
+    """The learning rate of step `step` (from 0) of `steps`: a linear warm-up, then the schedule."""
     warmup = round(train.warmup * steps)
     if step < warmup:
         return train.learning_rate * (step + 1) / warmup
@@ -431,5 +447,5 @@ def learning_rate(step: int, steps: int, train: params.Train) -> float:
 
 
 def _mix(seed: int, number: int) -> int:
-    """A seed for one step or epoch of one run: the same for the same two numbers, unrelated for others."""
+    """A seed for one step or epoch of one run, unrelated to those of other numbers."""
     return int.from_bytes(hashlib.sha256(f"{seed}/{number}".encode()).digest()[:8], "big") >> 1
