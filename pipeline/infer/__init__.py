@@ -1,4 +1,4 @@
-"""Inference: prompts become texts, by one of three backends, within a budget of examples and tokens.
+"""Inference: one of three backends answers prompts, within a budget of examples and tokens.
 
-It imports core and model. Nothing of training is in it: over a whole sweep the base is decoded once.
+It imports core and model, and nothing of training, so a whole sweep decodes the base only once.
 """

@@ -1,16 +1,16 @@
-"""Backends: who computes what a model writes. One interface of two functions, `load` and `complete`.
+"""The interface of the backends, which compute a model's answers: two functions, `load` and `complete`.
 
-| backend | where it computes | what it honours |
+| backend | where it computes | what it supports |
 |---|---|---|
 | `transformers` | `pipeline.infer.backend_transformers`, in this process | everything in `generation` |
 | `llama.cpp` | `pipeline.infer.backend_llamacpp`, in this process, base and adapter as GGUF | greedy decoding |
 | `vllm` | `pipeline.infer.backend_vllm`, in a process with another torch, on CUDA | greedy decoding |
 
-All are given the same token ids and stop at the same tokens; none tokenizes. What a backend cannot do is refused by
-`pipeline.core.params`, or by its `load`.
+All receive the same token ids and stop at the same tokens; none tokenizes. `pipeline.core.params` or `load` refuses
+settings that a backend does not support.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,11 +20,14 @@ from pipeline.core import params
 from pipeline.core.contracts import QuantizedFacts
 
 Families = Sequence[Sequence[tuple[str, list[int]]]]
-"""Names with prompts; those of a family may begin alike."""
+"""Names with prompts (token ids). The prompts of a family may begin alike."""
+
+PROBE = range(3, 19)
+"""Token ids of a fixed prompt: an adapter must change the probabilities of the token after it."""
 
 
 class Adapter(Protocol):
-    """A saved adapter (`pipeline.lora.adapter.Saved`), as a protocol: the base's inference needs nothing of LoRA."""
+    """The interface of `pipeline.lora.adapter.Saved`. As a protocol, it keeps inference of the base apart from LoRA."""
 
     @property
     def folder(self) -> Path: ...
@@ -42,9 +45,9 @@ class Adapter(Protocol):
 
 @dataclass(frozen=True)
 class Setup:
-    """The input of a backend: the quantized base of `facts`, and `adapter` on it.
+    """What a backend loads: the quantized base of `facts`, with `adapter` if there is one.
 
-    `config` is transformers' whole GenerationConfig; `tokens` the length of the longest prompt with its answer.
+    `config` is transformers' whole GenerationConfig. `tokens` is the longest prompt's length with its answer.
     """
 
     facts: QuantizedFacts
@@ -54,10 +57,14 @@ class Setup:
     adapter: Adapter | None
     tokens: int
 
+    @property
+    def slots(self) -> int:
+        """How many sequences may be computed at once."""
+        return max(1, min(self.generation.batch_size, self.generation.batch_tokens // self.tokens))
+
 
 class Engine(Protocol):
-    """A loaded model. `threads` is 0 where the CPU does not compute; `conditions` are the backend's own settings that a
-    result depends on."""
+    """A loaded model. `threads` is 0 if the CPU does not compute. `conditions` holds other causes of the result."""
 
     @property
     def device(self) -> str: ...
@@ -69,14 +76,22 @@ class Engine(Protocol):
     def conditions(self) -> dict[str, Any]: ...
 
     def together(self) -> AbstractContextManager[None]:
-        """The frame in which several processes complete, each its share."""
+        """A context for everything that this process completes while others complete their shares."""
 
 
 class Backend(Protocol):
-    """The two functions of each module above."""
+    """The interface of the modules above."""
 
     def load(self, setup: Setup) -> Any:
-        """An `Engine`; UserError for what cannot be honoured, and for an adapter of another base or without effect."""
+        """An `Engine`. UserError for unsupported settings, or an adapter of another base or without effect."""
 
     def complete(self, engine: Any, families: Families) -> Iterator[tuple[str, list[int]]]:
-        """Yield the name and the new token ids, the stop token included, of each prompt, as they are finished."""
+        """Yield each prompt's name and new token ids, with the stop token, when they are finished."""
+
+
+def until_stop(ids: list[int], stops: Container[int]) -> list[int]:
+    """`ids` up to the first stop token, which is kept; all of them if there is none."""
+    for at, token in enumerate(ids):
+        if token in stops:
+            return ids[: at + 1]
+    return ids

@@ -1,20 +1,21 @@
-"""The backend `llama.cpp`, through xllamacpp: base and adapter become GGUF files, the adapter is applied at run time.
+"""The backend `llama.cpp`, through xllamacpp. Base and adapter become GGUF files; the adapter is applied at run time.
 
-Prompts are sent as token ids, many in one request, and what llama.cpp says it has read must be those tokens. The
-members of a family follow one another in waves, so that each but the first finds the family's beginning in the prefix
-cache. llama.cpp ends answers at tokens that it takes for ends by their names as well; where those are none of ours,
-the answer goes on behind them, and where it knows one of ours for none, the answer is cut there.
+Prompts are sent as token ids, many in one request, and llama.cpp must report the same tokens as read. The members of a
+family follow one another in waves, so all but the first find the family's beginning in the prefix cache. llama.cpp also
+stops at tokens whose names look like end markers; if one is not ours, we resume after it. If llama.cpp does not stop at
+one of ours, we cut the answer there.
 
-A request's prompts are taken in order, each when a slot is free, so on one machine the same files give the same tokens.
-Sums have another order than in transformers, and activations stay in float32 where transformers rounds them to the
-model's type: the texts are not the same to the last token, and `pipeline.export.parity` says how far they are off.
+llama.cpp takes a request's prompts in order, each when a slot is free, so on one machine the same files give the same
+tokens. Its sums have another order than in transformers, and its activations stay in float32, where transformers rounds
+them to the model's type. So the texts may differ from those of transformers; `pipeline.export.parity` measures by how
+much.
 """
 
 import json
 import os
 import secrets
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -25,28 +26,25 @@ from pipeline import gguf
 from pipeline.core import params, paths
 from pipeline.core.errors import UserError
 from pipeline.core.progress import say
-from pipeline.infer.backend import Families, Setup
+from pipeline.infer.backend import PROBE, Adapter, Families, Setup, until_stop
 from pipeline.model import checkpoint, devices
 
 WEEK = 7 * 24 * 3600
-"""Seconds that a request may take: it is in this process, and a large one is no fault."""
+"""Seconds that a request may take. The server is in this process, and a large request is not an error."""
 
 CACHE_MB = 2048
-"""Main memory for the prefixes of prompts whose slot was given to another, in MiB."""
-
-PROBE = range(3, 19)
-"""Token ids behind which an adapter must change the next token's probabilities."""
+"""Main memory in MiB for the prefixes of prompts that have lost their slot to another."""
 
 KEY = secrets.token_hex(16)
-"""What the server wants to hear: it listens on this machine, where others may be at work."""
+"""The key that the server asks for: it listens on this machine, which other people may use."""
 
 ACCELERATORS = {"cuda": ("CUDA",), "mps": ("Metal", "MTL")}
-"""How llama.cpp's names of devices begin."""
+"""The beginnings of llama.cpp's names of devices."""
 
 
 @dataclass(frozen=True)
 class Engine:
-    """A running llama.cpp, and what its answers are read by."""
+    """A running llama.cpp. `stops` are our stop tokens, `new_tokens` the most tokens of an answer."""
 
     server: Any
     stops: frozenset[int]
@@ -61,12 +59,12 @@ class Engine:
 
 
 def load(setup: Setup, merged: bool = False) -> Engine:
-    """Write base and adapter as GGUF, have llama.cpp read them, and prove that the adapter acts.
+    """Write base and adapter as GGUF, load them with llama.cpp, and prove that the adapter acts.
 
-    With `merged` the adapter is part of the base's file, whose type then rounds both together.
+    With `merged` the adapter is merged into the base's file, whose type rounds both together, and is not proven to act.
 
-    UserError as of `gguf.write_base` and `write_adapter`, for a device that this build of llama.cpp does not
-    offer, for a base that is not what its stage wrote, and for an adapter of another base or without effect.
+    UserError if the files cannot be written as GGUF, if this build of llama.cpp does not offer the device, if the base
+    is not as its stage wrote it, or if the adapter belongs to another base or has no effect.
     """
     devices.quieten()
     gguf.refuse(paths.QUANTIZED)
@@ -75,24 +73,10 @@ def load(setup: Setup, merged: bool = False) -> Engine:
         setup.adapter.require_of(setup.facts.sha256)
     checkpoint.require_intact(paths.QUANTIZED, setup.facts.sha256)
     kind = setup.generation.gguf_type
-    slots = max(1, min(setup.generation.batch_size, setup.generation.batch_tokens // setup.tokens))
     threads = setup.runtime.threads or os.cpu_count() or 1
-    files: list[Path] = []
-    try:
-        # Read into memory, then removed: they follow from what DVC keeps. A killed run's are removed by the next stage.
-        base, adapter = _scratch("base", files), None
-        if setup.adapter is not None and merged:
-            gguf.write_merged(paths.QUANTIZED, setup.adapter.folder, base, kind)
-        else:
-            gguf.write_base(paths.QUANTIZED, base, kind)
-        if setup.adapter is not None and not merged:
-            adapter = _scratch("adapter", files)
-            gguf.write_adapter(setup.adapter.folder, paths.QUANTIZED, adapter, "F32")
-        server = serve(base, adapter, kind, slots, setup.tokens, threads, device)
-    finally:
-        for file in files:
-            file.unlink(missing_ok=True)
-    say(f"device: {device} of llama.cpp, {threads} threads, {slots} slots, {kind}")
+    with _files(setup.adapter, merged, kind) as (base, adapter):
+        server = serve(base, adapter, kind, setup.slots, setup.tokens, threads, device)
+    say(f"device: {device} of llama.cpp, {threads} threads, {setup.slots} slots, {kind}")
     engine = Engine(
         server=server,
         stops=frozenset(setup.config.eos_token_id),
@@ -102,18 +86,42 @@ def load(setup: Setup, merged: bool = False) -> Engine:
         threads=threads if device == "cpu" else 0,
         conditions={"gguf_type": kind, "xllamacpp": version("xllamacpp")},
     )
-    if adapter is not None and _probed(engine, 1.0) == _probed(engine, 0.0):
-        assert setup.adapter is not None
+    if setup.adapter is not None and not merged and _probed(engine, 1.0) == _probed(engine, 0.0):
         raise UserError(f"{setup.adapter.folder} does not change what llama.cpp computes: it is not applied")
     return engine
 
 
+@contextmanager
+def _files(adapter: Adapter | None, merged: bool, kind: str) -> Iterator[tuple[Path, Path | None]]:
+    """Yield GGUF files of the base and of the adapter, unless that is merged. They are removed after the block.
+
+    llama.cpp has read them into memory by then. The next stage removes those of a killed run
+    (`stage.remove_leftovers`).
+    """
+    paths.SCRATCH.mkdir(exist_ok=True)
+    base_file, adapter_file = (paths.SCRATCH / f".{name}.gguf.{os.getpid()}.part" for name in ("base", "adapter"))
+    try:
+        if adapter is None:
+            gguf.write_base(paths.QUANTIZED, base_file, kind)
+            yield base_file, None
+        elif merged:
+            gguf.write_merged(paths.QUANTIZED, adapter.folder, base_file, kind)
+            yield base_file, None
+        else:
+            gguf.write_base(paths.QUANTIZED, base_file, kind)
+            gguf.write_adapter(adapter.folder, paths.QUANTIZED, adapter_file, "F32")
+            yield base_file, adapter_file
+    finally:
+        base_file.unlink(missing_ok=True)
+        adapter_file.unlink(missing_ok=True)
+
+
 def serve(base: Path, adapter: Path | None, kind: str, slots: int, tokens: int, threads: int, device: str) -> Any:
-    """A running `xllamacpp.Server` with room for `tokens` in each of `slots`; it ends when it is collected.
+    """A running `xllamacpp.Server` with `slots` slots of `tokens` tokens. It ends when it is garbage-collected.
 
-    Keys and values are kept in float32 where the weights are F32, else in float16, which is llama.cpp's own choice.
+    Keys and values are float32 if the weights (`kind`) are F32; otherwise float16, which is llama.cpp's default.
 
-    UserError when llama.cpp cannot read the files.
+    UserError if llama.cpp cannot load the files.
     """
     import xllamacpp
 
@@ -126,7 +134,7 @@ def serve(base: Path, adapter: Path | None, kind: str, slots: int, tokens: int, 
     wanted.cpuparams.n_threads = wanted.cpuparams_batch.n_threads = threads
     wanted.n_gpu_layers = 0 if device == "cpu" else 999
     wanted.no_kv_offload = wanted.no_op_offload = device == "cpu"
-    # It would lower the context, or move layers, by the memory that is free at this moment.
+    # llama.cpp would lower the context, or move layers, depending on the free memory of the moment.
     wanted.fit_params = False
     if kind == "F32":
         wanted.cache_type_k = wanted.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
@@ -145,7 +153,7 @@ def serve(base: Path, adapter: Path | None, kind: str, slots: int, tokens: int, 
 
 
 def complete(engine: Engine, families: Families) -> Iterator[tuple[str, list[int]]]:
-    """As of `pipeline.infer.backend.Backend`: a wave of every family's first prompt, one of every second, and so on."""
+    """As `pipeline.infer.backend.Backend`, in waves: every family's first prompt, then every second, and so on."""
     for place in range(max(map(len, families))):
         wave = {family[place][0]: family[place][1] for family in families if len(family) > place}
         new: dict[str, list[int]] = {name: [] for name in wave}
@@ -154,10 +162,8 @@ def complete(engine: Engine, families: Families) -> Iterator[tuple[str, list[int
             answers = _ask(engine, [wave[name] + new[name] for name in wave], max(left.values()))
             going_on = {}
             for name, (written, ended) in zip(list(wave), answers, strict=True):
-                kept = written[: left[name]]
-                stop = next((at for at, token in enumerate(kept) if token in engine.stops), None)
-                new[name] += kept if stop is None else kept[: stop + 1]
-                if stop is None and ended and len(new[name]) < engine.new_tokens:
+                new[name] += until_stop(written[: left[name]], engine.stops)
+                if ended and new[name][-1] not in engine.stops and len(new[name]) < engine.new_tokens:
                     going_on[name] = wave[name]
                 else:
                     yield name, new[name]
@@ -165,33 +171,35 @@ def complete(engine: Engine, families: Families) -> Iterator[tuple[str, list[int
 
 
 def losses(engine: Engine, prompt: Sequence[int], completion: Sequence[int]) -> list[float]:
-    """The negative log-likelihood of each token of `completion`.
+    """The negative log-likelihood of each token of `completion` after `prompt`, in nats.
 
-    llama.cpp's server tells the probabilities of tokens that it writes, before any bias: so each is made to be written
-    by a bias, and the next one is asked for behind it. Nearly all of its prompt is in the prefix cache.
+    llama.cpp's server reports the probabilities, before any bias, of the tokens that it writes. So a bias forces it to
+    write each token in turn. The prefix cache holds nearly all of each request's prompt.
+
+    UserError if llama.cpp does not report a probability.
     """
     found = []
     for at, token in enumerate(completion):
         behind = [*prompt, *completion[:at]]
         told = _forced(engine, behind, token, 1)
-        if told is None:  # a token of half a character, of which it tells nothing: among all others, it does
+        if told is None:  # half of a character, which it reports only in a list of all tokens
             everything = _forced(engine, behind, min(engine.stops), len(engine.tokenizer)) or {"top_logprobs": []}
             told = next((one for one in everything["top_logprobs"] if one["id"] == token), None)
         if told is None or told["id"] != token:
-            raise UserError(f"llama.cpp does not tell the probability of token {token} behind {len(behind)} others")
+            raise UserError(f"llama.cpp does not report the probability of token {token} after {len(behind)} others")
         found.append(-float(told["logprob"]))
     return found
 
 
 def _forced(engine: Engine, prompt: list[int], token: int, count: int, **options: Any) -> dict[str, Any] | None:
-    """What llama.cpp tells of `token`, made to be written behind `prompt`, and of the `count` likeliest ones."""
+    """llama.cpp's report on `token`, forced to follow `prompt`, and on the `count` likeliest tokens there."""
     body = _greedy(1) | {"prompt": prompt, "n_probs": count, "logit_bias": [[token, 1e6]]} | options
     told: list[dict[str, Any]] | None = post(engine.server, "completion", body).get("completion_probabilities")
     return told[0] if told else None
 
 
 def _ask(engine: Engine, prompts: list[list[int]], new_tokens: int) -> list[tuple[list[int], bool]]:
-    """For each prompt what was written, the token that ended it included, and whether llama.cpp ended it by itself."""
+    """Each prompt's new tokens, with the one that ended the answer, and whether llama.cpp took that for an end."""
     answers = post(engine.server, "completion", _greedy(new_tokens) | {"prompt": prompts})
     answers = sorted([answers] if isinstance(answers, dict) else answers, key=lambda answer: answer["index"])
     for prompt, answer in zip(prompts, answers, strict=True):
@@ -202,14 +210,14 @@ def _ask(engine: Engine, prompts: list[list[int]], new_tokens: int) -> list[tupl
 
 
 def require_read(tokenizer: Any, prompt: Sequence[int], answer: dict[str, Any]) -> None:
-    """UserError unless llama.cpp read what was sent: as many tokens, which by its own vocabulary are the same text."""
+    """UserError unless llama.cpp read `prompt`: the same number of tokens, and the same text by its own vocabulary."""
     sent = tokenizer.decode(prompt, skip_special_tokens=False, clean_up_tokenization_spaces=False)
-    # The halves of characters look different, and both take spaces away: llama.cpp those before punctuation.
+    # Halves of characters are shown differently, and both remove spaces; llama.cpp removes those before punctuation.
     same = _bare(sent) == _bare(answer["prompt"])
     if answer["tokens_evaluated"] != len(prompt) or not same or answer["truncated"]:
         raise UserError(
             f"llama.cpp read {answer['tokens_evaluated']} tokens, {answer['prompt'][:80]!r}..., where {len(prompt)} "
-            f"were sent, {sent[:80]!r}...: its vocabulary is another; set generation.backend to transformers"
+            f"were sent, {sent[:80]!r}...: its vocabulary is another one; set generation.backend to transformers"
         )
 
 
@@ -218,7 +226,7 @@ def _bare(text: str) -> str:
 
 
 def _greedy(new_tokens: int) -> dict[str, Any]:
-    """A request that writes the likeliest token each time."""
+    """The settings of a request that always writes the likeliest token."""
     return {
         "n_predict": new_tokens,
         "samplers": ["top_k"],
@@ -229,7 +237,10 @@ def _greedy(new_tokens: int) -> dict[str, Any]:
 
 
 def post(server: Any, what: str, body: dict[str, Any]) -> Any:
-    """What the server in this process answers, with tokens and prompts, which its Python method leaves out of many."""
+    """The answer of the server in this process to a request `body` at the path `what`.
+
+    Unlike xllamacpp's Python method, it has the tokens and prompts also if there are several.
+    """
     headers = {"Content-Type": "application/json", "Authorization": f"Bearer {KEY}"}
     request = Request(f"{server.listening_address}/{what}", json.dumps(body).encode(), headers)
     with build_opener(ProxyHandler({})).open(request, timeout=WEEK) as answer:
@@ -237,14 +248,14 @@ def post(server: Any, what: str, body: dict[str, Any]) -> Any:
 
 
 def _probed(engine: Engine, scale: float) -> Any:
-    """What is likely behind a fixed sequence, with the adapter at this scale."""
+    """The likeliest tokens after a fixed prompt, with the adapter at this scale."""
     size = len(engine.tokenizer)
     options = {"cache_prompt": False, "lora": [{"id": 0, "scale": scale}]}
     return _forced(engine, [one % size for one in PROBE], min(engine.stops), 5, **options)
 
 
 def _device(runtime: params.Runtime) -> str:
-    """`runtime.device` in this build of llama.cpp; UserError for one that it does not offer."""
+    """`runtime.device`, for `auto` a device of this build of llama.cpp. UserError if it does not offer the device."""
     import xllamacpp
 
     names = [str(one["name"]) for one in xllamacpp.get_device_info()]
@@ -258,10 +269,3 @@ def _device(runtime: params.Runtime) -> str:
             "to auto"
         )
     return runtime.device
-
-
-def _scratch(name: str, files: list[Path]) -> Path:
-    """A path in `.scratch/` that `stage.remove_leftovers` knows for a leftover when this process is gone."""
-    paths.SCRATCH.mkdir(exist_ok=True)
-    files.append(paths.SCRATCH / f".{name}.gguf.{os.getpid()}.part")
-    return files[-1]

@@ -1,5 +1,4 @@
-"""The backend `transformers`: greedy decoding by the scheduler of `pipeline.infer.scheduler`, beam search by
-`transformers.generate`."""
+"""The backend `transformers`: greedy decoding by `pipeline.infer.scheduler`, beam search by `transformers.generate`."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
@@ -7,15 +6,18 @@ from dataclasses import dataclass
 from typing import Any
 
 from pipeline.core import params
-from pipeline.infer.backend import Families, Setup
+from pipeline.infer.backend import Families, Setup, until_stop
 from pipeline.model import devices, memory, processes, shard
 from pipeline.model.load import quantized
 
 
 @dataclass(frozen=True)
 class Engine:
-    """A model that is loaded, with or without an adapter. `conditions`: over how many processes its heads are, which
-    changes rounding; its versions are in the GenerationConfig."""
+    """A loaded model, with or without an adapter.
+
+    `conditions` holds the number of processes that share its heads, which changes rounding. The GenerationConfig holds
+    the versions.
+    """
 
     model: Any
     config: Any
@@ -29,13 +31,13 @@ class Engine:
 
 
 def load(setup: Setup) -> Engine:
-    """The base as every stage loads it, and the adapter on it, proven to act."""
+    """Load the base, and the adapter with the proof that it acts; as `pipeline.infer.backend.Backend`."""
     device = devices.choose(setup.runtime)
     devices.require(device, setup.facts.dtype)
     base = memory.held(memory.Base.quantized(setup.facts), setup.runtime, device)
     added = 0 if setup.adapter is None else setup.adapter.parameters
     memory.require_inference(device, base, setup.generation, setup.tokens - setup.generation.max_new_tokens, added)
-    processes.gather(None)  # no process loads before all have asked what memory is left
+    processes.gather(None)  # wait until all processes have measured the free memory
     model = quantized(device, setup.runtime.keep_dequantized, setup.runtime.sharding)
     if setup.adapter is not None:
         model = setup.adapter.load(model, setup.facts.sha256)
@@ -44,7 +46,7 @@ def load(setup: Setup) -> Engine:
 
 
 def complete(engine: Engine, families: Families) -> Iterator[tuple[str, list[int]]]:
-    """As of `pipeline.infer.backend.Backend`."""
+    """As `pipeline.infer.backend.Backend`."""
     config, generation = engine.config, engine.generation
     if config.num_beams == 1:
         from pipeline.infer import scheduler
@@ -62,7 +64,7 @@ def complete(engine: Engine, families: Families) -> Iterator[tuple[str, list[int
 def beam_batches(
     named: Sequence[tuple[str, list[int]]], config: Any, generation: params.Generation
 ) -> list[list[tuple[str, list[int]]]]:
-    """Batches of similar length, each within the limits on examples and on tokens, which every beam has of its own."""
+    """Batches of prompts of similar length, within the limits on examples and tokens. Each beam has its own tokens."""
     batches: list[list[tuple[str, list[int]]]] = []
     rows = 0
     for name, prompt in sorted(named, key=lambda item: (-len(item[1]), item[0])):
@@ -75,11 +77,11 @@ def beam_batches(
 
 
 def beam_search(model: Any, config: Any, prompts: Sequence[Sequence[int]]) -> list[list[int]]:
-    """New token ids for a batch of prompts by `transformers.generate`, the stop token included, nothing behind it."""
+    """New token ids for each prompt by `transformers.generate`, up to the stop token, which is kept."""
     import torch
 
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    # transformers fills what a configuration leaves open from the model's own: leave it nothing to fill from.
+    # transformers fills gaps in `config` from the model's own configuration, so that is replaced.
     base.generation_config = config
     width = max(map(len, prompts))
     padding = [width - len(ids) for ids in prompts]
@@ -89,11 +91,4 @@ def beam_search(model: Any, config: Any, prompts: Sequence[Sequence[int]]) -> li
         output_BxT = base.generate(
             input_ids=ids_BxL.to(base.device), attention_mask=mask_BxL.to(base.device), generation_config=config
         )
-    return [_until_stop(row, config.eos_token_id) for row in output_BxT[:, width:].tolist()]
-
-
-def _until_stop(ids: list[int], stop_ids: list[int]) -> list[int]:
-    for at, token in enumerate(ids):
-        if token in stop_ids:
-            return ids[: at + 1]
-    return ids
+    return [until_stop(row, config.eos_token_id) for row in output_BxT[:, width:].tolist()]

@@ -1,10 +1,10 @@
-"""The choice of the module that decodes, by `generation.backend`."""
+"""The choice of a backend's module."""
 
 from pipeline.infer.backend import Backend
 
 
 def chosen(name: str) -> Backend:
-    """The backend of that name."""
+    """The backend with this name (`generation.backend`). Others are not imported."""
     if name == "llama.cpp":
         from pipeline.infer import backend_llamacpp
 

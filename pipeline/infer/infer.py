@@ -1,14 +1,13 @@
-"""Inference: what base and tuned write for the test split, under one explicit decoding configuration.
+"""Inference: the answers of base and tuned to the test split, under one explicit decoding configuration.
 
-One of the backends computes (`pipeline.infer.backend`). Which examples are computed together follows from the prompts
-alone: they are taken in rounds. A killed run goes on after its last whole round, so it writes what an uninterrupted one
-would have written. Several processes (`pipeline.model.processes`) take whole rounds each, so their number changes no
-prediction.
+One of the backends computes them (`pipeline.infer.backend`), in rounds. The prompts alone decide which examples share a
+round. A killed run continues after its last whole round, so it writes the same as an uninterrupted one. Several
+processes (`pipeline.model.processes`) share whole rounds, so their number changes no prediction.
 """
 
 import json
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -23,8 +22,8 @@ from pipeline.model import checkpoint, processes, resume
 from pipeline.model.prompt import Encoder
 
 ROUND = 4
-"""Examples of a round, in multiples of `generation.batch_size`. With fewer, a kill loses less; with more, the end of a
-round thins out the batch less often."""
+"""Examples of a round, in multiples of `generation.batch_size`. In a small round a kill loses little; in a large one
+the batch is full most of the time."""
 
 
 def decode(
@@ -34,71 +33,26 @@ def decode(
     runtime: params.Runtime,
     adapter: Adapter | None = None,
 ) -> None:
-    """Write what the base, or the base with `adapter`, answers to every test prompt, and the conditions (`Decoding`).
+    """Write the answers of the base, or of the base with `adapter`, to every test prompt, and how they were made.
 
-    UserError for prompts that do not fit, and for an adapter that is of another base or does not act.
+    UserError if prompts do not fit, if the backend cannot honour a setting, or if the adapter belongs to another base
+    or does not act.
     """
-    # 1. The prompts, and whether they fit.
+    # 1. Encode the prompts and load the model.
     facts = contracts.read(paths.QUANTIZED_FACTS, QuantizedFacts)
     tokenizer = checkpoint.tokenizer()
     encoder = Encoder(tokenizer, prompt, facts.context)
     examples = records.read_rows(paths.split("test"), Example)
     prompts = {example.id: encoder.prompt(example) for example in examples}
     encoder.require_fit(prompts, "test", generation.max_new_tokens)
-    # 2. The model, and the conditions under which it decodes.
     config = configuration(generation, sorted({encoder.end, *facts.stop_ids}), tokenizer)
     tokens = max(map(len, prompts.values())) + generation.max_new_tokens
     backend = choice.chosen(generation.backend)
     engine = backend.load(Setup(facts, config, generation, runtime, adapter, tokens))
-    conditions = _conditions(variant, prompts, facts, adapter, generation, config, engine)
-    identity = [asdict(conditions), runtime.model_dump(mode="json")]
-    processes.require_same(resume.key("infer", identity), "experiment")
-    # 3. This process's share of the rounds, each written as it is finished.
-    planned = rounds(examples, prompts, generation.batch_size)
-    if len(planned) < processes.shares():
-        say(
-            f"infer {variant}: {len(planned)} rounds for {processes.shares()} processes, so some of them have nothing "
-            "to do; a smaller generation.batch_size gives more rounds"
-        )
-    own = processes.share(planned, lambda families: sum(len(prompts[name]) for names in families for name in names))
-    with resume.folder(f"infer-{variant}", identity) as scratch:
-        written = Written(scratch / f"predictions-{processes.rank()}.jsonl")
-        done = processes.done_by_all(set(written.rows))
-        progress = bar(f"infer {variant}", sum(len(names) for families in own for names in families), "examples")
-        with engine.together(), progress as advance:
-            for families in own:
-                names = [name for family in families for name in family]
-                if done.issuperset(names):
-                    advance(len(names))
-                    continue
-                for name, ids in backend.complete(engine, [[(n, prompts[n]) for n in f] for f in families]):
-                    written.add(_prediction(name, prompts[name], ids, tokenizer, config))
-                    advance(1)
-        # 4. Some examples again, each alone; then what all processes wrote, in the order of the test split.
-        alone = recheck(backend, engine, prompts, generation.recheck)
-        again = {name: text(tokenizer, ids) for name, ids in alone.items()}
-        held: dict[str, Any] = {"rows": [asdict(row) for row in written.rows.values()], "again": again}
-        everything = processes.gather(held)[: processes.shares()]
-        if processes.rank() > 0:
-            return
-        predicted = {row["id"]: Prediction(**row) for one in everything for row in one["rows"]}
-        same = [predicted[name].text == said for one in everything for name, said in one["again"].items()]
-        conditions = replace(conditions, recheck={"examples": len(same), "identical": sum(same)})
-        records.write_rows(paths.predictions(variant), [predicted[example.id] for example in examples])
-        contracts.write(paths.decoding(variant), conditions)
+    loaded = Loaded(backend, engine, tokenizer, frozenset(config.eos_token_id), prompts)
 
-
-def _conditions(
-    variant: str,
-    prompts: Mapping[str, Sequence[int]],
-    facts: QuantizedFacts,
-    adapter: Adapter | None,
-    generation: params.Generation,
-    config: Any,
-    engine: Any,
-) -> Decoding:
-    """The conditions of a variant's predictions, before any was checked again."""
-    return Decoding(
+    # 2. Plan the rounds of this process.
+    decoding = Decoding(
         variant=variant,
         prompts_sha256=records.sha256_ids(token for ids in prompts.values() for token in [*ids, -1]),
         model_sha256=facts.sha256,
@@ -115,21 +69,89 @@ def _conditions(
         dtype=facts.dtype,
         recheck={},
     )
+    identity = [asdict(decoding), runtime.model_dump(mode="json")]
+    processes.require_same(resume.key("infer", identity), "experiment")
+    own = _own_rounds(f"infer {variant}", rounds(examples, prompts, generation.batch_size), prompts)
+
+    with resume.folder(f"infer-{variant}", identity) as scratch:
+        # 3. Decode them, and some examples again alone.
+        written = Written(scratch / f"predictions-{processes.rank()}.jsonl")
+        _decode_rounds(f"infer {variant}", own, loaded, written)
+        again = _recheck(loaded, generation.recheck)
+        # 4. Gather what all processes have, and write it.
+        held: dict[str, Any] = {"rows": [asdict(row) for row in written.rows.values()], "again": again}
+        everything = processes.gather(held)[: processes.shares()]
+        if processes.rank() > 0:
+            return
+        predicted = {row["id"]: Prediction(**row) for one in everything for row in one["rows"]}
+        same = [predicted[name].text == said for one in everything for name, said in one["again"].items()]
+        decoding = replace(decoding, recheck={"examples": len(same), "identical": sum(same)})
+        records.write_rows(paths.predictions(variant), [predicted[example.id] for example in examples])
+        contracts.write(paths.decoding(variant), decoding)
 
 
-def _prediction(name: str, prompt: Sequence[int], new: list[int], tokenizer: Any, config: Any) -> Prediction:
-    return Prediction(
-        id=name,
-        prompt_sha256=records.sha256_ids(prompt),
-        prompt_tokens=len(prompt),
-        text=text(tokenizer, new),
-        tokens=len(new),
-        finish="stop" if new[-1] in config.eos_token_id else "length",
-    )
+@dataclass(frozen=True)
+class Loaded:
+    """A loaded backend, the prompts by the ids of their examples, and what turns token ids into predictions."""
+
+    backend: Backend
+    engine: Any
+    tokenizer: Any
+    stops: frozenset[int]
+    prompts: Mapping[str, list[int]]
+
+    def predictions(self, families: Sequence[Sequence[str]]) -> Iterator[Prediction]:
+        """Decode families of examples, given by their ids. Yields each prediction when it is finished."""
+        wanted = [[(name, self.prompts[name]) for name in family] for family in families]
+        for name, ids in self.backend.complete(self.engine, wanted):
+            yield Prediction(
+                id=name,
+                prompt_sha256=records.sha256_ids(self.prompts[name]),
+                prompt_tokens=len(self.prompts[name]),
+                text=text(self.tokenizer, ids),
+                tokens=len(ids),
+                finish="stop" if ids[-1] in self.stops else "length",
+            )
+
+
+def _own_rounds(
+    label: str, planned: list[list[list[str]]], prompts: Mapping[str, Sequence[int]]
+) -> list[list[list[str]]]:
+    """This process's share of the rounds."""
+    if len(planned) < processes.shares():
+        say(
+            f"{label}: {len(planned)} rounds for {processes.shares()} processes, some of which have nothing to do; "
+            "a smaller generation.batch_size gives more rounds"
+        )
+    return processes.share(planned, lambda families: sum(len(prompts[name]) for names in families for name in names))
+
+
+def _decode_rounds(label: str, own: list[list[list[str]]], loaded: Loaded, written: "Written") -> None:
+    """Decode the rounds that `written` does not hold yet."""
+    done = processes.done_by_all(set(written.rows))
+    progress = bar(label, sum(len(names) for families in own for names in families), "examples")
+    with loaded.engine.together(), progress as advance:
+        for families in own:
+            names = [name for family in families for name in family]
+            if done.issuperset(names):
+                advance(len(names))
+                continue
+            for prediction in loaded.predictions(families):
+                written.add(prediction)
+                advance(1)
+
+
+def _recheck(loaded: Loaded, count: int) -> dict[str, str]:
+    """The texts of `count` examples, evenly spread, each decoded alone; of these, this process's share."""
+    names = list(loaded.prompts)
+    chosen = names[:: max(1, len(names) // count)][:count] if count else []
+    own = processes.share(chosen, lambda name: len(loaded.prompts[name]))
+    with loaded.engine.together():
+        return {prediction.id: prediction.text for name in own for prediction in loaded.predictions([[name]])}
 
 
 def configuration(generation: params.Generation, stop_ids: list[int], tokenizer: Any) -> Any:
-    """The whole GenerationConfig, so that a model's own defaults cannot fill what is left open."""
+    """A complete GenerationConfig, so that no default of the model applies."""
     from transformers import GenerationConfig
 
     pad = tokenizer.pad_token_id
@@ -151,7 +173,7 @@ def configuration(generation: params.Generation, stop_ids: list[int], tokenizer:
 
 
 def rounds(examples: Sequence[Example], prompts: Mapping[str, Sequence[int]], rows: int) -> list[list[list[str]]]:
-    """Families of ids (the examples of one group) in rounds of at least `ROUND * rows` examples, longest first."""
+    """Rounds of at least `ROUND * rows` examples, longest first: each a list of families, the ids of one group."""
     families = [[example.id for example in group] for _, group in groupby(examples, key=lambda example: example.group)]
     families.sort(key=lambda names: (-max(len(prompts[name]) for name in names), names))
     filled: list[list[list[str]]] = [[]]
@@ -162,15 +184,6 @@ def rounds(examples: Sequence[Example], prompts: Mapping[str, Sequence[int]], ro
     return filled
 
 
-def recheck(backend: Backend, engine: Any, prompts: Mapping[str, list[int]], count: int) -> dict[str, list[int]]:
-    """New token ids of `count` prompts, evenly spread, each decoded alone; of those, this process's."""
-    names = list(prompts)[:: max(1, len(prompts) // count)][:count] if count else []
-    own = processes.share(names, lambda name: len(prompts[name]))
-    alone = ([[(name, prompts[name])]] for name in own)
-    with engine.together():
-        return dict(answer for families in alone for answer in backend.complete(engine, families))
-
-
 def text(tokenizer: Any, ids: list[int]) -> str:
     """The text of new token ids, without special tokens and surrounding white space."""
     decoded: str = tokenizer.decode(ids, skip_special_tokens=True)
@@ -178,7 +191,7 @@ def text(tokenizer: Any, ids: list[int]) -> str:
 
 
 class Written:
-    """Predictions on disk, one whole line each; a line cut off by a kill is dropped and computed again."""
+    """Predictions in a file, one line each. A line that a kill cut off is dropped and computed again."""
 
     def __init__(self, file: Path) -> None:
         self.file = file

@@ -1,12 +1,12 @@
-"""Greedy decoding of many prompts at once, without computing anything twice or for nothing.
+"""Greedy decoding of many prompts at once. Nothing is computed twice, and finished sequences make room for new ones.
 
-Sequences under way sit in slots of one key-value cache. The beginning that prompts of a family share is computed once
-and copied; a finished sequence leaves its slot at once, and the next ones in the queue take over. Each token sees its
-own slot's columns, in the order and at the positions it would see them alone, so the batch changes nothing but, on some
-devices, rounding.
+Each active sequence has a slot of one key-value cache. The common beginning of a family's prompts is computed once and
+copied. A finished sequence leaves its slot at once, and the next ones in the queue take over. Each token sees the
+columns of its own slot, with the same order and positions as if it were alone. So the batch changes only rounding, and
+that only on some devices.
 
-Dimensions: R rows (slots in use), Q tokens a row is extended by, C columns of the cache, H key-value heads, D their
-size, V vocabulary.
+Dimensions: R rows (slots in use), Q new tokens of a row, C columns of the cache, H key-value heads, D their size, V
+vocabulary.
 """
 
 from collections import deque
@@ -23,18 +23,18 @@ from transformers import (
 )
 
 PREFILL_TOKENS = 1024
-"""Prompt tokens computed at once; a longer prompt is computed alone."""
+"""The most prompt tokens computed at once. A longer prompt is computed alone."""
 
 REFILL = 4
-"""Finished sequences are replaced when a quarter of the slots is free: few prompts at once would be slow to compute."""
+"""New sequences start when 1/REFILL of the slots is free: computing few prompts at once would be slow."""
 
 COLUMNS = 16
-"""The columns attended to are a multiple of this: sums run over whole vectors, whatever the batch."""
+"""Attention covers a multiple of this many columns, so that sums run over whole vectors in any batch."""
 
 
 @dataclass(slots=True)
 class Request:
-    """A prompt, at least one token long, and what has been written behind it."""
+    """A prompt of at least one token, and the new tokens after it."""
 
     name: str
     prompt: list[int]
@@ -48,14 +48,14 @@ Family = list[Request]
 def greedy(model: Any, config: Any, families: Sequence[Family], rows: int, tokens: int) -> Iterator[Request]:
     """Yield each request when it is finished: at a stop token, which is kept, or after `config.max_new_tokens`.
 
-    At most `rows` sequences are under way at once, and fewer where they would not fit into `tokens` columns, but never
-    less than one. `config` is a transformers GenerationConfig; its greedy part is honoured.
+    At most `rows` sequences are active at once, or fewer if they do not fit into `tokens` columns, but at least one.
+    `config` is a transformers GenerationConfig, of which the greedy part is used.
     """
     return _Scheduler(model, config, families, rows, tokens).run()
 
 
 class Slots(Cache):  # type: ignore[misc]
-    """The key-value cache: column c of a slot holds the token at position c of the slot's sequence."""
+    """The key-value cache. Column c of a slot holds the token at position c of the slot's sequence."""
 
     def __init__(self, rows: int, columns: int) -> None:
         super().__init__(layers=[])
@@ -63,7 +63,7 @@ class Slots(Cache):  # type: ignore[misc]
         self.held: dict[tuple[int, str], torch.Tensor] = {}  # (layer, keys or values): SxHxCxD, S slots
 
     def write_at(self, first: int, position_RxQ: torch.Tensor, visible: int) -> None:
-        """Where the coming forward pass writes, from slot `first` on, and how many columns it sees."""
+        """Set where the next forward pass writes, from slot `first` on, and how many columns it sees."""
         rows = position_RxQ.shape[0]
         self.window = slice(first, first + rows)
         self.slot_Rx1 = torch.arange(first, first + rows, device=position_RxQ.device)[:, None]
@@ -72,7 +72,7 @@ class Slots(Cache):  # type: ignore[misc]
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *_: Any, **__: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Called by the model in each layer: `key_states` and `value_states` are RxHxQxD."""
+        """Store RxHxQxD keys and values of a layer, and return all that it sees. The model calls this in each layer."""
         return self._extend((layer_idx, "keys"), key_states), self._extend((layer_idx, "values"), value_states)
 
     def _extend(self, name: tuple[int, str], new_RxHxQxD: torch.Tensor) -> torch.Tensor:
@@ -89,7 +89,7 @@ class Slots(Cache):  # type: ignore[misc]
             held[target, :, :length] = held[source, :, :length]
 
     def move(self, rows: int, larger: "Slots") -> "Slots":
-        """Give the first `rows` slots to `larger`, which may have more rows and fewer columns."""
+        """Move the first `rows` slots to `larger`, which may have more rows and fewer columns, and return it."""
         columns = min(self.columns, larger.columns)
         for name in list(self.held):
             held = self.held.pop(name)
@@ -105,14 +105,14 @@ class _Scheduler:
         self.config, self.rows, self.tokens = config, rows, tokens
         self.stop = set(config.eos_token_id)
         self.processors = _processors(config)
-        # The longest first: little padding, and memory runs out at once or never.
+        # The longest first: that needs little padding, and memory runs out at once or never.
         self.queue = deque(sorted(families, key=lambda family: -max(len(request.prompt) for request in family)))
         self.active: list[Request] = []  # the request in slot 0, 1, ...
         self.slots = Slots(0, 0)
 
     def run(self) -> Iterator[Request]:
         while self.queue or self.active:
-            # Not around the whole loop: the caller's code between two requests is not ours to change.
+            # Not around the whole loop: inference mode must not cover the caller's code between two requests.
             with torch.inference_mode():
                 if self.queue:
                     self._make_room()
@@ -122,16 +122,17 @@ class _Scheduler:
             yield from finished
 
     def _make_room(self) -> None:
-        """Once only shorter sequences remain, make more slots out of the same memory."""
+        """When only shorter sequences remain, make more slots out of the same memory."""
         longest = max(len(request.prompt) for request in [*self.active, *self.queue[0]])
-        # One column more than any sequence needs takes what padding writes.
+        # Padding writes to one column more than any sequence needs.
         columns = _whole(longest + self.config.max_new_tokens + 1)
         rows = max(1, min(self.rows, self.tokens // columns))
         if 4 * rows >= 5 * self.slots.rows or (rows > self.slots.rows and not self.active):
             self.slots = self.slots.move(len(self.active), Slots(rows, columns))
 
     def _admit(self) -> None:
-        """Move families from the queue into free slots, and compute their prompts but for the last token of each."""
+        """Move families from the queue into free slots, and compute their prompts except for the last tokens."""
+        # 1. Choose families. One that is larger than all slots is split.
         families: list[Family] = []
         free = self.slots.rows - len(self.active)
         while self.queue and free:
@@ -144,17 +145,19 @@ class _Scheduler:
                 family = family[:free]
             families.append(family)
             free -= len(family)
+        # 2. Compute their shared prefixes: that of the n-th family in slot first + n.
         first = len(self.active)
         shared = [_shared(family) for family in families]
-        self._fill(first, [family[0].prompt[:length] for family, length in zip(families, shared, strict=True)], None)
-        # The prefix of the n-th family is in slot first + n. From the last family to the first, so that no prefix is
-        # overwritten before it has been copied.
+        prefixes = [family[0].prompt[:length] for family, length in zip(families, shared, strict=True)]
+        self._fill(first, prefixes, [0] * len(families))
+        # 3. Copy each prefix to its family's slots, in reverse order, so that none is overwritten before it is copied.
         end = first + sum(map(len, families))
         for number in reversed(range(len(families))):
             for slot in reversed(range(end - len(families[number]), end)):
                 if slot != first + number:
                     self.slots.copy(first + number, slot, shared[number])
             end -= len(families[number])
+        # 4. Compute the rest of each prompt.
         rests: list[list[int]] = []
         starts: list[int] = []
         for family, length in zip(families, shared, strict=True):
@@ -163,8 +166,8 @@ class _Scheduler:
             self.active += family
         self._fill(first, rests, starts)
 
-    def _fill(self, first: int, rows: list[list[int]], starts: list[int] | None) -> None:
-        """Extend the slots from `first` on by `rows`, behind the first `starts` columns (none of them: 0)."""
+    def _fill(self, first: int, rows: list[list[int]], starts: list[int]) -> None:
+        """Extend the slots from `first` on by `rows`, each after its first `starts` columns, in parts."""
         begin = 0
         while begin < len(rows):
             end = begin + 1
@@ -173,12 +176,11 @@ class _Scheduler:
                 width = max(width, len(rows[end]))
                 end += 1
             if width:
-                part_starts = [0] * (end - begin) if starts is None else starts[begin:end]
-                self._forward(self.model.get_decoder(), first + begin, rows[begin:end], part_starts)
+                self._forward(self.model.get_decoder(), first + begin, rows[begin:end], starts[begin:end])
             begin = end
 
     def _step(self) -> list[Request]:
-        """Write one token behind every active sequence; return those that this finishes."""
+        """Write one token after every active sequence, and return the requests that are finished."""
         last = [(request.new or request.prompt)[-1] for request in self.active]
         starts = [len(request.prompt) + len(request.new) - 1 for request in self.active]
         output = self._forward(self.model, 0, [[token] for token in last], starts)
@@ -206,7 +208,7 @@ class _Scheduler:
         return finished
 
     def _forward(self, module: Any, first: int, rows: list[list[int]], starts: list[int]) -> Any:
-        """Extend the slots from `first` on, each behind its first `starts` columns."""
+        """Extend the slots from `first` on by `rows`, each after its first `starts` columns, with one pass."""
         width = max(map(len, rows))
         device, spare = self.model.device, self.slots.columns - 1
         ids_RxQ = torch.tensor([[*ids, *[0] * (width - len(ids))] for ids in rows], device=device)
@@ -222,7 +224,7 @@ class _Scheduler:
         mask_Rx1xQxC = mask_Rx1xQxC.masked_fill_(hidden_RxQxC, float("-inf"))[:, None]
         return module(
             input_ids=ids_RxQ,
-            # Some rotations look at the largest position of all: that of padding is none.
+            # Some rotary embeddings depend on the largest position, so padding must not have a large one.
             position_ids=position_RxQ.where(position_RxQ < spare, 0),
             attention_mask=mask_Rx1xQxC,
             past_key_values=self.slots,
@@ -231,7 +233,7 @@ class _Scheduler:
 
 
 def _shared(family: Family) -> int:
-    """Length of the longest common beginning of the prompts, but for each prompt's last token."""
+    """The length of the prompts' longest common beginning, without the last token of any prompt."""
     length = min(len(request.prompt) for request in family) - 1
     first = family[0].prompt
     return next(
@@ -241,7 +243,7 @@ def _shared(family: Family) -> int:
 
 
 def _processors(config: Any) -> Any:
-    """What `transformers.generate` does to the scores in greedy decoding with this configuration."""
+    """The processors that `transformers.generate` applies to the scores of greedy decoding with this configuration."""
     processors = LogitsProcessorList()
     if config.repetition_penalty != 1.0:
         processors.append(RepetitionPenaltyLogitsProcessor(config.repetition_penalty))

@@ -1,7 +1,6 @@
-"""What `pipeline.infer.backend_vllm` runs with the Python of an environment that has vLLM, and nothing of ours but
-this file.
+"""The worker of `pipeline.infer.backend_vllm`. It runs in an environment with vLLM, so it imports no other module here.
 
-It reads one line of JSON with its setup, then one with prompts at a time, and answers each with one line of JSON.
+It reads one line of JSON with its setup, then lines with prompts, and answers each with one line of JSON.
 """
 
 import json
@@ -11,7 +10,7 @@ from typing import Any
 
 
 def main() -> None:
-    # vLLM writes to standard output as well: what it writes goes to standard error.
+    # vLLM also writes to standard output, so that is redirected to standard error.
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
 
@@ -39,7 +38,7 @@ def main() -> None:
         enable_prefix_caching=True,
         skip_tokenizer_init=True,
         trust_remote_code=False,
-        # Else it takes temperature and the like from the model's own defaults.
+        # By default it would take temperature and the like from the model's own configuration.
         generation_config="vllm",
         seed=0,
         **options,
