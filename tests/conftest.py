@@ -22,10 +22,17 @@ from tests.made.parameters import tiny_params
 from tests.made.records import base_facts
 
 
+COMPUTE = ("claims", "export", "fetch", "infer", "lora", "model", "search")
+"""The rooms whose tests compute with a model, or run a search."""
+KEEP = ("test_forget", "test_gguf", "test_promote", "test_quantize", "test_store", "test_track")
+"""Modules of other tests that compute with a model, or keep an MLflow store."""
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Whoever asks for a finished project, directly or not, waits until its stages have run."""
+    """Mark as slow all tests of `COMPUTE` and `KEEP`, and those that ask for a project in which stages have run."""
     for item in items:
-        if isinstance(item, pytest.Function) and "finished" in item.fixturenames:
+        waits = isinstance(item, pytest.Function) and "finished" in item.fixturenames
+        if waits or item.path.parent.name in COMPUTE or item.path.stem in KEEP:
             item.add_marker(pytest.mark.slow)
 
 
