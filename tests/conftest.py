@@ -21,7 +21,6 @@ from tests.made.models import tiny_llama, trained_words
 from tests.made.parameters import tiny_params
 from tests.made.records import base_facts
 
-
 COMPUTE = ("claims", "export", "fetch", "infer", "lora", "model", "search")
 """The rooms whose tests compute with a model, or run a search."""
 KEEP = ("test_forget", "test_gguf", "test_promote", "test_quantize", "test_store", "test_track")

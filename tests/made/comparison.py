@@ -75,7 +75,7 @@ def several_seeds() -> Comparison:
 def comparison(**change: Any) -> Comparison:
     results = {"rouge1": result(25.6, 31.3, 4.1, 7.2), "rouge2": result(7.8, 10.5, 1.2, 3.9)}
     scores = {"rouge1": 22.0, "rouge2": 6.0}
-    ahead = {"rouge1": Interval(9.3, 8, 10), "rouge2": Interval(4.5, 3, 6)}
+    ahead = {"rouge1": Interval(9.3, 8.0, 10.0), "rouge2": Interval(4.5, 3.0, 6.0)}
     pair = Pair("p1/approach", "The source.", "The reference.", "Base said.", "Tuned said.", 10.0, 60.0)
     return replace(
         Comparison(
