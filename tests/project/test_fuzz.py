@@ -331,7 +331,7 @@ class TestText:
     @pytest.mark.parametrize(
         "read",
         [sentences.sentences, sentences.lead, sentences.words, forget.without_tags, wording.markdown, wording.html,
-         page.shown, page.embedded, data._plain, lambda text: data.Overlap([text], 0.5).kind(f"{text} more"),
+         wording.shown, page.embedded, data._plain, lambda text: data.Overlap([text], 0.5).kind(f"{text} more"),
          without_passwords],
         ids=["sentences", "lead", "words", "without_tags", "markdown", "html", "shown", "embedded", "plain", "overlap",
              "without_passwords"],
