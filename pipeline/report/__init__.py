@@ -1,4 +1,4 @@
 """A comparison as people read it: sentences, figures, tables, plots, and the page.
 
-It imports core, score and record. Nothing is computed in it that another room could read.
+It imports core, score and record. It computes nothing that another room needs.
 """

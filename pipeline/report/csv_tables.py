@@ -1,7 +1,7 @@
-"""What a paper's appendix takes from a comparison: every figure as an SVG file, every table as CSV.
+"""Files for a paper's appendix: every figure of the page as SVG, for white paper, and every table as CSV.
 
-Figures are the page's, drawn for white paper; what each example scored is in `out/scores`. Numbers have all their
-digits, shares are in [0, 1], and an empty cell is what was not computed. Equal comparisons give equal bytes.
+Numbers have all digits, shares are in [0, 1], and an empty cell was not computed. The scores of single examples are in
+`out/scores`. Equal comparisons give equal bytes.
 """
 
 from collections.abc import Iterable, Sequence
@@ -19,7 +19,7 @@ Table = list[dict[str, Any]]
 
 
 def write(comparison: Comparison, rows: Sequence[Row], curves: Sequence[Curve]) -> None:
-    """Write `paths.FIGURES` and `paths.TABLES`, of which `reports/` gets a copy."""
+    """Write `paths.FIGURES` and `paths.TABLES`. `reports/` gets a copy of both."""
     for name, drawing in figures.all_of(comparison, rows, curves, figures.FILE).items():
         records.write_text(paths.FIGURES / f"{name}.svg", drawing)
     for name, table in tables(comparison).items():
@@ -27,7 +27,7 @@ def write(comparison: Comparison, rows: Sequence[Row], curves: Sequence[Curve]) 
 
 
 def tables(comparison: Comparison) -> dict[str, Table]:
-    """The tables by name; one that the report does not have is left out."""
+    """The tables by name, without empty ones."""
     found = {
         "scores": list(_scores(comparison)),
         "seeds": list(_seeds(comparison)),
@@ -37,13 +37,13 @@ def tables(comparison: Comparison) -> dict[str, Table]:
         "outputs": list(_outputs(comparison)),
         "training": [asdict(one) for one in comparison.cost.training],
         "forgetting": list(_forgetting(comparison)),
-        "guards": [{"rules_out": one.rules_out, "measured": one.measured} for one in comparison.guards],
+        "guards": [asdict(one) for one in comparison.guards],
     }
     return {name: table for name, table in found.items() if table}
 
 
 def text(table: Table) -> str:
-    """A table as CSV, with the first row's keys as header."""
+    """A table as CSV, with the keys of the first row as header."""
     header = list(table[0])
     return records.csv_text(header, ([row[name] for name in header] for row in table))
 
@@ -137,12 +137,6 @@ def _outputs(comparison: Comparison) -> Iterable[dict[str, Any]]:
         **dict.fromkeys(comparison.results),
     }
     for one in (comparison.base, *comparison.tuned):
-        yield {
-            "variant": one.variant,
-            "words": one.words,
-            "stopped_by_cap": one.stopped_by_cap,
-            "empty": one.empty,
-            "copied": one.copied,
-            "in_language": one.in_language,
-            **one.scores,
-        }
+        row = asdict(one)
+        scores = row.pop("scores")
+        yield {**row, **scores}

@@ -7,12 +7,12 @@ from pipeline.core import contracts, paths
 from pipeline.core.contracts import TrainingSummary, Validation
 
 POINTS = 400
-"""A curve has at most about so many points: those of a longer training are means over equal numbers of steps."""
+"""The most points of a curve. In a longer training each point is the mean of an equal number of steps."""
 
 
 @dataclass(frozen=True, slots=True)
 class Curve:
-    """One seed's losses, in nats a token: of training steps as (step, loss), and of the validations."""
+    """One seed's losses in nats a token. `training` holds pairs of step and loss."""
 
     seed: int
     training: list[tuple[int, float]]
@@ -20,7 +20,7 @@ class Curve:
 
 
 def read(seeds: Sequence[int]) -> list[Curve]:
-    """The curve of each seed; UserError where an output of training is missing."""
+    """The curve of each seed. UserError if an output of training is missing."""
     return [
         Curve(
             seed,
@@ -32,7 +32,7 @@ def read(seeds: Sequence[int]) -> list[Curve]:
 
 
 def thinned(steps: Sequence[tuple[int, float]]) -> list[tuple[int, float]]:
-    """The steps, or the means of equal numbers of them, each at its middle step."""
+    """At most `POINTS` points: the steps, or means of equal numbers of steps, each at its middle step."""
     size = -(-len(steps) // POINTS)
     parts = [steps[start : start + size] for start in range(0, len(steps), size)] if steps else []
     return [(part[len(part) // 2][0], sum(loss for _, loss in part) / len(part)) for part in parts]

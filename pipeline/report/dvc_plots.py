@@ -1,8 +1,7 @@
-"""What `dvc plots show` and `dvc plots diff` draw: three small tables in `reports/plots/`, declared in `dvc.yaml`, each
-with a template of its own in `.dvc/plots/`.
+"""The three tables in `reports/plots/` that `dvc plots show` and `dvc plots diff` draw.
 
-DVC's own bars stack base on tuned and know no intervals; and a plot names its files one by one (a folder is refused),
-so it cannot follow `seeds`.
+`dvc.yaml` declares them, each with its own template in `.dvc/plots/`: DVC's bars would stack base on tuned, without
+intervals. All seeds share one table, since DVC wants a plot's files named one by one and refuses folders.
 """
 
 from collections import Counter
@@ -22,21 +21,21 @@ TableRow = dict[str, Any]
 
 
 def write(comparison: Comparison, rows: Sequence[Row], curves: Sequence[Curve]) -> None:
-    """Write the tables; equal results give equal bytes."""
+    """Write the tables. Equal results give equal bytes."""
     _write(paths.PLOT_INTERVALS, _intervals(comparison))
     _write(paths.PLOT_CURVES, _curves(curves))
     _write(paths.PLOT_LENGTHS, _lengths(rows))
 
 
 def _intervals(comparison: Comparison) -> Iterator[TableRow]:
-    """Each metric's scores and difference; that with the interval which the verdict rests on."""
+    """Each metric's scores and difference, with the interval that decides the verdict."""
     for name, result in comparison.results.items():
         for what, one in (("base", result.base), ("tuned", result.tuned), ("tuned − base", result.deciding)):
             yield {"metric": LABELS[name], "what": what, "value": one.value, "low": one.low, "high": one.high}
 
 
 def _curves(curves: Sequence[Curve]) -> Iterator[TableRow]:
-    """Cross-entropy a token, of every training step (or means of them) and of every validation."""
+    """The loss of every point of the training curves and of every validation."""
     for curve in curves:
         for step, loss in curve.training:
             yield {"seed": curve.seed, "split": "training", "step": step, "loss": loss}
@@ -45,7 +44,7 @@ def _curves(curves: Sequence[Curve]) -> Iterator[TableRow]:
 
 
 def _lengths(rows: Sequence[Row]) -> Iterator[TableRow]:
-    """The share of texts of each length; the outputs of several seeds are taken together."""
+    """The share of texts of each length. The outputs of all seeds count together."""
     lengths = {
         "references": [len(words(row.example.target)) for row in rows],
         "base": [row.base.words for row in rows],

@@ -1,12 +1,11 @@
-"""The comparison as pictures: scores with their intervals and reference lines, paired differences, one by one and of
-each example, aspects, training curves, lengths of outputs and how they ended.
+"""The comparison as pictures: scores, differences, gains, aspects, training curves, lengths and ends of outputs.
 
-Drawn by Vega-Lite inside `vl-convert`, so no browser, no network, and the same bytes for the same numbers.
+Vega-Lite draws them inside `vl-convert`, which needs no browser and no network. Equal numbers give equal bytes.
 """
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,16 +18,16 @@ from pipeline.score.metrics import LABELS
 from pipeline.score.side_by_side import Row
 
 BAND = 56
-"""Height of one metric in the upper panel, pixels; the lower panel has half of it."""
+"""Height of one metric in the panel of scores, in pixels. The panel of differences has half of it."""
 FONT = "Liberation Sans, Arial, sans-serif"
-"""Texts are measured in the first, which is inside vl-convert: the same bytes with whatever fonts a machine has."""
+"""Texts are measured in the first font, which vl-convert contains, so a machine's fonts do not change the bytes."""
 UPRIGHT = "M-0.1,-1H0.1V1H-0.1Z"
-"""The legend's sign for a reference line, as an SVG path: upright, as the line is."""
+"""The legend's sign for a reference line, as an SVG path: an upright bar."""
 
 
 @dataclass(frozen=True, slots=True)
 class Look:
-    """Width of the plot area and size of the letters in pixels, and colours, each anything that SVG takes as one."""
+    """Width of the plot area and font size in pixels, and colours in any notation of SVG."""
 
     width: int
     font: int
@@ -53,7 +52,7 @@ FILE = Look(
     ("#e69f00", "#cc5c9a", "#009e73"),
     ("#0072b2", "#d55e00", "#009e73", "#cc5c9a", "#e69f00", "#56b4e9"),
 )
-# The page sets these variables, for light and for dark; it is drawn narrow enough to be read on a phone.
+# The page sets these variables for light and dark. The width fits a phone.
 PAGE = Look(
     340,
     13,
@@ -70,15 +69,15 @@ OF_OBJECTS = {
     "constructor", "hasOwnProperty", "isPrototypeOf", "propertyIsEnumerable", "toLocaleString", "toString", "valueOf",
     "__defineGetter__", "__defineSetter__", "__lookupGetter__", "__lookupSetter__", "__proto__",
 }  # fmt: skip
-"""The properties of every object in JavaScript: Vega cannot draw an aspect with such a name."""
+"""The properties of every object of JavaScript."""
 UNCUT = 6
-"""So many characters of any script fit into a label."""
+"""A label holds at least this many characters of any script."""
 BINS = 40
-"""Bins of a histogram, about: their width is a round number."""
+"""The approximate number of bins of a histogram, whose width is a round number."""
 
 
 def svg(comparison: Comparison, look: Look) -> str:
-    """The chart as an SVG document."""
+    """The figure of `comparison.md`, scores above differences, as an SVG document."""
     import altair
 
     metrics = [LABELS[name] for name in comparison.results]
@@ -87,7 +86,7 @@ def svg(comparison: Comparison, look: Look) -> str:
 
 
 def all_of(comparison: Comparison, rows: Sequence[Row], curves: Sequence[Curve], look: Look) -> dict[str, str]:
-    """Every figure by name, as an SVG document; `aspects` is left out where the rows have none."""
+    """Every figure by name, as an SVG document. `aspects` is left out if the comparison has none."""
     metrics = [LABELS[name] for name in comparison.results]
     charts = {
         "differences": _differences(comparison, look, metrics),
@@ -101,21 +100,17 @@ def all_of(comparison: Comparison, rows: Sequence[Row], curves: Sequence[Curve],
     return {name: drawn(chart, look) for name, chart in charts.items() if chart is not None}
 
 
-def drawn(chart: Any, look: Look) -> str:
-    """A chart as an SVG document."""
-    import vl_convert
-
-    return str(vl_convert.vegalite_to_svg(_configured(chart, look).to_dict()))
-
-
 def inline(document: str) -> str:
-    """An SVG document as it stands inside HTML: without namespaces, which are addresses, and without a fixed height."""
+    """An SVG document for use inside HTML: without namespaces, which are addresses, and without a fixed height."""
     document = re.sub(r'\sxmlns(:\w+)?="[^"]*"', "", document)
     return re.sub(r'(<svg[^>]*?)\sheight="[^"]*"', r"\1", document, count=1)
 
 
-def _configured(chart: Any, look: Look) -> Any:
-    return (
+def drawn(chart: Any, look: Look) -> str:
+    """A chart as an SVG document."""
+    import vl_convert
+
+    configured = (
         chart.configure(background=look.background, font=FONT, padding=8)
         .configure_view(stroke=None)
         .configure_axis(
@@ -133,6 +128,24 @@ def _configured(chart: Any, look: Look) -> Any:
         .configure_legend(labelColor=look.text, labelFontSize=look.font, title=None)
         .configure_title(color=look.text, fontSize=look.font + 1, anchor="start", frame="group")
     )
+    return str(vl_convert.vegalite_to_svg(configured.to_dict()))
+
+
+def _chart(values: list[dict[str, Any]]) -> Any:
+    import altair
+
+    return altair.Chart(altair.Data(values=values))
+
+
+def _colour(field: str, colours: Mapping[str, str], orient: str = "top", **legend: Any) -> Any:
+    """The colour of each value of a field, with a horizontal legend."""
+    import altair
+
+    return altair.Color(
+        f"{field}:N",
+        scale=altair.Scale(domain=list(colours), range=list(colours.values())),
+        legend=altair.Legend(orient=orient, direction="horizontal", **legend),
+    )
 
 
 def _scores(comparison: Comparison, look: Look, metrics: list[str]) -> Any:
@@ -148,25 +161,15 @@ def _scores(comparison: Comparison, look: Look, metrics: list[str]) -> Any:
         for line in comparison.lines
         for name, value in line.scores.items()
     ]
-    lines = [line.label.lower() for line in comparison.lines]
     y = altair.Y("metric:N", sort=metrics, title=None, scale=altair.Scale(paddingInner=0.3))
-    offset = altair.YOffset("model:N", sort=["base", "tuned"])
-    models = altair.Color(
-        "model:N",
-        scale=altair.Scale(domain=["base", "tuned"], range=[look.base, look.tuned]),
-        legend=altair.Legend(orient="top", direction="horizontal"),
-    )
-    bar = altair.Chart(altair.Data(values=bars)).encode(y=y, yOffset=offset)
-    kinds = altair.Color(
-        "line:N",
-        scale=altair.Scale(domain=lines, range=list(look.lines[: len(lines)])),
-        legend=altair.Legend(orient="bottom", direction="horizontal", symbolType=UPRIGHT, symbolSize=220),
-    )
-    tick = altair.Chart(altair.Data(values=ticks)).mark_tick(thickness=2.5, size=BAND * 0.78, opacity=1)
+    bar = _chart(bars).encode(y=y, yOffset=altair.YOffset("model:N", sort=["base", "tuned"]))
+    models = _colour("model", {"base": look.base, "tuned": look.tuned})
+    colours = {line.label.lower(): colour for line, colour in zip(comparison.lines, look.lines, strict=False)}
+    kinds = _colour("line", colours, "bottom", symbolType=UPRIGHT, symbolSize=220)
     return (
         altair.layer(
             bar.mark_bar().encode(x=altair.X("value:Q", title=None), color=models),
-            tick.encode(y=y, x="value:Q", color=kinds),
+            _chart(ticks).mark_tick(thickness=2.5, size=BAND * 0.78, opacity=1).encode(y=y, x="value:Q", color=kinds),
             bar.mark_rule(color=look.text, strokeWidth=1.5).encode(x="low:Q", x2="high:Q"),
         )
         .resolve_scale(color="independent")
@@ -175,34 +178,42 @@ def _scores(comparison: Comparison, look: Look, metrics: list[str]) -> Any:
 
 
 def _differences(comparison: Comparison, look: Look, metrics: list[str]) -> Any:
-    """Tuned minus base with the interval that decides; with several seeds, a tick for each."""
+    """Tuned minus base with the deciding interval, and a tick for each of several seeds."""
     import altair
 
     rows = [
         {"metric": LABELS[name], "value": one.diff.value, "low": one.deciding.low, "high": one.deciding.high}
         for name, one in comparison.results.items()
     ]
-    base = altair.Chart(altair.Data(values=rows)).encode(y=altair.Y("metric:N", sort=metrics, title=None))
-    layers = [
-        _zero(look).encode(x="zero:Q"),
-        base.mark_rule(color=look.tuned, strokeWidth=3).encode(x=altair.X("low:Q", title=None), x2="high:Q"),
-    ]
+    y = altair.Y("metric:N", sort=metrics, title=None)
+    rule, point = _interval_marks(rows, y, look)
+    layers = [_zero(look), rule]
     if len(comparison.tuned) > 1:
         each = [
             {"metric": LABELS[name], "value": one.scores[name] - comparison.base.scores[name]}
             for name in comparison.results
             for one in comparison.tuned
         ]
-        tick = altair.Chart(altair.Data(values=each)).mark_tick(color=look.text, thickness=1.5, size=14, opacity=1)
-        layers.append(tick.encode(y=altair.Y("metric:N", sort=metrics, title=None), x="value:Q"))
-    layers.append(base.mark_point(color=look.tuned, fill=look.tuned, size=70, opacity=1).encode(x="value:Q"))
-    return altair.layer(*layers).properties(
+        tick = _chart(each).mark_tick(color=look.text, thickness=1.5, size=14, opacity=1)
+        layers.append(tick.encode(y=y, x="value:Q"))
+    return altair.layer(*layers, point).properties(
         width=look.width, height=BAND * len(metrics) // 2, title=f"Tuned − base with {_interval(comparison)}"
     )
 
 
+def _interval_marks(rows: list[dict[str, Any]], y: Any, look: Look) -> tuple[Any, Any]:
+    """A line from low to high, and a point at the value, for each row."""
+    import altair
+
+    base = _chart(rows).encode(y=y)
+    return (
+        base.mark_rule(color=look.tuned, strokeWidth=3).encode(x=altair.X("low:Q", title=None), x2="high:Q"),
+        base.mark_point(color=look.tuned, fill=look.tuned, size=70, opacity=1).encode(x="value:Q"),
+    )
+
+
 def _aspects(comparison: Comparison, look: Look) -> Any:
-    """The differences of each aspect's rows, a panel a deciding metric; None without aspects."""
+    """The difference in each aspect, with a panel for each deciding metric; None without aspects."""
     import altair
 
     if not comparison.aspects:
@@ -216,22 +227,19 @@ def _aspects(comparison: Comparison, look: Look) -> Any:
             for found in [one.results[metric]]
         ]
         y = altair.Y("aspect:N", sort=names, title=None, axis=altair.Axis(labelLimit=140))
-        base = altair.Chart(altair.Data(values=rows)).encode(y=y)
         panels.append(
-            altair.layer(
-                _zero(look).encode(x="zero:Q"),
-                base.mark_rule(color=look.tuned, strokeWidth=3).encode(x=altair.X("low:Q", title=None), x2="high:Q"),
-                base.mark_point(color=look.tuned, fill=look.tuned, size=70, opacity=1).encode(x="value:Q"),
-            ).properties(width=look.width, height=28 * len(names), title=f"{LABELS[metric]}, tuned − base")
+            altair.layer(_zero(look), *_interval_marks(rows, y, look)).properties(
+                width=look.width, height=28 * len(names), title=f"{LABELS[metric]}, tuned − base"
+            )
         )
     return altair.vconcat(*panels, spacing=20).resolve_scale(x="shared")
 
 
 def _drawn(aspect: str, number: int) -> str:
-    """What a chart shows of an aspect: the aspect itself; where Vega would fail at it, with a number, and cut.
+    """The label of an aspect. If Vega would fail at it, it gets a number, and long ones are cut.
 
-    Vega keeps names as properties of an object that has some already. It cuts what is too long between the halves of a
-    character that JavaScript stores as two.
+    Vega fails at names that are properties of every object. It may also cut a long name within a character that
+    JavaScript stores as two units.
     """
     if aspect in OF_OBJECTS:
         return f"{number}. {aspect}"
@@ -241,13 +249,12 @@ def _drawn(aspect: str, number: int) -> str:
 
 
 def _zero(look: Look) -> Any:
-    import altair
-
-    return altair.Chart(altair.Data(values=[{"zero": 0}])).mark_rule(color=look.text, strokeDash=[4, 3])
+    """A dashed line at zero."""
+    return _chart([{"zero": 0}]).mark_rule(color=look.text, strokeDash=[4, 3]).encode(x="zero:Q")
 
 
 def _gains(comparison: Comparison, rows: Sequence[Row], look: Look) -> Any:
-    """How many examples gained how much in the first deciding metric; those of equal score are a bar of their own."""
+    """A histogram of the examples' gains in the first deciding metric. Equal scores have a bar of their own."""
     import altair
 
     metric = comparison.decide_by[0]
@@ -255,7 +262,7 @@ def _gains(comparison: Comparison, rows: Sequence[Row], look: Look) -> Any:
     step = _round_step((max(gains) - min(gains)) / BINS)
     bars: dict[tuple[float, float], int] = {}
     for gain in gains:
-        # Away from zero: (0, step] is the first bin of gains, [-step, 0) that of losses.
+        # (0, step] is the first bin of gains, [-step, 0) the first bin of losses.
         far = math.ceil(abs(gain) / step - 1e-9) * step
         ends = (far - step, far) if gain > 0 else (-far, step - far)
         if abs(gain) < 1e-9:
@@ -265,26 +272,22 @@ def _gains(comparison: Comparison, rows: Sequence[Row], look: Look) -> Any:
         {"from": low, "to": high, "n": n, "side": "equal" if low < 0 < high else "higher" if low >= 0 else "lower"}
         for (low, high), n in sorted(bars.items())
     ]
-    sides = altair.Color(
-        "side:N",
-        scale=altair.Scale(domain=["lower", "equal", "higher"], range=[look.base, look.text, look.tuned]),
-        legend=altair.Legend(orient="top", direction="horizontal"),
-    )
-    bar = altair.Chart(altair.Data(values=values)).mark_rect(stroke=look.background, strokeWidth=0.5)
     return altair.layer(
-        bar.encode(
+        _chart(values)
+        .mark_rect(stroke=look.background, strokeWidth=0.5)
+        .encode(
             x=altair.X("from:Q", title=f"{LABELS[metric]} of tuned − base, points"),
             x2="to:Q",
             y=altair.Y("n:Q", title="examples", axis=altair.Axis(tickMinStep=1, tickCount=5)),
             y2=altair.datum(0),
-            color=sides,
+            color=_colour("side", {"lower": look.base, "equal": look.text, "higher": look.tuned}),
         ),
-        _zero(look).encode(x="zero:Q"),
+        _zero(look),
     ).properties(width=look.width, height=170, title="Gain of each example")
 
 
 def _training(curves: Sequence[Curve], look: Look) -> Any:
-    """Training loss (thin) and validation loss (points) against the step, a colour a seed."""
+    """Training loss (thin lines) and validation loss (points) by step, with a colour for each seed."""
     import altair
 
     seeds = [str(curve.seed) for curve in curves]
@@ -300,17 +303,17 @@ def _training(curves: Sequence[Curve], look: Look) -> Any:
     )
     x = altair.X("step:Q", title="optimizer steps", axis=altair.Axis(tickMinStep=1, tickCount=6))
     y = altair.Y("loss:Q", title="loss, nats a token", scale=altair.Scale(zero=False))
-    thin = altair.Chart(altair.Data(values=train)).mark_line(strokeWidth=1.2, opacity=0.75)
-    thick = altair.Chart(altair.Data(values=validation))
+    thin = _chart(train).encode(x=x, y=y, color=color)
+    thick = _chart(validation).encode(x=x, y=y, color=color)
     return altair.layer(
-        thin.encode(x=x, y=y, color=color),
-        thick.mark_line(strokeWidth=2.5, strokeDash=[6, 3]).encode(x=x, y=y, color=color),
-        thick.mark_point(filled=True, size=55, opacity=1).encode(x=x, y=y, color=color),
+        thin.mark_line(strokeWidth=1.2, opacity=0.75),
+        thick.mark_line(strokeWidth=2.5, strokeDash=[6, 3]),
+        thick.mark_point(filled=True, size=55, opacity=1),
     ).properties(width=look.width, height=190, title="Loss: training (line), validation (points)")
 
 
 def _lengths(rows: Sequence[Row], look: Look) -> Any:
-    """Words of the references and of each model's outputs, as shares; the seeds of tuned together."""
+    """Histograms of the lengths of references and outputs, in words; all seeds of tuned count together."""
     import altair
 
     lengths = {
@@ -319,7 +322,7 @@ def _lengths(rows: Sequence[Row], look: Look) -> Any:
         "tuned": [one.words for row in rows for one in row.tuned],
     }
     everything = [length for some in lengths.values() for length in some]
-    # The few longest share the last bin: one endless output would squeeze all others into the first.
+    # The few longest texts share the last bin: otherwise one endless output would squeeze all others into the first.
     most = max(1, math.ceil(float(np.quantile(everything, 0.995))))
     step = max(1, round(_round_step(most / BINS)))
     bins = most // step + 1
@@ -329,8 +332,7 @@ def _lengths(rows: Sequence[Row], look: Look) -> Any:
         values = [
             {"from": i * step, "to": (i + 1) * step, "share": n / len(some)} for i, n in enumerate(counts.tolist()) if n
         ]
-        mean = [{"mean": sum(some) / len(some)}]
-        bar = altair.Chart(altair.Data(values=values)).mark_rect(color=colour, stroke=look.background, strokeWidth=0.5)
+        bar = _chart(values).mark_rect(color=colour, stroke=look.background, strokeWidth=0.5)
         last = name == "tuned"
         x = altair.X(
             "from:Q",
@@ -339,7 +341,7 @@ def _lengths(rows: Sequence[Row], look: Look) -> Any:
             axis=altair.Axis(labels=last, tickMinStep=1, tickCount=6),
         )
         y = altair.Y("share:Q", title=None, axis=altair.Axis(format="%", tickCount=3))
-        marker = altair.Chart(altair.Data(values=mean)).mark_point(
+        marker = _chart([{"mean": sum(some) / len(some)}]).mark_point(
             shape="triangle-down", color=look.text, fill=look.text, size=50, opacity=1, yOffset=-6
         )
         panels.append(
@@ -353,7 +355,7 @@ def _lengths(rows: Sequence[Row], look: Look) -> Any:
 
 
 def _endings(comparison: Comparison, look: Look) -> Any:
-    """How each variant's outputs ended: by themselves, or cut by the cap on new tokens."""
+    """The shares of each variant's outputs that ended by themselves, and at the cap on new tokens."""
     import altair
 
     outputs = [comparison.base, *comparison.tuned]
@@ -366,24 +368,20 @@ def _endings(comparison: Comparison, look: Look) -> Any:
         )
     ]
     return (
-        altair.Chart(altair.Data(values=values))
+        _chart(values)
         .mark_bar(stroke=look.background, strokeWidth=0.5)
         .encode(
             y=altair.Y("variant:N", sort=names, title=None),
             x=altair.X("share:Q", title=None, axis=altair.Axis(format="%", tickCount=5)),
             order="order:Q",
-            color=altair.Color(
-                "ending:N",
-                scale=altair.Scale(domain=["by itself (EOS)", "by the cap"], range=[look.lines[2], look.lines[0]]),
-                legend=altair.Legend(orient="top", direction="horizontal"),
-            ),
+            color=_colour("ending", {"by itself (EOS)": look.lines[2], "by the cap": look.lines[0]}),
         )
         .properties(width=look.width, height=26 * len(names), title="How outputs ended")
     )
 
 
 def _round_step(about: float) -> float:
-    """The number of the form 1, 2 or 5 times a power of ten that is next above `about`; 1 for nothing."""
+    """The smallest number of the form 1, 2 or 5 times a power of ten that is not below `about`; 1 for 0."""
     if about <= 0:
         return 1.0
     power = 10.0 ** math.floor(math.log10(about))

@@ -1,4 +1,4 @@
-"""Every file that people, `dvc metrics`, `dvc plots` and a paper's appendix read of a comparison, but for the page."""
+"""The files of a comparison for people, `dvc metrics`, `dvc plots` and a paper's appendix; all except the page."""
 
 from collections.abc import Sequence
 
@@ -8,10 +8,9 @@ from pipeline.score.comparison import Comparison
 
 
 def write(seeds: Sequence[int]) -> None:
-    """Write `paths.METRICS`, the tables of `dvc plots`, and the rest of `paths.COMPARISON`, from the comparison there.
+    """Write `paths.METRICS`, the tables of `dvc plots`, and the files in `paths.COMPARISON`, from the comparison there.
 
-    `seeds` are those of the adapters that were compared. UserError where an output is missing; equal outputs give equal
-    bytes.
+    `seeds` are those of the compared adapters. Equal outputs give equal bytes. UserError if an output is missing.
     """
     comparison, rows, losses = Comparison.read(), side_by_side.read(seeds), curves.read(seeds)
     wording.write(comparison)

@@ -1,8 +1,8 @@
-"""Which words of a text and its reference the metric counts as shared, and where they stand.
+"""The words that a text shares with its reference, as the metric counts them, and their positions.
 
-The words are those of the metric's own tokenizer, stemmed where it stems: of ROUGE and of BLEU. chrF counts characters,
-so there the words are runs of letters and digits, as written. A word that occurs twice here and once there is shared
-once, as in ROUGE (Lin 2004, section 2): as many words are marked as ROUGE-1 counts.
+For ROUGE and BLEU, words come from the metric's own tokenizer, with its stemming. chrF counts characters, so its words
+are runs of letters and digits, as written. A word that occurs twice in one text and once in the other is shared once,
+as in ROUGE (Lin 2004, section 2), so as many words are marked as ROUGE-1 counts.
 """
 
 from collections import Counter
@@ -14,16 +14,15 @@ from pipeline.core.params import Evaluate
 from pipeline.score import metrics
 
 WORD, PAIR = 1, 2
-"""Levels of a mark: a shared word, and shared words side by side in both texts (ROUGE-2 counts such pairs)."""
+"""Levels of a mark: a shared word, and shared words that are neighbours in both texts (ROUGE-2 counts such pairs)."""
 FAR_SEARCHES = 100
-"""After so many words that were not found, only the text close by is searched, which keeps time linear."""
+"""After this many words that were not found, only the next `NEAR` characters are searched, which keeps time linear."""
 NEAR = 1000
-"""Characters."""
 
 
 @dataclass(frozen=True, slots=True)
 class Word:
-    """A token at text[start:end]; `key` is what is compared."""
+    """A token at text[start:end]. Its `key` is compared, for example the stem."""
 
     start: int
     end: int
@@ -43,7 +42,7 @@ Splitter = Callable[[str], list[Word]]
 
 
 def splitter(name: str, evaluate: Evaluate) -> Splitter:
-    """How the metric `name` splits a text into words."""
+    """A function that splits a text into words as the metric `name` does."""
     tokenize, keys, fold = metrics.tokenizers(name, evaluate)
 
     def split(text: str) -> list[Word]:
@@ -62,8 +61,7 @@ def shared(text: Sequence[Word], reference: Sequence[Word]) -> tuple[list[Mark],
 
 
 def closest(text: Sequence[Word], references: Sequence[Sequence[Word]]) -> int:
-    """Index of the reference with which `text` shares most: the best F1 of single words, the first of equals."""
-
+    """The index of the reference with the best F1 of single words, the first of equal ones."""
     counts = Counter(word.key for word in text)
 
     def f1(reference: Sequence[Word]) -> float:
@@ -78,21 +76,21 @@ def _pairs(words: Sequence[Word]) -> list[tuple[str, str]]:
 
 
 def _marks(words: Sequence[Word], common: Counter[str], pairs: Counter[tuple[str, str]]) -> list[Mark]:
-    """The marks: for each key as many words as are common, those in shared pairs first.
-
-    Neighbours in a pair become one mark.
-    """
+    """Mark as many words of each key as are common, preferring shared pairs. Each pair becomes one mark."""
+    # 1. The numbers of the words that begin a shared pair.
     paired, left = set(), pairs.copy()
     for i, pair in enumerate(_pairs(words)):
         if left[pair] > 0:
             left[pair] -= 1
             paired.add(i)
+    # 2. The words to mark.
     in_pair = {i for first in paired for i in (first, first + 1)}
     chosen, budget = set(), common.copy()
     for i in sorted(range(len(words)), key=lambda i: (i not in in_pair, i)):
         if budget[words[i].key] > 0:
             budget[words[i].key] -= 1
             chosen.add(i)
+    # 3. Their marks, joined within pairs.
     marks: list[Mark] = []
     for i in sorted(chosen):
         word = words[i]
@@ -104,14 +102,17 @@ def _marks(words: Sequence[Word], common: Counter[str], pairs: Counter[tuple[str
 
 
 def _places(text: str, tokens: Sequence[str], fold: bool) -> list[tuple[int, int] | None]:
-    """Where each token stands in `text`, in order; None for one that the tokenizer has changed beyond recognition."""
-    # The lower case of a character may be several: `at` leads from the searched text back.
+    """The position of each token in `text`; None for a token that the tokenizer changed too much to be found.
+
+    `fold` says that tokens are in lower case.
+    """
+    # A character's lower case may be several characters: `at` maps the searched text back to `text`.
     searched = text.lower() if fold else text
     at = [i for i, character in enumerate(text) for _ in (character.lower() if fold else character)]
     places: list[tuple[int, int] | None] = []
     position = missing = 0
     for token in tokens:
-        # A search for what is not there goes to the end of the text: of many such, only the first few do.
+        # A failing search runs to the end of the text, so only the first `FAR_SEARCHES` may.
         found = searched.find(token, position, None if missing < FAR_SEARCHES else position + len(token) + NEAR)
         if found < 0:
             missing += 1

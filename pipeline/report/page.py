@@ -1,9 +1,9 @@
 """The report as one offline page, `reports/index.html`: verdict, figures, every test example, guards, costs, lineage.
 
-It asks nothing of any network: style, script and data are in it, and its Content-Security-Policy admits these alone, by
-hash. Texts of models and data are never trusted: Jinja escapes them, and the script only ever makes text nodes of
-them. What it tells of time, memory, commit and versions differs between machines, so it is neither an output of DVC's
-nor in git: the last stage writes it anew whenever it runs. Its last line seals it.
+It needs no network: it contains its style, script and data, and its Content-Security-Policy admits only these, by hash.
+Texts of models and data are never trusted: Jinja escapes them, and the script turns them only into text nodes. Times,
+memory, commit and versions differ between machines, so the page is neither an output of DVC nor in git. The last stage
+writes it whenever it runs. Its last line is a seal, the digest of all lines above.
 """
 
 import base64
@@ -38,7 +38,7 @@ SIGNS = {"better": "▲", "worse": "▼", "mixed": "◆", "none": "="}
 
 @dataclass(frozen=True, slots=True)
 class Content:
-    """All that the page shows; `training` has one entry a seed, and `costs` None for a stage taken from a cache."""
+    """Everything that the page shows. `training` has one entry a seed; `costs` has None for a stage from a cache."""
 
     comparison: Comparison
     rows: list[Row]
@@ -50,19 +50,19 @@ class Content:
     quantized: QuantizedFacts
     figures: dict[str, str] = field(default_factory=dict)
     claims: list[dict[str, Any]] = field(default_factory=list)
-    """As `reports/claims.json` holds them; they are about papers, not about this experiment."""
+    """The content of `reports/claims.json`, which is about papers, not about this experiment."""
 
 
 def write(seeds: Sequence[int], evaluate: params.Evaluate, explorer: int) -> None:
-    """Write `paths.REPORT_HTML` for the experiment in the working directory; UserError for missing outputs.
+    """Write `paths.REPORT_HTML` for the experiment in the working directory. UserError for missing outputs.
 
-    `explorer` is the number of test examples that the page holds at most.
+    The page contains at most `explorer` test examples.
     """
     records.write_text(paths.REPORT_HTML, render(gather(seeds), evaluate, explorer))
 
 
 def gather(seeds: Sequence[int]) -> Content:
-    """What the page shows, from the stages' outputs, `dvc.lock`, git and this machine."""
+    """Read the page's content from the stages' outputs, `dvc.lock`, git and this machine. UserError as `write`."""
     comparison, rows = Comparison.read(), side_by_side.read(seeds)
     return Content(
         comparison=comparison,
@@ -82,27 +82,19 @@ def gather(seeds: Sequence[int]) -> Content:
 
 
 def render(content: Content, evaluate: params.Evaluate, explorer: int) -> str:
-    """The whole page, sealed; equal contents give equal bytes."""
+    """The whole page with its seal. Equal contents give equal bytes."""
     environment = wording.environment()
     css = (wording.TEMPLATES / "page.css").read_text(encoding="utf-8")
     script = (wording.TEMPLATES / "page.js").read_text(encoding="utf-8")
     comparison = content.comparison
     split = splitter(comparison.decide_by[0], evaluate)
     held = chosen(content, explorer)
-    environment.filters["marked"] = marked
-    environment.filters["size"] = size
-    environment.filters["duration"] = duration
+    environment.filters |= {"marked": marked, "size": size, "duration": duration}
     page = environment.get_template("index.html.jinja").render(
+        wording.of_both(comparison),
         content=content,
-        c=comparison,
         o=content.origin,
-        lead=wording.LEAD[comparison.verdict],
         sign=SIGNS[comparison.verdict],
-        basis=wording.basis(comparison),
-        caveats=wording.caveats(comparison),
-        power=wording.power(comparison),
-        labels=LABELS,
-        interval=f"{100 * comparison.confidence:g} % interval",
         figures={name: Markup(figures.inline(drawing)) for name, drawing in content.figures.items()},
         strips=strips(comparison),
         extremes=_extremes(content, split),
@@ -116,7 +108,6 @@ def render(content: Content, evaluate: params.Evaluate, explorer: int) -> str:
         files=csv_tables.tables(comparison),
         data=Markup(embedded(_data(content, held, split))),
         words=_words(comparison.decide_by[0], evaluate),
-        commands=wording.COMMANDS,
         reproduction=content.origin.commands(),
         css=Markup(css),
         script=Markup(script),
@@ -124,11 +115,12 @@ def render(content: Content, evaluate: params.Evaluate, explorer: int) -> str:
         script_hash=_hash(script),
         digest_meta=Markup(DIGEST.format(content.origin.digest)),
     )
-    return page + SEAL.format(hashlib.sha256(page.encode()).hexdigest())
+    return page + SEAL.format(records.sha256_text(page))
 
 
 def chosen(content: Content, most: int) -> list[int]:
-    """The rows that the explorer holds, in their order: all, or `most` evenly spread, the best and worst among them."""
+    """The numbers of the rows that the explorer holds: all, or `most`, with the best and worst and evenly spread
+    ones."""
     n = len(content.rows)
     if n <= most:
         return list(range(n))
@@ -140,7 +132,7 @@ def chosen(content: Content, most: int) -> list[int]:
 
 
 def embedded(content: Any) -> str:
-    """JSON that may stand in a script element of HTML: no tag, comment or address can be read out of it."""
+    """JSON that is safe in a script element of HTML: it contains nothing like a tag, a comment or an address."""
     text = json.dumps(content, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
     for character in "<>&\u2028\u2029\ufeff":
         text = text.replace(character, f"\\u{ord(character):04x}")
@@ -148,7 +140,7 @@ def embedded(content: Any) -> str:
 
 
 def marked(text: str, marks: Sequence[Mark]) -> Markup:
-    """A text as HTML with its marks, escaped as by `wording.html`."""
+    """A text as HTML with its marks, escaped like `wording.html`."""
     parts, position = [], 0
     for mark in marks:
         parts.append(escape(text[position : mark.start]))
@@ -168,7 +160,7 @@ def size(count: float) -> str:
 
 
 def duration(seconds: float) -> str:
-    """A time with two units at most."""
+    """A time in one or two units."""
     whole = round(seconds)
     if seconds < 59.95:
         return f"{seconds:.1f} s"
@@ -178,7 +170,7 @@ def duration(seconds: float) -> str:
 
 
 def _whole_time(costs: Mapping[str, Cost | None]) -> float | None:
-    """The seconds of all stages; None where one of them came from a cache."""
+    """The seconds of all stages together; None if one of them came from a cache."""
     known = [cost.seconds for cost in costs.values() if cost is not None]
     return sum(known) if len(known) == len(costs) else None
 
@@ -192,7 +184,7 @@ def _hash(text: str) -> str:
 
 
 def strips(comparison: Comparison) -> list[dict[str, Any]]:
-    """Each deciding metric's interval on one scale of 0 to 100, for the strip under its figure."""
+    """Each deciding metric's interval on one scale from 0 to 100, for the strip below its figure."""
     intervals = [comparison.results[name].deciding for name in comparison.decide_by]
     low, high = min(0.0, *(one.low for one in intervals)), max(0.0, *(one.high for one in intervals))
     width = (high - low) * 1.08 or 1.0
@@ -214,7 +206,7 @@ def strips(comparison: Comparison) -> list[dict[str, Any]]:
 
 
 def _words(name: str, evaluate: params.Evaluate) -> str:
-    """A sentence that says which words are marked."""
+    """Which words are marked, for a sentence of the page."""
     if name == "chrf":
         return "words, as written, that both have; chrF itself counts characters"
     label = "BLEU" if name == "bleu" else "ROUGE"
@@ -245,7 +237,7 @@ def _extremes(content: Content, split: Splitter) -> list[dict[str, Any]]:
 
 @dataclass(frozen=True, slots=True)
 class Compared:
-    """A text beside the reference (index `nearest`) that it shares most with, and the marks of both."""
+    """A text, the reference (number `nearest`) that it shares most with, and the marks of both."""
 
     text: str
     marks: list[Mark]
@@ -255,21 +247,16 @@ class Compared:
 
 
 def _compared(written: Written, example: Example, split: Splitter) -> Compared:
-    text, references = shown(written.text), [shown(one) for one in example.references]
+    text, references = wording.shown(written.text), [wording.shown(one) for one in example.references]
     own, others = split(text), [split(one) for one in references]
     nearest = closest(own, others)
     marks, reference_marks = shared(own, others[nearest])
     return Compared(text, marks, nearest, references[nearest], reference_marks)
 
 
-def shown(text: str) -> str:
-    """A text as the page shows it: control characters, and halves of characters, as U+FFFD."""
-    return wording.printable(text).strip()
-
-
 def _data(content: Content, held: Iterable[int], split: Splitter) -> dict[str, Any]:
-    """The input of the explorer's script. Each source is there once, since the rows of a group share it."""
-    comparison = content.comparison
+    """The data of the explorer's script. Each source is in it once, since rows of a group share it."""
+    comparison, shown = content.comparison, wording.shown
     sources: dict[str, int] = {}
     aspects: dict[str, int] = {}
     metrics = list(comparison.results)
@@ -316,7 +303,7 @@ def _variant(written: Written, example: Example, split: Splitter, metrics: Seque
 
 
 def _runs(text: str, marks: Sequence[Mark]) -> list[int]:
-    """Marks as a flat list of gap, length, level; in UTF-16 units, which JavaScript counts in."""
+    """Marks as a flat list of gap, length and level, in UTF-16 units, as JavaScript counts."""
 
     def units(start: int, end: int) -> int:
         return end - start + sum(ord(character) > 0xFFFF for character in text[start:end])
@@ -332,16 +319,16 @@ def _runs(text: str, marks: Sequence[Mark]) -> list[int]:
 
 
 def faults(path: Path, digest: str) -> list[str]:
-    """The faults of the page at `path`, for the experiment with this digest."""
+    """The faults of the page at `path`, as a page of the experiment with this digest."""
     try:
         text = path.read_bytes().decode()
     except FileNotFoundError:
         return ["missing"]
     except UnicodeDecodeError as error:
-        return [f"not what was written: byte {error.start} is no UTF-8"]
+        return [f"not what was written: byte {error.start} is not UTF-8"]
     body, _, last = text.rstrip("\n").rpartition("\n")
     body += "\n"
-    if f"{last}\n" != SEAL.format(hashlib.sha256(body.encode()).hexdigest()) or not text.endswith("-->\n"):
+    if f"{last}\n" != SEAL.format(records.sha256_text(body)) or not text.endswith("-->\n"):
         return ["not what was written: the seal in its last line is of other content"]
     if DIGEST.format(digest) not in body:
         return [f"it shows another experiment ({(digest_of(path) or 'none')[:12]}…) than the one here ({digest[:12]}…)"]
@@ -349,7 +336,7 @@ def faults(path: Path, digest: str) -> list[str]:
 
 
 def describe(seeds: Sequence[int]) -> str:
-    """Where the page is, and what is wrong with it for the experiment in the working directory, in one line."""
+    """One line: where the page is, and whether it shows the experiment in the working directory."""
     found = digest_of(paths.REPORT_HTML)
     if found == identity.digest(identity.here(seeds)):
         return str(paths.REPORT_HTML)
@@ -358,7 +345,7 @@ def describe(seeds: Sequence[int]) -> str:
 
 
 def digest_of(path: Path) -> str | None:
-    """The experiment that a page says it shows; None where there is no page, or it says nothing."""
+    """The digest of the experiment that a page says it shows; None if it says nothing, or there is no page."""
     try:
         with path.open(encoding="utf-8", errors="replace") as file:
             head = "".join(line for line, _ in zip(file, range(20), strict=False))

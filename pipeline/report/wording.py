@@ -1,8 +1,7 @@
-"""A comparison as people read it: one line for the terminal, Markdown for the repository, numbers for `dvc metrics`;
-the page is `pipeline.report.page`'s. Nothing is computed here but the choice of words; templates lie in
-`pipeline/report/templates/`.
+"""A comparison in words: a line for the terminal, Markdown for the repository, numbers for `dvc metrics`.
 
-What models wrote is never trusted: it is escaped for the place where it appears.
+This module only chooses words; `pipeline.report.page` makes the page. The templates are in
+`pipeline/report/templates/`. Texts of models are never trusted: they are escaped for the place where they appear.
 """
 
 import re
@@ -14,7 +13,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup, escape
 
 from pipeline.core import paths, records
-from pipeline.core.errors import UserError
+from pipeline.core.errors import CONTROLS, UserError
 from pipeline.report import figures
 from pipeline.score import significance
 from pipeline.score.comparison import Comparison
@@ -31,11 +30,11 @@ LEAD = {
     "none": "No difference between base and tuned was shown",
 }
 FEW_GROUPS = 30
-"""Below this many groups a percentile interval is noticeably too narrow, which the report then says."""
+"""With fewer groups a percentile interval is noticeably too narrow, and the report says so."""
 MANY_CAPPED = 0.05
-"""Share of outputs stopped by the token cap above which the report says so."""
+"""The report says so if a larger share of outputs was stopped by the token cap."""
 OTHER_LANGUAGE = 0.1
-"""The report says so when the share of outputs in the language asked for is this much below the references'."""
+"""The report says so if the share of outputs in the expected language is lower than the references' by this much."""
 
 COMMANDS = (
     ("dvc metrics diff", "these numbers against the last commit's"),
@@ -46,10 +45,17 @@ COMMANDS = (
 
 
 def write(comparison: Comparison) -> None:
-    """Write `paths.METRICS`, and Markdown and picture to `paths.COMPARISON`; equal comparisons give equal bytes."""
+    """Write `paths.METRICS`, and Markdown and picture to `paths.COMPARISON`. Equal comparisons give equal bytes."""
     records.write_json(paths.METRICS, metrics(comparison))
     records.write_text(paths.COMPARISON_SVG, figures.svg(comparison, figures.FILE))
-    given = {
+    template = environment().get_template("comparison.md.jinja")
+    text = template.render(of_both(comparison), shown=LABELS[comparison.decide_by[0]])
+    records.write_text(paths.COMPARISON_MD, text)
+
+
+def of_both(comparison: Comparison) -> dict[str, Any]:
+    """The names that the templates of Markdown and page have in common."""
+    return {
         "c": comparison,
         "lead": LEAD[comparison.verdict],
         "basis": basis(comparison),
@@ -57,16 +63,14 @@ def write(comparison: Comparison) -> None:
         "power": power(comparison),
         "labels": LABELS,
         "interval": f"{100 * comparison.confidence:g} % interval",
-        "shown": LABELS[comparison.decide_by[0]],
         "commands": COMMANDS,
     }
-    records.write_text(paths.COMPARISON_MD, environment().get_template("comparison.md.jinja").render(given))
 
 
 def metrics(comparison: Comparison) -> dict[str, Any]:
-    """The numbers for `dvc metrics`: nested, no list, no null; points for scores, [0, 1] for shares.
+    """The numbers for `dvc metrics`, nested, without lists and nulls. Scores are in points, shares in [0, 1].
 
-    `lines` holds the reference lines' scores, and how far tuned is ahead of each in the deciding metrics.
+    `lines` has the scores of the reference lines, and tuned's lead over each in the deciding metrics.
     """
     content: dict[str, Any] = {"examples": comparison.n, "groups": comparison.groups, "seeds": len(comparison.tuned)}
     for name, result in comparison.results.items():
@@ -105,7 +109,7 @@ def metrics(comparison: Comparison) -> dict[str, Any]:
 
 
 def costs(cost: Cost) -> dict[str, Any]:
-    """What fine-tuning cost, as far as it is the same everywhere: losses in nats a token, means over seeds."""
+    """The cost of fine-tuning that is equal on all machines. Losses are in nats a token, means over seeds."""
     training = cost.training
     content: dict[str, Any] = {
         "trainable_parameters": cost.trainable_parameters,
@@ -142,7 +146,7 @@ def _mean(values: Sequence[float]) -> float:
 
 
 def basis(comparison: Comparison) -> str:
-    """The numbers that the verdict rests on: what follows the colon of the report's first sentence."""
+    """The numbers behind the verdict, for the report's first sentence."""
     parts = []
     for i, name in enumerate(comparison.decide_by):
         one = comparison.results[name]
@@ -160,7 +164,7 @@ def basis(comparison: Comparison) -> str:
 
 
 def caveats(comparison: Comparison) -> list[str]:
-    """What a careful reader would object to in this comparison, in plain sentences; may be empty."""
+    """The objections of a careful reader to this comparison, one or more sentences each; may be empty."""
     found: list[str] = []
     if comparison.verdict == "better":
         found.extend(
@@ -192,7 +196,7 @@ def caveats(comparison: Comparison) -> list[str]:
 
 
 def _price(comparison: Comparison) -> list[str]:
-    """What the gain was paid for with, where that can be shown: general text forgotten, training gone too far."""
+    """What the gain cost, as far as it is known: general text forgotten, or training that went too far."""
     found = []
     forgetting = comparison.cost.forgetting
     if forgetting is None:
@@ -218,7 +222,7 @@ def _price(comparison: Comparison) -> list[str]:
 
 
 def power(comparison: Comparison) -> str:
-    """What size of difference this test set shows, and how large one for a single point would have to be."""
+    """The size of the difference that this test set shows, and the size of a test set that shows one point."""
     name = comparison.decide_by[0]
     found = comparison.results[name].detectable
     if found <= significance.TIE:
@@ -234,11 +238,11 @@ def power(comparison: Comparison) -> str:
 
 
 def closing_lines(store: str, page: str) -> str:
-    """The verdict of the last comparison and where to look next, for a terminal; nothing is computed.
+    """The verdict of the last comparison and where to look next, for a terminal.
 
-    `store` is the address of the MLflow store, as it may be shown; `page` says where the page is (`page.describe`).
+    `store` is the address of the MLflow store without passwords, `page` the text of `page.describe`.
 
-    UserError when there is no report yet.
+    UserError if there is no report yet.
     """
     text = paths.published(paths.COMPARISON_MD)
     try:
@@ -262,9 +266,8 @@ def points(value: float) -> str:
 
 
 def signed(value: float) -> str:
-    """A difference with its sign: one decimal, two below 0.1 so that its side of zero is seen."""
-    text = f"{abs(value):.1f}" if abs(value) >= 0.1 or value == 0 else f"{abs(value):.2f}"
-    return f"−{text}" if value < 0 else f"+{text}"
+    """A difference with its sign: one decimal, or two below 0.1, so that its sign is certain."""
+    return _signed(value, f"{abs(value):.1f}" if abs(value) >= 0.1 or value == 0 else f"{abs(value):.2f}")
 
 
 def nats(value: float) -> str:
@@ -273,9 +276,12 @@ def nats(value: float) -> str:
 
 
 def change(value: float) -> str:
-    """A difference of losses with its sign: three decimals, five below 0.001 so that its side of zero is seen."""
-    text = f"{abs(value):.3f}" if abs(value) >= 0.001 or value == 0 else f"{abs(value):.5f}"
-    return f"−{text}" if value < 0 else f"+{text}"
+    """A difference of losses with its sign: three decimals, or five below 0.001, so that its sign is certain."""
+    return _signed(value, f"{abs(value):.3f}" if abs(value) >= 0.001 or value == 0 else f"{abs(value):.5f}")
+
+
+def _signed(value: float, digits: str) -> str:
+    return f"−{digits}" if value < 0 else f"+{digits}"
 
 
 def change_span(interval: Interval) -> str:
@@ -288,7 +294,7 @@ def epochs(value: float) -> str:
 
 
 def probability(value: float) -> str:
-    """A p-value: three decimals, and what is smaller as such."""
+    """A p-value: three decimals, or "≤ 0.001"."""
     return "≤ 0.001" if value < 0.001 else f"{value:.3f}"
 
 
@@ -301,32 +307,32 @@ def span(interval: Interval) -> str:
 
 
 def markdown(text: str) -> str:
-    """Any text as one line of plain Markdown that may stand in a table cell: no markup, HTML or link of its own."""
-    text = printable(text).strip().replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+    """Any text as one line of plain Markdown, also for a table cell, without markup, HTML or links of its own."""
+    text = shown(text).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
     text = re.sub(r"([\\`*_\[\]|~$])", r"\\\1", text)
     text = re.sub(r"://|(?<=www)\.|@", lambda found: "".join(f"&#{ord(c)};" for c in found[0]), text, flags=re.I)
     return re.sub(r"\s+", lambda found: "<br>" if "\n" in found[0] else found[0], text) or "*(empty)*"
 
 
 def code(text: str) -> str:
-    """Any text as code within a line of Markdown, which may be a table's: a code span, or what shows as one."""
-    shown = printable(text).strip()
-    return f"`{shown}`" if shown and not re.search(r"[`|\n]", shown) else f"<code>{markdown(shown)}</code>"
+    """Any text as code within a line of Markdown, also in a table: a code span, or HTML that looks like one."""
+    text = shown(text)
+    return f"`{text}`" if text and not re.search(r"[`|\n]", text) else f"<code>{markdown(text)}</code>"
 
 
 def html(text: str) -> Markup:
-    """Any text as HTML: escaped, and with no address in it that a careless reader or tool takes for a link."""
-    safe = str(escape(printable(text).strip())).replace("://", "&#58;//")
-    return Markup(safe) or Markup("<em>(empty)</em>")
+    """Any text as HTML: escaped, and without addresses that a tool could take for links."""
+    return Markup(str(escape(shown(text))).replace("://", "&#58;//")) or Markup("<em>(empty)</em>")
 
 
-def printable(text: str) -> str:
-    """Control characters, line breaks and tabs aside, and halves of characters as U+FFFD; line breaks as newlines."""
-    return re.sub(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff]", "\ufffd", "\n".join(text.splitlines()))
+def shown(text: str) -> str:
+    """A text as reports show it: stripped, line breaks as newlines, controls and halves of characters as U+FFFD."""
+    return re.sub(rf"[{CONTROLS}\ud800-\udfff]", "\ufffd", "\n".join(text.splitlines())).strip()
 
 
 def environment(folder: Path = TEMPLATES) -> Environment:
-    """Jinja on the templates of a folder, with the words of this module as filters."""
+    """Jinja on the templates of a folder, with functions of this module as filters."""
+    filters = (points, signed, span, share, probability, nats, change, change_span, epochs, markdown, code, html)
     made = Environment(
         loader=FileSystemLoader(folder),
         autoescape=lambda name: name is not None and name.endswith(".html.jinja"),
@@ -335,21 +341,5 @@ def environment(folder: Path = TEMPLATES) -> Environment:
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    made.filters |= {
-        function.__name__: function
-        for function in (
-            points,
-            signed,
-            span,
-            share,
-            probability,
-            nats,
-            change,
-            change_span,
-            epochs,
-            markdown,
-            code,
-            html,
-        )
-    }
+    made.filters |= {function.__name__: function for function in filters}
     return made

@@ -24,7 +24,7 @@ from pipeline.core import git, params, paths, progress, records
 from pipeline.core import text as sentences
 from pipeline.core.errors import UserError, without_passwords
 from pipeline.fetch import fetch, gguf_layout
-from pipeline.prepare import leaks, prepare, splits
+from pipeline.prepare import prepare
 from pipeline.record import address, lockfile
 from pipeline.report import figures, page, wording
 from pipeline.report import marks as overlap
@@ -331,7 +331,7 @@ class TestText:
     @pytest.mark.parametrize(
         "read",
         [sentences.sentences, sentences.lead, sentences.words, forget.without_tags, wording.markdown, wording.html,
-         page.shown, page.embedded, splits.plain, lambda text: leaks.Overlap([text], 0.5).kind(f"{text} more"),
+         wording.shown, page.embedded, splits.plain, lambda text: leaks.Overlap([text], 0.5).kind(f"{text} more"),
          without_passwords],
         ids=["sentences", "lead", "words", "without_tags", "markdown", "html", "shown", "embedded", "plain", "overlap",
              "without_passwords"],

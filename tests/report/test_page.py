@@ -151,7 +151,7 @@ def test_texts_survive_and_stay_texts() -> None:
 
 
 def test_lone_surrogates_are_replaced() -> None:
-    assert page.shown("a\ud800b\x07 ") == "a\ufffdb\ufffd"
+    assert wording.shown("a\ud800b\x07 ") == "a\ufffdb\ufffd"
 
 
 def test_marks_count_in_the_units_of_javascript() -> None:
