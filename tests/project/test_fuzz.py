@@ -24,7 +24,7 @@ from pipeline.core import git, params, paths, progress, records
 from pipeline.core import text as sentences
 from pipeline.core.errors import UserError, without_passwords
 from pipeline.fetch import fetch, gguf_layout
-from pipeline.prepare import prepare
+from pipeline.prepare import leaks, prepare, splits
 from pipeline.record import address, lockfile
 from pipeline.report import figures, page, wording
 from pipeline.report import marks as overlap
