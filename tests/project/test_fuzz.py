@@ -140,9 +140,9 @@ class TestParams:
         [
             (b"\xff\xfe\x00\x00", "is not"),
             (b"data: caf\xe9", "is not UTF-8"),
-            (b"[" * 1000, "is not YAML"),
+            (b"[" * 1000, "cannot be read as YAML"),
             (BOMB, "the alias *a stands for another part"),
-            (b"data: 2001-99-99", "is not YAML"),
+            (b"data: 2001-99-99", "cannot be read as YAML"),
             (b"data: !!python/object/apply:os.system [touch pwned]", "is not YAML"),
             (b"data: !!timestamp x", "is not YAML"),
             (b"data: 1\ndata: 2", "is not YAML"),
