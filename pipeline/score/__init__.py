@@ -1,4 +1,4 @@
 """Texts become scores, and scores a comparison with intervals.
 
-It imports core. No torch, and no word of a report, is in it.
+It imports core. It uses no torch and writes no report.
 """

@@ -1,9 +1,9 @@
-"""Base against tuned: is the difference in the scores more than chance can explain?
+"""Base against tuned: is the difference in the scores larger than chance can explain?
 
-The interval is a paired bootstrap over groups of test examples. With several training seeds, the one that decides also
-holds the spread between seeds (`pipeline.score.significance`). "Better" needs the interval of every metric in
-`decide_by` above zero. Demanding all of them can only make that verdict rarer, so no correction for several metrics is
-due. Each aspect is a question of its own: their p-values are corrected for all of them together.
+Intervals come from a paired bootstrap over groups of test examples. With several training seeds, the deciding interval
+also covers the spread between seeds (`pipeline.score.significance`). "Better" needs the intervals of all metrics in
+`decide_by` above zero. Demanding all of them only makes that verdict rarer, so it needs no correction for several
+metrics. Each aspect is a separate question, so p-values are corrected over all aspects.
 
 Dimensions: v variants, m metrics, n rows, b resamples, k statistics of a row.
 """
@@ -27,19 +27,18 @@ from pipeline.score.side_by_side import Outputs, Row
 from pipeline.score.significance import Interval
 
 MUST_AGREE = ("prompts_sha256", "model_sha256", "generation", "device", "threads", "dtype")
-"""Fields of `records.Decoding` in which base and tuned must not differ: otherwise not the adapter alone is compared."""
+"""Fields of `records.Decoding` in which base and tuned must agree, so that only the adapter is compared."""
 
 
 def write(seeds: Sequence[int], evaluate: params.Evaluate, settings: params.Compare) -> None:
-    """Compare the adapters of `seeds` with base, and store the comparison; UserError as of `compare_variants`."""
+    """Write the comparison of the adapters of `seeds` with base. UserError as `compare_variants`."""
     contracts.write(paths.COMPARISON_JSON, compare_variants(seeds, evaluate, settings))
 
 
 def compare_variants(seeds: Sequence[int], evaluate: params.Evaluate, settings: params.Compare) -> Comparison:
     """The comparison of the tuned variants of `seeds` with base, on the scored test split.
 
-    UserError where outputs are missing, and listing every way in which the variants were not tried under the same
-    conditions.
+    UserError if outputs are missing, or listing all conditions in which the variants differ.
     """
     test = side_by_side.test_split()
     variants = [side_by_side.outputs(paths.variant(seed)) for seed in (None, *seeds)]
@@ -86,14 +85,14 @@ def compare_variants(seeds: Sequence[int], evaluate: params.Evaluate, settings: 
 
 @dataclass(frozen=True)
 class Table:
-    """The statistics of one variant's texts: for each metric nxk."""
+    """The statistics of one variant's texts: an nxk array for each metric."""
 
     metrics: Sequence[Metric]
     statistics: list[Floats]
 
     @classmethod
     def of(cls, scores: Scores, chosen: Sequence[Metric]) -> "Table":
-        """The statistics of a scored variant, for the metrics in `chosen`."""
+        """The statistics of a scored variant for the metrics `chosen`."""
         rows = [
             scores.statistics[one.name] if one.counted else [[row.scores[one.name]] for row in scores.examples]
             for one in chosen
@@ -106,15 +105,15 @@ class Table:
         return Table(self.metrics, [columns[list(chosen)] for columns in self.statistics])
 
     def each(self) -> Floats:
-        """mxn: the score of each row by itself."""
+        """The score of each row by itself, mxn."""
         return np.array([metric.each(table) for metric, table in zip(self.metrics, self.statistics, strict=True)])
 
 
 def resampled(tables: Sequence[Table], groups: NDArray[Any], settings: params.Compare) -> tuple[Floats, Floats]:
-    """vxm: the scores of v variants in m metrics over all rows; vxmxb: in every resample, drawn alike for all."""
+    """The scores over all rows (vxm), and over each resample (vxmxb). All variants share the resamples."""
     everything_nxk = np.concatenate([columns for table in tables for columns in table.statistics], axis=1)
     sums_bxk, rows_b = significance.resampled_sums(everything_nxk, groups, settings.bootstrap_samples, settings.seed)
-    # The first row is the sum over all rows; the others are the resamples.
+    # Row 0 is the sum over all rows; the resamples follow.
     sums_bxk = np.concatenate([everything_nxk.sum(axis=0, keepdims=True), sums_bxk])
     rows_b = np.concatenate([[len(groups)], rows_b])
     start, found = 0, []
@@ -131,7 +130,10 @@ def resampled(tables: Sequence[Table], groups: NDArray[Any], settings: params.Co
 def contrast(
     base: Sequence[Table], tuned: Sequence[Table], groups: NDArray[Any], settings: params.Compare
 ) -> dict[str, Result]:
-    """Each metric's result: the seeds of `tuned` on average against those of `base`, paired row by row."""
+    """Each metric's result: the mean over the seeds of `tuned` against that over `base`, paired by rows.
+
+    `groups` names the group of each row. UserError with a single group.
+    """
     chosen = tuned[0].metrics
     score_vxm, resample_vxmxb = resampled([*base, *tuned], groups, settings)
     one, other = (np.mean([table.each() for table in tables], axis=0) for tables in (base, tuned))
@@ -165,7 +167,7 @@ def contrast(
 
 
 def verdict(differences: Sequence[Interval]) -> Verdict:
-    """`better` or `worse` if all intervals lie on that side of zero, `none` if all hold zero, else `mixed`."""
+    """`better` or `worse` if all intervals lie on that side of zero, `none` if all contain zero, else `mixed`."""
     if all(one.low > 0 for one in differences):
         return "better"
     if all(one.high < 0 for one in differences):
@@ -174,9 +176,9 @@ def verdict(differences: Sequence[Interval]) -> Verdict:
 
 
 def _aspects(test: Sequence[Example], tables: Sequence[Table], settings: params.Compare) -> list[Aspect]:
-    """One result an aspect, in the order of the test split; none when all rows have the same.
+    """The results of each aspect, in the order of the test split; none if there is only one aspect.
 
-    An aspect whose rows lie in one group has no interval and is left out.
+    Aspects whose rows are all in one group have no interval and are left out.
     """
     rows_of: dict[str, list[int]] = {}
     for i, row in enumerate(test):
@@ -197,7 +199,7 @@ def _aspects(test: Sequence[Example], tables: Sequence[Table], settings: params.
 
 
 def _lines(rows: Sequence[Row], tuned: Sequence[Table], settings: params.Compare) -> list[Line]:
-    """The reference lines with their scores; without those that fewer than two groups have."""
+    """The scores of the reference lines. Lines with texts in fewer than two groups are left out."""
     lines = []
     chosen = tuned[0].metrics
     test, names = [row.example for row in rows], [metric.name for metric in chosen]
@@ -227,7 +229,7 @@ def _lines(rows: Sequence[Row], tuned: Sequence[Table], settings: params.Compare
 
 
 def mean_table(texts: Sequence[Sequence[str]], rows: Sequence[Example], chosen: Sequence[Metric]) -> Table:
-    """The statistics of each row, averaged over its texts, against that row's references."""
+    """The statistics of each row, as the mean over its texts, against the row's references."""
     flat = [text for some in texts for text in some]
     references = [row.references for some, row in zip(texts, rows, strict=True) for _ in some]
     ends = np.cumsum([len(some) for some in texts])[:-1]
@@ -239,7 +241,7 @@ def mean_table(texts: Sequence[Sequence[str]], rows: Sequence[Example], chosen: 
 
 
 def _extremes(rows: Sequence[Row], settings: params.Compare) -> tuple[list[Pair], list[Pair]]:
-    """The examples on which tuned gains and loses most, most extreme first; ties in the order of ids."""
+    """The examples on which tuned gains most and loses most, the most extreme first, ties by id."""
     metric = settings.decide_by[0]
     pairs = [
         Pair(
@@ -260,7 +262,7 @@ def _extremes(rows: Sequence[Row], settings: params.Compare) -> tuple[list[Pair]
 
 
 def _refuse_unequal(test: Sequence[Example], variants: Sequence[Outputs], evaluate: params.Evaluate) -> None:
-    """UserError listing everything but the adapter in which the variants differ from base or from the test split."""
+    """UserError that lists all differences to base, except the adapter, and to the test split."""
     problems = []
     if len(variants) < 2:
         problems.append("there is no tuned variant: seeds is empty")
@@ -269,7 +271,7 @@ def _refuse_unequal(test: Sequence[Example], variants: Sequence[Outputs], evalua
     for outputs in variants:
         one = outputs.scores
         if one.signature != expected:
-            problems.append(f"{one.variant} is scored as {one.signature}, params ask for {expected}")
+            problems.append(f"{one.variant} is scored as {one.signature}, but params ask for {expected}")
         problems += unequal(one.variant, one.decoding, base.decoding)
         problems += side_by_side.misplaced(test, outputs)
         if (one.decoding.adapter_sha256 is None) != (one is base):
@@ -278,17 +280,17 @@ def _refuse_unequal(test: Sequence[Example], variants: Sequence[Outputs], evalua
         remedy = "run `dvc repro`"
         if len({one.scores.decoding.generation.get("tensor_parallel") for one in variants}) > 1:
             remedy = f"run `dvc repro --force --single-item infer@{paths.variant(None)}`, then `dvc repro`"
-        raise listing(problems, f"base and tuned were not tried under the same conditions; {remedy}:")
+        raise listing(problems, f"base and tuned were not run under the same conditions; {remedy}:")
 
 
 def unequal(variant: str, decoding: Decoding, base: Decoding) -> list[str]:
-    """Each of `MUST_AGREE` in which a variant differs from base: `threads: tuned-17 has 4, base has 2`."""
+    """A message for each of `MUST_AGREE` that differs from base: `threads: tuned-17 has 4, base has 2`."""
     pairs = {name: (getattr(decoding, name), getattr(base, name)) for name in MUST_AGREE}
     return [f"{name}: {variant} has {_difference(*pair)}" for name, pair in pairs.items() if pair[0] != pair[1]]
 
 
 def _difference(here: Any, base: Any) -> str:
-    """`x, base has y`, by key for the generation settings."""
+    """`x, base has y`. For the generation settings, only the differing keys."""
     if isinstance(here, dict) and isinstance(base, dict):
         keys = sorted(key for key in here.keys() | base.keys() if here.get(key) != base.get(key))
         here, base = ({key: one.get(key) for key in keys} for one in (here, base))

@@ -1,6 +1,6 @@
-"""The comparison of base and tuned, as the stage `compare` stores it in `out/comparison/comparison.json`.
+"""The comparison of base and tuned, which the stage `compare` computes once and stores in `paths.COMPARISON_JSON`.
 
-It is computed once. The report, the page, the record, an export and its card read it from there.
+The report, the page, the record, an export and its card read it there.
 """
 
 from dataclasses import dataclass
@@ -16,8 +16,11 @@ Verdict = Literal["better", "worse", "mixed", "none"]
 
 @dataclass(frozen=True, slots=True)
 class Spread:
-    """Several seeds: the SD of their differences to base, and the mean difference with the interval for the choice of
-    examples and of seeds together."""
+    """The spread over several seeds.
+
+    `sd` is the standard deviation of their differences to base. `both` is the mean difference, with the interval that
+    covers the choice of examples and of seeds.
+    """
 
     sd: float
     both: Interval
@@ -25,12 +28,12 @@ class Spread:
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """One metric over all test rows, or those of one aspect; `tuned` is the mean over seeds.
+    """One metric over all test rows, or over those of one aspect. `tuned` is the mean over seeds.
 
-    `diff` has the interval for the choice of examples; `seeds` is None with a single seed. `p` is two-sided, of no
-    difference. `effect` is Cohen's d over groups. `detectable`: the difference in points that such a comparison finds
-    in 80 % of repetitions. `wins`, `ties`, `losses` are the shares of examples that tuned scores higher, equal, and
-    lower than base.
+    The interval of `diff` covers the choice of examples; `seeds` is None with a single seed. `p` is the two-sided
+    p-value of no difference, `effect` is Cohen's d over groups. `detectable` is the difference in points that such a
+    comparison finds in 80 % of repetitions. `wins`, `ties` and `losses` are the shares of examples on which tuned
+    scores higher than, the same as, and lower than base.
     """
 
     base: Interval
@@ -46,13 +49,13 @@ class Result:
 
     @property
     def deciding(self) -> Interval:
-        """The difference with the interval that a verdict rests on."""
+        """The difference with the interval that decides the verdict."""
         return self.seeds.both if self.seeds else self.diff
 
 
 @dataclass(frozen=True, slots=True)
 class Aspect:
-    """The results of one aspect's rows. `p_holm`: of the metrics that decide, corrected for all aspects and metrics."""
+    """The results over one aspect's rows. `p_holm` has the deciding metrics' p-values, corrected over all aspects."""
 
     name: str
     n: int
@@ -62,7 +65,7 @@ class Aspect:
 
 @dataclass(frozen=True, slots=True)
 class Line:
-    """A reference line over `n` rows: `scores` maps a metric to its mean there, `ahead` to tuned minus the line."""
+    """A reference line over `n` rows. `scores` maps a metric to the line's score, `ahead` to tuned minus the line."""
 
     key: str
     label: str
@@ -74,8 +77,11 @@ class Line:
 
 @dataclass(frozen=True, slots=True)
 class Output:
-    """The outputs of one variant: mean words, scores, and shares that were stopped by the cap, are empty, equal their
-    source, or are in `evaluate.language`, if that names one."""
+    """The outputs of one variant: mean words, shares, and scores.
+
+    The shares are of outputs that were stopped by the cap, are empty, equal their source, or are in
+    `evaluate.language`, if that names a language.
+    """
 
     variant: str
     words: float
@@ -88,7 +94,7 @@ class Output:
 
 @dataclass(frozen=True, slots=True)
 class Pair:
-    """One example side by side, scored in the first metric of `decide_by`."""
+    """One example with both outputs, and their scores in the first metric of `decide_by`."""
 
     id: str
     source: str
@@ -101,10 +107,10 @@ class Pair:
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """All that the report shows. `tuned` has one row for each seed, in the order of params.
+    """Everything that the report shows. `tuned` has one entry a seed, in the order of params.
 
-    `decoding` holds what base and tuned share (`compare.MUST_AGREE`). `best` and `worst` come from the first seed,
-    since texts have no mean. `published` are figures of papers. `guards` are those of all stages, in their order.
+    `decoding` holds the conditions that base and tuned share (`compare.MUST_AGREE`). `best` and `worst` come from the
+    first seed, since texts have no mean. `published` holds figures of papers, `guards` those of all stages, in order.
     """
 
     verdict: Verdict
@@ -132,5 +138,5 @@ class Comparison:
 
     @classmethod
     def read(cls) -> "Comparison":
-        """The comparison of the working directory; UserError where it is missing, or another version wrote it."""
+        """The stored comparison. UserError if it is missing, or if another version wrote it."""
         return contracts.read(paths.COMPARISON_JSON, cls)

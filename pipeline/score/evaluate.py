@@ -1,6 +1,5 @@
-"""The scores of one variant: what the stage `evaluate` writes, each file with its signature, and what it refuses."""
+"""The stage `evaluate`: the scores of one variant, with their signature."""
 
-import hashlib
 import json
 import math
 from collections.abc import Sequence
@@ -16,10 +15,10 @@ from pipeline.score import metrics, side_by_side
 
 
 def score_variant(variant: str, settings: Evaluate) -> None:
-    """Score the predictions of `variant` against the test split and write `paths.scores(variant)`.
+    """Score the predictions of `variant` against the test split, and write `paths.scores(variant)`.
 
-    UserError when predictions and test split are not the same rows in the same order, or when the references are in
-    a script that the tokenizer does not see.
+    UserError if predictions and test split are not the same rows in the same order, or if the tokenizer does not know
+    the references' script.
     """
     examples = records.read_rows(paths.split("test"), records.Example)
     predictions = records.read_rows(paths.predictions(variant), records.Prediction)
@@ -32,10 +31,11 @@ def score_variant(variant: str, settings: Evaluate) -> None:
     statistics = {one.name: one.statistics(texts, references) for one in chosen}
     each = {one.name: one.each(statistics[one.name]).tolist() for one in chosen}
     n = len(examples)
+    rows = [[row.id, row.group, row.aspect, row.references] for row in examples]
     scores = Scores(
         variant=variant,
         signature=metrics.signature(settings),
-        test_sha256=_digest(examples),
+        test_sha256=records.sha256_text(json.dumps(rows)),
         n=n,
         groups=len({row.group for row in examples}),
         corpus={one.name: _corpus(one, statistics[one.name]) for one in chosen},
@@ -56,18 +56,13 @@ def score_variant(variant: str, settings: Evaluate) -> None:
     contracts.write(paths.scores(variant), scores)
 
 
-def _digest(examples: Sequence[records.Example]) -> str:
-    content = [[row.id, row.group, row.aspect, row.references] for row in examples]
-    return hashlib.sha256(json.dumps(content).encode()).hexdigest()
-
-
 def _corpus(metric: metrics.Metric, statistics_nxk: metrics.Floats) -> float:
     sums_k = [math.fsum(column) for column in statistics_nxk.T.tolist()]
     return float(metric.corpus(np.array([sums_k]), np.array([len(statistics_nxk)], np.float64))[0])
 
 
 def _share_in(language: str | None, texts: Sequence[str]) -> float | None:
-    """Share of the texts that are identified as being in a language, an ISO 639-1 code; empty ones are not."""
+    """The share of texts that are identified as `language` (ISO 639-1). Empty texts are in no language."""
     if language is None:
         return None
     from py3langid import classify
@@ -79,6 +74,6 @@ def _refuse_other_scripts(references: Sequence[str]) -> None:
     foreign = foreign_share(references)
     if foreign > MAX_FOREIGN_SHARE:
         raise UserError(
-            f"{foreign:.0%} of the references' letters lie outside a-z, which is all that rouge-score's "
+            f"{foreign:.0%} of the references' letters lie outside a-z, the only letters that rouge-score's "
             "tokenizer keeps: ROUGE would be about 0 for every model; set evaluate.rouge_tokenizer to unicode"
         )

@@ -1,7 +1,7 @@
 """What the guards of a run measured, for the report.
 
-Each guard fails its stage where the fault arises; that a report exists means that all have held. This module only
-gathers what they saw, from the stages' outputs.
+Each guard fails its stage as soon as its fault arises, so if there is a report, all of them held. This module only
+collects their measurements from the stages' outputs.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -14,7 +14,7 @@ from pipeline.core.records import Decoding
 
 @dataclass(frozen=True, slots=True)
 class Guard:
-    """One guard: what it rules out, and what it measured."""
+    """One guard: the fault that it rules out, and what it measured."""
 
     rules_out: str
     measured: str
@@ -91,7 +91,7 @@ def _recheck(decodings: Mapping[str, Decoding], batch_size: int) -> str:
 
 
 def _each(values: Iterable[object]) -> str:
-    """The values of several seeds, or the one of all."""
+    """The different values of the seeds, joined."""
     return " / ".join(dict.fromkeys(map(str, values)))
 
 

@@ -1,10 +1,12 @@
-"""Scores of texts against references: ROUGE-1, -2, -L, -Lsum (Lin 2004, sections 2, 3.1 and 3.2) by `rouge-score`,
-chrF (Popović 2015) and BLEU (Papineni et al. 2002) by `sacrebleu`. All in points, [0, 100].
+"""Scores of texts against references, in points, [0, 100].
 
-The score of a corpus follows from sums over its rows: of ROUGE the rows' own F1, of chrF and BLEU their n-gram counts.
-So a resample of the rows is scored by adding up. With several references ROUGE takes the best one's F1, chrF the best
-one's counts, BLEU the n-grams of all. rouge-score's own bootstrap draws from the global, unseeded NumPy generator and
-is never used.
+ROUGE-1, -2, -L and -Lsum (Lin 2004, sections 2, 3.1 and 3.2) come from `rouge-score`; chrF (Popović 2015) and BLEU
+(Papineni et al. 2002) come from `sacrebleu`.
+
+A corpus' score follows from sums over its rows: of each row's F1 for ROUGE, of n-gram counts for chrF and BLEU. So a
+resample of the rows is scored by addition. With several references ROUGE takes the best one's F1, chrF the best one's
+counts, and BLEU the n-grams of all. rouge-score's own bootstrap draws from NumPy's global, unseeded generator and is
+never used.
 
 Dimensions: n rows, k statistics of a row, b sums of rows.
 """
@@ -35,17 +37,17 @@ LABELS = {
 
 
 class Metric(Protocol):
-    """One metric. `width` is k; `counted` tells whether its corpus score is more than the mean of the rows' scores."""
+    """One metric. `width` is k. `counted` says that the corpus score is not the mean of the rows' scores."""
 
     name: str
     width: int
     counted: bool
 
     def statistics(self, texts: Sequence[str], references: Sequence[Sequence[str]]) -> Floats:
-        """nxk: what each text adds to the corpus score, given its references, of which there is at least one."""
+        """What each text adds to the corpus score, nxk. Each has at least one reference."""
 
     def corpus(self, sums_bxk: Floats, rows_b: Floats) -> Floats:
-        """The scores of b corpora: of the sums of their rows' statistics, and of their numbers of rows."""
+        """The scores of b corpora, from the sums of their rows' statistics and their numbers of rows."""
 
     def each(self, statistics_nxk: Floats) -> Floats:
         """The score of each row by itself."""
@@ -59,7 +61,7 @@ def chosen(evaluate: Evaluate) -> list[Metric]:
 
 
 def signature(evaluate: Evaluate) -> str:
-    """Everything that a figure depends on besides the texts, in the manner of sacrebleu's signatures."""
+    """Everything besides the texts that scores depend on, in the format of sacrebleu's signatures."""
     parts = []
     if rouge := [name for name in evaluate.metrics if name.startswith("rouge")]:
         tokenizer = "default [a-z0-9]" if evaluate.rouge_tokenizer == "latin" else "letters and digits of any script"
@@ -72,17 +74,16 @@ def signature(evaluate: Evaluate) -> str:
             "split:regex",
             "mean:examples",
         ]
-    if "chrf" in evaluate.metrics:
-        parts += [f"sacrebleu {version('sacrebleu')}", "chrF2", "case:mixed", "eff:yes", "nc:6", "nw:0", "space:no"]
-    if "bleu" in evaluate.metrics:
-        parts += [f"sacrebleu {version('sacrebleu')}", "BLEU", "case:mixed", "eff:no", f"tok:{evaluate.bleu_tokenizer}"]
-        parts += ["smooth:exp"]
-    return "|".join(parts)
+    counted = [name for name in ("chrf", "bleu") if name in evaluate.metrics]
+    return "|".join([*parts, *(_Counted(name, evaluate).signature() for name in counted)])
 
 
 def tokenizers(name: str, evaluate: Evaluate) -> tuple[Tokenize, Tokenize, bool]:
-    """How a metric splits a text: its tokens as they stand there, the same as it compares them (stemmed, say), and
-    whether it lowers the case first. chrF has none: runs of letters and digits stand in."""
+    """How the metric `name` splits a text.
+
+    Returns a function to the tokens as written, one to the tokens as they are compared (for example stemmed), and
+    whether the metric lowers the case first. chrF has no tokens, so runs of letters and digits stand in.
+    """
     if name == "chrf":
         return _runs, _runs, False
     if name == "bleu":
@@ -104,7 +105,7 @@ def _runs(text: str) -> list[str]:
 
 
 class _Rouge:
-    """F1 of one ROUGE variant; a text without a token scores 0. ROUGE-Lsum is scored sentence by sentence."""
+    """F1 of one ROUGE variant. A text without tokens scores 0. ROUGE-Lsum compares sentence by sentence."""
 
     width, counted = 1, False
 
@@ -136,8 +137,7 @@ class _Rouge:
 
 
 class _Letters:
-    """Tokens for ROUGE in any script: words of letters, marks and digits; single characters where scripts have no
-    spaces between words."""
+    """ROUGE's tokens in any script: words of letters, marks and digits, or single characters in `WITHOUT_SPACES`."""
 
     def tokenize(self, text: str) -> list[str]:
         return _pattern().findall(text.lower())  # type: ignore[no-any-return]
@@ -152,8 +152,11 @@ def _pattern() -> Any:
 
 
 class _Counted:
-    """chrF or BLEU. sacrebleu offers no public way to the counts of a row: the version is pinned, and a test holds the
-    scores that come of them against those of its public functions."""
+    """chrF or BLEU.
+
+    sacrebleu has no public function for the counts of a row. Its version is pinned, and a test compares the scores from
+    these counts with those of its public functions.
+    """
 
     counted = True
 
@@ -171,6 +174,13 @@ class _Counted:
         else:
             self.whole = self.alone = CHRF()
             self.width = 3 * self.whole.order
+
+    def signature(self) -> str:
+        """sacrebleu's own, with its version first and without the number of references, which differs between rows."""
+        name = self.whole.corpus_score(["a"], [["a"]]).name  # it has no signature before its first score
+        parts = str(self.whole.get_signature()).split("|")
+        kept = [part for part in parts if part.partition(":")[0] not in ("nrefs", "version")]
+        return "|".join([f"sacrebleu {version('sacrebleu')}", name, *kept])
 
     def statistics(self, texts: Sequence[str], references: Sequence[Sequence[str]]) -> Floats:
         rows = [

@@ -1,6 +1,6 @@
-"""Reference lines: texts that were written without doing the task, scored on the same rows as base and tuned.
+"""Reference lines: texts made without doing the task, scored on the same rows as base and tuned.
 
-They say what a figure is worth: a fair gain is ahead of them.
+A score means little unless it is ahead of them.
 """
 
 from collections.abc import Sequence
@@ -12,7 +12,7 @@ from pipeline.core.text import words
 
 @dataclass(frozen=True, slots=True)
 class Texts:
-    """The texts of one reference line: several a row, or none where it has nothing to say of one."""
+    """The texts of one reference line: for each row none, one or several."""
 
     key: str
     label: str
@@ -21,14 +21,14 @@ class Texts:
 
 
 def texts(test: Sequence[Example], base: Sequence[str], metrics: Sequence[str]) -> list[Texts]:
-    """The texts of each reference line, for the test split and what base wrote for it.
+    """The texts of each reference line, for the test split and base's outputs.
 
-    - lead: the first sentence of the source. In translation (where `metrics` has chrF or BLEU) it is copy
-      instead: the source as it is.
-    - wrong_aspect: the mean over the references of the group's other aspects. They are on topic and well written, and
-      they answer another question.
-    - base_cut: base's output, cut after as many words as its own reference has. No real system knows that length; a
-      gain over this line is more than a better length.
+    - lead: the first sentence of the source. In translation (if `metrics` has chrF or BLEU) it is copy instead: the
+      whole source.
+    - wrong_aspect: the references of the group's other aspects, whose scores are averaged. They are on topic and well
+      written, but answer another question.
+    - base_cut: base's output, cut to the number of words of its reference. No real system knows that length, so a gain
+      over this line is more than a better length.
     """
     members: dict[str, list[Example]] = {}
     for row in test:

@@ -1,6 +1,6 @@
-"""The test examples side by side: what each variant wrote for each, and how it scored.
+"""The test examples side by side: the output of each variant for each example, and its scores.
 
-This is the one place where rows of the test split, outputs and scores are put together.
+Only this module joins the rows of the test split with outputs and scores.
 """
 
 from collections.abc import Sequence
@@ -15,7 +15,7 @@ from pipeline.core.text import words
 
 @dataclass(frozen=True, slots=True)
 class Written:
-    """What one variant wrote for one example; `scores` maps a metric to the score of that text alone."""
+    """One variant's output for one example. `scores` maps a metric to the score of this text alone."""
 
     text: str
     tokens: int
@@ -29,29 +29,29 @@ class Written:
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One test example; `tuned` has one entry a seed, in the order of params."""
+    """One test example with its outputs. `tuned` has one entry a seed, in the order of params."""
 
     example: Example
     base: Written
     tuned: list[Written]
 
     def gain(self, metric: str) -> float:
-        """What tuned scores above base, on average over seeds."""
+        """Tuned's score minus base's, as the mean over seeds."""
         return sum(one.scores[metric] for one in self.tuned) / len(self.tuned) - self.base.scores[metric]
 
 
 @dataclass(frozen=True, slots=True)
 class Outputs:
-    """The outputs of one variant as its stages left them: texts and scores, each in the order of the test split."""
+    """The outputs of one variant as its stages wrote them, in the order of the test split."""
 
     predictions: list[Prediction]
     scores: Scores
 
 
 def read(seeds: Sequence[int]) -> list[Row]:
-    """The rows of the test split, in its order, with what base and the adapters of `seeds` wrote.
+    """The rows of the test split, in its order, with the outputs of base and of the adapters of `seeds`.
 
-    UserError where outputs are missing, or are not of this test split.
+    UserError if outputs are missing, or belong to another test split.
     """
     return join(test_split(), [outputs(paths.variant(seed)) for seed in (None, *seeds)])
 
@@ -62,19 +62,18 @@ def test_split() -> list[Example]:
 
 
 def outputs(variant: str) -> Outputs:
-    """What one variant wrote, and its scores; UserError where they are missing."""
-    return Outputs(
-        records.read_rows(paths.predictions(variant), Prediction), contracts.read(paths.scores(variant), Scores)
-    )
+    """The outputs of one variant. UserError if they are missing."""
+    predictions = records.read_rows(paths.predictions(variant), Prediction)
+    return Outputs(predictions, contracts.read(paths.scores(variant), Scores))
 
 
 def join(test: Sequence[Example], variants: Sequence[Outputs]) -> list[Row]:
-    """The test examples with the outputs of the variants: base first, then one a seed.
+    """The test examples with the outputs of the variants, of which base is the first.
 
-    UserError, which lists every difference, where outputs are not of these rows in this order.
+    UserError, which lists every difference, if the outputs are not of these rows in this order.
     """
     if problems := [problem for one in variants for problem in misplaced(test, one)]:
-        raise listing(problems, "the outputs are not of this test split; run `dvc repro`:")
+        raise listing(problems, "the outputs belong to another test split; run `dvc repro`:")
     columns = [
         [
             Written(one.text, one.tokens, one.finish == "length", row.scores)
@@ -86,7 +85,7 @@ def join(test: Sequence[Example], variants: Sequence[Outputs]) -> list[Row]:
 
 
 def misplaced(test: Sequence[Example], outputs: Outputs) -> list[str]:
-    """The reasons, a message each, that the outputs of a variant cannot be joined with the test split."""
+    """Why the outputs of a variant cannot be joined with the test split: messages, none if they can."""
     ids = [row.id for row in test]
     found = []
     for what, rows in (("scores", outputs.scores.examples), ("predictions", outputs.predictions)):
@@ -98,7 +97,7 @@ def misplaced(test: Sequence[Example], outputs: Outputs) -> list[str]:
 
 
 def require_same_rows(variant: str, given: Sequence[str], test: Sequence[str]) -> None:
-    """UserError unless `given` are the ids of the test split, in its order, each once, and at least one."""
+    """UserError unless `given` equals the ids of the test split, which are not empty and have no duplicates."""
     problems = []
     here, there = set(given), set(test)
     if not test:
@@ -110,7 +109,7 @@ def require_same_rows(variant: str, given: Sequence[str], test: Sequence[str]) -
     if extra := [row for row in given if row not in there]:
         problems.append(f"{len(extra)} predictions belong to no test row: {_some(extra)}")
     if not problems and list(given) != list(test):
-        problems.append("the rows are the same, but their order or number is not")
+        problems.append("the rows are the same, but in another order or number")
     if problems:
         raise listing(problems, f"predictions of {variant} and the test split differ; run `dvc repro`:")
 

@@ -1,7 +1,6 @@
-"""What fine-tuning cost besides time: what the model forgot, whether training went too far, what the adapter takes.
+"""The cost of fine-tuning besides time: forgetting, overfitting, and the adapter's size.
 
-Everything here is the same on every machine that computes the same outputs. Wall time, memory and energy are not: they
-stand in the MLflow run.
+All of it is equal on machines that compute equal outputs. Time, memory and energy are not; the MLflow run has them.
 """
 
 from collections.abc import Sequence
@@ -14,15 +13,16 @@ from pipeline.score import significance
 from pipeline.score.significance import Interval
 
 ROSE = 0.01
-"""Validation loss above its lowest by this share: training went on too long, and the report says so."""
+"""If the kept validation loss exceeds the lowest by more than this share, the report says that training went too
+far."""
 
 
 @dataclass(frozen=True, slots=True)
 class Forgetting:
-    """Losses on general text in nats a token, mean over seeds (`pipeline.forget`).
+    """Losses on general text in nats a token, as means over seeds (`pipeline.forget`).
 
-    `diff` is tuned minus base. Intervals are for the choice of texts (of windows where there is one text: `units` says
-    which), and of seeds as well where there are several. `kl`: of `cross_entropy`, what is above the base's entropy.
+    `diff` is tuned minus base. `kl` is `cross_entropy` minus the base's entropy. Intervals cover the choice of `units`,
+    which are texts, or windows of a single text, and the choice of seeds if there are several.
     """
 
     source: str
@@ -44,10 +44,10 @@ class Forgetting:
 
 @dataclass(frozen=True, slots=True)
 class Training:
-    """One seed's training (`pipeline.lora.train`). Losses are in nats a supervised token.
+    """One seed's training (`pipeline.lora.train`), with losses in nats a supervised token.
 
-    `first_loss` (untrained), `best_loss`, `last_loss` and `kept_loss` are on validation rows. `training_loss` is the
-    kept adapter's on training rows, and `gap` is `kept_loss` minus `training_loss`.
+    On validation rows: `first_loss` of the untrained model, `best_loss`, `last_loss`, and `kept_loss` of the kept
+    adapter. `training_loss` is the kept adapter's on training rows, and `gap` is `kept_loss` minus that.
     """
 
     seed: int
@@ -69,13 +69,13 @@ class Training:
 
     @property
     def overfitted(self) -> bool:
-        """Whether what was kept has a validation loss that is above the lowest."""
+        """Whether the kept adapter's validation loss is clearly above the lowest (`ROSE`)."""
         return self.kept_loss > (1 + ROSE) * self.best_loss
 
 
 @dataclass(frozen=True, slots=True)
 class Cost:
-    """The cost of one experiment. `forgetting` is None if `forget.source` is null; bytes are of one seed's weights."""
+    """The cost of one experiment. `forgetting` is None if `forget.source` is null. Bytes are those of one adapter."""
 
     trainable_parameters: int
     adapter_bytes: int
@@ -84,7 +84,7 @@ class Cost:
 
 
 def read(seeds: Sequence[int], settings: params.Compare) -> Cost:
-    """The cost of the experiment in the working directory."""
+    """The cost of the experiment in the working directory. UserError if an output is missing."""
     forgetting = [contracts.read(paths.forgetting(seed), contracts.Forgetting) for seed in seeds]
     summaries = [contracts.read(paths.training_summary(seed), contracts.TrainingSummary) for seed in seeds]
     return Cost(
@@ -113,14 +113,14 @@ def _training(summary: contracts.TrainingSummary) -> Training:
 
 
 def _forgetting(found: Sequence[contracts.Forgetting], settings: params.Compare) -> Forgetting | None:
-    """All seeds read the same windows, so a resample draws the same texts for each of them."""
+    """The losses of all seeds. They read the same windows, so a resample draws the same texts for each seed."""
     source, measured = found[0].source, [one.measured for one in found if one.measured is not None]
     if source is None or not measured:
         return None
     first = measured[0]
     several = first.texts > 1
     groups = np.array([one.place if several else str(i) for i, one in enumerate(first.windows)])
-    # nx(1 + 3s): the tokens of each window, and of each seed the three differences that have an interval.
+    # nx(1 + 3s): the tokens of each window, then for each of s seeds the three differences that get an interval.
     columns = [[float(one.tokens) for one in first.windows]]
     for windows in (one.windows for one in measured):
         columns.append([one.tuned - one.base for one in windows])

@@ -1,10 +1,13 @@
-"""What a difference between two variants is worth: resampling, intervals, p-values, corrections, and power.
+"""The significance of differences between variants: resampling, intervals, p-values, corrections, and power.
 
-Two sources of chance are kept apart. The choice of test examples: a paired bootstrap over groups (clusters), since
-aspects of one paper share its text: a resample draws groups with replacement and takes all rows of each, all variants
-together (Koehn 2004, section 3, for pairing; Davison and Hinkley 1997, section 3.8, for resampling clusters whole).
-The training seed: the standard deviation between seeds. Both together: the sum of the two variances of the mean, with
-Satterthwaite's degrees of freedom (1946), since a few seeds tell little about their own spread.
+Two sources of chance are kept apart:
+- The choice of test examples: a paired bootstrap over groups (clusters), since the aspects of one paper share its text.
+  A resample draws groups with replacement and takes all rows of each, together for all variants (Koehn 2004, section 3,
+  for pairing; Davison and Hinkley 1997, section 3.8, for resampling whole clusters).
+- The training seed: the standard deviation between seeds.
+
+Both together: the sum of the two variances of the mean, with Satterthwaite's degrees of freedom (1946), since a few
+seeds say little about their own spread.
 
 Dimensions: n rows, k statistics, b resamples.
 """
@@ -22,14 +25,14 @@ from pipeline.core.errors import UserError
 Floats = NDArray[np.float64]
 
 TIE = 1e-9
-"""Differences of fewer points than this are rounding: a mean over seeds of equal scores may differ in the last bit."""
+"""Smaller differences, in points, are rounding: means over seeds of equal scores may differ in the last bit."""
 DRAWS_AT_ONCE = 2_000_000
-"""Group indices drawn in one chunk of resamples: 16 MB, whatever the number of groups."""
+"""Group indices drawn in one chunk of resamples, which take 16 MB."""
 POWER = 0.8
-"""Share of repetitions in which a difference of the size called detectable is found."""
+"""Share of repetitions in which a detectable difference is found."""
 TYPICAL_SPREAD = 14.5
-"""SD of the difference between base and tuned in ROUGE-1 over examples, in points, on the default experiment: what a
-planned experiment is judged by before it has figures of its own."""
+"""SD over examples of tuned minus base in ROUGE-1, in points, in the default experiment. A planned experiment is judged
+by it, since it has no figures yet."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,12 +45,12 @@ class Interval:
 
 
 def resampled_sums(values_nxk: Floats, groups: NDArray[Any], samples: int, seed: int) -> tuple[Floats, Floats]:
-    """Bootstrap over groups: sums of the k columns over the rows of as many groups as there are, `samples` times.
+    """Bootstrap over groups: draw as many groups as there are, `samples` times, and sum the k columns over their rows.
 
-    `groups` names the group of each row. Returns bxk sums and the b numbers of rows that they are over. Every call with
-    the same groups, samples and seed draws the same. UserError with a single group, over which nothing can be drawn.
+    `groups` names the group of each row. Returns bxk sums and their b numbers of rows. Equal groups, samples and seeds
+    give equal draws. UserError with a single group.
     """
-    # Sorted by name, so that the order of the rows does not decide which group a draw stands for.
+    # Sorted by name, so that the order of the rows does not decide which group a number means.
     names, member = np.unique(groups, return_inverse=True)
     g = len(names)
     if g < 2:
@@ -71,7 +74,7 @@ def resampled_sums(values_nxk: Floats, groups: NDArray[Any], samples: int, seed:
 
 
 def difference(here: Floats, there: Floats) -> Floats:
-    """`here` minus `there`, ties exactly zero: no verdict may rest on the rounding of a mean over seeds."""
+    """`here` minus `there`. Ties are exactly zero, so that no verdict depends on rounding."""
     found = here - there
     return np.where(np.abs(found) <= TIE, 0.0, found)
 
@@ -84,7 +87,7 @@ def percentiles(value: float, resampled_b: Floats, confidence: float) -> Interva
 
 
 def p_value(resampled_b: Floats) -> float:
-    """Two-sided: how often, at most, resamples of a difference lie on the wrong side of zero, doubled."""
+    """The two-sided p-value of a difference: twice the share of resamples on the rarer side of zero, plus one each."""
     below, above = (int(np.sum(side)) for side in (resampled_b <= 0, resampled_b >= 0))
     return float(min(1.0, 2 * (1 + min(below, above)) / (1 + len(resampled_b))))
 
@@ -92,11 +95,10 @@ def p_value(resampled_b: Floats) -> float:
 def over_seeds(
     mean: float, sides: Sequence[Sequence[float]], resampled_b: Floats, groups: int, confidence: float
 ) -> tuple[float, Interval, float]:
-    """For both sources of chance: the SD of a difference between seeds, the mean difference with its interval, and the
-    p-value of there being none.
+    """The SD between seeds, and the interval and p-value of the mean difference for both sources of chance.
 
-    `sides` holds the scores of each side's seeds; a side with one adds nothing, since it tells nothing of its spread.
-    `resampled_b` is the mean difference in every resample of the examples.
+    `sides` holds the scores of each side's seeds. A side with one seed adds nothing, since its spread is unknown.
+    `resampled_b` is the mean difference in every resample of the examples, `groups` the number of their groups.
     """
     from scipy import stats
 
@@ -113,7 +115,7 @@ def over_seeds(
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
-    """Each p-value adjusted for all of them (Holm 1979): below alpha, it is significant at a family-wise alpha."""
+    """The adjusted p-values (Holm 1979): those below alpha are significant at a family-wise alpha."""
     order = sorted(range(len(p_values)), key=lambda i: p_values[i])
     adjusted = [0.0] * len(p_values)
     highest = 0.0
@@ -132,12 +134,12 @@ def effect_size(differences_n: Floats, groups: NDArray[Any]) -> float:
 
 
 def detectable(standard_error: float, confidence: float) -> float:
-    """The true difference, in points, that is found in `POWER` of repetitions, by its standard error."""
+    """The true difference in points that is found in `POWER` of repetitions."""
     return (NormalDist().inv_cdf((1 + confidence) / 2) + NormalDist().inv_cdf(POWER)) * standard_error
 
 
 def planned(rows: int) -> float:
-    """The difference in ROUGE-1, in points, that a test set of so many independent rows is likely to show."""
+    """The difference in ROUGE-1, in points, that a test set of `rows` independent rows is likely to show."""
     return detectable(TYPICAL_SPREAD / rows**0.5, 0.95)
 
 

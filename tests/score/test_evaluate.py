@@ -82,8 +82,8 @@ def test_copies_of_the_source_are_counted(tmp_path: Path, monkeypatch: pytest.Mo
     [
         (["p/1"], "1 test rows have no prediction: p/2"),
         (["p/1", "p/2", "p/3"], "1 predictions belong to no test row: p/3"),
-        (["p/2", "p/1"], "their order or number"),
-        (["p/1", "p/2", "p/2"], "their order or number"),
+        (["p/2", "p/1"], "in another order or number"),
+        (["p/1", "p/2", "p/2"], "in another order or number"),
     ],
 )
 def test_other_rows_than_the_test_split_are_refused(
