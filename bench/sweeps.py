@@ -46,7 +46,7 @@ LEFTOVERS = "            remove_leftovers()\n"
 LINE = """\
             if "BENCH_LOG" in os.environ:
                 with open(os.environ["BENCH_LOG"], "a") as log:
-                    log.write(address(stage, sys.argv[1:]) + "\\n")
+                    log.write(name + "\\n")
 """
 
 
