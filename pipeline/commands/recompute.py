@@ -73,7 +73,7 @@ def _differing(then: dict[str, Any], now: dict[str, Any]) -> list[str]:
 def _copy(copy: Path, given: params.Params) -> None:
     """Copy the project's files, without `dvc.lock` and outputs, into a git repository of their own."""
     listed = git.run("ls-files", "--cached", "--others", "--exclude-standard", "--deduplicate", "-z")
-    names = {Path(name) for name in listed.split("\\0") if name} - {paths.DVC_LOCK}
+    names = {Path(name) for name in listed.split("\0") if name} - {paths.DVC_LOCK}
     # git may ignore a local source. A relative path that leads out of the project would lead elsewhere in the copy.
     for local in (Path(source) for source, _ in given.sources):
         if not local.is_absolute() and local.exists():
