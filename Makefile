@@ -22,7 +22,7 @@ repro: $(VENV)/installed ## run what has changed of the experiment, then say the
 	@dvc repro
 	@lora-repro show
 
-quick: $(VENV)/installed-dev ## lint, types and the tests that need no model, store or other program: one to two minutes
+quick: $(VENV)/installed-dev ## lint, types and the tests that need no model, store or other program: about a minute
 	@ruff check .
 	@ruff format --check .
 	@mypy
