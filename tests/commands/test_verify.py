@@ -25,7 +25,7 @@ from pipeline.record import address, current, lockfile, provenance, store
 from pipeline.record.runs import DIGEST, Stored
 from pipeline.report import page
 from pipeline.sources import source
-from tests.made.clone import Finished, environment
+from tests.made.clone import Finished, entered, environment
 
 pytestmark = pytest.mark.usefixtures("mlflow_calls_what_its_dependencies_deprecate")
 
@@ -38,10 +38,7 @@ def copied(finished: Finished, tmp_path_factory: pytest.TempPathFactory) -> Path
 @pytest.fixture(autouse=True)
 def here(copied: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The finished project as the working directory."""
-    monkeypatch.chdir(copied)
-    for name, value in environment().items():
-        monkeypatch.setenv(name, value)
-    return copied
+    return entered(copied, monkeypatch)
 
 
 def flip(path: Path, at: int | None = None) -> None:

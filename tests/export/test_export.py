@@ -25,7 +25,7 @@ from pipeline.commands import cli
 from pipeline.core import params, paths, records
 from pipeline.core.errors import UserError
 from pipeline.export import card, export, licence, merge
-from tests.made.clone import Finished, environment
+from tests.made.clone import Finished, entered, environment
 
 pytestmark = pytest.mark.usefixtures("mlflow_calls_what_its_dependencies_deprecate")
 
@@ -41,10 +41,7 @@ def copied(finished: Finished, tmp_path_factory: pytest.TempPathFactory) -> Path
 @pytest.fixture(autouse=True)
 def here(copied: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The finished project as the working directory."""
-    monkeypatch.chdir(copied)
-    for name, value in environment().items():
-        monkeypatch.setenv(name, value)
-    return copied
+    return entered(copied, monkeypatch)
 
 
 @pytest.fixture(scope="module")

@@ -124,13 +124,19 @@ class Killed(BaseException):
     """Stands for the process dying: nothing of ours catches it."""
 
 
-def dies_at(step: int, original: Callable[..., None]) -> Callable[..., None]:
+def killed_at(step: int, call: Callable[[], None], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Train by `call` until step `step`, with a checkpoint after every step."""
+    original = train.Trainer.step
+
     def stepping(self: train.Trainer, batch: Any, epoch: float) -> None:
         if len(self.log) == step:
             raise Killed
         original(self, batch, epoch)
 
-    return stepping
+    monkeypatch.setattr(train, "SECONDS_BETWEEN_CHECKPOINTS", 0.0)
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(train.Trainer, "step", stepping)
+        call()
 
 
 def test_a_killed_run_goes_on_and_ends_as_an_uninterrupted_one(
@@ -138,11 +144,8 @@ def test_a_killed_run_goes_on_and_ends_as_an_uninterrupted_one(
 ) -> None:
     run(quantized)
     expected = outputs()
-    monkeypatch.setattr(train, "SECONDS_BETWEEN_CHECKPOINTS", 0.0)
     for step in (3, 6):
-        with monkeypatch.context() as patch, pytest.raises(Killed):
-            patch.setattr(train.Trainer, "step", dies_at(step, train.Trainer.step))
-            run(quantized)
+        killed_at(step, lambda: run(quantized), monkeypatch)
     torch.manual_seed(99)  # the global state of the random generator must not matter
     run(quantized)
     assert "going on from step 6" in capsys.readouterr().out
@@ -244,11 +247,8 @@ def test_early_stopping_keeps_the_best_adapter_and_a_killed_run_the_same(
         assert torch.equal(saved[name.replace(".default", "")], master), name
     assert any(not torch.equal(seen[3][name], seen[5][name]) for name in seen[3])
 
-    monkeypatch.setattr(train, "SECONDS_BETWEEN_CHECKPOINTS", 0.0)
     for step in (2, 4):  # before the best, and behind it: the best is part of the checkpoint
-        with monkeypatch.context() as patch, pytest.raises(Killed):
-            patch.setattr(train.Trainer, "step", dies_at(step, train.Trainer.step))
-            stopping(quantized)
+        killed_at(step, lambda: stopping(quantized), monkeypatch)
     stopping(quantized)
     assert "going on from step 4" in capsys.readouterr().out
     assert outputs() == expected
@@ -263,10 +263,7 @@ def test_early_stopping_that_could_never_act_is_refused(quantized: params.Params
 def test_another_learning_rate_starts_afresh(
     quantized: params.Params, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(train, "SECONDS_BETWEEN_CHECKPOINTS", 0.0)
-    with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(train.Trainer, "step", dies_at(3, train.Trainer.step))
-        run(quantized)
+    killed_at(3, lambda: run(quantized), monkeypatch)
     capsys.readouterr()
     run(quantized, learning_rate=1e-3)
     assert "going on" not in capsys.readouterr().out
@@ -276,10 +273,7 @@ def test_another_number_of_threads_starts_afresh(
     quantized: params.Params, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """`runtime.threads: 0` and `device: auto` are another number and another device on another day."""
-    monkeypatch.setattr(train, "SECONDS_BETWEEN_CHECKPOINTS", 0.0)
-    with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(train.Trainer, "step", dies_at(3, train.Trainer.step))
-        run(quantized)
+    killed_at(3, lambda: run(quantized), monkeypatch)
     capsys.readouterr()
     monkeypatch.setattr(devices, "threads", lambda _: 3)
     run(quantized)

@@ -9,6 +9,7 @@ from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
+import pytest
 from ruamel.yaml import YAML
 
 from tests import ROOT
@@ -73,3 +74,11 @@ class Finished:
                 store.execute(f"update {table} set {column} = replace({column}, ?, ?)", (str(self.folder), str(folder)))
             store.commit()
         return folder
+
+
+def entered(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The folder, which is now the working directory, with the environment that its commands get."""
+    monkeypatch.chdir(folder)
+    for name, value in environment().items():
+        monkeypatch.setenv(name, value)
+    return folder

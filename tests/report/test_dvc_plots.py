@@ -19,7 +19,7 @@ from pipeline.core.errors import UserError
 from pipeline.report import curves, dvc_plots
 from pipeline.score import side_by_side
 from tests import ROOT
-from tests.made.clone import environment
+from tests.made.clone import entered
 from tests.made.comparison import several_seeds
 from tests.made.experiment import compared, examples, plant
 from tests.made.records import training
@@ -168,9 +168,7 @@ class TestPage:
     @pytest.fixture
     def project(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         """A project of DVC's with the tables and templates, and no stage that has run."""
-        monkeypatch.chdir(tmp_path)
-        for name, value in environment().items():
-            monkeypatch.setenv(name, value)
+        entered(tmp_path, monkeypatch)
         shutil.copytree(ROOT / ".dvc" / "plots", ".dvc/plots")
         (Path(".dvc") / "config").write_text("[core]\n    no_scm = true\n    analytics = false\n")
         return tmp_path
