@@ -118,8 +118,7 @@ def _measured(
 def _chosen(facts: QuantizedFacts, forget: params.Forget) -> list[Tokens]:
     """The windows that are read; UserError for a window that the model cannot read, and for too little text."""
     assert forget.source is not None
-    if forget.window > facts.context:
-        raise UserError(f"forget.window = {forget.window}, but the model's context is {facts.context} tokens")
+    forget.require_context(facts.context)
     chosen = windows(checkpoint.tokenizer(), texts(forget, forget.source), forget.tokens, forget.window)
     if len(chosen) < FEWEST:
         raise UserError(

@@ -180,8 +180,8 @@ def mend() -> None:
 
 @app.command()
 def check() -> None:
-    """Check params.yaml and dvc.lock, and print every mistake. Nothing is run."""
-    from pipeline.record import check
+    """Check params.yaml against itself, the data, the model and this machine; print every mistake. Nothing is run."""
+    from pipeline.check import check
 
     check.require_sound()
 

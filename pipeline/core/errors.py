@@ -19,10 +19,13 @@ class UserError(Exception):
 
     Entry points print it without a traceback and exit with code 1. Any other exception that escapes is our defect. The
     message may quote text of strangers, so it is made `printable` here.
+
+    `problems` are the mistakes that the message tells of, each a text of its own; see `listing`.
     """
 
     def __init__(self, message: str) -> None:
         super().__init__(printable(message))
+        self.problems = [str(self)]
 
 
 def printable(text: str) -> str:
@@ -107,8 +110,11 @@ _NO_LABEL = {
 
 
 def listing(problems: Iterable[str], headline: str) -> UserError:
-    """One error that lists all problems, one line each, under a headline."""
-    return UserError("\n".join([headline, *(f"  - {problem}" for problem in problems)]))
+    """One error that lists all problems under a headline. Further lines of a problem are indented."""
+    problems = list(problems)
+    error = UserError("\n".join([headline, *("  - " + problem.replace("\n", "\n    ") for problem in problems)]))
+    error.problems = [printable(problem) for problem in problems]
+    return error
 
 
 @contextmanager

@@ -6,13 +6,15 @@ once.
 """
 
 import codecs
+import contextlib
 import difflib
 import importlib.util
 import os
 import re
 import reprlib
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar, get_args
 
@@ -23,9 +25,11 @@ from pydantic import (
     Discriminator,
     Field,
     Tag,
+    TypeAdapter,
     ValidationError,
     model_validator,
 )
+from pydantic_core import PydanticCustomError
 
 from pipeline.core import paths, yaml12
 from pipeline.core.errors import UserError, label_fault, listing, without_passwords
@@ -242,6 +246,11 @@ class Forget(Section):
     tokens: Annotated[int, Field(ge=64, le=10_000_000)]
     window: Annotated[int, Field(ge=16, le=32768)]
 
+    def require_context(self, context: int) -> None:
+        """UserError if general text is read in windows that are longer than the model's `context`, in tokens."""
+        if self.source is not None and self.window > context:
+            raise UserError(f"forget.window = {self.window}, but the model's context is {context} tokens")
+
 
 class Generation(Section):
     key = "generation"
@@ -362,76 +371,96 @@ class Params(Section):
         return [*self.data.pinned, (self.model.source, self.model.sha256), *general]
 
     @model_validator(mode="after")
-    def seeds_differ(self) -> Self:
-        if len(set(self.seeds)) < len(self.seeds):
-            raise ValueError("seeds must differ: the same seed gives the same adapter again")
-        return self
-
-    @model_validator(mode="after")
-    def verdict_rests_on_scores(self) -> Self:
-        missing = [name for name in self.compare.decide_by if name not in self.evaluate.metrics]
-        if missing:
-            raise ValueError(f"compare.decide_by names {missing}, which evaluate.metrics does not compute")
-        return self
-
-    @model_validator(mode="after")
-    def other_backends_compute_with_plain_weights(self) -> Self:
-        if self.generation.backend != "transformers" and self.quantize.method == "int8":
-            raise ValueError(
-                f"generation.backend = {self.generation.backend!r} with quantize.method = 'int8', which quantizes "
-                "activations as well: set generation.backend to transformers, which alone computes that"
+    def sections_agree(self) -> Self:
+        if found := [why for rule in RULES if (why := rule(self))]:
+            raise ValidationError.from_exception_data(
+                "Params",
+                [{"type": PydanticCustomError("value_error", "{why}", {"why": one}), "input": ""} for one in found],
             )
         return self
 
-    @model_validator(mode="after")
-    def other_backends_compute_in_one_process(self) -> Self:
-        if self.generation.backend != "transformers" and self.runtime.processes > 1:
-            raise ValueError(
-                f"generation.backend = {self.generation.backend!r} computes in one process: set runtime.processes to 1 "
-                f"(it is {self.runtime.processes}), or generation.backend to transformers"
-            )
-        return self
 
-    @model_validator(mode="after")
-    def a_base_is_shared_where_that_can_be_honoured(self) -> Self:
-        runtime, method = self.runtime, self.quantize.method
-        if runtime.sharding == "none":
-            return self
-        if runtime.processes == 1:
-            raise ValueError(
-                f"runtime.sharding = {runtime.sharding!r} divides the base among processes, and runtime.processes = 1: "
-                "set that to the number of devices, or sharding to none"
-            )
-        if runtime.sharding == "tensor":
-            if method != "none":
-                raise ValueError(
-                    f"runtime.sharding = 'tensor' with quantize.method = {method!r}: matrices that are packed "
-                    "in blocks cannot be cut into heads and columns; set sharding to fsdp, or quantize.method to none"
-                )
-            if self.lora.dropout:
-                raise ValueError(
-                    "runtime.sharding = 'tensor' with lora.dropout above 0: processes would drop different inputs of "
-                    "one layer; set lora.dropout to 0, or sharding to fsdp"
-                )
-            return self
-        if method == "int8":
-            raise ValueError(
-                f"runtime.sharding = {runtime.sharding!r} with quantize.method = 'int8': bitsandbytes keeps the "
-                "constants of 8-bit layers where FSDP does not see them; set quantize.method to nf4, fp4 or none"
-            )
-        if method != "none" and runtime.keep_dequantized:
-            raise ValueError(
-                f"runtime.sharding = {runtime.sharding!r} sends weights as they are packed: set "
-                "runtime.keep_dequantized to false"
-            )
-        return self
+def _seeds_differ(given: Params) -> str | None:
+    if len(set(given.seeds)) < len(given.seeds):
+        return "seeds must differ: the same seed gives the same adapter again"
+    return None
 
-    @model_validator(mode="after")
-    def published_figures_have_a_counterpart(self) -> Self:
-        missing = sorted({figure.metric for figure in self.compare.published}.difference(self.evaluate.metrics))
-        if missing:
-            raise ValueError(f"compare.published holds figures in {missing}, which evaluate.metrics does not compute")
-        return self
+
+def _verdict_rests_on_scores(given: Params) -> str | None:
+    missing = [name for name in given.compare.decide_by if name not in given.evaluate.metrics]
+    if missing:
+        return f"compare.decide_by names {missing}, which evaluate.metrics does not compute"
+    return None
+
+
+def _other_backends_compute_with_plain_weights(given: Params) -> str | None:
+    if given.generation.backend != "transformers" and given.quantize.method == "int8":
+        return (
+            f"generation.backend = {given.generation.backend!r} with quantize.method = 'int8', which quantizes "
+            "activations as well: set generation.backend to transformers, which alone computes that"
+        )
+    return None
+
+
+def _other_backends_compute_in_one_process(given: Params) -> str | None:
+    if given.generation.backend != "transformers" and given.runtime.processes > 1:
+        return (
+            f"generation.backend = {given.generation.backend!r} computes in one process: set runtime.processes to 1 "
+            f"(it is {given.runtime.processes}), or generation.backend to transformers"
+        )
+    return None
+
+
+def _a_base_is_shared_where_that_can_be_honoured(given: Params) -> str | None:
+    runtime, method = given.runtime, given.quantize.method
+    if runtime.sharding == "none":
+        return None
+    if runtime.processes == 1:
+        return (
+            f"runtime.sharding = {runtime.sharding!r} divides the base among processes, and runtime.processes = 1: "
+            "set that to the number of devices, or sharding to none"
+        )
+    if runtime.sharding == "tensor":
+        if method != "none":
+            return (
+                f"runtime.sharding = 'tensor' with quantize.method = {method!r}: matrices that are packed "
+                "in blocks cannot be cut into heads and columns; set sharding to fsdp, or quantize.method to none"
+            )
+        if given.lora.dropout:
+            return (
+                "runtime.sharding = 'tensor' with lora.dropout above 0: processes would drop different inputs of "
+                "one layer; set lora.dropout to 0, or sharding to fsdp"
+            )
+        return None
+    if method == "int8":
+        return (
+            f"runtime.sharding = {runtime.sharding!r} with quantize.method = 'int8': bitsandbytes keeps the "
+            "constants of 8-bit layers where FSDP does not see them; set quantize.method to nf4, fp4 or none"
+        )
+    if method != "none" and runtime.keep_dequantized:
+        return (
+            f"runtime.sharding = {runtime.sharding!r} sends weights as they are packed: set "
+            "runtime.keep_dequantized to false"
+        )
+    return None
+
+
+def _published_figures_have_a_counterpart(given: Params) -> str | None:
+    missing = sorted({figure.metric for figure in given.compare.published}.difference(given.evaluate.metrics))
+    if missing:
+        return f"compare.published holds figures in {missing}, which evaluate.metrics does not compute"
+    return None
+
+
+RULES: tuple[Callable[[Params], str | None], ...] = (
+    _seeds_differ,
+    _verdict_rests_on_scores,
+    _other_backends_compute_with_plain_weights,
+    _other_backends_compute_in_one_process,
+    _a_base_is_shared_where_that_can_be_honoured,
+    _published_figures_have_a_counterpart,
+)
+"""Each says what does not fit together in the parameters, or None."""
 
 
 VLLM = "0.33.0"
@@ -476,13 +505,13 @@ def read(stage: str, folder: Path = Path()) -> Declared:
     """
     given, sections = load(folder / paths.PARAMS), sections_of(stage, folder / paths.DVC_YAML)
     if "runtime.threads" in sections:
-        require_backend(given)
+        require_backend(given.generation)
     return Declared(stage, given, sections)
 
 
-def require_backend(given: Params) -> None:
+def require_backend(generation: Generation) -> None:
     """UserError if the program or package behind `generation.backend` is not installed."""
-    backend, remedy = given.generation.backend, "or set generation.backend to transformers"
+    backend, remedy = generation.backend, "or set generation.backend to transformers"
     if backend == "llama.cpp" and importlib.util.find_spec("xllamacpp") is None:
         raise UserError(
             "generation.backend = 'llama.cpp' needs xllamacpp, which is not installed: "
@@ -521,6 +550,46 @@ def checked(model: type[S], content: Any, name: str) -> S:
         raise UserError(f"{name}: {error.object!r} holds half a character (U+D800 to U+DFFF): remove it") from None
     _refuse(problems, name)
     return checked
+
+
+@dataclass(frozen=True, slots=True)
+class Draft:
+    """A params file that may have mistakes.
+
+    `sound` holds the sections that have none of their own, by key, and `seeds`. `problems` are the mistakes of the
+    whole file, each with its key, its value and the remedy.
+    """
+
+    sound: Mapping[str, Any]
+    problems: list[str]
+
+    def get(self, section: type[S]) -> S | None:
+        """A section; None if it has a mistake or is missing."""
+        found: S | None = self.sound.get(section.key)
+        return found
+
+
+def draft(content: Any, name: str) -> Draft:
+    """What of a params file can be used although other parts have mistakes. `name` heads each mistake.
+
+    UserError for a content that has no sections at all.
+    """
+    try:
+        return Draft(dict(check(content, name)), [])
+    except UserError as error:
+        if not isinstance(content, Mapping):
+            raise
+        problems = error.problems
+    sound: dict[str, Any] = {}
+    for key, field in Params.model_fields.items():
+        schema: Any = Annotated[(field.annotation, *field.metadata, None)]  # None: there must be something
+        with contextlib.suppress(ValidationError, UnicodeEncodeError):
+            sound[key] = TypeAdapter[Any](schema).validate_python(content.get(key), strict=True)
+    for rule in RULES:
+        with contextlib.suppress(AttributeError):  # for want of a section that has mistakes
+            why = rule(Params.model_construct(**sound))
+            problems += [why] if why and why not in problems else []
+    return Draft(sound, [f"{name}: {problem.removeprefix(f'{name}: ')}" for problem in problems])
 
 
 def require_plain(name: str, content: Any) -> None:

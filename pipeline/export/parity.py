@@ -95,7 +95,7 @@ def measure(given: params.Params, types: Sequence[str], rows: int | None, merged
     # 1. Whatever can be refused before anything is computed.
     os.environ.setdefault("GOMP_SPINCOUNT", "5000")  # read when OpenMP is loaded; as in `stage.run`
     for written_as in types:
-        params.require_backend(given.model_copy(update={"generation": _generation(given, written_as)}))
+        params.require_backend(_generation(given, written_as))
     gguf.refuse(paths.QUANTIZED)
     facts = contracts.read(paths.QUANTIZED_FACTS, QuantizedFacts)
     saved = adapter.Saved(paths.adapter(given.seeds[0]))

@@ -4,6 +4,7 @@ The completion is tokenized apart from the prompt. So training sees, token by to
 continues.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,24 +33,18 @@ class Encoder:
 
     def __init__(self, tokenizer: Any, prompt: params.Prompt, context: int) -> None:
         """`context` is the longest sequence the model can take, in tokens."""
-        if prompt.max_tokens > context:
-            raise UserError(f"prompt.max_tokens = {prompt.max_tokens}, but the model's context is {context} tokens")
-        if prompt.style == "chat" and not tokenizer.chat_template:
-            raise UserError("prompt.style = 'chat', but the model's tokenizer has no chat template: set it to plain")
+        if faults := list(model_faults(prompt, context, bool(tokenizer.chat_template))):
+            raise UserError("; ".join(faults))
         self.tokenizer, self.params, self.context = tokenizer, prompt, context
         self.end = self._end_of_completion()
 
     def prompt(self, example: Example) -> list[int]:
         """Token ids of the prompt.
 
-        UserError for an aspect without an instruction, for more than one BOS, and for earlier messages of a
-        conversation without a chat template to mark them, or with one that refuses them.
+        UserError for what `require_row` refuses, for more than one BOS, and for a chat template that refuses the
+        messages.
         """
-        if example.history and self.params.style == "plain":
-            raise UserError(
-                f"prompt.style = 'plain', but {example.id} has {len(example.history)} earlier messages of a "
-                "conversation, which a chat template alone can tell apart: set prompt.style to chat"
-            )
+        require_row(self.params, example)
         ids = self._encode(example, example.source)
         excess = len(ids) - self.params.max_tokens
         if excess > 0 and self.params.truncate_source:
@@ -101,19 +96,9 @@ class Encoder:
         # Not str.format: braces in the source or in the instruction must stay what they are.
         before, after = self.params.template.split("{source}", 1)
         if "{instruction}" in before + after:
-            instruction = self._instruction(example)
+            instruction = instruction_of(self.params, example)
             before, after = (part.replace("{instruction}", instruction) for part in (before, after))
         return before + source + after
-
-    def _instruction(self, example: Example) -> str:
-        instructions = self.params.instructions
-        instruction = instructions.get(example.aspect, instructions.get("default"))
-        if instruction is None:
-            raise UserError(
-                f"prompt.instructions has no entry for {example.aspect!r} (example {example.id}) and no default; "
-                f"it has {', '.join(instructions) or 'none'}"
-            )
-        return instruction
 
     def _encode(self, example: Example, source: str) -> list[int]:
         text = self._fill(example, source)
@@ -161,6 +146,40 @@ class Encoder:
         if self.tokenizer.eos_token_id is None:
             raise UserError("the model's tokenizer has no EOS token: without one, decoding cannot learn to stop")
         return int(self.tokenizer.eos_token_id)
+
+
+def model_faults(prompt: params.Prompt, context: int | None, chat_template: bool | None) -> Iterator[str]:
+    """Why no prompts can be made for a model. `context` is in tokens. None is a fact that is not known."""
+    if context is not None and prompt.max_tokens > context:
+        yield f"prompt.max_tokens = {prompt.max_tokens}, but the model's context is {context} tokens"
+    if prompt.style == "chat" and chat_template is False:
+        yield "prompt.style = 'chat', but the model's tokenizer has no chat template: set it to plain"
+
+
+def require_row(prompt: params.Prompt, example: Example) -> None:
+    """UserError for a row that no prompt can be made of, whatever the model is.
+
+    It has an aspect without an instruction, or earlier messages that no chat template would mark.
+    """
+    if example.history and prompt.style == "plain":
+        raise UserError(
+            f"prompt.style = 'plain', but {example.id} has {len(example.history)} earlier messages of a "
+            "conversation, which a chat template alone can tell apart: set prompt.style to chat"
+        )
+    if "{instruction}" in prompt.template:
+        instruction_of(prompt, example)
+
+
+def instruction_of(prompt: params.Prompt, example: Example) -> str:
+    """The instruction for the aspect of an example. UserError if there is none, and no default."""
+    instructions = prompt.instructions
+    instruction = instructions.get(example.aspect, instructions.get("default"))
+    if instruction is None:
+        raise UserError(
+            f"prompt.instructions has no entry for {example.aspect!r} (example {example.id}) and no default; "
+            f"it has {', '.join(instructions) or 'none'}"
+        )
+    return instruction
 
 
 def starts_with_bos(tokenizer: Any) -> bool:

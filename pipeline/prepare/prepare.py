@@ -31,12 +31,32 @@ MOST_ASPECTS = 500
 def write_splits(data: params.Data) -> None:
     """Write `out/data/<split>.jsonl` and `out/data/card.json`.
 
-    UserError, with nothing written, for a source that cannot be read, ids that repeat, a split left empty, or more than
-    `data.max_dropped_share` of the training rows dropped.
+    UserError, with nothing written, for what `read_splits` and `clean_splits` refuse.
     """
+    splits = read_splits(data)
+    overlap = clean_splits(splits, data)
+    for split in splits.values():
+        records.write_rows(paths.split(split.name), split.rows)
+    card = {name: _describe(split) for name, split in splits.items()}
+    records.write_json(
+        paths.DATA_CARD, {"source": data.source, "sha256": data.sha256, "splits": card, "overlap": overlap}
+    )
+    _say_what_was_made(splits)
+
+
+def read_splits(data: params.Data) -> dict[str, Split]:
+    """The rows of the files, by split. UserError for a source that cannot be read, and for ids that repeat."""
     with mounted(data.pinned, kind="dataset", key="data") as places:
         there = _files(places, data)
-        splits = {name: _read(data, there, name) for name in paths.SPLITS}
+        return {name: _read(data, there, name) for name in paths.SPLITS}
+
+
+def clean_splits(splits: dict[str, Split], data: params.Data) -> dict[str, dict[str, int]]:
+    """Take every step from the rows of the files to those that are written, in place.
+
+    Returns how many rows of one split stand in another (`leaks.drop`). UserError for ids that repeat, a split left
+    empty, or more than `data.max_dropped_share` of the training rows dropped.
+    """
     for split in splits.values():
         filter_unwanted(split, data)
     hold_out(splits, data.holdout)
@@ -50,14 +70,7 @@ def write_splits(data: params.Data) -> None:
         clean(split)
     overlap = leaks.drop(splits, data.overlap_threshold)
     _require_enough(splits, data)
-
-    for split in splits.values():
-        records.write_rows(paths.split(split.name), split.rows)
-    card = {name: _describe(split) for name, split in splits.items()}
-    records.write_json(
-        paths.DATA_CARD, {"source": data.source, "sha256": data.sha256, "splits": card, "overlap": overlap}
-    )
-    _say_what_was_made(splits)
+    return overlap
 
 
 def _say_what_was_made(splits: Mapping[str, Split]) -> None:

@@ -19,11 +19,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pipeline.check.check import Examiner
 from pipeline.core import git, params, paths, yaml12
 from pipeline.core.errors import UserError, listing
 from pipeline.core.progress import say
 from pipeline.search.printing import LOG_LINES, print_table, quoted, tail
-from pipeline.search.spec import mistakes
 
 SECONDS_BETWEEN_LOOKS = 1.0
 SECONDS_WITHOUT_A_WORKER = 30.0
@@ -96,11 +96,12 @@ def expand(overrides: Sequence[str]) -> list[Combination]:
 
 
 def check(combinations: Iterable[Combination]) -> None:
-    """UserError that lists every combination that DVC cannot set or `params.yaml` does not allow, with the reason."""
+    """UserError that lists, for every combination, what DVC cannot set, and what `lora-repro check` would refuse."""
     from dvc.exceptions import InvalidArgumentError
     from dvc.utils.hydra import apply_overrides
 
     params.load()  # refuses aliases, which DVC's own reader would expand without end when it sets the overrides
+    examiner = Examiner()
     problems: dict[str, None] = {}
     with tempfile.TemporaryDirectory() as folder:
         copy = Path(folder) / paths.PARAMS.name
@@ -108,11 +109,9 @@ def check(combinations: Iterable[Combination]) -> None:
             shutil.copy(paths.PARAMS, copy)
             try:
                 apply_overrides(copy, list(combination.overrides))
-                params.check(yaml12.read(copy), str(combination))
+                problems |= dict.fromkeys(examiner.problems(yaml12.read(copy), str(combination)))
             except InvalidArgumentError as error:
                 problems[f"{combination}: {_first_line(error.__cause__ or error)}"] = None
-            except UserError as error:
-                problems |= dict.fromkeys(mistakes(error))
     if problems:
         raise listing(problems, "nothing was queued:")
 

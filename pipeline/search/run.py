@@ -15,8 +15,9 @@ from typing import Any, Protocol
 
 from filelock import FileLock, Timeout
 
+from pipeline.check.check import Examiner
 from pipeline.core import git, params, paths, records
-from pipeline.core.errors import UserError
+from pipeline.core.errors import UserError, listing
 from pipeline.core.progress import say
 from pipeline.record import identity, lockfile, provenance, store
 from pipeline.record.address import tracking_uri
@@ -86,6 +87,9 @@ def search(path: Path, jobs: int | None, address: str | None) -> int:
         )
     grid.require_git()
     _require_optuna()
+    # The files of a cluster's machines are not here.
+    if address is None and (problems := Examiner().problems(given.model_dump(mode="json"), str(paths.PARAMS))):
+        raise listing(problems, f"{path}: nothing was run:")
     commit, within = _committed(path)
     uri = tracking_uri(given.tracking)
     # The rules for addresses in params.yaml do not hold for one from the user's environment: so no validation.

@@ -157,7 +157,7 @@ def check(plan: Search, path: Path) -> params.Params:
                 try:
                     params.check(replaced(content, {name: value}), str(path))
                 except UserError as error:
-                    problems |= dict.fromkeys(mistakes(error))
+                    problems |= dict.fromkeys(error.problems)
     often = content["train"]["epochs"] > 1 or content["train"]["validate_every"]
     if plan.pruner and not often and not {"train.epochs", "train.validate_every"} & plan.parameters.keys():
         problems["pruner: training validates at its beginning and its end only, so there is nothing to prune by: set "
@@ -165,11 +165,6 @@ def check(plan: Search, path: Path) -> params.Params:
     if problems:
         raise listing(problems, f"{path}: nothing was run:")
     return params.check(content, str(paths.PARAMS))
-
-
-def mistakes(error: UserError) -> list[str]:
-    """The lines of an error that was made by `pipeline.core.errors.listing`."""
-    return [line.removeprefix("  - ") for line in str(error).splitlines()[1:]]
 
 
 def replaced(content: Mapping[str, Any], values: Mapping[str, Value]) -> dict[str, Any]:

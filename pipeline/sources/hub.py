@@ -58,6 +58,15 @@ def fetch(wanted: Repo, kind: Literal["model", "dataset"], key: str) -> dict[str
     return {name.removeprefix(top) if name != wanted.path else "": snapshot / name for name in chosen}
 
 
+def here(wanted: Repo) -> Path | None:
+    """The place in the hub's cache of what a source names, if it was downloaded before; None without a network."""
+    from huggingface_hub.constants import HF_HUB_CACHE
+
+    folder = f"models--{wanted.id.replace('/', '--')}"
+    place = Path(HF_HUB_CACHE, folder, "snapshots", wanted.revision, *([wanted.path] if wanted.path else []))
+    return place if place.exists() else None
+
+
 def require_announced(found: Mapping[str, Path], place: Path, key: str, source: str) -> None:
     """UserError unless each file at `place` has the digest under which the hub's cache keeps it.
 

@@ -42,6 +42,16 @@ def check(source: str, sha256: str | None, key: str) -> None:
             )
 
 
+def size_here(source: str, sha256: str | None, key: str) -> int | None:
+    """The bytes of a source that can be read without a network; None for any other. UserError as of `resolved`."""
+    where = address.parse(source, key)
+    if isinstance(where, Path):
+        return sum(path.stat().st_size for path in _local(where, source, key).values())
+    if isinstance(where, Wheel) and sha256 and (kept := wheels.cached(sha256, where)):
+        return kept.stat().st_size
+    return None
+
+
 @contextmanager
 def resolved(source: str, sha256: str | None, *, kind: Literal["model", "dataset"], key: str) -> Iterator[Path]:
     """Yield the local file or folder that `source` names, with its content verified. It is removed after the block.

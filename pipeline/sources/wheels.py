@@ -53,17 +53,17 @@ def pinned(wanted: Wheel, sha256: str | None, key: str, scratch: Path) -> Path:
     wheels = cache() / "wheels"
     copy = scratch / "wheel"
     try:
-        if sha256 and (cached := _cached(wheels, sha256, wanted)) and _copy(cached, copy) == sha256:
+        if sha256 and (kept := cached(sha256, wanted)) and _copy(kept, copy) == sha256:
             return copy
         _own(cache())
         _own(wheels)
         with _locked(wheels / f".{wanted.requirement}.lock", wanted.requirement):
             # Another process may have stored the wheel meanwhile. Only the lock's holder removes one.
-            if sha256 and (cached := _cached(wheels, sha256, wanted)):
-                if _copy(cached, copy) == sha256:
+            if sha256 and (kept := cached(sha256, wanted)):
+                if _copy(kept, copy) == sha256:
                     return copy
-                say(f"the cached {cached} is corrupted: removed, to be downloaded anew")
-                cached.unlink()
+                say(f"the cached {kept} is corrupted: removed, to be downloaded anew")
+                kept.unlink()
             downloads = wheels / f".{wanted.requirement}.download"
             shutil.rmtree(downloads, ignore_errors=True)  # what a killed process left
             try:
@@ -103,9 +103,9 @@ def _own(folder: Path) -> None:
         folder.chmod(mode & ~0o022)
 
 
-def _cached(wheels: Path, sha256: str, wanted: Wheel) -> Path | None:
-    """The wheel kept under this digest, if its name says that it is the wanted one."""
-    for wheel in (wheels / sha256).glob("*.whl"):
+def cached(sha256: str, wanted: Wheel) -> Path | None:
+    """The wheel that the cache keeps under this digest, if its name says that it is the wanted one."""
+    for wheel in (cache() / "wheels" / sha256).glob("*.whl"):
         try:
             package, version, _, _ = parse_wheel_filename(wheel.name)
         except InvalidWheelFilename:  # not a file of pip's

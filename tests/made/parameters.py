@@ -47,3 +47,8 @@ def runtime(**settings: Any) -> params.Runtime:
         "keep_dequantized": True,
     }  # fmt: skip
     return params.Runtime(**given | settings)
+
+
+def rewrite(**values: Any) -> None:
+    """Replace whole sections, or values at the top, of params.yaml."""
+    YAML().dump(yaml12.read(paths.PARAMS) | values, paths.PARAMS)

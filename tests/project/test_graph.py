@@ -86,9 +86,22 @@ MAY_IMPORT = {
     "score": {"core"},
     "record": {"core", "score"},
     "report": {"core", "score", "record"},
-    "search": {"core", "record"},
+    "check": {"core", "sources", "prepare", "fetch", "model", "forget", "record"},
+    "search": {"core", "check", "record"},
     "export": {"core", "sources", "fetch", "model", "gguf", "lora", "infer", "score", "report", "record"},
-    "commands": {"core", "sources", "model", "forget", "lora", "score", "report", "record", "search", "export"},
+    "commands": {
+        "core",
+        "check",
+        "sources",
+        "model",
+        "forget",
+        "lora",
+        "score",
+        "report",
+        "record",
+        "search",
+        "export",
+    },
 }
 """What each room says of itself, and the modules beside them. No room is imported by one that it imports."""
 

@@ -8,10 +8,11 @@ from typing import Any
 import pytest
 from ruamel.yaml import YAML
 
+from pipeline.check import check
 from pipeline.commands import use
 from pipeline.core import params, paths, records, stage, yaml12
 from pipeline.core.errors import UserError
-from pipeline.record import check, lockfile
+from pipeline.record import lockfile
 from pipeline.search import grid, spec, trial
 from tests import ROOT
 from tests.made.clone import Finished, environment, make_clone
@@ -272,7 +273,7 @@ class TestVllm:
         program = tmp_path / "python"
         program.write_text("#!/bin/sh\n")
         program.chmod(0o755)
-        chosen = project.model_copy(update={"generation": project.generation.model_copy(update={"backend": "vllm"})})
+        chosen = project.generation.model_copy(update={"backend": "vllm"})
         with pytest.raises(UserError, match=f"{params.VLLM_PYTHON} is not set"):
             params.require_backend(chosen)
         monkeypatch.setenv(params.VLLM_PYTHON, str(program))

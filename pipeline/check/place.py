@@ -1,0 +1,44 @@
+"""What the parameters ask of this machine: its packages, the program that decodes, the device, git, and the store."""
+
+import sys
+from importlib.metadata import PackageNotFoundError, version
+
+from pipeline.check.report import Report
+from pipeline.core import params, stage
+from pipeline.core.errors import UserError
+from pipeline.record import address, provenance
+
+
+def examine(draft: params.Draft, report: Report) -> None:
+    """Check the sections `generation`, `runtime` and `tracking` against this machine, and the installed packages."""
+    with report.part():
+        stage.require_pinned_versions()
+        report.seen.append("the installed packages")
+    if (generation := draft.get(params.Generation)) is not None:
+        with report.part():
+            params.require_backend(generation)
+    if (runtime := draft.get(params.Runtime)) is not None:
+        with report.part():
+            require_device(runtime)
+    with report.part():
+        provenance.main_repository()
+        if (tracking := draft.get(params.Tracking)) is not None:
+            address.require_reachable(tracking)
+            report.seen.append("the MLflow store")
+
+
+def require_device(runtime: params.Runtime) -> None:
+    """UserError for a device that this machine cannot have. Whether it does is seen by the stages, which load torch."""
+    if runtime.device == "mps" and sys.platform != "darwin":
+        raise UserError("runtime.device = 'mps', which macOS alone has: set it to auto")
+    if runtime.device == "cuda" and sys.platform == "darwin":
+        raise UserError("runtime.device = 'cuda', which macOS does not have: set it to auto")
+    try:
+        build = version("torch")
+    except PackageNotFoundError:  # `stage.require_pinned_versions` says so
+        return
+    if runtime.device == "cuda" and build.endswith("+cpu"):
+        raise UserError(
+            f"runtime.device = 'cuda', but torch {build} is a build for the CPU alone: install one for CUDA, or set "
+            "runtime.device to auto"
+        )

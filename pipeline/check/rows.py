@@ -1,0 +1,66 @@
+"""The data that is on this machine, made into rows as stage `prepare` does, and what other sections ask of them."""
+
+import contextlib
+import io
+
+from pipeline import forget
+from pipeline.check.report import Report
+from pipeline.core import params
+from pipeline.model import prompt
+from pipeline.prepare import prepare
+from pipeline.prepare.splits import Split
+from pipeline.sources import source
+
+MOST = 32 * 2**20
+"""Bytes of sources that are read here: a second or two. Larger ones are left to their stages."""
+
+
+def examine(draft: params.Draft, report: Report) -> None:
+    """Check the sections `data`, `prompt` and `forget` against the data and the general text, where they are here."""
+    data, general = draft.get(params.Data), draft.get(params.Forget)
+    if data is not None and _readable(data.pinned, "data", "prepare", report):
+        with report.part():
+            splits = prepare.read_splits(data)
+            report.seen.append(f"{sum(len(split.rows) for split in splits.values()):,} rows of data")
+            # The bar of the leak guard is for a stage.
+            with report.part(), contextlib.redirect_stdout(io.StringIO()):
+                prepare.clean_splits(splits, data)
+            _against_prompt(draft.get(params.Prompt), splits, report)
+    if (
+        general is not None
+        and general.source is not None
+        and _readable([(general.source, general.sha256)], "forget", "forget", report)
+    ):
+        with report.part():
+            found = forget.texts(general, general.source)
+            report.seen.append(f"{len(found):,} general texts")
+
+
+def _readable(pinned: list[tuple[str, str | None]], key: str, stage: str, report: Report) -> bool:
+    """Whether sources are without a visible mistake, on this machine, and small enough to be read here."""
+    before = len(report.problems)
+    for name, sha256 in pinned:
+        with report.part():
+            source.check(name, sha256, key)
+    if len(report.problems) > before:
+        return False
+    sizes = [source.size_here(name, sha256, key) for name, sha256 in pinned]
+    known = [size for size in sizes if size is not None]
+    if len(known) < len(sizes):
+        report.left.append(f"{key}.source is not on this machine; stage {stage} downloads and checks it")
+    elif sum(known) > MOST:
+        report.left.append(f"{key}.source has {sum(known) / 2**20:,.0f} MiB; stage {stage} reads it")
+    else:
+        return True
+    return False
+
+
+def _against_prompt(given: params.Prompt | None, splits: dict[str, Split], report: Report) -> None:
+    """Note rows that no prompt can be made of, whatever the model is."""
+    if given is None:
+        return
+    # One row of each aspect, and one conversation, tells of all.
+    rows = [row for split in splits.values() for row in split.rows]
+    for row in {(row.aspect, bool(row.history)): row for row in reversed(rows)}.values():
+        with report.part():
+            prompt.require_row(given, row)
