@@ -33,8 +33,7 @@ class Encoder:
 
     def __init__(self, tokenizer: Any, prompt: params.Prompt, context: int) -> None:
         """`context` is the longest sequence the model can take, in tokens."""
-        if faults := list(model_faults(prompt, context, bool(tokenizer.chat_template))):
-            raise UserError("; ".join(faults))
+        require_model(prompt, context, bool(tokenizer.chat_template))
         self.tokenizer, self.params, self.context = tokenizer, prompt, context
         self.end = self._end_of_completion()
 
@@ -154,6 +153,12 @@ def model_faults(prompt: params.Prompt, context: int | None, chat_template: bool
         yield f"prompt.max_tokens = {prompt.max_tokens}, but the model's context is {context} tokens"
     if prompt.style == "chat" and chat_template is False:
         yield "prompt.style = 'chat', but the model's tokenizer has no chat template: set it to plain"
+
+
+def require_model(prompt: params.Prompt, context: int | None, chat_template: bool | None) -> None:
+    """UserError with all that `model_faults` finds."""
+    if faults := list(model_faults(prompt, context, chat_template)):
+        raise UserError("; ".join(faults))
 
 
 def require_row(prompt: params.Prompt, example: Example) -> None:
