@@ -25,7 +25,8 @@ def examine(draft: params.Draft, report: Report) -> None:
         report.left.append("model.source is not on this machine; stage fetch downloads and checks it")
         return
     with report.part():
-        seen = glance.glance(place)
+        if (seen := glance.glance(place)) is None:
+            return
         report.seen.append("the model's header" if place.is_file() else "the model's configuration")
         if (given := draft.get(params.Prompt)) is not None:
             report.problems += prompt.model_faults(given, seen.context, seen.chat_template)

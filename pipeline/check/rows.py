@@ -6,6 +6,7 @@ import io
 from pipeline import forget
 from pipeline.check.report import Report
 from pipeline.core import params
+from pipeline.core.records import Example
 from pipeline.model import prompt
 from pipeline.prepare import prepare
 from pipeline.prepare.splits import Split
@@ -59,8 +60,10 @@ def _against_prompt(given: params.Prompt | None, splits: dict[str, Split], repor
     """Note rows that no prompt can be made of, whatever the model is."""
     if given is None:
         return
-    # One row of each aspect, and one conversation, tells of all.
-    rows = [row for split in splits.values() for row in split.rows]
-    for row in {(row.aspect, bool(row.history)): row for row in reversed(rows)}.values():
+    first: dict[tuple[str, bool], Example] = {}  # the first row of an aspect, or with a history, tells of all
+    for split in splits.values():
+        for row in split.rows:
+            first.setdefault((row.aspect, bool(row.history)), row)
+    for row in first.values():
         with report.part():
             prompt.require_row(given, row)
