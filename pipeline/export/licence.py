@@ -70,15 +70,10 @@ def _of_wheel(archive: ZipFile) -> str | None:
 
 
 def _of_gguf(file: Path) -> str | None:
-    import gguf
-
     try:
-        gguf_header.check(file)
-        fields = gguf.GGUFReader(str(file)).fields
-    except Exception:  # a damaged header can raise anything
+        return _named(gguf_header.read(file).values.get("general.license"))
+    except (ValueError, OSError):
         return None
-    field = fields.get("general.license")
-    return _named(field.contents()) if field else None
 
 
 def _of_card(file: Path) -> str | None:

@@ -1,5 +1,6 @@
 """Fetching the base model: any source becomes one checkpoint, in safetensors, with its tokenizer and its facts."""
 
+import math
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -11,9 +12,9 @@ from pipeline.core import contracts, params, paths, records
 from pipeline.core.contracts import BaseFacts
 from pipeline.core.errors import UserError
 from pipeline.core.progress import say
-from pipeline.fetch import gguf_layout, hub_layout, meta_layout
+from pipeline.fetch import gguf_layout, glance, hub_layout, meta_layout
 from pipeline.fetch.unfit import UnfitError, named
-from pipeline.model import checkpoint, devices, prompt, shard
+from pipeline.model import apart, checkpoint, devices, prompt, shard
 from pipeline.sources import source
 
 if TYPE_CHECKING:
@@ -29,18 +30,24 @@ def write_base(model: params.Model, experiment: params.Params | None = None) -> 
     UserError when the source is not a causal language model of a known family, or has no usable tokenizer; and when a
     later stage of `experiment` would refuse it. Nothing of the experiment enters what is written.
     """
-    import torch
 
     def check(empty: Any, tokenizer: Any) -> None:
         if experiment is not None:
             _require_usable(empty, tokenizer, experiment)
 
-    devices.quieten()
-    dtype = getattr(torch, model.dtype)
     with (
         source.resolved(model.source, model.sha256, kind="model", key="model") as found,
         named(model.source),
     ):
+        # torch and transformers take seconds to import, and a tokenizer of many words a minute: this comes first.
+        seen = glance.glance(found)
+        assert seen is not None
+        if experiment is not None:
+            glance.require_usable(seen, experiment)
+        import torch
+
+        devices.quieten()
+        dtype = getattr(torch, model.dtype)
         if meta_layout.is_layout(found):
             say(f"fetch: converting {model.source}")
             loaded, tokenizer = meta_layout.load(found, dtype, check)
@@ -91,9 +98,6 @@ def _require_usable(empty: Any, tokenizer: Any, experiment: params.Params) -> No
     if context < empty.config.max_position_embeddings:
         say(f"fetch: the context ends at {context} tokens, with the model's sliding window or longrope's first length")
     prompt.Encoder(tokenizer, experiment.prompt, context)
-    forget = experiment.forget
-    if forget.source is not None and forget.window > context:
-        raise UserError(f"forget.window = {forget.window}, but the model's context is {context} tokens")
     if experiment.runtime.sharding == "tensor":
         shard.require_divisible(empty.config, experiment.runtime.processes)
     if experiment.generation.backend == "llama.cpp":
@@ -110,18 +114,18 @@ def _load(found: Path, dtype: "torch.dtype", check: Check) -> tuple[Any, Any]:
 
     # Nothing is looked up elsewhere. Python code beside a checkpoint is not run, and nobody is asked whether to.
     where: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
-    held: dict[str, int] = {}
+    held: dict[str, tuple[int, ...]] = {}
     if found.is_dir():
-        held = hub_layout.checked(found)
+        held = hub_layout.seen(found).shapes
+        if (found / "tokenizer.json").is_file():
+            apart.require_readable(found / "tokenizer.json")
         where |= {"pretrained_model_name_or_path": found}
         weights: dict[str, Any] = {"use_safetensors": True}
-    elif found.suffix.lower() == ".gguf":
-        gguf_layout.require_readable(found)
+    else:
+        header = gguf_layout.checked(found)
         where |= {"pretrained_model_name_or_path": found.parent, "gguf_file": found.name}
         # Packed weights cannot be saved as safetensors.
         weights = {"quantization_config": GgufConfig(dequantize=True)}
-    else:
-        raise UnfitError("a model is a folder in the Hugging Face layout or a .gguf file")
     try:
         with gguf_layout.read_once():
             tokenizer = AutoTokenizer.from_pretrained(**where)
@@ -144,7 +148,7 @@ def _load(found: Path, dtype: "torch.dtype", check: Check) -> tuple[Any, Any]:
             "run"
         ) from error
     if found.is_file():
-        gguf_layout.require_whole(found, loaded)
+        gguf_layout.require_whole(header, loaded)
     if absent := sorted(reading["missing_keys"]):
         raise _incomplete(absent)
     return loaded, tokenizer
@@ -157,10 +161,10 @@ def _incomplete(absent: list[str]) -> UnfitError:
     )
 
 
-def _require_no_larger(empty: Any, held: dict[str, int]) -> None:
+def _require_no_larger(empty: Any, held: dict[str, tuple[int, ...]]) -> None:
     """UnfitError for a model of more numbers than the files hold: transformers would make up the rest, at any size."""
     numbers, buffers = (sum(one.numel() for one in some) for some in (empty.parameters(), empty.buffers()))
-    total = sum(held.values())
+    total = sum(map(math.prod, held.values()))
     if max(numbers, buffers) > total:
         if absent := sorted(key for key, _ in empty.named_parameters() if key not in held):
             raise _incomplete(absent)

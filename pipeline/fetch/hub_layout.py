@@ -5,13 +5,12 @@ missing. So the configuration is compared with the headers of the weight files f
 """
 
 import json
-import math
 import re
+from dataclasses import dataclass
 from pathlib import Path, PurePath
 from typing import Any
 
-from pipeline.fetch.unfit import UnfitError, require_few_layers
-from pipeline.model import apart
+from pipeline.fetch.unfit import UnfitError, require_content, require_few_layers
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma3_text", "smollm3", "phi3", "granite", "olmo2")
 """Decoder-only families whose layers are LLaMA's, or differ from them in details that are computed here too.
@@ -26,18 +25,61 @@ PART = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
 """transformers' names of several files. Copies of the weights under other names may lie beside them."""
 
 
-def checked(folder: Path) -> dict[str, int]:
-    """How many numbers each tensor of the checkpoint holds; UnfitError for a folder that must not be loaded."""
+TYPICAL: dict[str, dict[str, Any]] = {
+    "llama": {"max_position_embeddings": 2048},
+    "mistral": {"max_position_embeddings": 131_072, "num_key_value_heads": 8, "sliding_window": 4096},
+    "qwen2": {"max_position_embeddings": 32_768, "num_key_value_heads": 32},
+    "qwen3": {"max_position_embeddings": 32_768, "num_key_value_heads": 32, "head_dim": 128},
+    "gemma": {
+        "max_position_embeddings": 8192, "num_key_value_heads": 16, "head_dim": 256, "tie_word_embeddings": True,
+    },
+    "gemma3_text": {
+        "max_position_embeddings": 131_072, "num_key_value_heads": 4, "head_dim": 256, "tie_word_embeddings": True,
+        "sliding_window": 4096,
+    },
+    "smollm3": {"max_position_embeddings": 32_768, "num_key_value_heads": 4, "tie_word_embeddings": True},
+    "phi3": {"max_position_embeddings": 4096, "original_max_position_embeddings": 4096},
+    "granite": {"max_position_embeddings": 2048},
+    "olmo2": {"max_position_embeddings": 2048},
+}  # fmt: skip
+"""What transformers assumes where a config.json leaves it out. tests/fetch/test_glance.py compares each."""
+
+
+@dataclass(frozen=True, slots=True)
+class Seen:
+    """A folder's configuration, completed by what transformers assumes, and the shape of each tensor of its files."""
+
+    config: dict[str, Any]
+    shapes: dict[str, tuple[int, ...]]
+
+
+def seen(folder: Path) -> Seen:
+    """What the configuration and the headers of the weights say; UnfitError for a folder that must not be loaded."""
+    require_content(path for path in sorted(folder.iterdir()) if path.is_file() and _is_read(path))
     config = _config(folder)
     listed: dict[str, set[str]] = {}
     files = _weight_files(folder, config, listed)
-    held = {file: _sizes(folder, file) for file in dict.fromkeys([*files, *listed])}
+    require_content(folder / file for file in dict.fromkeys([*files, *listed]))
+    held = {file: _shapes(folder, file) for file in dict.fromkeys([*files, *listed])}
     _require_indexed(folder, listed, held)
-    sizes = {tensor: size for tensors in held.values() for tensor, size in tensors.items()}
-    _require_its_layers(config, sizes)
-    if (folder / "tokenizer.json").is_file():
-        apart.require_readable(folder / "tokenizer.json")
-    return sizes
+    shapes = {tensor: shape for tensors in held.values() for tensor, shape in tensors.items()}
+    _require_its_layers(config, shapes)
+    return Seen(completed(config), shapes)
+
+
+def completed(config: dict[str, Any]) -> dict[str, Any]:
+    """A config.json with what transformers assumes where it says nothing, and rope's settings by their newer names."""
+    full = TYPICAL[config["model_type"]] | config
+    rotation = full.get("rope_scaling") or full.get("rope_parameters") or {}
+    full["rope_parameters"] = rotation
+    if isinstance(rotation, dict):
+        kind = rotation.get("rope_type", rotation.get("type"))
+        first = rotation.get("original_max_position_embeddings", full["max_position_embeddings"])
+        if full["model_type"] == "phi3" and kind is not None:
+            kind = "default" if kind == "default" else "longrope"
+            first = full["original_max_position_embeddings"]
+        full["rope_parameters"] = rotation | {"rope_type": kind, "original_max_position_embeddings": first}
+    return full
 
 
 def _config(folder: Path) -> dict[str, Any]:
@@ -103,18 +145,18 @@ def _weight_files(folder: Path, config: dict[str, Any], listed: dict[str, set[st
     return [file for file in files if not file.endswith(".index.json")]
 
 
-def _sizes(folder: Path, file: str) -> dict[str, int]:
-    """How many numbers each tensor of a file has, by its header."""
+def _shapes(folder: Path, file: str) -> dict[str, tuple[int, ...]]:
+    """The shape of each tensor of a file, by its header."""
     from safetensors import SafetensorError, safe_open
 
     try:
-        with safe_open(folder / file, framework="pt") as opened:
-            return {tensor: math.prod(opened.get_slice(tensor).get_shape()) for tensor in opened.keys()}  # noqa: SIM118
+        with safe_open(folder / file, framework="numpy") as opened:  # without torch, which takes seconds to import
+            return {tensor: tuple(opened.get_slice(tensor).get_shape()) for tensor in opened.keys()}  # noqa: SIM118
     except (SafetensorError, OSError) as error:
         raise UnfitError(f"{file} cannot be read ({error})") from None
 
 
-def _require_indexed(folder: Path, listed: dict[str, set[str]], held: dict[str, dict[str, int]]) -> None:
+def _require_indexed(folder: Path, listed: dict[str, set[str]], held: dict[str, dict[str, tuple[int, ...]]]) -> None:
     """UnfitError unless each file holds what the index says, and no part of another model lies beside them.
 
     transformers reads whole files, whatever the index says about them.
@@ -133,9 +175,9 @@ def _require_indexed(folder: Path, listed: dict[str, set[str]], held: dict[str, 
         )
 
 
-def _require_its_layers(config: dict[str, Any], sizes: dict[str, int]) -> None:
+def _require_its_layers(config: dict[str, Any], shapes: dict[str, tuple[int, ...]]) -> None:
     """UnfitError unless the files hold as many layers as the configuration says."""
-    numbers = {match[1] for tensor in sizes if (match := re.search(r"(?:^|\.)layers\.(\d+)\.", tensor))}
+    numbers = {match[1] for tensor in shapes if (match := re.search(r"(?:^|\.)layers\.(\d+)\.", tensor))}
     require_few_layers(len(numbers))
     said = config.get("num_hidden_layers", len(numbers))
     if said != len(numbers):
@@ -148,6 +190,13 @@ def _require_its_layers(config: dict[str, Any], sizes: dict[str, int]) -> None:
 def _is_within(file: str) -> bool:
     path = PurePath(file)
     return not path.is_absolute() and not any(part.startswith(".") for part in path.parts)
+
+
+def _is_read(path: Path) -> bool:
+    """Whether a file beside the weights enters the model or its tokenizer."""
+    if path.suffix == ".model":  # sentencepiece's, which tokenizer.json replaces
+        return not path.with_name("tokenizer.json").exists()
+    return path.suffix in (".json", ".jinja", ".txt")
 
 
 def _listing(folder: Path) -> str:

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from pipeline.core import records
-from pipeline.fetch.unfit import UnfitError, require_few_layers
+from pipeline.fetch.unfit import UnfitError, require_content, require_few_layers
 from pipeline.model.apart_worker import PROBES
 
 if TYPE_CHECKING:
@@ -80,10 +80,40 @@ class Settings(BaseModel):
         by_base = {1e6: 16384, 5e5: 8192}
         return by_base.get(self.rope_theta, 4096 if self.norm_eps == 1e-5 else 2048)
 
+    @property
+    def sizes(self) -> dict[str, Any]:
+        """The model's sizes, by transformers' names, without that of the vocabulary."""
+        return {
+            "hidden_size": self.dim,
+            "intermediate_size": self.feed_forward,
+            "num_hidden_layers": self.n_layers,
+            "num_attention_heads": self.n_heads,
+            "num_key_value_heads": self.n_kv_heads or self.n_heads,
+            "max_position_embeddings": self.context,
+            "tie_word_embeddings": False,
+        }
+
 
 def is_layout(folder: Path) -> bool:
     """Whether a folder is in Meta's layout, and not in transformers' as well."""
     return (folder / SETTINGS).is_file() and not (folder / "config.json").exists()
+
+
+def seen(folder: Path) -> Settings:
+    """The settings; UnfitError for a folder whose names and settings show that it cannot be loaded."""
+    require_content([folder / SETTINGS])
+    settings = _settings(folder)
+    require_content(_shards(folder))
+    if not (folder / TOKENIZER).is_file():
+        raise UnfitError(f"{TOKENIZER} is missing beside {SETTINGS}")
+    require_content([folder / TOKENIZER])
+    with (folder / TOKENIZER).open("rb") as file:
+        if re.match(rb"[A-Za-z0-9+/]+=* \d+\r?\n", file.read(4096)):
+            raise UnfitError(
+                f"{TOKENIZER} is in tiktoken's format (Llama 3), which holds neither the special tokens nor "
+                f"how text is split; {INSTEAD}"
+            )
+    return settings
 
 
 def load(folder: Path, dtype: "torch.dtype", check: Callable[[Any, Any], None]) -> tuple[Any, Any]:
@@ -95,23 +125,17 @@ def load(folder: Path, dtype: "torch.dtype", check: Callable[[Any, Any], None]) 
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    settings = _settings(folder)
+    settings = seen(folder)
     _require_listed(folder)
     opened = _opened(_shards(folder))
     _require_described(opened[0], settings)
     tokenizer, words = _tokenizer(folder)
     config = LlamaConfig(
+        **settings.sizes,
         architectures=["LlamaForCausalLM"],
         vocab_size=words if settings.vocab_size == -1 else settings.vocab_size,
-        hidden_size=settings.dim,
-        intermediate_size=settings.feed_forward,
-        num_hidden_layers=settings.n_layers,
-        num_attention_heads=settings.n_heads,
-        num_key_value_heads=settings.n_kv_heads or settings.n_heads,
-        max_position_embeddings=settings.context,
         rms_norm_eps=settings.norm_eps,
         rope_parameters={"rope_type": "default", "rope_theta": settings.rope_theta},
-        tie_word_embeddings=False,
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=None,
@@ -193,13 +217,6 @@ def _opened(shards: list[Path]) -> list[dict[str, "torch.Tensor"]]:
 
     opened = []
     for path in shards:
-        with path.open("rb") as file:
-            begins = file.read(64)
-        if begins.startswith(b"version https://git-lfs"):
-            raise UnfitError(
-                f"{path.name} is a pointer of Git LFS in place of the file: run `git lfs "
-                "pull` there, or download it again"
-            )
         try:
             held = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
         except pickle.UnpicklingError as error:
@@ -301,13 +318,6 @@ def _tokenizer(folder: Path) -> tuple[Any, int]:
     from transformers import LlamaTokenizer, PreTrainedTokenizerFast
 
     path = folder / TOKENIZER
-    if not path.is_file():
-        raise UnfitError(f"{TOKENIZER} is missing beside {SETTINGS}")
-    if re.match(rb"[A-Za-z0-9+/]+=* \d+\r?\n", path.read_bytes()[:4096]):
-        raise UnfitError(
-            f"{TOKENIZER} is in tiktoken's format (Llama 3), which holds neither the special tokens nor "
-            f"how text is split; {INSTEAD}"
-        )
     try:
         own = SentencePieceProcessor(model_file=str(path))
     except (RuntimeError, OSError) as error:

@@ -17,31 +17,16 @@ if TYPE_CHECKING:
 
 
 def architecture(model: Any) -> Architecture:
-    """The facts of a loaded model: its `Shape`, with the context that can be used, and what its weights tell."""
+    """The facts of a loaded model: its `Shape`, and what its weights tell."""
     shape = Shape.of(model.config.to_dict())
     return Architecture(
-        **shape.model_dump(exclude={"context"}),
-        context=_context(model.config),
+        **shape.model_dump(),
         parameters=sum(parameter.numel() for parameter in model.parameters()),
         dtype=str(model.dtype).removeprefix("torch."),
         kv_bytes_per_token=2 * shape.layers * shape.keys * model.dtype.itemsize,
         stop_ids=stop_ids(model),
         linear_layers=linear_layers(model),
     )
-
-
-def _context(config: Any) -> int:
-    """Tokens of the longest sequence that is computed faithfully.
-
-    Packing and decoding know no sliding window, so it ends there. It also ends where longrope (Phi 3, arXiv 2404.14219)
-    changes its frequencies, since one long sequence would change them for its whole batch.
-    """
-    slides = getattr(config, "use_sliding_window", True)
-    window = getattr(config, "sliding_window", None) if slides else None
-    rotation = getattr(config, "rope_parameters", None) or {}
-    short = rotation["original_max_position_embeddings"] if rotation.get("rope_type") == "longrope" else None
-    longest: int = min(length for length in (config.max_position_embeddings, window, short) if length)
-    return longest
 
 
 def linear_layers(model: Any) -> list[str]:

@@ -13,6 +13,9 @@ from pipeline.core import params
 
 Positive = Annotated[int, Field(ge=1)]
 
+SWITCHED = ("qwen2", "qwen3", "smollm3")
+"""Families whose sliding window is on only where `use_sliding_window` says so; others slide wherever one is named."""
+
 
 class Shape(params.Section):
     """The sizes of a model of LLaMA's kind: attention with grouped heads, and an MLP with a gate."""
@@ -48,7 +51,7 @@ class Shape(params.Section):
             head_dim=config.get("head_dim") or config["hidden_size"] // heads,
             vocabulary=config["vocab_size"],
             tied_embeddings=bool(config.get("tie_word_embeddings", False)),
-            context=config["max_position_embeddings"],
+            context=context(config),
         )
 
     @property
@@ -90,3 +93,17 @@ class Shape(params.Section):
     @property
     def parameters(self) -> int:
         return self.linear_parameters + self.other_parameters
+
+
+def context(config: dict[str, Any]) -> int:
+    """Tokens of the longest sequence that is computed faithfully, by a whole configuration of transformers.
+
+    Packing and decoding know no sliding window, so it ends there. It also ends where longrope (Phi 3, arXiv 2404.14219)
+    changes its frequencies, since one long sequence would change them for its whole batch.
+    """
+    slides = config["model_type"] not in SWITCHED or config.get("use_sliding_window")
+    window = config.get("sliding_window") if slides else None
+    rotation = config.get("rope_parameters") or {}
+    short = rotation["original_max_position_embeddings"] if rotation.get("rope_type") == "longrope" else None
+    longest: int = min(length for length in (config["max_position_embeddings"], window, short) if length)
+    return longest

@@ -122,7 +122,7 @@ FAULTS: dict[str, tuple[Any, str]] = {
         lambda f: (f / "consolidated.01.pth").write_text("<html>"),
         r"01.pth is not a file .*\(Unsupported operand 60\)$",
     ),
-    "pointer": (lambda f: (f / "consolidated.01.pth").write_text(POINTER), "01.pth is a pointer of Git LFS"),
+    "pointer": (lambda f: (f / "consolidated.01.pth").write_text(POINTER), "01.pth is a Git LFS pointer"),
     "changed places": (swapped, "by its checklist.chk, consolidated.00.pth is not what it lists: download it again"),
     "list": (lambda f: (f / "params.json").write_text("[]"), r"not describe a Llama \(Input should be a valid"),
     "no part": (lambda f: (f / "consolidated.00.pth").unlink(), "consolidated.00.pth is missing, one of 2 parts"),
