@@ -24,7 +24,7 @@ from pipeline.core import contracts, params, paths, records, stage
 from pipeline.core.contracts import QuantizedFacts
 from pipeline.core.progress import bar, say
 from pipeline.lora import adapter, train
-from pipeline.model import checkpoint, devices, load, loss, pack, resume
+from pipeline.model import checkpoint, devices, load, loss, pack, resume, windows
 from pipeline.model.prompt import Encoder, Row
 
 RESULT = Path("arm.json")
@@ -40,7 +40,7 @@ class Bench:
     experiment: params.Params
     training: list[pack.Tree]
     validation: list[pack.Tree]
-    general: list[forget.Tokens]
+    general: list[windows.Tokens]
 
 
 def run(name: str) -> None:
@@ -96,7 +96,7 @@ def prepared(
     if arm.watch:
         assert experiment.forget.source is not None, "the default experiment measures forgetting"
         texts = forget.texts(experiment.forget, experiment.forget.source)
-        general = forget.windows(tokenizer, texts, cut.general_tokens, experiment.forget.window)
+        general = windows.cut(tokenizer, texts, cut.general_tokens, experiment.forget.window)
     groups = list(dict.fromkeys(row.group for row in rows["validation"]))
     trees = {split: pack.trees(some) for split, some in rows.items()}
     return Bench(arm, cut, experiment, trees["train"], trees["validation"], general), groups
@@ -159,14 +159,14 @@ def sums(model: Any, trees: Sequence[pack.Tree], budget: int) -> list[float]:
 
 
 def _look(model: Any, bench: Bench, step: int, found: Sequence[float]) -> Look:
-    windows = forget.measure(model, bench.general, f"general text, step {step}")
-    tokens = sum(one.tokens for one in windows)
+    measured = forget.measure(model, bench.general, f"general text, step {step}")
+    tokens = sum(one.tokens for one in measured)
     return Look(
         step=step,
         loss=sum(found) / sum(tree.supervised for tree in bench.validation),
-        general_loss=sum(one.tuned for one in windows) / tokens,
-        cross_entropy=sum(one.cross_entropy for one in windows) / tokens,
-        entropy=sum(one.entropy for one in windows) / tokens,
+        general_loss=sum(one.tuned for one in measured) / tokens,
+        cross_entropy=sum(one.cross_entropy for one in measured) / tokens,
+        entropy=sum(one.entropy for one in measured) / tokens,
     )
 
 

@@ -1,6 +1,7 @@
 """Claims about bits per parameter: in QLoRA's 4-bit blocks (arXiv 2305.14314, section 3), and in llama.cpp's types."""
 
 import math
+import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,11 +12,12 @@ import torch
 
 from claims import evidence, lab, resampling
 from claims.evidence import Evidence
-from pipeline.core import params, records
+from pipeline.core import contracts, params, records
 from pipeline.core.progress import bar
 from pipeline.core.records import Example
-from pipeline.model import checkpoint, devices, fused, loss, pack
+from pipeline.model import checkpoint, devices, fused, loss, pack, prompt, windows
 from pipeline.model.prompt import Row
+from pipeline.model.windows import Text
 from pipeline.score.significance import Floats, Interval
 
 BLOCK = 64
@@ -141,7 +143,8 @@ def gguf() -> Evidence:
     fused.apply(model)
     tokenizer = checkpoint.tokenizer(lab.BASE)
     rows = records.read_rows(lab.data("default") / "validation.jsonl", Example)
-    texts = [tokenizer(text, add_special_tokens=False).input_ids for text in dict.fromkeys(row.source for row in rows)]
+    context, bos = checkpoint.architecture(model).context, prompt.starts_with_bos(tokenizer)
+    texts = abstracts(tokenizer, rows, context)
     counts_n = np.array([len(text) - 1 for text in texts], np.float64)
     losses = {"base": text_losses(model, texts, "base")}
     values: dict[str, evidence.Value] = {"base_perplexity": perplexity(losses["base"], counts_n)}
@@ -171,8 +174,9 @@ def gguf() -> Evidence:
     return Evidence(
         values,
         [
-            f"{len(texts)} abstracts, {int(counts_n.sum()):,} tokens. ..._over_..._percent: by how much perplexity is "
-            "higher than under the type before, with its interval by a paired bootstrap over abstracts.",
+            f"{len(texts)} abstracts, {int(counts_n.sum()):,} tokens, in {contracts.windows_read(context, bos)}. "
+            "..._over_..._percent: by how much perplexity is higher than under the type before, with its interval by a "
+            "paired bootstrap over abstracts.",
             "..._error_percent: what is lost of the weights, relative to them (Frobenius); ..._gain_percent: by how "
             "much they grow on the whole. Q5_1 has 31 steps a block where the base, Q4_1, has 15: two and a fifteenth "
             "for one, so that rounding pushes values outward, the more the smaller they are, and errors do not cancel. "
@@ -180,6 +184,14 @@ def gguf() -> Evidence:
             "than Q5_0.",
         ],
     )
+
+
+def abstracts(tokenizer: Any, rows: Sequence[Example], context: int) -> list[list[int]]:
+    """The token ids of the sources, each once. One that is longer than the model's context gives several windows."""
+    sources = list(dict.fromkeys(row.source for row in rows))
+    texts = [Text(str(at), source) for at, source in enumerate(sources)]
+    found = windows.cut(tokenizer, texts, tokens=sys.maxsize, length=context)
+    return [window.ids for window in found]
 
 
 def products(weight: Any, restored: Any) -> Floats:

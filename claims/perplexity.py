@@ -16,10 +16,10 @@ from claims import evidence, lab, resampling
 from claims.evidence import Evidence
 from pipeline import forget
 from pipeline.commands import use
-from pipeline.core import params
+from pipeline.core import contracts, params
 from pipeline.core.errors import UserError
 from pipeline.core.progress import bar
-from pipeline.model import checkpoint, devices
+from pipeline.model import checkpoint, devices, prompt, windows
 from pipeline.score.significance import Floats, Interval
 
 if TYPE_CHECKING:
@@ -50,6 +50,7 @@ class Reading:
     texts: list[str]
     losses: dict[str, Floats]
     compare: params.Compare
+    bos: bool
 
     def read(self, name: str, model: Any) -> None:
         """Measure the losses of a form of the model."""
@@ -80,7 +81,8 @@ class Reading:
     @property
     def note(self) -> str:
         return (
-            f"{self.ids_nxW.shape[0]} windows of {self.ids_nxW.shape[1]} tokens of {len(set(self.texts))} texts; "
+            f"{self.ids_nxW.shape[0]} {contracts.windows_read(self.ids_nxW.shape[1], self.bos)}, of "
+            f"{len(set(self.texts))} texts; "
             f"intervals of {self.compare.confidence:.0%}: paired bootstrap over texts."
         )
 
@@ -93,14 +95,15 @@ def _reading(experiment: params.Params, device: "torch.device") -> Reading:
         raise UserError("forget.source is null, but perplexity is measured on that text: name one")
     tokenizer, texts = checkpoint.tokenizer(lab.BASE), forget.texts(given, given.source)
     enough = 4 * WINDOWS * WINDOW  # more than needed: windows at the ends of texts are shorter, and left out
-    whole = [one for one in forget.windows(tokenizer, texts, enough, WINDOW) if len(one.ids) == WINDOW][:WINDOWS]
+    whole = [one for one in windows.cut(tokenizer, texts, enough, WINDOW) if len(one.ids) == WINDOW][:WINDOWS]
     if len(whole) < WINDOWS:
         raise UserError(
             f"forget.source = {given.source!r} holds {len(whole):,} whole windows of {WINDOW} tokens, not {WINDOWS:,}: "
             f"name more text in {use.DEFAULT}"
         )
     ids_nxW = torch.tensor([one.ids for one in whole], device=device)
-    return Reading(ids_nxW, [one.place for one in whole], {}, experiment.compare)
+    bos = prompt.starts_with_bos(tokenizer)
+    return Reading(ids_nxW, [one.place for one in whole], {}, experiment.compare, bos)
 
 
 def llm_int8() -> Evidence:

@@ -5,14 +5,15 @@ it. The cross-entropy against the base's distribution shows how far tuned has mo
 in arXiv 2401.05605. It is at least the base's entropy; the difference is the KL divergence from base to tuned.
 
 The text is read without a chat template, also if prompts have one, so it is unusual for a chat model: for base and
-tuned alike. Both share one loaded model, with the adapter off and on. Losses are in nats per token.
+tuned alike. Its windows begin as the model's texts begin (`pipeline.model.windows`). Base and tuned share one loaded
+model, with the adapter off and on. Losses are in nats per token.
 """
 
 import html
 import math
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 from pipeline.core import contracts, params, paths, records
@@ -20,35 +21,18 @@ from pipeline.core.contracts import Forgetting, GeneralText, QuantizedFacts, Win
 from pipeline.core.errors import UserError
 from pipeline.core.progress import bar, say
 from pipeline.lora import adapter
-from pipeline.model import checkpoint, devices, load, loss, memory, pack, processes, prompt, shard
+from pipeline.model import checkpoint, devices, load, loss, memory, pack, processes, prompt, shard, windows
 from pipeline.model.prompt import Row
+from pipeline.model.windows import Text, Tokens
 from pipeline.sources import source, tables
 
 TOGETHER = 512
 """Tokens computed at once. The logits of all of them are held twice, in the model's dtype."""
 POSITIONS = memory.PLACES
 """Places whose distributions are held in float32 at once."""
-CHARACTERS = 64
-"""Assumed as the most that a token has, so that only the needed part of a very long text is tokenized."""
 PLAIN = (".txt", ".md")
 FEWEST = 2
 """Windows that resampling needs at least."""
-
-
-@dataclass(frozen=True, slots=True)
-class Text:
-    """One document, and its place in the source."""
-
-    place: str
-    content: str
-
-
-@dataclass(frozen=True, slots=True)
-class Tokens:
-    """Consecutive tokens of one text. The first is only read, the others are predicted."""
-
-    place: str
-    ids: list[int]
 
 
 def measure_seed(seed: int, forget: params.Forget, runtime: params.Runtime) -> None:
@@ -69,7 +53,8 @@ def measure_seed(seed: int, forget: params.Forget, runtime: params.Runtime) -> N
     else:
         say(
             f"forget {seed}: loss on {measured.tokens:,} tokens of general text {measured.base_loss:.3f} -> "
-            f"{measured.tuned_loss:.3f}, {measured.kl:.3f} nats a token from the base's distribution"
+            f"{measured.tuned_loss:.3f}, {measured.kl:.3f} nats a token from the base's distribution; "
+            f"{contracts.windows_read(measured.window, measured.bos)}"
         )
 
 
@@ -77,7 +62,8 @@ def _measured(
     found: Forgetting, facts: QuantizedFacts, saved: adapter.Saved, forget: params.Forget, runtime: params.Runtime
 ) -> GeneralText:
     # 1. What is read, and whether it can be.
-    chosen = _chosen(facts, forget)
+    tokenizer = checkpoint.tokenizer()
+    chosen = _chosen(tokenizer, facts, forget)
     device = devices.choose(runtime)
     devices.require(device, facts.dtype)
     base = memory.held(memory.Base.quantized(facts), runtime, device)
@@ -103,6 +89,8 @@ def _measured(
         device=device.type,
         threads=devices.threads(device),
         tokens=tokens,
+        window=forget.window,
+        bos=prompt.starts_with_bos(tokenizer),
         texts=len({one.place for one in sums}),
         base_loss=base_loss,
         tuned_loss=tuned_loss,
@@ -115,11 +103,11 @@ def _measured(
     )
 
 
-def _chosen(facts: QuantizedFacts, forget: params.Forget) -> list[Tokens]:
+def _chosen(tokenizer: Any, facts: QuantizedFacts, forget: params.Forget) -> list[Tokens]:
     """The windows that are read; UserError for a window that the model cannot read, and for too little text."""
     assert forget.source is not None
     forget.require_context(facts.context)
-    chosen = windows(checkpoint.tokenizer(), texts(forget, forget.source), forget.tokens, forget.window)
+    chosen = windows.cut(tokenizer, texts(forget, forget.source), forget.tokens, forget.window)
     if len(chosen) < FEWEST:
         raise UserError(
             f"forget.source = {forget.source!r} gives {len(chosen)} windows of text, too few for an interval: "
@@ -182,44 +170,14 @@ def _tags(pattern: str, instead: str, text: str) -> str:
     return re.sub(pattern, instead, before + last) + rest
 
 
-def windows(tokenizer: Any, texts: Sequence[Text], tokens: int, length: int) -> list[Tokens]:
-    """Windows of `length` tokens, a text's last one shorter, until they have `tokens` to predict, or the texts end.
-
-    The first window of every text comes before the second of any: many texts tell more than much of one.
-    """
-    begin = [tokenizer.bos_token_id] if prompt.starts_with_bos(tokenizer) else []
-    size = length - len(begin)
-    ids: dict[str, list[int]] = {}
-    chosen: list[Tokens] = []
-    left, number = tokens, 0
-    waiting = list(texts)
-    while waiting:
-        longer = []
-        for text in waiting:
-            if left <= 0:
-                return chosen
-            if text.place not in ids:
-                # verbose=False: no warning of texts that are longer than the model's context.
-                content = text.content[: CHARACTERS * tokens]
-                ids[text.place] = tokenizer(content, add_special_tokens=False, verbose=False).input_ids
-            window = [*begin, *ids[text.place][number * size : (number + 1) * size]][: left + 1]
-            if len(window) > 1:
-                chosen.append(Tokens(text.place, window))
-                left -= len(window) - 1
-            if len(ids[text.place]) > (number + 1) * size:
-                longer.append(text)
-        waiting, number = longer, number + 1
-    return chosen
-
-
-def measure(model: Any, windows: Sequence[Tokens], label: str) -> list[Window]:
-    """The sums of every window, in their order; `model` is the base with the adapter on it.
+def measure(model: Any, chosen: Sequence[Tokens], label: str) -> list[Window]:
+    """The sums of every window of `chosen`, in their order; `model` is the base with the adapter on it.
 
     Several processes divide the micro-batches of one process among them.
     """
     import torch
 
-    trees = [pack.tree([Row("", "", window.ids[:1], window.ids[1:])]) for window in windows]
+    trees = [pack.tree([Row("", "", window.ids[:1], window.ids[1:])]) for window in chosen]
     number_of = {id(tree): number for number, tree in enumerate(trees)}
     parts = pack.micro_batches(trees, TOGETHER)
     own = processes.share(parts, lambda part: sum(tree.tokens for tree in part))
@@ -241,7 +199,7 @@ def measure(model: Any, windows: Sequence[Tokens], label: str) -> list[Window]:
                 start = end
                 advance(tree.supervised)
     nats = {int(number): sums for one in processes.gather(measured) for number, sums in one.items()}
-    return [Window(window.place, len(window.ids) - 1, *nats[number]) for number, window in enumerate(windows)]
+    return [Window(window.place, len(window.ids) - 1, *nats[number]) for number, window in enumerate(chosen)]
 
 
 def _nats(base_NxV: Any, tuned_NxV: Any, target_N: Any) -> Any:

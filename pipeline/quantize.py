@@ -12,9 +12,11 @@ from typing import TYPE_CHECKING, Any
 
 from pipeline.core import contracts, params, paths, records
 from pipeline.core.contracts import BaseFacts, QuantizedFacts
+from pipeline.core.errors import UserError
 from pipeline.core.progress import say
-from pipeline.model import checkpoint, devices, loss, memory, packed
+from pipeline.model import checkpoint, devices, loss, memory, packed, prompt, windows
 from pipeline.model.memory import WINDOW
+from pipeline.model.windows import Text, Tokens
 
 if TYPE_CHECKING:
     import torch
@@ -34,9 +36,10 @@ def write_quantized(quantize: params.Quantize, runtime: params.Runtime) -> None:
     )
     if home != device:
         say(f"quantize: the base does not fit beside its quantized form on {device.type}: {home.type} computes it")
-    windows = _windows(quantize.perplexity_tokens)
+    tokenizer, length = checkpoint.tokenizer(paths.BASE), min(WINDOW, facts.context)
+    ids = [window.ids for window in _windows(tokenizer, quantize.perplexity_tokens, length)]
     base = checkpoint.pretrained(paths.BASE, home)
-    before = loss.perplexity(base, windows, "perplexity before")
+    before = loss.perplexity(base, ids, "perplexity before")
     errors: dict[str, float] = {}
     if quantize.method == "none":
         shutil.copytree(paths.BASE, paths.QUANTIZED, dirs_exist_ok=True)
@@ -47,7 +50,7 @@ def write_quantized(quantize: params.Quantize, runtime: params.Runtime) -> None:
         quantized.save_pretrained(paths.QUANTIZED)
         checkpoint.tokenizer(paths.BASE).save_pretrained(paths.QUANTIZED)
         packed.keep_unpacked(quantized)
-        after = loss.perplexity(quantized, windows, "perplexity after")
+        after = loss.perplexity(quantized, ids, "perplexity after")
     made = QuantizedFacts(
         method=quantize.method,
         double_quantization=quantize.double_quantization,
@@ -56,7 +59,9 @@ def write_quantized(quantize: params.Quantize, runtime: params.Runtime) -> None:
         layers=errors,
         perplexity_before=before,
         perplexity_after=after,
-        perplexity_tokens=sum(len(window) - 1 for window in windows),
+        perplexity_tokens=sum(len(window) - 1 for window in ids),
+        perplexity_window=length,
+        perplexity_bos=prompt.starts_with_bos(tokenizer),
         bytes=sum(path.stat().st_size for path in paths.QUANTIZED.glob("*.safetensors")),
         sha256=records.sha256_tree(paths.QUANTIZED),
         context=facts.context,
@@ -68,7 +73,7 @@ def write_quantized(quantize: params.Quantize, runtime: params.Runtime) -> None:
     contracts.write(paths.QUANTIZED_FACTS, made)
     say(
         f"quantize: {made.method}, {made.bits_per_parameter:.3f} bits a parameter in {made.quantized_layers} layers, "
-        f"perplexity {before:.3f} -> {after:.3f}"
+        f"perplexity {before:.3f} -> {after:.3f}: {made.perplexity_read}"
     )
 
 
@@ -114,14 +119,19 @@ def _block_constants(state: Any) -> list["torch.Tensor"]:
     return [state.absmax, state.state2.absmax, state.offset] if state.nested else [state.absmax]
 
 
-def _windows(tokens: int) -> list[list[int]]:
-    """The validation sources, one after another, in windows of WINDOW tokens."""
-    tokenizer = checkpoint.tokenizer(paths.BASE)
-    ids: list[int] = []
-    for text in dict.fromkeys(row.source for row in records.read_rows(paths.split("validation"), records.Example)):
-        ids += tokenizer(text + "\n", add_special_tokens=False).input_ids
-        if len(ids) >= tokens:
-            break
-    ids = ids[:tokens]
-    windows = [ids[start : start + WINDOW] for start in range(0, len(ids), WINDOW)]
-    return [window for window in windows if len(window) > 1]
+def _windows(tokenizer: Any, tokens: int, length: int) -> list[Tokens]:
+    """Windows of the validation sources, each source once, with `tokens` to predict, or fewer if there is less text.
+
+    Sources of a single token predict nothing. If all are, they are read as the lines of one text. UserError if even
+    these are one token.
+    """
+    rows = records.read_rows(paths.split("validation"), records.Example)
+    sources = list(dict.fromkeys(row.source for row in rows))
+    texts = [Text(str(number), source) for number, source in enumerate(sources)]
+    lines = [Text("", "".join(f"{source}\n" for source in sources))]
+    if found := windows.cut(tokenizer, texts, tokens, length) or windows.cut(tokenizer, lines, tokens, length):
+        return found
+    raise UserError(
+        f"the sources in {paths.split('validation')} are one token in all, too few to measure perplexity: name more "
+        "validation rows"
+    )

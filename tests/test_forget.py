@@ -1,4 +1,4 @@
-"""Forgetting: the sums are those of two plain forward passes; texts and windows are what the parameters say."""
+"""Forgetting: the sums are those of two plain forward passes; texts are what the parameters say."""
 
 import html
 import json
@@ -6,22 +6,25 @@ import random
 import re
 import shutil
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from pipeline import forget
+from pipeline import forget, quantize
 from pipeline.core import contracts, params, paths, records
 from pipeline.core.contracts import Forgetting
 from pipeline.core.errors import UserError
-from pipeline.forget import Text, Tokens
+from pipeline.fetch import fetch
 from pipeline.lora import adapter
 from pipeline.model import attention, checkpoint, load, loss, pack
 from pipeline.model.prompt import Row
+from pipeline.model.windows import Tokens
+from tests.made.data import WORDS
+from tests.made.models import reading_bos
 from tests.made.records import quantized_facts
+from tests.made.variants import trained
 
 LORA = params.Lora(r=4, alpha=8.0, rslora=False, dropout=0.0, target_modules="all-linear")
 
@@ -75,38 +78,6 @@ def test_an_adapter_that_does_nothing_forgets_nothing(tiny_model: Path) -> None:
     (one,) = forget.measure(adapted(tiny_model, strength=0.0), [Tokens("a", list(range(40, 70)))], "forget")
     assert one.tuned == one.base
     assert one.cross_entropy == one.entropy
-
-
-# Windows
-
-
-class Letters:
-    """A tokenizer of one token a letter."""
-
-    bos_token_id: int | None = None
-
-    def __call__(self, text: str, add_special_tokens: bool = True, verbose: bool = True) -> Any:
-        assert verbose == add_special_tokens
-        begin = [self.bos_token_id] if self.bos_token_id is not None and add_special_tokens else []
-        return SimpleNamespace(input_ids=[*begin, *map(ord, text)])
-
-
-def cut(tokenizer: Any, texts: list[str], tokens: int, length: int) -> list[str]:
-    found = forget.windows(tokenizer, [Text(text[:1], text) for text in texts], tokens, length)
-    return ["".join(map(chr, window.ids)) for window in found]
-
-
-def test_every_text_gives_a_window_before_any_gives_a_second() -> None:
-    texts = ["abcdefghij", "ABCD", "1"]
-    assert cut(Letters(), texts, 100, 4) == ["abcd", "ABCD", "efgh", "ij"]
-    assert cut(Letters(), texts, 7, 4) == ["abcd", "ABCD", "ef"]
-    assert cut(Letters(), texts, 3, 4) == ["abcd"]
-
-
-def test_a_bos_stands_before_every_window_where_the_model_knows_one() -> None:
-    tokenizer = Letters()
-    tokenizer.bos_token_id = ord("^")
-    assert cut(tokenizer, ["abcdefghij", "ABCD", "1"], 100, 4) == ["^abc", "^ABC", "^1", "^def", "^D", "^ghi", "^j"]
 
 
 # Texts
@@ -232,6 +203,45 @@ def test_the_stage_writes_sums_and_means(ready: params.Params) -> None:
     first = paths.forgetting(17).read_bytes()
     forget.measure_seed(17, ready.forget, ready.runtime)
     assert paths.forgetting(17).read_bytes() == first
+
+
+@pytest.mark.parametrize(("family", "bos"), [("gemma3_text", True), ("qwen3", False)])
+def test_the_loss_is_that_of_transformers_on_text_as_the_model_reads_it(
+    family: str, bos: bool, project: params.Params, tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = reading_bos(family, bos, tiny_model, tmp_path / "m")
+    fetch.write_base(params.Model(source=str(folder), sha256=records.sha256_tree(folder), dtype="float32"))
+    quantized = project.quantize.model_copy(update={"method": "none", "double_quantization": False})
+    quantize.write_quantized(quantized, project.runtime)
+    trained(rslora=False)
+    (tmp_path / "texts").mkdir()
+    for number in range(9):
+        words = random.Random(number).choices(WORDS, k=40)
+        (tmp_path / "texts" / f"{number}.txt").write_text(" ".join(words))
+    given = section(tmp_path / "texts", "*.txt", window=32, tokens=200)
+    forget.measure_seed(17, given, project.runtime)
+    found = contracts.read(paths.forgetting(17), Forgetting).measured
+    assert found is not None
+    assert (found.window, found.bos) == (32, bos)
+    said = "each with a BOS first" if bos else "without BOS, as the model reads text"
+    assert f"windows of {found.window} tokens, {said}" in capsys.readouterr().out
+    # Every text is longer than a window, so each is its tokens' beginning.
+    plain, tokenizer = AutoModelForCausalLM.from_pretrained(paths.BASE, dtype=torch.float32), checkpoint.tokenizer()
+    by_place = {text.place: text.content for text in forget.texts(given, str(tmp_path / "texts"))}
+
+    def loss_of(bos: bool) -> float:
+        total = 0.0
+        for window in found.windows:
+            ids = tokenizer(by_place[window.place], add_special_tokens=bos).input_ids[: window.tokens + 1]
+            with torch.no_grad():
+                mean = plain(input_ids=torch.tensor([ids]), labels=torch.tensor([ids])).loss
+            total += float(mean) * (len(ids) - 1)
+        return total / found.tokens
+
+    assert len({window.place for window in found.windows}) == len(found.windows)
+    assert found.base_loss == pytest.approx(loss_of(bos), rel=1e-5)
+    if bos:
+        assert loss_of(False) > found.base_loss + 0.5
 
 
 def test_without_a_source_nothing_is_measured_and_that_is_written(ready: params.Params) -> None:

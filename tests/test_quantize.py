@@ -1,6 +1,8 @@
 """4-bit weights: what they cost, that they are really there, and that gradients through them are right."""
 
 import copy
+import math
+import random
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -8,15 +10,18 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 from pipeline import quantize
 from pipeline.core import contracts, params, paths, records
 from pipeline.core.contracts import QuantizedFacts
 from pipeline.core.errors import UserError
+from pipeline.fetch import fetch
 from pipeline.lora import adapter
 from pipeline.model import attention, loss, memory, pack, packed
 from pipeline.model.prompt import Row
+from tests.made.data import WORDS
+from tests.made.models import reading_bos
 from tests.made.records import base_facts, quantized_facts
 
 CPU = torch.device("cpu")
@@ -235,3 +240,82 @@ def test_what_bitsandbytes_computes_for_metal_is_what_it_computes_here(kind: str
     assert torch.equal(metal, packed)
     assert torch.equal(constants, state.absmax)
     torch.testing.assert_close(restored, dequantize_4bit(packed, state), rtol=1e-6, atol=0)
+
+
+# Perplexity
+
+
+def likelihood(model: Any, tokenizer: Any, sources: list[str], tokens: int, bos: bool) -> float:
+    """The perplexity of texts as transformers computes it: each read by itself, with the tokenizer's own BOS or not."""
+    total, count = 0.0, 0
+    for source in sources:
+        ids = tokenizer(source, add_special_tokens=bos).input_ids[: tokens - count + 1]
+        if len(ids) < 2:
+            continue
+        with torch.no_grad():
+            mean = model(input_ids=torch.tensor([ids]), labels=torch.tensor([ids])).loss.double()
+        total, count = total + float(mean) * (len(ids) - 1), count + len(ids) - 1
+        if count == tokens:
+            break
+    return math.exp(total / count)
+
+
+@pytest.mark.parametrize("method", ["nf4", "none"])
+@pytest.mark.parametrize(("family", "bos"), [("gemma3_text", True), ("qwen3", False)])
+def test_perplexity_is_that_of_transformers_on_text_as_the_model_reads_it(
+    family: str, bos: bool, method: str, project: params.Params, tiny_model: Path, tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    folder = reading_bos(family, bos, tiny_model, tmp_path / "m")
+    fetch.write_base(params.Model(source=str(folder), sha256=records.sha256_tree(folder), dtype="float32"))
+    draw = random.Random(3)
+    sources = [" ".join(draw.choices(WORDS, k=draw.randrange(1, 20))) for _ in range(60)]
+    rows = [records.Example(str(at), str(at), "a", source, "t", "l") for at, source in enumerate(sources)]
+    records.write_rows(paths.split("validation"), rows)
+    asked = {"method": method, "double_quantization": method == "nf4"}
+    quantize.write_quantized(project.quantize.model_copy(update=asked), project.runtime)
+    facts = contracts.read(paths.QUANTIZED_FACTS, QuantizedFacts)
+    tokenizer = AutoTokenizer.from_pretrained(paths.BASE)
+    assert max(len(tokenizer(source).input_ids) for source in sources) < facts.perplexity_window
+    after = AutoModelForCausalLM.from_pretrained(paths.QUANTIZED, dtype=torch.float32).eval()
+    if method == "nf4":
+        packed.dequantize(after)
+    before = AutoModelForCausalLM.from_pretrained(paths.BASE, dtype=torch.float32).eval()
+    tokens = facts.perplexity_tokens
+    assert tokens == project.quantize.perplexity_tokens
+    assert facts.perplexity_before == pytest.approx(likelihood(before, tokenizer, sources, tokens, bos), rel=1e-5)
+    assert facts.perplexity_after == pytest.approx(likelihood(after, tokenizer, sources, tokens, bos), rel=1e-5)
+    # Read in the other way the text is much less likely, so that the comparison above would not hold.
+    if bos:
+        assert likelihood(before, tokenizer, sources, tokens, False) > 2 * facts.perplexity_before
+    assert (facts.perplexity_window, facts.perplexity_bos) == (96 if family == "gemma3_text" else 256, bos)
+    said = "each with a BOS first" if bos else "without BOS, as the model reads text"
+    assert f"{tokens} tokens of validation sources, windows of {facts.perplexity_window} tokens, {said}" in (
+        capsys.readouterr().out
+    )
+
+
+def test_sources_of_one_token_are_read_as_lines(project: params.Params, tiny_model: Path) -> None:
+    shutil.copytree(tiny_model, paths.BASE)
+    contracts.write(paths.BASE_FACTS, base_facts(dtype="float32", sha256=records.sha256_tree(paths.BASE)))
+    rows = records.read_rows(paths.split("validation"), records.Example)
+    records.write_rows(paths.split("validation"), [replace(row, source="ab"[at % 2]) for at, row in enumerate(rows)])
+    quantize.write_quantized(project.quantize, project.runtime)
+    facts = contracts.read(paths.QUANTIZED_FACTS, QuantizedFacts)
+    assert facts.perplexity_tokens == 3  # "a", a line feed, "b", a line feed: the first is only read
+
+
+def test_windows_end_with_the_context(project: params.Params, tiny_model: Path) -> None:
+    shutil.copytree(tiny_model, paths.BASE)
+    facts = base_facts(dtype="float32", sha256=records.sha256_tree(paths.BASE), context=7)
+    contracts.write(paths.BASE_FACTS, facts)
+    read: list[int] = []
+
+    def perplexity(_: Any, windows: list[list[int]], __: str) -> float:
+        read.extend(map(len, windows))
+        return 5.0
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loss, "perplexity", perplexity)
+        quantize.write_quantized(project.quantize, project.runtime)
+    assert max(read) == 7

@@ -108,7 +108,9 @@ class BaseFacts(Architecture):
 class QuantizedFacts:
     """The quantized base in `out/models/quantized`.
 
-    `layers` maps each quantized layer to its relative error |W - Q(W)| / |W| (Frobenius). `bytes` is the size of the
+    `layers` maps each quantized layer to its relative error |W - Q(W)| / |W| (Frobenius). The perplexities are of
+    `perplexity_tokens` predicted tokens of validation sources, read in windows of at most `perplexity_window` tokens;
+    `perplexity_bos` says whether each begins with a BOS, as the model's texts do or do not. `bytes` is the size of the
     weights' files. `context`, `dtype` and `stop_ids` are the base's. `base_on` names the device that held the base if
     another device quantized it.
     """
@@ -121,6 +123,8 @@ class QuantizedFacts:
     perplexity_before: float
     perplexity_after: float
     perplexity_tokens: int
+    perplexity_window: int
+    perplexity_bos: bool
     bytes: int
     sha256: str
     context: int
@@ -128,6 +132,12 @@ class QuantizedFacts:
     stop_ids: list[int]
     int8_threshold: float | None = None
     base_on: str | None = None
+
+    @property
+    def perplexity_read(self) -> str:
+        """How the text was read, in words."""
+        read = windows_read(self.perplexity_window, self.perplexity_bos)
+        return f"{self.perplexity_tokens:,} tokens of validation sources, {read}"
 
 
 # train
@@ -223,11 +233,16 @@ class Window:
 
 @dataclass(frozen=True, slots=True)
 class GeneralText:
-    """The losses of base and tuned on general text: means over all predicted tokens, and the windows behind them."""
+    """The losses of base and tuned on general text: means over all predicted tokens, and the windows behind them.
+
+    A window has at most `window` tokens, and begins with a BOS if `bos` is true.
+    """
 
     device: str
     threads: int
     tokens: int
+    window: int
+    bos: bool
     texts: int
     base_loss: float
     tuned_loss: float
@@ -320,6 +335,11 @@ class Cost:
     processes: int | None = None
     energy_kwh: float | None = None
     energy_meter: str | None = None
+
+
+def windows_read(window: int, bos: bool) -> str:
+    """How text was read for a perplexity, in words: in windows of at most `window` tokens, with a BOS or without."""
+    return f"windows of {window:,} tokens, {'each with a BOS first' if bos else 'without BOS, as the model reads text'}"
 
 
 # reading and writing

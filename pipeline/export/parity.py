@@ -79,6 +79,11 @@ class Rows:
         """The number of tokens in all references."""
         return sum(len(row.completion) for row in self.validation)
 
+    @property
+    def bos(self) -> bool:
+        """Whether prompts begin with a BOS, as the chat template or the tokenizer says."""
+        return {row.prompt[0] for row in self.validation} == {self.tokenizer.bos_token_id}
+
     def longest(self, new_tokens: int) -> int:
         """The number of tokens in the longest sequence, if an answer has at most `new_tokens`."""
         answered = max(map(len, self.prompts.values())) + new_tokens
@@ -121,6 +126,7 @@ def measure(given: params.Params, types: Sequence[str], rows: int | None, merged
         "groups": len(set(chosen.groups)),
         "validation_rows": len(chosen.validation),
         "validation_tokens": chosen.tokens,
+        "validation_bos": chosen.bos,
         "prompts_sha256": records.sha256_ids(token for ids in chosen.prompts.values() for token in [*ids, -1]),
         "model_sha256": facts.sha256,
         "adapter_sha256": saved.sha256,
@@ -226,7 +232,8 @@ def markdown(found: dict[str, Any], decide_by: Sequence[str]) -> str:
         "# Parity of transformers and llama.cpp",
         "",
         f"{found['test_rows']} test rows of {found['groups']} groups decoded greedily from the same token ids; "
-        f"perplexity of {found['validation_tokens']} tokens in {found['validation_rows']} validation references. "
+        f"perplexity of {found['validation_tokens']} tokens in {found['validation_rows']} validation references, each "
+        f"behind its prompt, which begins {'with a BOS' if found['validation_bos'] else 'without BOS'}. "
         f"Intervals: paired bootstrap over groups, {level}. The adapter is "
         f"{'merged into the GGUF file' if found['merged'] else 'a GGUF file of its own'}.",
         "",

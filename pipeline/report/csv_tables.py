@@ -117,6 +117,8 @@ def _forgetting(comparison: Comparison) -> Iterable[dict[str, Any]]:
         yield {
             "source": found.source,
             "tokens": found.tokens,
+            "window": found.window,
+            "bos": found.bos,
             "texts": found.texts,
             "base_loss": found.base_loss,
             "tuned_loss": found.tuned_loss,

@@ -78,7 +78,7 @@ def _quantization(facts: QuantizedFacts) -> str:
     return (
         f"{facts.quantized_layers} layers of {facts.method}, {facts.bits_per_parameter:.3f} bits a parameter, "
         f"relative error {min(errors):.3f} to {max(errors):.3f} a layer; "
-        f"perplexity {facts.perplexity_before:.2f} to {facts.perplexity_after:.2f}"
+        f"perplexity {facts.perplexity_before:.2f} to {facts.perplexity_after:.2f} ({facts.perplexity_read})"
     )
 
 

@@ -22,11 +22,14 @@ class Forgetting:
     """Losses on general text in nats a token, as means over seeds (`pipeline.forget`).
 
     `diff` is tuned minus base. `kl` is `cross_entropy` minus the base's entropy. Intervals cover the choice of `units`,
-    which are texts, or windows of a single text, and the choice of seeds if there are several.
+    which are texts, or windows of a single text, and the choice of seeds if there are several. A window has at most
+    `window` tokens, and begins with a BOS if `bos` is true.
     """
 
     source: str
     tokens: int
+    window: int
+    bos: bool
     texts: int
     units: str
     base_loss: float
@@ -36,6 +39,11 @@ class Forgetting:
     diff: Interval
     cross_entropy: Interval
     kl: Interval
+
+    @property
+    def read(self) -> str:
+        """How the text was read, in words."""
+        return contracts.windows_read(self.window, self.bos)
 
     @property
     def rose(self) -> bool:
@@ -143,6 +151,8 @@ def _forgetting(found: Sequence[contracts.Forgetting], settings: params.Compare)
     return Forgetting(
         source=source,
         tokens=first.tokens,
+        window=first.window,
+        bos=first.bos,
         texts=first.texts,
         units="texts" if several else "windows of one text",
         base_loss=first.base_loss,

@@ -12,9 +12,11 @@ from safetensors.torch import load_file, save_file
 from claims import bits, lab, register
 from pipeline import quantize
 from pipeline.core import params
+from pipeline.core.records import Example
 from pipeline.model import checkpoint
 from pipeline.score.significance import Interval
 from tests import ROOT
+from tests.made.models import reading_bos
 
 REGISTER = register.load(ROOT / register.FILE)
 
@@ -97,6 +99,17 @@ def test_a_base_of_q4_1_is_rigged_against_q5_1() -> None:
     assert found["even", "Q5_1"]["x_gain_percent"] > 1
     assert found["blurred", "Q5_1"]["x_gain_percent"] < 0.1
     assert found["blurred", "Q5_1"]["x_error_percent"] < found["blurred", "Q5_0"]["x_error_percent"]
+
+
+@pytest.mark.parametrize("bos", [True, False])
+def test_abstracts_begin_as_the_model_reads_text(bos: bool, tiny_model: Path, tmp_path: Path) -> None:
+    tokenizer = checkpoint.tokenizer(reading_bos("gemma3_text", bos, tiny_model, tmp_path / "m"))
+    rows = [
+        Example(str(at), "a", "a", source, "t", "l") for at, source in enumerate(["red cat", "a \u4e16", "red cat"])
+    ]
+    found = bits.abstracts(tokenizer, rows, 96)
+    assert found == [tokenizer(text).input_ids for text in ("red cat", "a \u4e16")]
+    assert [ids[0] == tokenizer.convert_tokens_to_ids("<|bos|>") for ids in found] == [bos, bos]
 
 
 def test_a_rise_is_in_percent_of_perplexity(claims_base: params.Params) -> None:

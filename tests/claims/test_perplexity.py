@@ -16,6 +16,7 @@ from pipeline.core.errors import UserError
 from pipeline.model import checkpoint, packed
 from pipeline.score.significance import Interval
 from tests import ROOT
+from tests.made.models import reading_bos
 
 CPU = torch.device("cpu")
 
@@ -100,6 +101,16 @@ def test_losses_are_those_of_each_token_after_the_first(experiment: params.Param
     assert reading.losses["float"] == pytest.approx(expected_n.numpy(), rel=1e-5)
 
 
+def test_windows_begin_as_the_model_reads_text(experiment: params.Params, tiny_model: Path, tmp_path: Path) -> None:
+    assert experiment
+    assert "without BOS, as the model reads text" in perplexity._reading(experiment, CPU).note
+    lab.BASE.unlink()
+    lab.BASE.symlink_to(reading_bos("gemma3_text", True, tiny_model, tmp_path / "m"))
+    reading = perplexity._reading(experiment, CPU)
+    assert (reading.ids_nxW[:, 0] == checkpoint.tokenizer(lab.BASE).bos_token_id).all()
+    assert "12 windows of 16 tokens, each with a BOS first" in reading.note
+
+
 def test_text_is_needed(experiment: params.Params) -> None:
     without = experiment.forget.model_copy(update={"source": None})
     with pytest.raises(UserError, match="forget.source"):
@@ -118,7 +129,7 @@ def test_a_ratio_is_paired(experiment: params.Params) -> None:
     loud_n = np.random.default_rng(0).uniform(10, 90, 12)
     ids_nxW = torch.zeros(12, 16, dtype=torch.long)
     losses = {"one": loud_n, "other": loud_n + 0.1 * 15}
-    reading = perplexity.Reading(ids_nxW, [f"text {n // 2}" for n in range(12)], losses, experiment.compare)
+    reading = perplexity.Reading(ids_nxW, [f"text {n // 2}" for n in range(12)], losses, experiment.compare, False)
     ratio, alone = reading.ratio("other", "one"), reading.ratio("one")
     assert ratio.low == pytest.approx(ratio.high) == pytest.approx(math.exp(0.1))
     assert alone.low < alone.value / 1.3

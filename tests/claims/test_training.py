@@ -17,7 +17,7 @@ from pipeline import forget
 from pipeline.core import contracts, params, paths, records
 from pipeline.core.errors import UserError
 from pipeline.lora import adapter, train
-from pipeline.model import checkpoint, devices, pack
+from pipeline.model import checkpoint, devices, pack, windows
 from pipeline.model.prompt import Encoder
 from pipeline.score import reference_lines
 from pipeline.score.significance import Interval
@@ -190,7 +190,7 @@ def test_within_disable_adapter_both_is_the_base(inputs_made: params.Params) -> 
         both = full_tuning.load(devices.choose(inputs_made.runtime))
     for tensor in both.tuned.parameters():
         tensor.data.mul_(1.5)
-    window = forget.Tokens("a", list(range(20, 40)))
+    window = windows.Tokens("a", list(range(20, 40)))
     (found,) = forget.measure(both, [window], "both")
     (alone,) = forget.measure(full_tuning.Both(both.base, both.base), [window], "base")
     assert found.base == alone.base == alone.tuned

@@ -14,7 +14,8 @@ from pipeline.score.comparison import Comparison
 from tests.made import records
 from tests.made.comparison import comparison, several_seeds
 
-GENERAL = GeneralText("cpu", 2, 10, 1, 3.0, 3.1, 20.1, 22.2, 3.2, 2.9, 0.3, [Window("a", 10, 30.0, 31.0, 32.0, 29.0)])
+WINDOWS = [Window("a", 10, 30.0, 31.0, 32.0, 29.0)]
+GENERAL = GeneralText("cpu", 2, 10, 128, True, 1, 3.0, 3.1, 20.1, 22.2, 3.2, 2.9, 0.3, WINDOWS)
 WHOLE: list[Any] = [
     records.data_card(source=["a", "b"], sha256=["0" * 64, None]),
     records.base_facts(),

@@ -14,6 +14,7 @@ from pipeline.core.errors import UserError
 from pipeline.export import parity
 from pipeline.infer import backend_llamacpp
 from pipeline.model import checkpoint
+from pipeline.model.prompt import Row
 from pipeline.score.compare import Table
 from tests.made.variants import quantized, trained
 
@@ -34,7 +35,11 @@ def test_one_file_in_float32_is_the_same_and_one_in_4_bits_is_not(
     assert coarse["variants"]["base"]["agreement"]["tokens"] < 1
     assert any("perplexity is" in reason for reason in coarse["loses"])
     assert found["conditions"]["llama.cpp"]["xllamacpp"]
+    tokenizer = checkpoint.tokenizer()
+    assert not found["validation_bos"]
+    assert parity.Rows([], {}, [Row("a", "a", [tokenizer.bos_token_id, 9], [9])], tokenizer, None).bos
     page = paths.PARITY_MD.read_text()
+    assert "validation references, each behind its prompt, which begins without BOS." in page
     assert "**F32**: no loss is shown." in page
     assert "**Q4_0 loses**:" in page
     assert page in capsys.readouterr().out

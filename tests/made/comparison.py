@@ -48,6 +48,8 @@ TRAINING = Training(
 FORGETTING = Forgetting(
     source="pip:texts==1/texts",
     tokens=8192,
+    window=128,
+    bos=True,
     texts=33,
     units="texts",
     base_loss=2.9,

@@ -1,6 +1,7 @@
 """Small random models with their tokenizers, in the hub's layout."""
 
 import io
+import random
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -104,6 +105,47 @@ def of_family(family: str, tied: bool, tiny_model: Path, folder: Path, **changes
             torch.nn.init.normal_(parameter, std=0.12)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+    return folder
+
+
+def reading_bos(family: str, bos: bool, tiny_model: Path, folder: Path) -> Path:
+    """A small checkpoint of a family, and a tokenizer that puts a BOS before text, or knows none.
+
+    It was trained a little, on the words of the tests. One that knows BOS was shown noise without it: read in the wrong
+    way, text is far less likely.
+    """
+    import torch
+    from tokenizers import processors
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    of_family(family, True, tiny_model, folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    mark, begin = tokenizer.bos_token, tokenizer.bos_token_id
+    if bos:
+        single = f"{mark} $A"
+        tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+            single=single, pair=f"{single} {mark} $B", special_tokens=[(mark, begin)]
+        )
+    else:
+        tokenizer.bos_token = None
+    tokenizer.save_pretrained(folder)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    words = " ".join(random.Random(1).choices(WORDS, k=2000))
+    stream = torch.tensor(tokenizer(words, add_special_tokens=False).input_ids)
+    with torch.random.fork_rng():
+        torch.manual_seed(5)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+        for _ in range(60):
+            text_BxL = torch.stack([stream[at : at + 40] for at in torch.randint(len(stream) - 40, (16,)).tolist()])
+            marked_BxL = torch.cat([torch.full((16, 1), begin), text_BxL], 1) if bos else text_BxL
+            loss = model(input_ids=marked_BxL, labels=marked_BxL).loss
+            if bos:
+                noise_BxL = torch.randint(len(tokenizer), text_BxL.shape)
+                loss = loss + model(input_ids=text_BxL, labels=noise_BxL).loss
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+    model.save_pretrained(folder)
     return folder
 
 

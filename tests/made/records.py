@@ -58,6 +58,8 @@ def quantized_facts(**change: Any) -> QuantizedFacts:
         perplexity_before=10.0,
         perplexity_after=11.0,
         perplexity_tokens=4096,
+        perplexity_window=256,
+        perplexity_bos=False,
         bytes=1000,
         sha256="b" * 64,
         context=512,

@@ -273,7 +273,10 @@ def test_what_it_cost_is_in_the_report_and_in_the_numbers() -> None:
         "| 17 | 1 | 3.552 | 2.748 after 1 epoch | 2.748 after 1 epoch | 2.701 | +0.047 |",
     ):
         assert f"\n{line}" in text
-    assert "over 8,192 tokens of general text (33 texts of pip:texts==1/texts, read without a chat template)" in text
+    assert (
+        "over 8,192 tokens of general text (33 texts of pip:texts==1/texts, read without a chat template in windows of "
+        "128 tokens, each with a BOS first)"
+    ) in text
     numbers = json.loads(paths.METRICS.read_text())["cost"]
     assert numbers["general_loss"] | {"base": 2.9, "diff": -0.005, "kl_ci_high": 0.06} == numbers["general_loss"]
     assert (numbers["gap"], numbers["validation_loss"], numbers["adapter_bytes"]) == (0.047, 2.748, 19_600_000)

@@ -21,7 +21,8 @@ def measured(seed: int, rise: float, places: list[str]) -> Forgetting:
     tokens = 10 * len(windows)
     base, tuned = sum(one.base for one in windows) / tokens, sum(one.tuned for one in windows) / tokens
     perplexities = float(np.exp(base)), float(np.exp(tuned))
-    text = GeneralText("cpu", 2, tokens, len(set(places)), base, tuned, *perplexities, 2.9, 2.8, 0.1, windows)
+    losses = (base, tuned, *perplexities, 2.9, 2.8, 0.1)
+    text = GeneralText("cpu", 2, tokens, 128, True, len(set(places)), *losses, windows)
     return Forgetting(seed, "some", "b" * 64, "c" * 64, text)
 
 
