@@ -12,6 +12,7 @@ from pipeline.core.errors import UserError
 from pipeline.core.records import Example
 from pipeline.model import apart
 from pipeline.model.apart import TemplateError as TemplateError
+from pipeline.model.controls import plain_ids as plain_ids
 
 # Without a date, some chat templates print today's, which would change every prompt overnight.
 DATE = "26 Jul 2024"
