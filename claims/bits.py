@@ -15,7 +15,7 @@ from pipeline.core import params, records
 from pipeline.core.progress import bar
 from pipeline.core.records import Example
 from pipeline.model import checkpoint, devices, fused, loss, pack
-from pipeline.model.prompt import Row
+from pipeline.model.prompt import Row, plain_ids
 from pipeline.score.significance import Floats, Interval
 
 BLOCK = 64
@@ -141,7 +141,7 @@ def gguf() -> Evidence:
     fused.apply(model)
     tokenizer = checkpoint.tokenizer(lab.BASE)
     rows = records.read_rows(lab.data("default") / "validation.jsonl", Example)
-    texts = [tokenizer(text, add_special_tokens=False).input_ids for text in dict.fromkeys(row.source for row in rows)]
+    texts = [plain_ids(tokenizer, text) for text in dict.fromkeys(row.source for row in rows)]
     counts_n = np.array([len(text) - 1 for text in texts], np.float64)
     losses = {"base": text_losses(model, texts, "base")}
     values: dict[str, evidence.Value] = {"base_perplexity": perplexity(losses["base"], counts_n)}

@@ -29,6 +29,7 @@ def section(**changes: Any) -> params.Prompt:
         "style": "chat",
         "template": "{source}\n\n{instruction}",
         "instructions": {"what": "Say {what}."},
+        "thinking": False,
         "max_tokens": 200,
         "truncate_source": False,
     }
