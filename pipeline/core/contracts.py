@@ -13,7 +13,7 @@ from pydantic import BaseModel, TypeAdapter, ValidationError
 
 from pipeline.core import records
 from pipeline.core.errors import UserError
-from pipeline.core.records import Decoding
+from pipeline.core.records import Decoding, Encoded
 
 T = TypeVar("T")
 
@@ -169,7 +169,8 @@ class TrainingSummary:
     """The training of one seed. `best_...` is the validation with the lowest loss, `kept_...` the saved adapter's.
 
     `training_loss` is measured like the validation loss, on `training_loss_rows` training rows, and `gap` is
-    `kept_loss` minus it. `tokens` were computed, and `supervised_tokens` of them had a loss.
+    `kept_loss` minus it. `tokens` were computed, and `supervised_tokens` of them had a loss. `encoded` tells what
+    became of the examples of both splits, those that were dropped included.
     """
 
     seed: int
@@ -184,6 +185,7 @@ class TrainingSummary:
     epochs: float
     stopped_early: bool
     prompts_checked: int
+    encoded: dict[str, Encoded]
     shortest_answer: int
     repacked_layers: int
     largest_grad_norm: float
@@ -284,6 +286,7 @@ class Scores:
 
     `test_sha256` is the digest of the ids, groups, aspects and references of the test split, in order; prompts may
     differ. `corpus` maps a metric to its score over all examples, in [0, 100]. `words` and `reference_words` are means.
+    `thoughts` counts the predictions that hold a thought or its mark.
     `stopped_by_cap`, `empty` and `copied` (equal to the source) are shares of the predictions, and so is `in_language`
     if `evaluate.language` names a language. `references_in_language` is the same share of the references, since
     detection often mistakes the language of short texts. `examples` has one entry a row of the test split, in its
@@ -301,6 +304,7 @@ class Scores:
     stopped_by_cap: float
     empty: float
     copied: float
+    thoughts: int
     in_language: float | None
     references_in_language: float | None
     decoding: Decoding

@@ -196,6 +196,7 @@ class Prompt(Section):
     style: Literal["chat", "plain"]
     template: str
     instructions: dict[Label, str]
+    thinking: bool
     max_tokens: Annotated[int, Field(ge=16)]
     truncate_source: bool
 
@@ -206,6 +207,12 @@ class Prompt(Section):
             raise ValueError(
                 "template must hold {source}, may hold {instruction}, and must hold no other name in braces"
             )
+        return self
+
+    @model_validator(mode="after")
+    def a_chat_template_alone_makes_a_model_think(self) -> Self:
+        if self.thinking and self.style == "plain":
+            raise ValueError("thinking must be false with style plain: it is a switch of chat templates")
         return self
 
 
@@ -485,6 +492,14 @@ class Declared:
         self._require(section.key)
         value = getattr(self._params, section.key)
         assert isinstance(value, section)
+        return value
+
+    def number(self, name: str) -> int:
+        """A whole number that is declared alone, such as `generation.max_new_tokens`; LookupError if it is not."""
+        self._require(name)
+        section, _, key = name.partition(".")
+        value = getattr(getattr(self._params, section), key)
+        assert isinstance(value, int)
         return value
 
     @property

@@ -65,13 +65,30 @@ class Prediction:
 
 
 @dataclass(frozen=True, slots=True)
+class Encoded:
+    """What the examples of one split became as token ids.
+
+    `controls` counts examples whose texts hold the name of a control token, which stays text. `cut` prompts were
+    shortened to `prompt.max_tokens`, and lost `lost` tokens together. `thoughts` counts targets that hold a thought or
+    its mark.
+    """
+
+    examples: int
+    controls: int
+    cut: int
+    lost: int
+    thoughts: int
+
+
+@dataclass(frozen=True, slots=True)
 class Decoding:
     """How a variant's predictions were made. Base and tuned must agree in everything but the adapter.
 
     `prompts_sha256` is the digest of the prompts' token ids, in order. `model_sha256` and `adapter_sha256` are those of
     the files of the quantized base and of the adapter. `generation` holds transformers' whole GenerationConfig, the
     batching, and the backend with its versions. `threads` is 0 if the CPU does not compute. `recheck` counts the
-    examples that were decoded again alone ("examples"), and those with the same text ("identical").
+    examples that were decoded again alone ("examples"), and those with the same text ("identical"). `thinking` is
+    `prompt.thinking`, and `encoded` what became of the test examples.
     """
 
     variant: str
@@ -83,6 +100,8 @@ class Decoding:
     threads: int
     dtype: str
     recheck: dict[str, int]
+    thinking: bool
+    encoded: Encoded
 
 
 def write_json(path: Path, content: Any) -> None:

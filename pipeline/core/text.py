@@ -29,6 +29,14 @@ _ABBREVIATION = re.compile(
     re.IGNORECASE | re.VERBOSE,
 )
 _INITIAL = re.compile(r"(?:^|[^\w'’-])(?:[^\W\d_]\.)+$")
+# Qwen, SmolLM, DeepSeek and others write tags, Mistral [THINK], Kimi triangles, gpt-oss and Gemma channels.
+_THOUGHT = re.compile(
+    r"""(?i:<\|?/?(?:seed:)?(?:begin_of_|end_of_|start_|end_)?(?:think(?:ing)?|thoughts?|reasoning|reflection)\|?>)
+        |\[/?THINK\]
+        |◁/?think▷
+        |(?i:<\|?channel\|?>\s*(?:analysis|thought))""",
+    re.VERBOSE,
+)
 _LONGEST_ABBREVIATION = 12  # characters: all that the patterns above need to see
 
 
@@ -43,6 +51,19 @@ def _words() -> Any:
     import regex
 
     return regex.compile(rf"[{WITHOUT_SPACES}]\p{{M}}*|[^{WITHOUT_SPACES}]+")
+
+
+def holds_thought(text: str) -> bool:
+    """Whether a text holds the mark that begins or ends what a model thinks before it answers, such as `<think>`."""
+    return _THOUGHT.search(text) is not None
+
+
+def opens_thought(text: str) -> bool:
+    """Whether a text ends in a mark that begins a thought."""
+    last = ""
+    for found in _THOUGHT.finditer(text):
+        last = found[0] if not text[found.end() :].strip() else ""
+    return bool(last) and "/" not in last and "end" not in last.lower()
 
 
 def foreign_share(texts: Iterable[str]) -> float:

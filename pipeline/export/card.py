@@ -311,7 +311,8 @@ def _prompt(prompt: params.Prompt) -> list[str]:
         return [
             'messages = [{"role": "user", "content": text}]',
             "prompt = tokenizer.apply_chat_template(",
-            f'    messages, tokenize=False, add_generation_prompt=True, date_string="{DATE}"',
+            f'    messages, tokenize=False, add_generation_prompt=True, date_string="{DATE}",',
+            f"    enable_thinking={prompt.thinking},",
             ")",
         ]
     return ["prompt = tokenizer.bos_token + text" if starts_with_bos(checkpoint.tokenizer()) else "prompt = text"]
@@ -324,7 +325,9 @@ def _llama_cpp(content: Content) -> str:
     settings = given.generation
     tokens = given.prompt.max_tokens + settings.max_new_tokens
     lora = [f"settings.lora_adapters = [xllamacpp.CommonAdapterLoraInfo({_python(name)}, 1.0)]" for name in adapters]
+    options = f'"temperature": 0, "max_tokens": {settings.max_new_tokens}, "n_predict": {settings.max_new_tokens}'
     if given.prompt.style == "chat":
+        options += f', "chat_template_kwargs": {{"enable_thinking": {given.prompt.thinking}}}'
         call = 'server.handle_chat_completions({"messages": [{"role": "user", "content": text}], **options})'
         written = 'answer["choices"][0]["message"]["content"]'
     else:
@@ -332,7 +335,6 @@ def _llama_cpp(content: Content) -> str:
         written = 'answer["choices"][0]["text"] if "choices" in answer else answer["content"]'
     # Over all tokens before, as in transformers, and not over the last 64.
     penalty = f'"repeat_penalty": {settings.repetition_penalty}, "repeat_last_n": {tokens}'
-    options = f'"temperature": 0, "max_tokens": {settings.max_new_tokens}, "n_predict": {settings.max_new_tokens}'
     return "\n".join(
         [
             "import json",

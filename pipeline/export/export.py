@@ -218,7 +218,7 @@ def _write_gguf(kind: str, joined: bool, trained: Path, given: params.Params, fo
         gguf.write_adapter(trained, paths.QUANTIZED, folder / lora, "F32")
         words += f", written as {gguf.stored(kind)}, and of the adapter in F32, which llama.cpp applies"
     tokens = given.prompt.max_tokens + given.generation.max_new_tokens
-    text = ollama.modelfile(model, lora, paths.QUANTIZED, given.generation, tokens)
+    text = ollama.modelfile(model, lora, paths.QUANTIZED, given.generation, tokens, given.prompt.thinking)
     records.write_text(folder / "Modelfile", text)
     return model, words
 

@@ -14,11 +14,19 @@ def decodes(generation: params.Generation) -> bool:
     return generation.num_beams == 1 and not generation.no_repeat_ngram_size
 
 
-def modelfile(base: str, adapter: str | None, folder: Path, generation: params.Generation, tokens: int) -> str:
+def modelfile(
+    base: str,
+    adapter: str | None,
+    folder: Path,
+    generation: params.Generation,
+    tokens: int,
+    thinking: bool = False,
+) -> str:
     """The text of the Modelfile beside the files `base` and `adapter` (None: merged into the base).
 
     `folder` has the tokenizer, and `tokens` is the room for a prompt with its answer; ollama cuts off what its default
-    does not hold. The experiment's instructions are left out: ollama sends the user's message as it is.
+    does not hold. The experiment's instructions are left out: ollama sends the user's message as it is, and takes names
+    of control tokens in it for the tokens. `thinking` is `prompt.thinking`.
     """
     tokenizer = checkpoint.tokenizer(folder)
     lines = [f"FROM ./{base}"]
@@ -29,7 +37,7 @@ def modelfile(base: str, adapter: str | None, folder: Path, generation: params.G
         ]
     if not tokenizer.chat_template:
         lines.append('TEMPLATE """{{ .Prompt }}"""')
-    elif (template := _template(tokenizer)) is not None:
+    elif (template := _template(tokenizer, thinking)) is not None:
         lines.append(f'TEMPLATE """{template}"""')
     else:
         lines.append("# The model's chat template cannot be told in ollama's language: write TEMPLATE by hand.")
@@ -55,15 +63,15 @@ def modelfile(base: str, adapter: str | None, folder: Path, generation: params.G
     return "\n".join(lines) + "\n"
 
 
-def _template(tokenizer: Any) -> str | None:
+def _template(tokenizer: Any, thinking: bool = False) -> str | None:
     """The chat template in ollama's language (Go's), composed of what it writes around messages.
 
     None if the pieces do not compose to what the template itself renders, for each of `_CONVERSATIONS`.
     """
     try:
-        pieces = _pieces(tokenizer)
+        pieces = _pieces(tokenizer, thinking)
         if pieces is None or any(
-            _compose(pieces, messages) != _render(tokenizer, messages, True) for messages in _CONVERSATIONS
+            _compose(pieces, messages) != _render(tokenizer, messages, True, thinking) for messages in _CONVERSATIONS
         ):
             return None
     except prompt.TemplateError:
@@ -92,22 +100,22 @@ _CONVERSATIONS: list[list[dict[str, str]]] = [
 ]
 
 
-def _render(tokenizer: Any, messages: list[dict[str, str]], prompted: bool) -> str:
-    return prompt.rendered(tokenizer, messages, add_generation_prompt=prompted)
+def _render(tokenizer: Any, messages: list[dict[str, str]], prompted: bool, thinking: bool) -> str:
+    return prompt.rendered(tokenizer, messages, add_generation_prompt=prompted, enable_thinking=thinking)
 
 
-def _pieces(tokenizer: Any) -> dict[str, str] | None:
+def _pieces(tokenizer: Any, thinking: bool) -> dict[str, str] | None:
     """What a chat template writes around messages, found by marks in their place; None if it does not write the marks.
 
     `default` is what it writes before the user's first message if there is no system message.
     """
     s, u, a, v = "\u2042S", "\u2042U", "\u2042A", "\u2042V"
     user = {"role": "user", "content": u}
-    plain, system = _render(tokenizer, [user], False), {"role": "system", "content": s}
-    prompted = _render(tokenizer, [user], True)
-    with_system = _render(tokenizer, [system, user], False)
+    plain, system = _render(tokenizer, [user], False, thinking), {"role": "system", "content": s}
+    prompted = _render(tokenizer, [user], True, thinking)
+    with_system = _render(tokenizer, [system, user], False, thinking)
     turns = [user, {"role": "assistant", "content": a}, {"role": "user", "content": v}]
-    long = _render(tokenizer, turns, False)
+    long = _render(tokenizer, turns, False, thinking)
     if not prompted.startswith(plain) or any(text.count(u) != 1 for text in (plain, with_system, long)):
         return None
     if with_system.count(s) != 1 or long.count(a) != 1 or long.count(v) != 1:

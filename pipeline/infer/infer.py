@@ -8,6 +8,7 @@ processes (`pipeline.model.processes`) share whole rounds, so their number chang
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import lru_cache
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -16,10 +17,11 @@ from pipeline.core import contracts, params, paths, records
 from pipeline.core.contracts import QuantizedFacts
 from pipeline.core.progress import bar, say
 from pipeline.core.records import Decoding, Example, Prediction
+from pipeline.core.text import holds_thought
 from pipeline.infer import choice
 from pipeline.infer.backend import Adapter, Backend, Setup
 from pipeline.model import checkpoint, processes, resume
-from pipeline.model.prompt import Encoder
+from pipeline.model.prompt import Encoder, notices
 
 ROUND = 4
 """Examples of a round, in multiples of `generation.batch_size`. In a small round a kill loses little; in a large one
@@ -43,8 +45,11 @@ def decode(
     tokenizer = checkpoint.tokenizer()
     encoder = Encoder(tokenizer, prompt, facts.context)
     examples = records.read_rows(paths.split("test"), Example)
-    prompts = {example.id: encoder.prompt(example) for example in examples}
+    prompts, encoded = encoder.prompts(examples)
     encoder.require_fit(prompts, "test", generation.max_new_tokens)
+    if processes.rank() == 0:
+        for notice in notices("test", encoded):
+            say(f"infer {variant}: {notice}")
     config = configuration(generation, sorted({encoder.end, *facts.stop_ids}), tokenizer)
     tokens = max(map(len, prompts.values())) + generation.max_new_tokens
     backend = choice.chosen(generation.backend)
@@ -68,6 +73,8 @@ def decode(
         threads=engine.threads,
         dtype=facts.dtype,
         recheck={},
+        thinking=prompt.thinking,
+        encoded=encoded,
     )
     identity = [asdict(decoding), runtime.model_dump(mode="json")]
     processes.require_same(resume.key("infer", identity), "experiment")
@@ -185,9 +192,25 @@ def rounds(examples: Sequence[Example], prompts: Mapping[str, Sequence[int]], ro
 
 
 def text(tokenizer: Any, ids: list[int]) -> str:
-    """The text of new token ids, without special tokens and surrounding white space."""
-    decoded: str = tokenizer.decode(ids, skip_special_tokens=True)
+    """The text of new token ids, without special tokens and surrounding white space.
+
+    Special tokens that mark thoughts stay, as those stay that are not special: reports count outputs with thoughts.
+    """
+    kept = ids if (marks := _marks(tokenizer)).isdisjoint(ids) else _without_specials(tokenizer, ids, marks)
+    decoded: str = tokenizer.decode(kept, skip_special_tokens=kept is ids)
     return decoded.strip()
+
+
+@lru_cache(maxsize=1)
+def _marks(tokenizer: Any) -> frozenset[int]:
+    """The special tokens that begin or end a thought; a channel's name comes behind its mark."""
+    added = tokenizer.added_tokens_decoder
+    return frozenset(at for at, one in added.items() if one.special and holds_thought(f"{one.content}analysis"))
+
+
+def _without_specials(tokenizer: Any, ids: Sequence[int], kept: frozenset[int]) -> list[int]:
+    special = {at for at, one in tokenizer.added_tokens_decoder.items() if one.special}
+    return [one for one in ids if one in kept or one not in special]
 
 
 class Written:

@@ -28,10 +28,10 @@ from pipeline.core import contracts, params, paths, records
 from pipeline.core.contracts import QuantizedFacts, Step, TrainingSummary, Validation
 from pipeline.core.errors import UserError
 from pipeline.core.progress import bar, publish_validation, say
-from pipeline.core.records import Example
+from pipeline.core.records import Encoded, Example
 from pipeline.lora import adapter, optimizer
 from pipeline.model import checkpoint, devices, load, loss, memory, pack, packed, processes, resume, shard
-from pipeline.model.prompt import Encoder, Row
+from pipeline.model.prompt import Encoder, Row, notices
 
 if TYPE_CHECKING:
     import torch
@@ -41,11 +41,13 @@ SECONDS_BETWEEN_CHECKPOINTS = 60.0
 
 @dataclass(frozen=True, slots=True)
 class Rows:
-    """The rows of training and validation, and how many training rows were dropped because they are too long."""
+    """The rows of training and validation, how many training rows were dropped because they are too long, and what
+    became of the examples of both splits."""
 
     train: list[Row]
     validation: list[Row]
     dropped: int
+    encoded: dict[str, Encoded]
 
     @property
     def checked(self) -> int:
@@ -78,7 +80,7 @@ def fit(seed: int, prompt: params.Prompt, lora: params.Lora, train: params.Train
     """
     # 1. Plan, and check what can be checked before the model is loaded.
     facts = contracts.read(paths.QUANTIZED_FACTS, QuantizedFacts)
-    rows = _rows(Encoder(checkpoint.tokenizer(), prompt, facts.context), prompt, train)
+    rows = _rows(Encoder(checkpoint.tokenizer(), prompt, facts.context), train)
     plan = _plan(rows, train, seed)
     device = _device_for(plan, facts, lora, train, runtime)
     identity = _identity(seed, facts, device, [prompt, lora, train], runtime)
@@ -91,6 +93,9 @@ def fit(seed: int, prompt: params.Prompt, lora: params.Lora, train: params.Train
         trainer = Trainer(model, train, seed, len(plan.steps))
         trainer.resume(scratch)
         processes.require_same(len(trainer.log), "checkpoint")
+        if processes.rank() == 0:
+            for notice in (one for split, found in rows.encoded.items() for one in notices(split, found)):
+                say(f"train {seed}: {notice}")
         say(
             f"train {seed}: {len(rows.train)} rows ({rows.dropped} dropped), {len(plan.steps)} steps, "
             f"{trainer.parameters:,} trainable parameters"
@@ -116,21 +121,32 @@ def fit(seed: int, prompt: params.Prompt, lora: params.Lora, train: params.Train
     )
 
 
-def _rows(encoder: Encoder, prompt: params.Prompt, train: params.Train) -> Rows:
+def _rows(encoder: Encoder, train: params.Train) -> Rows:
     """The rows of both splits. UserError if too many do not fit."""
-    everything = [encoder.row(example) for example in records.read_rows(paths.split("train"), Example)]
+    everything, of_train = encoder.rows(records.read_rows(paths.split("train"), Example))
     fitting = [row for row in everything if encoder.fits(row.prompt) and encoder.holds(row)]
-    validation = [encoder.row(example) for example in records.read_rows(paths.split("validation"), Example)]
+    validation, of_validation = encoder.rows(records.read_rows(paths.split("validation"), Example))
     longest_answer = max(len(row.completion) for row in validation)
     encoder.require_fit({row.id: row.prompt for row in validation}, "validation", longest_answer)
     dropped = len(everything) - len(fitting)
     if dropped > train.max_dropped_share * len(everything) or not fitting:
-        raise UserError(
-            f"{dropped} of {len(everything)} training prompts are longer than prompt.max_tokens = "
-            f"{prompt.max_tokens}, above train.max_dropped_share = {train.max_dropped_share}: raise one of them, "
-            f"or set prompt.truncate_source to true"
+        raise UserError(_too_long(encoder, everything, dropped, train.max_dropped_share))
+    return Rows(fitting, validation, dropped, {"train": of_train, "validation": of_validation})
+
+
+def _too_long(encoder: Encoder, rows: Sequence[Row], dropped: int, share: float) -> str:
+    """Why so many training rows were dropped, and what to do."""
+    long = sum(not encoder.fits(row.prompt) for row in rows)
+    too_many = f"more than train.max_dropped_share = {share} allows"
+    if not long:
+        return (
+            f"{dropped} of {len(rows)} training prompts exceed the model's context of {encoder.context} tokens with "
+            f"their answers, {too_many}: lower prompt.max_tokens, or leave long answers out with data.words.max"
         )
-    return Rows(fitting, validation, dropped)
+    return (
+        f"{long} of {len(rows)} training prompts are longer than prompt.max_tokens = {encoder.params.max_tokens}, "
+        f"{too_many}{encoder.remedy}; or raise train.max_dropped_share"
+    )
 
 
 def _plan(rows: Rows, train: params.Train, seed: int) -> Plan:
@@ -227,6 +243,7 @@ def _summary(
         epochs=plan.epochs_at(len(log)),
         stopped_early=len(log) < len(plan.steps),
         prompts_checked=rows.checked,
+        encoded=rows.encoded,
         shortest_answer=min(len(row.completion) for row in rows.train),
         repacked_layers=packed.repacked(trainer.model),
         largest_grad_norm=max(step.grad_norm for step in log),

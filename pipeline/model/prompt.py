@@ -1,19 +1,27 @@
 """From an example to token ids: one prompt for training and inference, for base and tuned.
 
 The completion is tokenized apart from the prompt. So training sees, token by token, the prefix that inference
-continues.
+continues. What a chat template writes before an answer, such as an empty thought, belongs to the prompt.
+
+Names of control tokens are tokens in `prompt.template` and `prompt.instructions`, which the experimenter writes, and
+text in the data (`pipeline.model.controls`).
 """
 
-from collections.abc import Iterator
+from bisect import bisect_left, bisect_right
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from pipeline.core import params
 from pipeline.core.errors import UserError
-from pipeline.core.records import Example
+from pipeline.core.records import Encoded, Example
+from pipeline.core.text import holds_thought, opens_thought
 from pipeline.model import apart
 from pipeline.model.apart import TemplateError as TemplateError
+from pipeline.model.controls import Controls
 from pipeline.model.controls import plain_ids as plain_ids
+
+Message = dict[str, str]
 
 # Without a date, some chat templates print today's, which would change every prompt overnight.
 DATE = "26 Jul 2024"
@@ -29,6 +37,16 @@ class Row:
     completion: list[int]
 
 
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """The token ids of a prompt, how many tokens it lost to `prompt.max_tokens`, and whether texts of its example hold
+    names of control tokens."""
+
+    ids: list[int]
+    lost: int
+    controls: bool
+
+
 class Encoder:
     """Encodes examples for one tokenizer and one `prompt` section."""
 
@@ -36,26 +54,45 @@ class Encoder:
         """`context` is the longest sequence the model can take, in tokens."""
         require_model(prompt, context, bool(tokenizer.chat_template))
         self.tokenizer, self.params, self.context = tokenizer, prompt, context
+        self.controls = Controls(tokenizer)
         self.end = self._end_of_completion()
+        if prompt.style == "chat":
+            self._require_switch()
 
     def prompt(self, example: Example) -> list[int]:
-        """Token ids of the prompt.
+        """Token ids of the prompt. UserError as `made`."""
+        return self.made(example).ids
+
+    def made(self, example: Example) -> Prompt:
+        """The prompt of an example, shortened if `prompt.truncate_source` says so.
 
         UserError for what `require_row` refuses, for more than one BOS, and for a chat template that refuses the
         messages.
         """
         require_row(self.params, example)
-        ids = self._encode(example, example.source)
-        excess = len(ids) - self.params.max_tokens
-        if excess > 0 and self.params.truncate_source:
-            ids = self._encode(example, self._cut(example.source, excess))
+        texts = (example.source, example.target, *(message["content"] for message in example.history))
+        controls = any(map(self.controls.found_in, texts))
+        ids = whole = self._encode(example, example.history, example.source, controls)
+        if not self.fits(whole) and self.params.truncate_source:
+            ids = self._shortened(example, whole, controls)
         bos = self.tokenizer.bos_token_id
         if bos is not None and ids[:2] == [bos, bos]:
             raise UserError(
                 f"the prompt of {example.id} starts with two BOS tokens ({self.tokenizer.bos_token}): "
                 f"remove the one in prompt.template or in the chat template"
             )
-        return ids
+        return Prompt(ids, len(whole) - len(ids) if self.fits(ids) else 0, controls)
+
+    def prompts(self, examples: Sequence[Example]) -> tuple[dict[str, list[int]], Encoded]:
+        """The token ids of the prompts by example id, and what became of the examples. UserError as `made`."""
+        made = [self.made(example) for example in examples]
+        return {example.id: one.ids for example, one in zip(examples, made, strict=True)}, _counted(examples, made)
+
+    def rows(self, examples: Sequence[Example]) -> tuple[list[Row], Encoded]:
+        """The rows of examples, and what became of them. UserError as `row`."""
+        made = [self.made(example) for example in examples]
+        rows = [self._row(example, one) for example, one in zip(examples, made, strict=True)]
+        return rows, _counted(examples, made)
 
     def fits(self, prompt: list[int]) -> bool:
         return len(prompt) <= self.params.max_tokens
@@ -63,14 +100,17 @@ class Encoder:
     def row(self, example: Example) -> Row:
         """Prompt and completion; the completion ends in the EOS at which decoding stops.
 
-        UserError for an answer of which the tokenizer makes no token.
+        UserError as `made`, and for an answer of which the tokenizer makes no token.
         """
-        completion = self.tokenizer(example.target, add_special_tokens=False).input_ids
+        return self._row(example, self.made(example))
+
+    def _row(self, example: Example, prompt: Prompt) -> Row:
+        completion = self.controls.plain(example.target)
         if not completion:
             raise UserError(
                 f"the answer of {example.id}, {example.target!r}, has no token in this model's vocabulary: remove it"
             )
-        return Row(example.id, example.group, self.prompt(example), [*completion, self.end])
+        return Row(example.id, example.group, prompt.ids, [*completion, self.end])
 
     def holds(self, row: Row) -> bool:
         """Whether the model's context holds the whole row."""
@@ -82,8 +122,7 @@ class Encoder:
         if long:
             raise UserError(
                 f"{len(long)} of {len(prompts)} {split} prompts are longer than prompt.max_tokens = "
-                f"{self.params.max_tokens}; the longest is {long[-1][1]} with {long[-1][0]} tokens: raise "
-                f"prompt.max_tokens (the model's context is {self.context}) or set prompt.truncate_source to true"
+                f"{self.params.max_tokens}; the longest is {long[-1][1]} with {long[-1][0]} tokens{self.remedy}"
             )
         longest = max(map(len, prompts.values()))
         if longest + new_tokens > self.context:
@@ -91,6 +130,17 @@ class Encoder:
                 f"the longest {split} prompt ({longest} tokens) and {new_tokens} tokens of answer exceed the model's "
                 f"context of {self.context} tokens: lower prompt.max_tokens or generation.max_new_tokens"
             )
+
+    @property
+    def remedy(self) -> str:
+        """The end of a message about prompts that are longer than `prompt.max_tokens`."""
+        limit = f"raise prompt.max_tokens (the model's context is {self.context})"
+        if not self.params.truncate_source:
+            return f": {limit} or set prompt.truncate_source to true"
+        return (
+            f", with only the first character of its source left: {limit}, or shorten what is never cut, which is "
+            "prompt.template, prompt.instructions, and the system message of a conversation"
+        )
 
     def _fill(self, example: Example, source: str) -> str:
         # Not str.format: braces in the source or in the instruction must stay what they are.
@@ -100,30 +150,65 @@ class Encoder:
             before, after = (part.replace("{instruction}", instruction) for part in (before, after))
         return before + source + after
 
-    def _encode(self, example: Example, source: str) -> list[int]:
+    def _encode(self, example: Example, history: Sequence[Message], source: str, controls: bool) -> list[int]:
+        """The token ids of a prompt with this much of its history and source. `controls` as in `Prompt`."""
+        if controls:
+            history = [message | {"content": self.controls.marked(message["content"])} for message in history]
+            source = self.controls.marked(source)
         text = self._fill(example, source)
         if self.params.style == "chat":
-            messages = [*example.history, {"role": "user", "content": text}]
-            try:
-                filled = rendered(self.tokenizer, messages, add_generation_prompt=True)
-            except TemplateError as error:
-                roles = ", ".join(message["role"] for message in messages)
-                raise UserError(
-                    f"the model's chat template refuses the messages of {example.id} ({roles}): {error}; correct "
-                    "the data, or take another model"
-                ) from None
-            ids: list[int] = self.tokenizer(filled, add_special_tokens=False).input_ids
-        else:
-            ids = self.tokenizer(text, add_special_tokens=False).input_ids
-            if starts_with_bos(self.tokenizer):
-                ids = [self.tokenizer.bos_token_id, *ids]
+            text = self._rendered(example, [*history, {"role": "user", "content": text}])
+        ids: list[int]
+        ids = self.controls.mixed(text) if controls else self.tokenizer(text, add_special_tokens=False).input_ids
+        if self.params.style == "plain" and starts_with_bos(self.tokenizer):
+            ids = [self.tokenizer.bos_token_id, *ids]
         return ids
 
-    def _cut(self, source: str, excess: int) -> str:
-        """`source` without its last `excess` tokens, and one more: text may be tokenized differently at the cut."""
-        ids = self.tokenizer(source, add_special_tokens=False).input_ids
-        kept: str = self.tokenizer.decode(ids[: max(0, len(ids) - excess - 1)])
-        return kept
+    def _rendered(self, example: Example, messages: list[Message]) -> str:
+        try:
+            return rendered(self.tokenizer, messages, add_generation_prompt=True, enable_thinking=self.params.thinking)
+        except TemplateError as error:
+            roles = ", ".join(message["role"] for message in messages)
+            raise UserError(
+                f"the model's chat template refuses the messages of {example.id} ({roles}): {error}; correct "
+                "the data, or take another model"
+            ) from None
+
+    def _shortened(self, example: Example, whole: list[int], controls: bool) -> list[int]:
+        """A prompt that fits, without its oldest turns, and if that is not enough, without the end of its source.
+
+        If it has room for no character of the source, it does not fit. `whole` is the uncut prompt.
+        """
+        left = _later(example.history)
+
+        def encoded(turns: int) -> list[int]:
+            return self._encode(example, left[turns], example.source, controls)
+
+        without = bisect_left(range(len(left)), True, key=lambda turns: self.fits(encoded(turns)))
+        if 0 < without < len(left):
+            return encoded(without)
+        return self._cut(example, left[-1], encoded(len(left) - 1) if len(left) > 1 else whole, controls)
+
+    def _cut(self, example: Example, history: Sequence[Message], ids: list[int], controls: bool) -> list[int]:
+        """The prompt with the beginning of the source that fits, or with its first character. `ids` has all of it.
+
+        A character is what a reader takes for one (a grapheme cluster, Unicode's annex 29). Text may be tokenized
+        differently at the cut, so it is cut again until it fits, each time by twice as much.
+        """
+        import regex
+
+        source = example.source
+        ends = [found.end() for found in regex.finditer(r"\X", source)]
+        starts = [start for start, _ in self.tokenizer(
+            source, add_special_tokens=False, return_offsets_mapping=True, verbose=False
+        ).offset_mapping]  # fmt: skip
+        tokens, kept, factor = len(starts), len(ends), 1
+        while not self.fits(ids) and kept > 1:
+            tokens = max(0, tokens - factor * (len(ids) - self.params.max_tokens))
+            factor *= 2
+            kept = max(1, min(kept - 1, bisect_right(ends, starts[tokens] if tokens else 0)))
+            ids = self._encode(example, history, source[: ends[kept - 1]], controls)
+        return ids
 
     def _end_of_completion(self) -> int:
         """The token that closes an answer: the special one that the chat template puts behind it, else EOS."""
@@ -131,7 +216,9 @@ class Encoder:
             mark = "\u2042"
             try:
                 filled = rendered(
-                    self.tokenizer, [{"role": "user", "content": "a"}, {"role": "assistant", "content": mark}]
+                    self.tokenizer,
+                    [{"role": "user", "content": "a"}, {"role": "assistant", "content": mark}],
+                    enable_thinking=self.params.thinking,
                 )
             except TemplateError as error:
                 raise UserError(
@@ -146,6 +233,67 @@ class Encoder:
         if self.tokenizer.eos_token_id is None:
             raise UserError("the model's tokenizer has no EOS token: without one, decoding cannot learn to stop")
         return int(self.tokenizer.eos_token_id)
+
+    def _require_switch(self) -> None:
+        """UserError unless the chat template does what `prompt.thinking` asks for."""
+        ask = [{"role": "user", "content": "a"}]
+        try:
+            one, other = (
+                rendered(self.tokenizer, ask, add_generation_prompt=True, enable_thinking=wanted)
+                for wanted in (self.params.thinking, not self.params.thinking)
+            )
+        except TemplateError as error:
+            raise UserError(
+                f"the model's chat template renders no question ({error}): take another model, or set prompt.style to "
+                "plain"
+            ) from None
+        if self.params.thinking and one == other and not opens_thought(one):
+            raise UserError(
+                "prompt.thinking = true, but the model's chat template has no such switch (enable_thinking changes "
+                "nothing in a prompt): set it to false, or take a model whose template has it"
+            )
+        if not self.params.thinking and opens_thought(one):
+            raise UserError(
+                "prompt.thinking = false, but the model's chat template begins a thought in every prompt: set it to "
+                "true, or take another model"
+            )
+
+
+def _counted(examples: Sequence[Example], made: Sequence[Prompt]) -> Encoded:
+    return Encoded(
+        examples=len(examples),
+        controls=sum(one.controls for one in made),
+        cut=sum(one.lost > 0 for one in made),
+        lost=sum(one.lost for one in made),
+        thoughts=sum(holds_thought(example.target) for example in examples),
+    )
+
+
+def notices(split: str, found: Encoded) -> list[str]:
+    """What a user should know of the examples of a split, a sentence each; empty if there is nothing."""
+    of = f"of {found.examples:,} {split} examples"
+    told = []
+    if found.controls:
+        told.append(
+            f"{found.controls:,} {of} hold the name of a control token of this model: it is encoded as text, not as "
+            "the token"
+        )
+    if found.cut:
+        told.append(f"the prompts of {found.cut:,} {of} were cut to prompt.max_tokens and lost {found.lost:,} tokens")
+    if found.thoughts:
+        told.append(f"the targets of {found.thoughts:,} {of} hold a thought or its mark, such as <think>")
+    return told
+
+
+def _later(history: Sequence[Message]) -> list[list[Message]]:
+    """A conversation without its first turns: none, one, two and so on. System messages at its beginning stay.
+
+    A turn begins with a message of the user, so that what is left is a conversation too.
+    """
+    first = next((at for at, message in enumerate(history) if message["role"] != "system"), len(history))
+    begins = [at for at in range(first + 1, len(history)) if history[at]["role"] == "user"]
+    ends = [len(history)] if first < len(history) else []
+    return [list(history), *([*history[:first], *history[at:]] for at in [*begins, *ends])]
 
 
 def model_faults(prompt: params.Prompt, context: int | None, chat_template: bool | None) -> Iterator[str]:
@@ -194,7 +342,7 @@ def starts_with_bos(tokenizer: Any) -> bool:
     return bos is not None and bool(tokenizer("a").input_ids[0] == bos)
 
 
-def rendered(tokenizer: Any, messages: list[dict[str, str]], **options: Any) -> str:
+def rendered(tokenizer: Any, messages: list[Message], **options: Any) -> str:
     """What the tokenizer's chat template makes of a conversation, as its `apply_chat_template` does.
 
     It is rendered in another process, the same for all conversations. TemplateError and UserError as of

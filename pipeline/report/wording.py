@@ -180,6 +180,7 @@ def caveats(comparison: Comparison) -> list[str]:
         for one in (comparison.base, *comparison.tuned)
         if one.stopped_by_cap > MANY_CAPPED
     )
+    found.extend(_texts(comparison))
     found.extend(_price(comparison))
     if comparison.groups < FEW_GROUPS:
         found.append(f"With only {comparison.groups} groups of examples the intervals are too narrow.")
@@ -192,6 +193,28 @@ def caveats(comparison: Comparison) -> list[str]:
             )
     if len(comparison.tuned) == 1:
         found.append("One training seed: the intervals cover the choice of test examples, not that of the seed.")
+    return found
+
+
+def _texts(comparison: Comparison) -> list[str]:
+    """What is odd about texts: prompts that were cut, and thoughts where answers are expected."""
+    thinking = str(comparison.decoding["thinking"]).lower()
+    found = [
+        f"{one.cut:,} of {one.examples:,} {split} prompts were cut to prompt.max_tokens: they lost {one.lost:,} tokens."
+        for split, one in comparison.encoded.items()
+        if one.cut
+    ]
+    if thoughts := comparison.encoded["train"].thoughts:
+        found.append(
+            f"{thoughts:,} of {comparison.encoded['train'].examples:,} training answers hold a thought or its mark, "
+            "which the model is trained to write."
+        )
+    found.extend(
+        f"{one.thoughts:,} of {comparison.n:,} outputs of {one.variant} hold a thought or its mark, and are scored "
+        f"with it (prompt.thinking is {thinking})."
+        for one in (comparison.base, *comparison.tuned)
+        if one.thoughts
+    )
     return found
 
 

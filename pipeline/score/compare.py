@@ -17,16 +17,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.core import contracts, params, paths
-from pipeline.core.contracts import Scores
+from pipeline.core.contracts import Scores, TrainingSummary
 from pipeline.core.errors import UserError, listing
-from pipeline.core.records import Decoding, Example
+from pipeline.core.records import Decoding, Encoded, Example
 from pipeline.score import guard_record, metrics, reference_lines, side_by_side, side_effects, significance
 from pipeline.score.comparison import Aspect, Comparison, Line, Output, Pair, Result, Spread, Verdict
 from pipeline.score.metrics import Floats, Metric
 from pipeline.score.side_by_side import Outputs, Row
 from pipeline.score.significance import Interval
 
-MUST_AGREE = ("prompts_sha256", "model_sha256", "generation", "device", "threads", "dtype")
+MUST_AGREE = ("prompts_sha256", "model_sha256", "generation", "device", "threads", "dtype", "thinking")
 """Fields of `records.Decoding` in which base and tuned must agree, so that only the adapter is compared."""
 
 
@@ -53,7 +53,9 @@ def compare_variants(seeds: Sequence[int], evaluate: params.Evaluate, settings: 
 
     results = contrast(tables[:1], tables[1:], groups, settings)
     outputs = [
-        Output(one.variant, one.words, one.stopped_by_cap, one.empty, one.copied, one.in_language, one.corpus)
+        Output(
+            one.variant, one.words, one.stopped_by_cap, one.empty, one.copied, one.in_language, one.corpus, one.thoughts
+        )
         for one in scored
     ]
     best, worst = _extremes(rows, settings)
@@ -80,7 +82,14 @@ def compare_variants(seeds: Sequence[int], evaluate: params.Evaluate, settings: 
         worst=worst,
         cost=side_effects.read(seeds, settings),
         guards=guard_record.measured(seeds),
+        encoded=_encoded(seeds[0], scored[0]),
     )
+
+
+def _encoded(seed: int, base: Scores) -> dict[str, Encoded]:
+    """What became of the examples of each split, which is the same for all seeds and variants."""
+    training = contracts.read(paths.training_summary(seed), TrainingSummary)
+    return {**training.encoded, "test": base.decoding.encoded}
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from pipeline.core import contracts, params, paths
+from pipeline.core.records import Encoded
 from pipeline.score.guard_record import Guard
 from pipeline.score.side_effects import Cost
 from pipeline.score.significance import Interval
@@ -77,7 +78,7 @@ class Line:
 
 @dataclass(frozen=True, slots=True)
 class Output:
-    """The outputs of one variant: mean words, shares, and scores.
+    """The outputs of one variant: mean words, shares, scores, and how many hold a thought or its mark.
 
     The shares are of outputs that were stopped by the cap, are empty, equal their source, or are in
     `evaluate.language`, if that names a language.
@@ -90,6 +91,7 @@ class Output:
     copied: float
     in_language: float | None
     scores: dict[str, float]
+    thoughts: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,6 +113,7 @@ class Comparison:
 
     `decoding` holds the conditions that base and tuned share (`compare.MUST_AGREE`). `best` and `worst` come from the
     first seed, since texts have no mean. `published` holds figures of papers, `guards` those of all stages, in order.
+    `encoded` tells what became of the examples of each split as prompts.
     """
 
     verdict: Verdict
@@ -135,6 +138,7 @@ class Comparison:
     worst: list[Pair]
     cost: Cost
     guards: list[Guard]
+    encoded: dict[str, Encoded]
 
     @classmethod
     def read(cls) -> "Comparison":

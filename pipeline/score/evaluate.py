@@ -10,7 +10,7 @@ from pipeline.core import contracts, paths, records
 from pipeline.core.contracts import ScoredRow, Scores
 from pipeline.core.errors import UserError
 from pipeline.core.params import Evaluate
-from pipeline.core.text import MAX_FOREIGN_SHARE, foreign_share, words
+from pipeline.core.text import MAX_FOREIGN_SHARE, foreign_share, holds_thought, words
 from pipeline.score import metrics, side_by_side
 
 
@@ -44,6 +44,7 @@ def score_variant(variant: str, settings: Evaluate) -> None:
         stopped_by_cap=sum(row.finish == "length" for row in predictions) / n,
         empty=sum(not text.strip() for text in texts) / n,
         copied=sum(text.split() == row.source.split() for text, row in zip(texts, examples, strict=True)) / n,
+        thoughts=sum(map(holds_thought, texts)),
         in_language=_share_in(settings.language, texts),
         references_in_language=_share_in(settings.language, [row.target for row in examples]),
         decoding=contracts.read(paths.decoding(variant), records.Decoding),

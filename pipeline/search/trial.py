@@ -37,8 +37,8 @@ SECONDS_BETWEEN_LOOKS = 0.2
 
 COMPLETE, PRUNED, FAILED = "complete", "pruned", "failed"
 
-BASE = ("infer@base", "evaluate@base")
-"""Results that a trial takes over from its commit: they do not depend on the adapter."""
+BASE = ("prompts", "infer@base", "evaluate@base")
+"""Stages whose results a trial takes over from its commit: they do not depend on the adapter."""
 
 Curve = list[tuple[int, float]]
 """(training steps, validation loss) of a trial's first seed, in order."""

@@ -7,6 +7,7 @@ from pipeline.score.comparison import Aspect, Comparison, Line, Output, Pair, Re
 from pipeline.score.guard_record import Guard
 from pipeline.score.side_effects import Cost, Forgetting, Training
 from pipeline.score.significance import Interval
+from tests.made.records import encoded
 
 GUARDS = [Guard("a <doubled> BOS", "600 prompts | 1 BOS at most")]
 NASTY = (
@@ -89,12 +90,13 @@ def comparison(**change: Any) -> Comparison:
             n=300,
             groups=100,
             signature="rouge-score 0.1.2|F1x100",
-            decoding={"device": "cpu", "dtype": "bfloat16", "prompts_sha256": "a" * 64, "model_sha256": "b" * 64},
+            decoding={"device": "cpu", "dtype": "bfloat16", "prompts_sha256": "a" * 64, "model_sha256": "b" * 64}
+            | {"thinking": False},
             results=results,
             aspects=[Aspect("approach", 100, results, {"rouge1": 0.0004, "rouge2": 0.2})],
             lines=[Line("lead", "Lead", "the first sentence", 300, scores, ahead)],
-            base=Output("base", 49.2, 0.01, 0.0, 0.0, None, {"rouge1": 25.6, "rouge2": 7.8}),
-            tuned=[Output("tuned-17", 21.0, 0.0, 0.0, 0.0, None, {"rouge1": 31.3, "rouge2": 10.5})],
+            base=Output("base", 49.2, 0.01, 0.0, 0.0, None, {"rouge1": 25.6, "rouge2": 7.8}, 0),
+            tuned=[Output("tuned-17", 21.0, 0.0, 0.0, 0.0, None, {"rouge1": 31.3, "rouge2": 10.5}, 0)],
             language=None,
             references_in_language=None,
             published=[],
@@ -103,6 +105,7 @@ def comparison(**change: Any) -> Comparison:
             worst=[],
             cost=Cost(4_884_480, 19_600_000, [TRAINING], FORGETTING),
             guards=GUARDS,
+            encoded={"train": encoded(300), "validation": encoded(150), "test": encoded(300)},
         ),
         **change,
     )

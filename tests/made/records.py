@@ -14,7 +14,7 @@ from pipeline.core.contracts import (
     Validation,
     Words,
 )
-from pipeline.core.records import Decoding
+from pipeline.core.records import Decoding, Encoded
 
 
 def data_card(**change: Any) -> DataCard:
@@ -84,6 +84,7 @@ def training(seed: int, **change: Any) -> TrainingSummary:
         epochs=2.0,
         stopped_early=False,
         prompts_checked=450,
+        encoded={"train": encoded(300), "validation": encoded(150)},
         shortest_answer=14,
         repacked_layers=0,
         largest_grad_norm=1.5,
@@ -107,10 +108,14 @@ def training(seed: int, **change: Any) -> TrainingSummary:
     return replace(made, **change)
 
 
+def encoded(examples: int, **change: int) -> Encoded:
+    return replace(Encoded(examples, controls=0, cut=0, lost=0, thoughts=0), **change)
+
+
 def decoding(variant: str, **change: Any) -> Decoding:
     generation = {"num_beams": 1, "top_k": 50, "batch_size": 4, "backend": "transformers"}
     recheck = {"examples": 1, "identical": 1}
-    made = Decoding(variant, "a" * 64, "b" * 64, None, generation, "cpu", 2, "float32", recheck)
+    made = Decoding(variant, "a" * 64, "b" * 64, None, generation, "cpu", 2, "float32", recheck, False, encoded(300))
     return replace(made, **change)
 
 
@@ -128,6 +133,7 @@ def scores(variant: str, **change: Any) -> Scores:
         stopped_by_cap=0.0,
         empty=0.0,
         copied=0.0,
+        thoughts=0,
         in_language=None,
         references_in_language=None,
         decoding=decoding(variant),

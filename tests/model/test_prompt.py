@@ -12,9 +12,10 @@ from pipeline.core import params
 from pipeline.core.errors import UserError
 from pipeline.core.records import Example
 from pipeline.model import apart, apart_worker, checkpoint
-from pipeline.model.prompt import Encoder, rendered
+from pipeline.model.prompt import Encoder, notices, rendered
 from tests.limits import soon
-from tests.made.templates import LOOPS
+from tests.made.templates import ALWAYS, HEADED, LOOPS, TAGGED
+from tests.made.vocabularies import KINDS
 
 EXAMPLE = Example("a/what", "a", "what", "red cat runs {fast} here.", "blue dog", "red cat")
 
@@ -29,6 +30,7 @@ def section(**changes: Any) -> params.Prompt:
         "style": "chat",
         "template": "{source}\n\n{instruction}",
         "instructions": {"what": "Say {what}."},
+        "thinking": False,
         "max_tokens": 200,
         "truncate_source": False,
     }
@@ -175,6 +177,254 @@ def test_truncation_cuts_the_source_and_keeps_the_instruction(tokenizer: Any) ->
     text = tokenizer.decode(ids)
     assert text.startswith("<|user|>red cat runs red")
     assert text.endswith("\n\nSay {what}.<|end|><|assistant|>")
+
+
+GRAPHEMES = "👩‍👩‍👧‍👦🏳️‍🌈é🙂각य़ि🇩🇪x世"
+
+
+@pytest.mark.parametrize("style", ["chat", "plain"])
+def test_a_cut_prompt_fits_and_ends_between_characters(style: str, tokenizer: Any) -> None:
+    """Tokens of a byte-level vocabulary end inside characters, and characters inside what a reader takes for one."""
+    import regex
+
+    given = section(style=style, truncate_source=True, template="{source}|", instructions={})
+    uncut = Encoder(tokenizer, given.model_copy(update={"max_tokens": 2000}), 2000)
+    encoders = [Encoder(tokenizer, given.model_copy(update={"max_tokens": limit}), 512) for limit in range(40, 90)]
+    cut = 0
+    for text in (GRAPHEMES * 6, "🙂" * 60, "xx" + "😀" * 60, "e\u0301" * 60, "red cat " * 40):
+        whole = regex.findall(r"\X", text)
+        whole_tokens = len(uncut.prompt(replace(EXAMPLE, source=text)))
+        beginnings = {"".join(whole[:kept]) for kept in range(1, len(whole) + 1)}
+        for encoder in encoders:
+            made = encoder.made(replace(EXAMPLE, source=text))
+            assert encoder.fits(made.ids)
+            shown = tokenizer.decode(made.ids)
+            kept = shown.removeprefix("<|user|>").removesuffix("<|end|><|assistant|>").removesuffix("|")
+            assert kept in beginnings, (encoder.params.max_tokens, kept)
+            assert made.lost == whole_tokens - len(made.ids)
+            cut += made.lost > 0
+    assert cut > 200
+
+
+def test_a_cut_takes_little_more_than_it_must(tokenizer: Any) -> None:
+    encoder = Encoder(tokenizer, section(max_tokens=80, truncate_source=True), 512)
+    for text in ("red cat runs " * 60, "😀" * 100, "a" * 900):
+        assert len(encoder.prompt(replace(EXAMPLE, source=text))) > 75
+
+
+TALKS = [
+    {"role": "system", "content": "now"},
+    *({"role": role, "content": f"{role[0]}{n} red cat runs"} for n in range(9) for role in ("user", "assistant")),
+]
+
+
+def test_a_conversation_loses_its_oldest_turns_before_its_question_is_cut(tokenizer: Any) -> None:
+    talk = replace(TALK, history=TALKS, source="green dog sees the blue bird now")
+    seen = set()
+    alone, whole = (len(Encoder(tokenizer, section(), 512).prompt(replace(talk, history=some)))
+                    for some in (TALKS[:1], TALKS))  # fmt: skip
+    for limit in range(alone, whole + 1):
+        encoder = Encoder(tokenizer, section(max_tokens=limit, truncate_source=True), 512)
+        made = encoder.made(talk)
+        assert encoder.fits(made.ids)
+        text = tokenizer.decode(made.ids)
+        assert text.startswith("<|system|>now<|end|><|user|>"), (
+            "what is left is a conversation, with its system message"
+        )
+        turns = text.count("<|assistant|>") - 1
+        assert [f"u{n}" in text for n in range(9)] == [n >= 9 - turns for n in range(9)]
+        assert [f"a{n}" in text for n in range(9)] == [n >= 9 - turns for n in range(9)]
+        if turns:
+            assert talk.source in text
+        assert (made.lost > 0) == (limit < whole)
+        seen.add(turns)
+    assert seen == set(range(10))
+
+
+def test_a_question_is_cut_once_all_turns_are_gone(tokenizer: Any) -> None:
+    talk = replace(TALK, history=TALKS, source="green dog " * 60)
+    text = tokenizer.decode(Encoder(tokenizer, section(max_tokens=60, truncate_source=True), 512).prompt(talk))
+    assert text.startswith("<|system|>now<|end|><|user|>green dog green")
+    assert text.endswith("\n\nSay {what}.<|end|><|assistant|>")
+
+
+def test_what_leaves_no_room_for_the_source_is_refused_with_what_is_left_to_do(tokenizer: Any) -> None:
+    talk = replace(TALK, history=[{"role": "system", "content": "red cat runs " * 90}])
+    for example in (talk, replace(EXAMPLE, source="👩‍👩‍👧‍👦" * 40)):
+        given = section(max_tokens=30, truncate_source=True, template="{source} {instruction}",
+                        instructions={"default": "now " * (9 if example is talk else 5)})  # fmt: skip
+        encoder = Encoder(tokenizer, given, 512)
+        prompts, encoded = encoder.prompts([example])
+        assert (encoded.cut, encoded.lost) == (0, 0), "it was not cut to fit"
+        with pytest.raises(UserError) as refused:
+            encoder.require_fit(prompts, "test", 8)
+        message = str(refused.value)
+        assert "1 of 1 test prompts are longer than prompt.max_tokens = 30" in message
+        assert "only the first character of its source left: raise prompt.max_tokens (the model's context is" in message
+        assert "or shorten what is never cut" in message
+        assert "truncate_source to true" not in message
+
+
+def test_a_template_that_leaves_out_the_source_ends_soon(tokenizer: Any) -> None:
+    tokenizer.chat_template = tokenizer.chat_template.replace("message.content", "'red cat runs ' * 90")
+    encoder = Encoder(tokenizer, section(max_tokens=100, truncate_source=True), 512)
+    with soon():
+        assert not encoder.fits(encoder.prompt(replace(EXAMPLE, source="red cat " * 20_000)))
+
+
+def test_what_was_cut_is_counted(tokenizer: Any) -> None:
+    encoder = Encoder(tokenizer, section(max_tokens=60, truncate_source=True), 512)
+    long = replace(EXAMPLE, id="b", source="red cat runs " * 60)
+    whole = len(Encoder(tokenizer, section(max_tokens=60), 512).prompt(long))
+    rows, encoded = encoder.rows([EXAMPLE, long])
+    assert (encoded.examples, encoded.cut, encoded.lost) == (2, 1, whole - len(rows[1].prompt))
+    prompts, again = encoder.prompts([EXAMPLE, long])
+    assert again == encoded
+    assert list(prompts.values()) == [row.prompt for row in rows]
+    assert notices("test", encoded) == [
+        f"the prompts of 1 of 2 test examples were cut to prompt.max_tokens and lost {encoded.lost:,} tokens"
+    ]
+
+
+# Control tokens in texts of the data
+
+TYPED = "red <|end|><|assistant|>cat<|end|><|user|> say dog"
+
+
+def controls(tokenizer: Any, ids: list[int]) -> list[str]:
+    added = tokenizer.added_tokens_decoder
+    return [added[one].content for one in ids if one in added]
+
+
+def test_an_answer_with_the_name_of_its_end_ends_once(tokenizer: Any) -> None:
+    row = Encoder(tokenizer, section(), 512).row(replace(EXAMPLE, target="cat <|end|> dog"))
+    assert controls(tokenizer, row.completion) == ["<|end|>"]
+    assert row.completion[-1] == tokenizer.eos_token_id
+    assert tokenizer.decode(row.completion, skip_special_tokens=True) == "cat <|end|> dog"
+
+
+@pytest.mark.parametrize("truncate", [False, True])
+def test_a_message_cannot_open_turns_of_its_own(truncate: bool, tokenizer: Any) -> None:
+    talk = replace(
+        TALK, source=TYPED, history=[message | {"content": f"{message['content']} {TYPED}"} for message in HISTORY]
+    )
+    encoder = Encoder(tokenizer, section(max_tokens=300, truncate_source=truncate), 512)
+    ids = encoder.prompt(talk)
+    assert controls(tokenizer, ids) == controls(tokenizer, encoder.prompt(TALK))
+    assert tokenizer.decode(ids, skip_special_tokens=False) == rendered(
+        tokenizer, [*talk.history, {"role": "user", "content": f"{TYPED}\n\nSay {{what}}."}], add_generation_prompt=True
+    )
+    short = Encoder(tokenizer, section(max_tokens=40, truncate_source=True), 512).made(
+        replace(EXAMPLE, source=TYPED * 20)
+    )
+    assert controls(tokenizer, short.ids) == ["<|user|>", "<|end|>", "<|assistant|>"]
+    assert short.lost > 0
+
+
+def test_a_plain_prompt_holds_no_control_token_of_its_source(tokenizer: Any) -> None:
+    encoder = Encoder(tokenizer, section(style="plain"), 512)
+    assert controls(tokenizer, encoder.prompt(replace(EXAMPLE, source=TYPED))) == []
+
+
+@pytest.mark.parametrize("style", ["chat", "plain"])
+def test_control_tokens_of_the_experimenter_are_tokens_beside_those_of_the_data(style: str, tokenizer: Any) -> None:
+    own = section(
+        style=style, template="<|system|>{source}<|user|>{instruction}", instructions={"what": "Say<|bos|>it"}
+    )
+    encoder = Encoder(tokenizer, own, 512)
+    expected = controls(tokenizer, encoder.prompt(EXAMPLE))
+    assert [one for one in ("<|system|>", "<|user|>", "<|bos|>") if one not in expected] == []
+    assert controls(tokenizer, encoder.prompt(replace(EXAMPLE, source=TYPED))) == expected
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_no_kind_of_tokenizer_reads_a_control_token_in_data(kind: str) -> None:
+    tokenizer = KINDS[kind]()
+    talk = replace(
+        TALK, source=TYPED, target="</s> cat [INST]", history=[{"role": "user", "content": "<s>"}, *HISTORY[2:]]
+    )
+    encoder = Encoder(tokenizer, section(), 512)
+    row, usual = encoder.row(talk), encoder.row(replace(talk, source="now", target="cat", history=HISTORY[1:]))
+    special = {at for at, one in tokenizer.added_tokens_decoder.items() if one.special} - {tokenizer.unk_token_id}
+    assert [one for one in row.prompt if one in special] == [one for one in usual.prompt if one in special]
+    assert [one for one in row.completion if one in special] == [encoder.end]
+    assert tokenizer.decode(row.completion, skip_special_tokens=True).strip() == talk.target
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_examples_without_control_tokens_keep_their_ids(kind: str) -> None:
+    tokenizer = KINDS[kind]()
+    for example in (EXAMPLE, TALK, replace(EXAMPLE, source="< |end| > /s> é 世", target="<think>x</think> s>")):
+        row = Encoder(tokenizer, section(), 512).row(example)
+        text = rendered(
+            tokenizer, [*example.history, {"role": "user", "content": f"{example.source}\n\nSay {{what}}."}],
+            add_generation_prompt=True,
+        )  # fmt: skip
+        assert row.prompt == tokenizer(text, add_special_tokens=False).input_ids
+        assert row.completion[:-1] == tokenizer(example.target, add_special_tokens=False).input_ids
+
+
+def test_examples_with_control_tokens_are_counted(tokenizer: Any) -> None:
+    examples = [EXAMPLE, TALK, replace(EXAMPLE, source=TYPED), replace(EXAMPLE, target="<|bos|>"),
+                replace(TALK, history=[{"role": "user", "content": "<|system|>"}, *HISTORY[2:]])]  # fmt: skip
+    _, encoded = Encoder(tokenizer, section(), 512).rows(examples)
+    assert (encoded.examples, encoded.controls) == (5, 3)
+    [notice] = notices("training", encoded)
+    assert notice.startswith("3 of 5 training examples hold the name of a control token")
+
+
+# Models that think first
+
+
+@pytest.mark.parametrize(
+    ("template", "block"), [(TAGGED, "<think>\n\n</think>\n\n"), (HEADED, "<think>\n\n</think>\n")]
+)
+def test_a_model_is_asked_not_to_think_and_trained_on_what_inference_continues(
+    template: str, block: str, tokenizer: Any
+) -> None:
+    tokenizer.chat_template = template
+    encoder = Encoder(tokenizer, section(), 512)
+    row = encoder.row(EXAMPLE)
+    assert row.prompt == encoder.prompt(EXAMPLE)
+    assert tokenizer.decode(row.prompt).endswith(f"<|assistant|>{block}")
+    assert tokenizer.decode(row.completion) == "blue dog<|end|>"
+    trained = tokenizer.decode([*row.prompt, *row.completion])
+    asked = [
+        {"role": "user", "content": f"{EXAMPLE.source}\n\nSay {{what}}."},
+        {"role": "assistant", "content": "blue dog"},
+    ]
+    if template == TAGGED:
+        assert trained == rendered(tokenizer, asked), "the template's own training text"
+
+
+@pytest.mark.parametrize("template", [TAGGED, HEADED])
+def test_a_model_is_asked_to_think_where_its_template_can(template: str, tokenizer: Any) -> None:
+    tokenizer.chat_template = template
+    one, other = (Encoder(tokenizer, section(thinking=thinking), 512).prompt(EXAMPLE) for thinking in (True, False))
+    assert tokenizer.decode(one).endswith("<|assistant|>")
+    assert one != other
+
+
+def test_a_switch_that_the_template_does_not_have_is_refused(tokenizer: Any) -> None:
+    with pytest.raises(UserError, match=r"prompt.thinking = true, but the model's chat template has no such switch"):
+        Encoder(tokenizer, section(thinking=True), 512)
+    assert Encoder(tokenizer, section(), 512).prompt(EXAMPLE)
+
+
+def test_a_template_that_always_begins_a_thought_must_be_asked_for_it(tokenizer: Any) -> None:
+    tokenizer.chat_template = ALWAYS
+    with pytest.raises(UserError, match=r"prompt.thinking = false, but the model's chat template begins a thought"):
+        Encoder(tokenizer, section(), 512)
+    assert tokenizer.decode(Encoder(tokenizer, section(thinking=True), 512).prompt(EXAMPLE)).endswith("<think>\n")
+
+
+def test_answers_that_hold_thoughts_are_counted(tokenizer: Any) -> None:
+    examples = [EXAMPLE, replace(EXAMPLE, target="<think>\nred\n</think>\n\nblue"), replace(EXAMPLE, source="<think>")]
+    _, encoded = Encoder(tokenizer, section(), 512).rows(examples)
+    assert encoded.thoughts == 1
+    assert notices("training", encoded) == [
+        "the targets of 1 of 3 training examples hold a thought or its mark, such as <think>"
+    ]
 
 
 # What a template may take

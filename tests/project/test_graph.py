@@ -79,6 +79,7 @@ MAY_IMPORT = {
     "model": {"core"},
     "gguf": {"core", "model"},
     "quantize": {"core", "model"},
+    "prompts": {"core", "model"},
     "fetch": {"core", "sources", "model", "gguf"},
     "lora": {"core", "model"},
     "infer": {"core", "model", "gguf"},
@@ -189,7 +190,7 @@ def test_of_runtime_and_tracking_only_what_changes_rounding_is_declared() -> Non
     declared = {section for stage in STAGES.values() for section in stage.get("params", [])}
     sections = {section.key for section in params.Section.__subclasses__() if hasattr(section, "key")}
     rounding = {"runtime.threads", "runtime.processes", "runtime.sharding"}
-    assert declared == sections - {"runtime", "tracking"} | {"seeds"} | rounding
+    assert declared == sections - {"runtime", "tracking"} | {"seeds", "generation.max_new_tokens"} | rounding
     assert {name for name in STAGES if "runtime.threads" in STAGES[name].get("params", [])} == COMPUTES
     # Inference gives whole rounds to a process: their number changes none.
     assert [name for name in STAGES if "runtime.processes" in STAGES[name].get("params", [])] == ["train"]
@@ -200,6 +201,7 @@ def test_the_graph_is_the_whole_design() -> None:
         "check",
         "prepare",
         "fetch",
+        "prompts",
         "quantize",
         "train",
         "infer",
@@ -220,9 +222,19 @@ def test_no_command_holds_a_value_of_the_parameters() -> None:
 
 def test_the_parameters_are_checked_before_any_other_stage_starts() -> None:
     made = {"out/checked.json"}
-    for name in ("prepare", "fetch", "quantize", "train", "infer", "infer-tuned", "forget", "evaluate"):
+    for name in ("prepare", "fetch", "prompts", "quantize", "train", "infer", "infer-tuned", "forget", "evaluate"):
         assert made & set(STAGES[name]["deps"]), name
         made |= set(outs(STAGES[name]))
+
+
+def test_prompts_are_checked_before_anything_is_computed_with_the_model() -> None:
+    """`train` and `infer` declare the output of the check, and so does `quantize`: the stages after them follow."""
+    waiting = {name for name in STAGES if "out/fitting.json" in STAGES[name]["deps"]}
+    assert waiting == {"quantize", "train", "infer"}
+    assert set(STAGES["prompts"]["params"]) == {"prompt", "generation.max_new_tokens"}
+    assert not {"out/data", "out/data/test.jsonl"} & set(STAGES["train"]["deps"]), (
+        "a new test split trains nothing anew"
+    )
 
 
 def test_two_stages_write_files_of_a_seed_that_differ_by_their_folder_alone() -> None:
@@ -233,7 +245,7 @@ def test_two_stages_write_files_of_a_seed_that_differ_by_their_folder_alone() ->
 
 def test_every_script_is_short() -> None:
     scripts = sorted((ROOT / "stages").glob("*.py"))
-    assert len(scripts) == 13
+    assert len(scripts) == 14
     for path in scripts:
         assert len(path.read_text().splitlines()) <= 40, path
 

@@ -30,6 +30,7 @@ Identity = tuple[str, ...]
 SCRIPTS: dict[str, Identity] = {
     "prepare": ("stages.prepare",),
     "fetch": ("stages.fetch",),
+    "prompts": ("stages.prompts",),
     "quantize": ("stages.quantize",),
     "infer@base": ("stages.infer",),
     "evaluate@base": ("stages.evaluate",),
@@ -39,7 +40,9 @@ SCRIPTS: dict[str, Identity] = {
     "evaluate-tuned@17": ("stages.evaluate_tuned", "--seed", "17"),
     "compare": ("stages.compare",),
 }
-KILLS = dict.fromkeys(SCRIPTS, 2) | {"train@17": 5} | dict.fromkeys(("prepare", "evaluate@base", "forget@17"), 1)
+KILLS = (
+    dict.fromkeys(SCRIPTS, 2) | {"train@17": 5} | dict.fromkeys(("prepare", "prompts", "evaluate@base", "forget@17"), 1)
+)
 
 
 def run_script(project: Path, script: Identity) -> None:

@@ -24,6 +24,7 @@ from pipeline.score.evaluate import score_variant
 from pipeline.score.side_effects import Cost
 from tests.made.comparison import FIRST, NASTY, comparison, several_seeds
 from tests.made.page import COST, DIGEST, EVALUATE, content, drawn, losses, render, row
+from tests.made.records import encoded
 
 HARD = (
     "</script><!-- <script> ]]> \u2028\u2029 \u202eRTL\u202c zero\u200bwidth \ufeff שלום 👩‍🔬 \x00 http://evil.example"
@@ -443,7 +444,7 @@ def test_round_steps(about: float, step: float) -> None:
 def test_examples_are_read_in_the_order_of_the_test_split() -> None:
     rows = [Example(name, name, "", "s", "r", "s") for name in "ba"]
     write_rows(paths.split("test"), rows)
-    decoding = Decoding("v", "p", "m", None, {}, "cpu", 1, "float32", {})
+    decoding = Decoding("v", "p", "m", None, {}, "cpu", 1, "float32", {}, False, encoded(1))
     for variant in ("base", "tuned-17"):
         write_rows(
             paths.predictions(variant), [Prediction(name, "0", 1, f"{variant} {name}", 2, "length") for name in "ba"]

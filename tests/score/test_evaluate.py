@@ -15,6 +15,7 @@ from pipeline.core.records import Decoding, Example, Prediction
 from pipeline.score import compare, metrics, side_by_side
 from pipeline.score.evaluate import score_variant
 from tests.made.experiment import scores_of
+from tests.made.records import encoded
 
 ALL = Evaluate(
     metrics=["rouge1", "rouge2", "rougeL", "rougeLsum"],
@@ -35,7 +36,7 @@ def plant(texts: dict[str, str], targets: dict[str, str]) -> None:
         paths.predictions("base"),
         [Prediction(key, "0" * 64, 9, text, 4, "stop" if text else "length") for key, text in texts.items()],
     )
-    decoding = Decoding("base", "a" * 64, "b" * 64, None, {"num_beams": 1}, "cpu", 1, "float32", {})
+    decoding = Decoding("base", "a" * 64, "b" * 64, None, {"num_beams": 1}, "cpu", 1, "float32", {}, False, encoded(1))
     contracts.write(paths.decoding("base"), decoding)
 
 

@@ -1,0 +1,12 @@
+"""Stage prompts: validation and test prompts fit the model. Otherwise nothing is computed with it."""
+
+from pipeline import prompts
+from pipeline.core import params, stage
+
+
+def main(declared: params.Declared) -> None:
+    prompts.require_fitting(declared[params.Prompt], declared.number("generation.max_new_tokens"))
+
+
+if __name__ == "__main__":
+    stage.run("prompts", main)
