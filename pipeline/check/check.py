@@ -25,7 +25,7 @@ def require_sound() -> None:
     """
     report = Report()
     draft = params.draft(yaml12.read(paths.PARAMS), str(paths.PARAMS))
-    report.problems += draft.problems
+    report.problems += [f"{paths.PARAMS}: {problem}" for problem in draft.problems]
     report.seen.append(str(paths.PARAMS))
     if paths.DVC_LOCK.exists():
         with report.part():
@@ -43,7 +43,7 @@ class Examiner:
         self.known: dict[Any, list[str]] = {}
 
     def problems(self, content: Any, name: str) -> list[str]:
-        """Every mistake of the experiment that a params file's `content` describes; `name` heads those of the file."""
+        """Every mistake of the experiment that a params file's `content` describes; `name` as of `params.draft`."""
         try:
             draft = params.draft(content, name)
         except UserError as error:

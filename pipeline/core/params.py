@@ -585,9 +585,9 @@ class Draft:
 
 
 def draft(content: Any, name: str) -> Draft:
-    """What of a params file can be used although other parts have mistakes. `name` heads each mistake.
+    """What of a params file can be used although other parts have mistakes.
 
-    UserError for a content that has no sections at all.
+    UserError, headed by `name`, for a content that has no sections at all.
     """
     try:
         return Draft(dict(check(content, name)), [])
@@ -604,7 +604,7 @@ def draft(content: Any, name: str) -> Draft:
         with contextlib.suppress(AttributeError):  # for want of a section that has mistakes
             why = rule(Params.model_construct(**sound))
             problems += [why] if why and why not in problems else []
-    return Draft(sound, [f"{name}: {problem.removeprefix(f'{name}: ')}" for problem in problems])
+    return Draft(sound, problems)
 
 
 def require_plain(name: str, content: Any) -> None:
