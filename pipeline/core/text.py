@@ -60,10 +60,10 @@ def holds_thought(text: str) -> bool:
 
 def opens_thought(text: str) -> bool:
     """Whether a text ends in a mark that begins a thought."""
-    last = ""
-    for found in _THOUGHT.finditer(text):
-        last = found[0] if not text[found.end() :].strip() else ""
-    return bool(last) and "/" not in last and "end" not in last.lower()
+    marks = list(_THOUGHT.finditer(text))
+    if not marks or text[marks[-1].end() :].strip():
+        return False
+    return "/" not in marks[-1][0] and "end" not in marks[-1][0].lower()
 
 
 def foreign_share(texts: Iterable[str]) -> float:
