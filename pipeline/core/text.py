@@ -1,4 +1,5 @@
-"""Sentences and words by rule. Sentences serve the lead of a source and ROUGE-Lsum, words serve lengths and cuts.
+"""Sentences, words and marks of thoughts by rule. Sentences serve the lead of a source and ROUGE-Lsum, words serve
+lengths and cuts.
 
 A sentence ends at a line break. It also ends at [.!?…], with any closing quotes and brackets, if white space follows
 and the next character is neither a lower-case letter nor punctuation. It never ends after a common abbreviation, an
