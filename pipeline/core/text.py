@@ -1,4 +1,5 @@
-"""Sentences and words by rule. Sentences serve the lead of a source and ROUGE-Lsum, words serve lengths and cuts.
+"""Sentences, words and marks of thoughts by rule. Sentences serve the lead of a source and ROUGE-Lsum, words serve
+lengths and cuts.
 
 A sentence ends at a line break. It also ends at [.!?…], with any closing quotes and brackets, if white space follows
 and the next character is neither a lower-case letter nor punctuation. It never ends after a common abbreviation, an
@@ -60,10 +61,10 @@ def holds_thought(text: str) -> bool:
 
 def opens_thought(text: str) -> bool:
     """Whether a text ends in a mark that begins a thought."""
-    last = ""
-    for found in _THOUGHT.finditer(text):
-        last = found[0] if not text[found.end() :].strip() else ""
-    return bool(last) and "/" not in last and "end" not in last.lower()
+    marks = list(_THOUGHT.finditer(text))
+    if not marks or text[marks[-1].end() :].strip():
+        return False
+    return "/" not in marks[-1][0] and "end" not in marks[-1][0].lower()
 
 
 def foreign_share(texts: Iterable[str]) -> float:

@@ -271,7 +271,7 @@ def _counted(examples: Sequence[Example], made: Sequence[Prompt]) -> Encoded:
 
 def notices(split: str, found: Encoded) -> list[str]:
     """What a user should know of the examples of a split, a sentence each; empty if there is nothing."""
-    of = f"of {found.examples:,} {split} examples"
+    of = f"of {found.examples:,} {split.replace('train', 'training')} examples"
     told = []
     if found.controls:
         told.append(

@@ -200,7 +200,8 @@ def _texts(comparison: Comparison) -> list[str]:
     """What is odd about texts: prompts that were cut, and thoughts where answers are expected."""
     thinking = str(comparison.decoding["thinking"]).lower()
     found = [
-        f"{one.cut:,} of {one.examples:,} {split} prompts were cut to prompt.max_tokens: they lost {one.lost:,} tokens."
+        f"{one.cut:,} of {one.examples:,} {split.replace('train', 'training')} prompts were cut to prompt.max_tokens: "
+        f"they lost {one.lost:,} tokens."
         for split, one in comparison.encoded.items()
         if one.cut
     ]

@@ -113,6 +113,19 @@ def test_what_is_illegal_is_refused(section: str, key: str, value: Any, message:
     assert "a-secret" not in str(caught.value)
 
 
+def test_thinking_is_a_switch_of_chat_templates_and_must_be_given() -> None:
+    content = default()
+    for style, thinking in (("chat", True), ("chat", False), ("plain", False)):
+        content["prompt"] |= {"style": style, "thinking": thinking}
+        assert params.check(content, "params.yaml").prompt.thinking is thinking
+    content["prompt"]["thinking"] = True
+    with pytest.raises(UserError, match="prompt: thinking must be false with style plain"):
+        params.check(content, "params.yaml")
+    del content["prompt"]["thinking"]
+    with pytest.raises(UserError, match="prompt.thinking: missing; every key must be present"):
+        params.check(content, "params.yaml")
+
+
 def test_one_mistake_in_a_value_or_list_is_one_error() -> None:
     content = default()
     content["data"]["sha256"] = "abc"

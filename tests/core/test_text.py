@@ -5,7 +5,16 @@ import re
 
 import pytest
 
-from pipeline.core.text import _ABBREVIATION, _INITIAL, foreign_share, lead, sentences, words
+from pipeline.core.text import (
+    _ABBREVIATION,
+    _INITIAL,
+    foreign_share,
+    holds_thought,
+    lead,
+    opens_thought,
+    sentences,
+    words,
+)
 
 
 @pytest.mark.parametrize(
@@ -111,3 +120,35 @@ def test_words(text: str, found: list[str]) -> None:
 def test_the_share_of_letters_that_rouge_does_not_see() -> None:
     assert foreign_share(["Ab 12 яЯ!"]) == 0.5
     assert foreign_share(["12", ""]) == 0
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "<think>a</think> b", "<think>\n\n</think>\n\nb", "<think> a thought that never ends", "its end</think> b",
+        "<THINK>a", "<thinking>a", "<thought>a", "</thought>", "<reasoning>a", "[THINK]a[/THINK]b",
+        "\u25c1think\u25b7a", "<|channel|>analysis<|message|>a", "<|channel>thought\na", "<|begin_of_thought|>a",
+        "<|START_THINKING|>a",
+        "<seed:think>a",
+    ],
+)  # fmt: skip
+def test_a_thought_is_known_by_its_mark(text: str) -> None:
+    assert holds_thought(text)
+    assert holds_thought(f"before {text} behind")
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "I think", "think>", "<thin", "a < think > b", "[think]", "[thinking]", "channel analysis", "<reason>", "<b>",
+     "<|channel|>final<|message|>a", "thought"],
+)  # fmt: skip
+def test_what_is_no_mark_is_no_thought(text: str) -> None:
+    assert not holds_thought(text)
+    assert not opens_thought(text)
+
+
+def test_only_a_mark_at_the_end_begins_a_thought_there() -> None:
+    assert [opens_thought(text) for text in ("a<think>\n", "[THINK]", "<|channel|>analysis", "\u25c1think\u25b7")] == [
+        True
+    ] * 4
+    assert not any(map(opens_thought, ("<think>a", "<think>\n\n</think>\n", "[/THINK]", "<|end_thinking|>")))

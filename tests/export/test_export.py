@@ -25,7 +25,11 @@ from pipeline.commands import cli
 from pipeline.core import params, paths, records
 from pipeline.core.errors import UserError
 from pipeline.export import card, export, licence, merge
+from pipeline.model import checkpoint
+from pipeline.model.prompt import Encoder
+from tests import ROOT
 from tests.made.clone import Finished, entered, environment
+from tests.made.templates import HEADED
 
 pytestmark = pytest.mark.usefixtures("mlflow_calls_what_its_dependencies_deprecate")
 
@@ -311,6 +315,19 @@ def content_of(given: params.Params) -> card.Content:
         "adapter", SEED, given, None, "", {}, None, "", missing, missing, None,
         {given.model.source: licence.Stated(None, "x")}, "",
     )  # fmt: skip
+
+
+@pytest.mark.parametrize("thinking", [False, True])
+def test_the_card_s_prompt_is_the_experiment_s(thinking: bool, tiny_model: Path) -> None:
+    """Its code asks a model to think or not as the run did, and makes the same tokens."""
+    tokenizer = checkpoint.tokenizer(tiny_model)
+    tokenizer.chat_template = HEADED
+    given = params.load(ROOT / "params.yaml").prompt.model_copy(update={"thinking": thinking})
+    names: dict[str, Any] = {"tokenizer": tokenizer}
+    exec("\n".join([*card._text(given), *card._prompt(given)]), names)
+    example = records.Example("a", "a", next(iter(given.instructions)), names["source"], "b", "")
+    expected = Encoder(tokenizer, given, 4096).prompt(example)
+    assert tokenizer(names["prompt"], add_special_tokens=False).input_ids == expected
 
 
 def test_local_sources_are_named_without_their_path() -> None:

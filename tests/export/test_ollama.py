@@ -10,6 +10,7 @@ from pipeline.core import params
 from pipeline.core.errors import UserError
 from pipeline.export import ollama
 from tests.limits import soon
+from tests.made.templates import HEADED
 
 CHATML = (
     "{% for m in messages %}{% if loop.first and m.role != 'system' %}<|im_start|>system\nBe kind.<|im_end|>\n"
@@ -61,6 +62,19 @@ def test_ollama_is_told_the_template_and_the_decoding(project: params.Params, ti
     text = ollama.modelfile("base.gguf", None, folder, project.generation, 208)
     assert 'TEMPLATE """{{ .Prompt }}"""' in text
     assert 'PARAMETER stop "<"\\>"' in text.splitlines()
+
+
+@pytest.mark.parametrize("thinking", [False, True])
+def test_ollama_asks_a_model_to_think_or_not_as_the_experiment_did(
+    thinking: bool, project: params.Params, tiny_model: Path, tmp_path: Path
+) -> None:
+    folder = shutil.copytree(tiny_model, tmp_path / "model")
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.chat_template = HEADED
+    tokenizer.save_pretrained(folder)
+    text = ollama.modelfile("base.gguf", None, folder, project.generation, 208, thinking)
+    assert ("<|assistant|><think>\n\n</think>\n" in text) == (not thinking)
+    assert ("Reasoning Mode: /no_think" in text) == (not thinking)
 
 
 def test_braces_and_quotes_of_a_template_stay_what_they_are() -> None:

@@ -12,6 +12,7 @@ from pipeline.core.errors import UserError
 from pipeline.core.records import Prediction
 from pipeline.infer import backend_transformers, infer
 from pipeline.model import checkpoint, resume
+from pipeline.model.prompt import plain_ids
 
 
 def decoded(project: params.Params, **changes: Any) -> list[Prediction]:
@@ -162,3 +163,36 @@ def test_a_prompt_that_does_not_fit_fails_before_the_model_is_loaded(
         infer.decode(
             "base", quantized.prompt.model_copy(update={"max_tokens": 16}), quantized.generation, quantized.runtime
         )
+
+
+def test_what_became_of_texts_is_said_and_recorded(
+    quantized: params.Params, capsys: pytest.CaptureFixture[str]
+) -> None:
+    examples = records.read_rows(paths.split("test"), records.Example)
+    odd = records.Example("odd/what", "odd", "what", "red <|end|> cat", "blue", "red")
+    long = records.Example("long/what", "long", "what", "red cat runs " * 80, "blue", "red")
+    records.write_rows(paths.split("test"), [*examples, odd, long])
+    cut = quantized.prompt.model_copy(update={"truncate_source": True})
+    rows = decoded(quantized.model_copy(update={"prompt": cut}))
+    decoding, printed = records.read_json(paths.decoding("base")), capsys.readouterr().out
+    assert decoding["thinking"] is False
+    found = decoding["encoded"]
+    assert (found["examples"], found["controls"], found["cut"], found["thoughts"]) == (10, 1, 1, 0)
+    assert max(row.prompt_tokens for row in rows) <= 200
+    assert "infer base: 1 of 10 test examples hold the name of a control token" in printed
+    assert "infer base: the prompts of 1 of 10 test examples were cut" in printed
+
+
+def test_names_of_control_tokens_that_a_model_writes_in_characters_stay_in_its_text(tiny_model: Path) -> None:
+    tokenizer = checkpoint.tokenizer(tiny_model)
+    ids = [*plain_ids(tokenizer, "cat <|end|> dog"), tokenizer.eos_token_id]
+    assert infer.text(tokenizer, ids) == "cat <|end|> dog"
+
+
+def test_special_tokens_that_mark_thoughts_stay_in_the_text(tiny_model: Path) -> None:
+    """Else a report could not count the outputs that hold thoughts."""
+    tokenizer = checkpoint.tokenizer(tiny_model)
+    tokenizer.add_special_tokens({"extra_special_tokens": ["[THINK]", "[/THINK]", "<|channel|>", "<|other|>"]})
+    ids = tokenizer("[THINK]red cat[/THINK]<|other|>dog<|channel|>analysis<|end|>", add_special_tokens=False).input_ids
+    assert infer.text(tokenizer, ids) == "[THINK]red cat[/THINK]dog<|channel|>analysis"
+    assert infer.text(tokenizer, tokenizer("<|other|>dog<|end|>", add_special_tokens=False).input_ids) == "dog"

@@ -304,3 +304,39 @@ def test_a_validation_prompt_that_does_not_fit_is_refused(quantized: params.Para
     records.write_rows(paths.split("validation"), [long])
     with pytest.raises(UserError, match="1 of 1 validation prompts are longer than prompt.max_tokens = 200"):
         run(quantized)
+
+
+def test_what_became_of_texts_is_said_and_in_the_summary(
+    quantized: params.Params, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for split in ("train", "validation"):
+        examples = records.read_rows(paths.split(split), records.Example)
+        odd = records.Example("odd/what", "odd", "what", "red <|end|> cat", "<think>a</think>blue <|end|> dog", "red")
+        long = records.Example("long/what", "long", "what", "red cat runs " * 80, "blue dog", "red")
+        records.write_rows(paths.split(split), [*examples, odd, long])
+    cut = quantized.prompt.model_copy(update={"truncate_source": True})
+    run(quantized.model_copy(update={"prompt": cut}))
+    summary, printed = records.read_json(paths.training_summary(17)), capsys.readouterr().out
+    assert summary["dropped"] == 0
+    for split, rows in (("train", 18), ("validation", 10)):
+        found = summary["encoded"][split]
+        assert (found["examples"], found["controls"], found["cut"], found["thoughts"]) == (rows, 1, 1, 1)
+        assert found["lost"] > 30
+        of = f"of {rows} {'training' if split == 'train' else split} examples"
+        assert f"train 17: 1 {of} hold the name of a control token" in printed
+        assert f"train 17: the prompts of 1 {of} were cut to prompt.max_tokens" in printed
+        assert f"train 17: the targets of 1 {of} hold a thought" in printed
+
+
+def test_the_remedy_for_long_rows_is_not_what_is_set_already(quantized: params.Params) -> None:
+    system = [{"role": "system", "content": "red cat runs " * 80}]
+    long = records.Example("long/what", "long", "what", "red", "blue dog", "red", history=system)
+    records.write_rows(paths.split("train"), [long])
+    cut = quantized.prompt.model_copy(update={"truncate_source": True})
+    with pytest.raises(UserError, match="shorten what is never cut.*system message") as refused:
+        run(quantized.model_copy(update={"prompt": cut}))
+    assert "truncate_source to true" not in str(refused.value)
+    answer = records.Example("long/what", "long", "what", "red", "blue dog " * 300, "red")
+    records.write_rows(paths.split("train"), [answer])
+    with pytest.raises(UserError, match="1 of 1 training prompts exceed the model's context of 512 tokens with their"):
+        run(quantized)

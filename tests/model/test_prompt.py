@@ -369,7 +369,7 @@ def test_examples_with_control_tokens_are_counted(tokenizer: Any) -> None:
                 replace(TALK, history=[{"role": "user", "content": "<|system|>"}, *HISTORY[2:]])]  # fmt: skip
     _, encoded = Encoder(tokenizer, section(), 512).rows(examples)
     assert (encoded.examples, encoded.controls) == (5, 3)
-    [notice] = notices("training", encoded)
+    [notice] = notices("train", encoded)
     assert notice.startswith("3 of 5 training examples hold the name of a control token")
 
 
@@ -422,7 +422,7 @@ def test_answers_that_hold_thoughts_are_counted(tokenizer: Any) -> None:
     examples = [EXAMPLE, replace(EXAMPLE, target="<think>\nred\n</think>\n\nblue"), replace(EXAMPLE, source="<think>")]
     _, encoded = Encoder(tokenizer, section(), 512).rows(examples)
     assert encoded.thoughts == 1
-    assert notices("training", encoded) == [
+    assert notices("train", encoded) == [
         "the targets of 1 of 3 training examples hold a thought or its mark, such as <think>"
     ]
 

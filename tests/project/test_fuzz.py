@@ -24,6 +24,7 @@ from pipeline.core import git, params, paths, progress, records
 from pipeline.core import text as sentences
 from pipeline.core.errors import UserError, without_passwords
 from pipeline.fetch import fetch, gguf_layout
+from pipeline.model.prompt import Encoder
 from pipeline.prepare import leaks, prepare, splits
 from pipeline.record import address, lockfile
 from pipeline.report import figures, page, wording
@@ -35,6 +36,7 @@ from tests import ROOT
 from tests.limits import soon
 from tests.made.comparison import comparison
 from tests.made.gguf_files import write_gguf
+from tests.made.vocabularies import KINDS
 
 TEXT = (ROOT / "params.yaml").read_text(encoding="utf-8")
 
@@ -360,6 +362,49 @@ class TestText:
         """BLEU's tokenizer takes out a hyphen at a line's end: no such word is found in the text."""
         with soon():
             marks("bleu")(" ".join(f"a{i}-\nb" for i in range(40_000)))
+
+
+class TestPrompts:
+    """Texts with names of control tokens, with characters of many parts, with whatever: all of them fit, and nothing in
+    them is a control token."""
+
+    PARTS = (
+        "<|end|>", "<|user|>", "<|assistant|>", "<|bos|>", "</s>", "<s>", "[INST]", "<|", "|>", "end", "<", "cat",
+        "dog ", " ", "\n", "\u00e9", "e\u0301", "\u0301", "\u200d", "\ufe0f", "\U0001f642",
+        "\U0001f469\u200d\U0001f469\u200d\U0001f467", "\U0001f1e9\U0001f1ea", "\u0e01\u0e33",
+        "\u1100\u1161\u11a8", "\u4e16", "\ufb01", "\uff1c|end|\uff1e", "\u2581",
+        "\U000f0000", "\ue000", "{source}", "{{ 1 }}", "\u202e", "\r\n", "x" * 40,
+    )  # fmt: skip
+
+    @pytest.mark.parametrize("kind", ["bytes", "pieces, a space always", "merges that make specials"])
+    def test_any_text_fits_and_holds_no_control_token(self, kind: str) -> None:
+        tokenizer, draw = KINDS[kind](), random.Random(9)
+        content = YAML(typ="safe", pure=True).load(TEXT)["prompt"]
+        content |= {"template": "{source}|{instruction}", "instructions": {"default": "Say."}, "truncate_source": True}
+        encoders = {limit: Encoder(tokenizer, params.Prompt.model_validate(content | {"max_tokens": limit}), 4096)
+                    for limit in (80, 120, 200, 4096)}  # fmt: skip
+        special = {at for at, one in tokenizer.added_tokens_decoder.items() if one.special} - {tokenizer.unk_token_id}
+        usual = [
+            one for one in encoders[4096].prompt(records.Example("a", "a", "", "cat", "dog", "")) if one in special
+        ]
+        cut = odd = 0
+        for _ in range(150):
+            text = "cat" + "".join(draw.choices(self.PARTS, k=draw.choice((1, 5, 20, 60))))
+            example = records.Example("a", "a", "", text, text, "")
+            for limit, encoder in encoders.items():
+                made = encoder.made(example)
+                assert len(made.ids) <= limit
+                assert [one for one in made.ids if one in special] == usual, text
+                if kind == "bytes":
+                    assert "\ufffd" not in tokenizer.decode(made.ids)
+                cut += made.lost > 0
+            odd += made.controls
+            completion = encoder.row(example).completion
+            assert [one for one in completion if one in special] == [encoder.end]
+            if kind == "bytes":
+                assert tokenizer.decode(completion, skip_special_tokens=True) == text
+        assert cut > 50
+        assert odd > 50
 
 
 class TestLabels:

@@ -5,6 +5,7 @@ Each test has a copy of a finished project, or reads the one that all share.
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,11 +13,12 @@ from typing import Any
 
 import pytest
 
-from pipeline.core import paths, records
+from pipeline.core import paths, records, yaml12
 from pipeline.record import identity
 from pipeline.report import page
 from tests.made.clone import SECRET, Finished, environment, make_clone
 from tests.made.data import ASPECTS, SPLIT_GROUPS
+from tests.made.parameters import edit
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("mlflow_calls_what_its_dependencies_deprecate")]
 
@@ -269,3 +271,27 @@ def test_a_mistake_later_on_loses_nothing(clone: Path) -> None:
     assert dvc(clone, "repro").returncode == 0
     assert len(finished_runs(clone)) == 1
     assert SPLIT_GROUPS["test"] * 2 == len((clone / "out/predictions/base.jsonl").read_text().splitlines())
+
+
+def test_what_is_wrong_with_test_prompts_is_found_before_training_and_its_remedy_trains_nothing_else(
+    clone: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(clone)
+    data = Path(shutil.copytree(yaml12.read(paths.PARAMS)["data"]["source"], tmp_path / "data"))
+    test = data / "test.jsonl"
+    *rows, last = map(json.loads, test.read_text().splitlines())
+
+    def given(source: str) -> None:
+        test.write_text("".join(json.dumps(row) + "\n" for row in [*rows, last | {"source": source, "group": "z"}]))
+        edit(data={"source": str(data), "sha256": records.sha256_tree(data)})
+
+    given("red cat runs " * 80)
+    failed = dvc(clone, "repro")
+    assert failed.returncode != 0
+    assert "1 of 8 test prompts are longer than prompt.max_tokens = 200" in failed.stdout
+    assert ran(failed.stdout) == ["check", "prepare", "prompts"]
+    given("red cat runs here at last")
+    done = dvc(clone, "repro")
+    assert done.returncode == 0, done.stdout
+    assert not {"quantize", "train@17", "forget@17"} & set(ran(done.stdout)), "a new test split trains nothing"
+    assert {"prompts", "infer@base", "infer-tuned@17"} <= set(ran(done.stdout))

@@ -244,6 +244,28 @@ def test_caveats() -> None:
     assert not any("ahead" in sentence for sentence in wording.caveats(comparison(lines=[close], verdict="mixed")))
 
 
+def test_cut_prompts_and_thoughts_are_to_be_read_with_care() -> None:
+    one = comparison()
+    cut = {
+        "train": replace(one.encoded["train"], cut=12, lost=1234, thoughts=7),
+        "validation": one.encoded["validation"],
+        "test": replace(one.encoded["test"], cut=3, lost=40),
+    }
+    tuned = [replace(one.tuned[0], thoughts=2)]
+    odd = replace(one, encoded=cut, base=replace(one.base, thoughts=290), tuned=tuned)
+    assert wording.caveats(odd)[:-1] == [
+        "12 of 300 training prompts were cut to prompt.max_tokens: they lost 1,234 tokens.",
+        "3 of 300 test prompts were cut to prompt.max_tokens: they lost 40 tokens.",
+        "7 of 300 training answers hold a thought or its mark, which the model is trained to write.",
+        "290 of 300 outputs of base hold a thought or its mark, and are scored with it (prompt.thinking is false).",
+        "2 of 300 outputs of tuned-17 hold a thought or its mark, and are scored with it (prompt.thinking is false).",
+    ]
+    wording.write(odd)
+    text = paths.COMPARISON_MD.read_text(encoding="utf-8")
+    assert "- 290 of 300 outputs of base hold a thought" in text
+    assert "prompt.thinking false" in text
+
+
 def test_the_chart_stands_alone_in_a_file() -> None:
     wording.write(comparison())
     drawing = paths.COMPARISON_SVG.read_text()

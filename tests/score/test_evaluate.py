@@ -71,6 +71,20 @@ def test_translation_is_counted_over_the_corpus(tmp_path: Path, monkeypatch: pyt
     assert (found.in_language, found.references_in_language) == (0.5, 1.0)
 
 
+def test_outputs_that_hold_thoughts_are_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    texts = {
+        "1": "<think>a</think>b",
+        "2": "<think> it never ends",
+        "3": "[THINK]a",
+        "4": "it ends</think> b",
+        "5": "b",
+    }
+    plant(texts, dict.fromkeys(texts, "b"))
+    score_variant("base", ALL)
+    assert scores_of("base").thoughts == 4
+
+
 def test_copies_of_the_source_are_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     plant({"1": " source ", "2": "other"}, {"1": "a", "2": "b"})
