@@ -88,7 +88,19 @@ MAY_IMPORT = {
     "report": {"core", "score", "record"},
     "search": {"core", "record"},
     "export": {"core", "sources", "fetch", "model", "gguf", "lora", "infer", "score", "report", "record"},
-    "commands": {"core", "sources", "model", "forget", "lora", "score", "report", "record", "search", "export"},
+    "commands": {
+        "core",
+        "sources",
+        "fetch",
+        "model",
+        "forget",
+        "lora",
+        "score",
+        "report",
+        "record",
+        "search",
+        "export",
+    },
 }
 """What each room says of itself, and the modules beside them. No room is imported by one that it imports."""
 
