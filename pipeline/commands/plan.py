@@ -15,6 +15,8 @@ from pipeline.commands import use
 from pipeline.core import params, paths
 from pipeline.core.errors import UserError
 from pipeline.core.progress import say
+from pipeline.fetch import glance
+from pipeline.fetch.unfit import named
 from pipeline.lora import optimizer
 from pipeline.model import memory
 from pipeline.model.memory import GB, Device, Parts, total
@@ -117,9 +119,9 @@ def _shape(given: params.Params) -> Shape:
         facts = json.loads(paths.BASE_FACTS.read_text(encoding="utf-8"))
         if facts["source"] == given.model.source:
             return Shape.read(paths.BASE)
-    local = Path(given.model.source).expanduser()
-    if (local / "config.json").is_file():
-        return Shape.read(local)
+    with named(given.model.source):
+        if seen := glance.shape(Path(given.model.source).expanduser()):
+            return seen
     if found := use.shape_of(given.model.source):
         return found
     raise UserError(

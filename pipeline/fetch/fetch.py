@@ -12,7 +12,7 @@ from pipeline.core import contracts, params, paths, records
 from pipeline.core.contracts import BaseFacts
 from pipeline.core.errors import UserError
 from pipeline.core.progress import say
-from pipeline.fetch import gguf_layout, glance, hub_layout, meta_layout
+from pipeline.fetch import contradictions, gguf_layout, glance, hub_layout, meta_layout
 from pipeline.fetch.unfit import UnfitError, named
 from pipeline.model import apart, checkpoint, devices, prompt, shard
 from pipeline.sources import source
@@ -58,11 +58,14 @@ def write_base(model: params.Model, experiment: params.Params | None = None) -> 
         # Mapped weights would be read from their files only when they are used: those are watched up to here alone.
         for tensor in (*loaded.parameters(), *loaded.buffers()):
             tensor.data = tensor.data.clone()
+        contradictions.settle(loaded)
     _check_tokenizer(tokenizer, loaded)
     # The facts say where it was read from; the checkpoint would name a path of this machine.
     loaded.config.name_or_path = tokenizer.name_or_path = ""
     loaded.save_pretrained(paths.BASE)
     tokenizer.save_pretrained(paths.BASE)
+    spare = contradictions.unembedded(tokenizer, loaded.get_input_embeddings().num_embeddings)
+    contradictions.leave_out(spare, paths.BASE)
     architecture = asdict(checkpoint.architecture(loaded))
     facts = BaseFacts(**architecture, source=model.source, sha256=records.sha256_tree(paths.BASE))
     contracts.write(paths.BASE_FACTS, facts)
@@ -134,6 +137,7 @@ def _load(found: Path, dtype: "torch.dtype", check: Check) -> tuple[Any, Any]:
                 empty = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(**where))
             if held:
                 _require_no_larger(empty, held)
+            contradictions.unembedded(tokenizer, empty.get_input_embeddings().num_embeddings)
             check(empty, tokenizer)
             loaded, reading = AutoModelForCausalLM.from_pretrained(
                 dtype=dtype, output_loading_info=True, **where, **weights
@@ -176,7 +180,6 @@ def _require_no_larger(empty: Any, held: dict[str, tuple[int, ...]]) -> None:
 
 
 def _check_tokenizer(tokenizer: Any, model: Any) -> None:
-    # Tokens that were added to the vocabulary do not count: reading a GGUF file may add one that is never used.
     embedded = model.get_input_embeddings().num_embeddings
     if tokenizer.vocab_size > embedded:
         raise UserError(

@@ -72,11 +72,6 @@ def _require_read(header: Header, family: str) -> None:
         key = f"{family}.{field}"
         if value := header.values.get(key, header.arrays.get(key)):
             raise UnfitError(f"it says {key} = {value}, which transformers does not read from GGUF files; {INSTEAD}")
-    if family in HEAD and (width := _head_width(header, family)) != HEAD[family]:
-        raise UnfitError(
-            f"it has attention heads of {width} numbers; of {family} transformers reads GGUF files with {HEAD[family]} "
-            f"alone; {INSTEAD}"
-        )
     scaling = header.values.get(f"{family}.rope.scaling.type")
     factors = [name for name in header.tensors if name.startswith("rope_")]
     if factors or (scaling and scaling != "none"):
@@ -105,16 +100,32 @@ def config(header: Header) -> dict[str, Any]:
 
 
 def _require_announced_sizes(header: Header, family: str) -> None:
-    """ValueError unless the tensors have the sizes in the header: transformers builds the model by it, at any size."""
+    """ValueError unless the tensors have the sizes in the header: transformers builds the model by it, at any size.
+
+    UnfitError for a width of heads that transformers does not read.
+    """
     shapes = {name: tensor.shape for name, tensor in header.tensors.items()}
-    said = {name.removeprefix(f"{family}."): value for name, value in header.values.items()}
+    start = f"{family}."
+    said = {name.removeprefix(start): value for name, value in header.values.items() if name.startswith(start)}
+    width = _head_width(header, family)
+    if width != HEAD.get(family, width):
+        raise UnfitError(
+            f"it has attention heads of {width} numbers; of {family} transformers reads GGUF files with {HEAD[family]} "
+            f"alone; {INSTEAD}"
+        )
     has = {
         "block_count": len({name.split(".")[1] for name in shapes if name.startswith("blk.")}),
         "embedding_length": shapes["token_embd.weight"][0],
         "vocab_size": shapes["token_embd.weight"][1],
         "feed_forward_length": shapes["blk.0.ffn_up.weight"][1],
-        "attention.key_length": _head_width(header, family),
+        "attention.key_length": width,
+        "attention.value_length": width,
+        "rope.dimension_count": width,
     }
+    if (keys := shapes.get("blk.0.attn_k.weight")) is not None:
+        has["attention.head_count_kv"] = keys[1] // width
+    if HEAD_TENSOR in shapes and shapes[HEAD_TENSOR] != shapes["token_embd.weight"]:
+        raise ValueError(f"{HEAD_TENSOR} is {shapes[HEAD_TENSOR]}, token_embd.weight {shapes['token_embd.weight']}")
     wrong = [
         f"{name} is {said[name]}, of the tensors {size}" for name, size in has.items() if said.get(name, size) != size
     ]

@@ -52,6 +52,19 @@ def glance(path: Path) -> Glance | None:
     return _of(hub_layout.completed(gguf_layout.config(header)), bool(header.values.get("tokenizer.chat_template")))
 
 
+def shape(path: Path) -> Shape | None:
+    """The sizes of the model in a local folder or file, as `fetch` will write it; None if they are not known.
+
+    As of `glance`, but where a head is stored that the configuration says is the embedding, the two are compared.
+    """
+    seen = glance(path)
+    if seen is None or seen.shape is None:
+        return None
+    if not path.is_dir() or meta_layout.is_layout(path):
+        return seen.shape
+    return seen.shape.model_copy(update={"tied_embeddings": hub_layout.is_tied(path)})
+
+
 def require_usable(seen: Glance, experiment: params.Params) -> None:
     """UserError for what a later stage would refuse in a model, as far as it is known at a glance."""
     prompt.require_model(experiment.prompt, seen.context, seen.chat_template)

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePath
 from typing import Any
 
+from pipeline.fetch import contradictions
 from pipeline.fetch.unfit import UnfitError, require_content, require_few_layers
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma3_text", "smollm3", "phi3", "granite", "olmo2")
@@ -47,10 +48,14 @@ TYPICAL: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True, slots=True)
 class Seen:
-    """A folder's configuration, completed by what transformers assumes, and the shape of each tensor of its files."""
+    """A folder's configuration, completed by what transformers assumes, and the shape and file of each tensor.
+
+    In `config`, `tie_word_embeddings` says what the files hold: a stored head is one of its own.
+    """
 
     config: dict[str, Any]
     shapes: dict[str, tuple[int, ...]]
+    files: dict[str, str]
 
 
 def seen(folder: Path) -> Seen:
@@ -64,7 +69,29 @@ def seen(folder: Path) -> Seen:
     _require_indexed(folder, listed, held)
     shapes = {tensor: shape for tensors in held.values() for tensor, shape in tensors.items()}
     _require_its_layers(config, shapes)
-    return Seen(completed(config), shapes)
+    full = completed(config)
+    contradictions.require_one_rotation(config)
+    contradictions.require_announced_shapes(full, shapes)
+    contradictions.require_head(full, shapes)
+    full["tie_word_embeddings"] = contradictions.HEAD not in shapes or not contradictions.embedding(shapes)
+    return Seen(full, shapes, {tensor: file for file, tensors in held.items() for tensor in tensors})
+
+
+def is_tied(folder: Path) -> bool:
+    """Whether `fetch` will write one tensor for the embedding and the head."""
+    from safetensors import safe_open
+
+    found = seen(folder)
+    embedding, head = contradictions.embedding(found.shapes), contradictions.HEAD
+    if found.config["tie_word_embeddings"]:
+        return True
+    if embedding is None or not completed(_config(folder)).get("tie_word_embeddings"):
+        return False
+    tensors = []
+    for name in (embedding, head):
+        with safe_open(folder / found.files[name], framework="pt") as opened:
+            tensors.append(opened.get_tensor(name))
+    return tensors[0].dtype == tensors[1].dtype and bool((tensors[0] == tensors[1]).all())
 
 
 def completed(config: dict[str, Any]) -> dict[str, Any]:

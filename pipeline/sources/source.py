@@ -36,10 +36,11 @@ def check(source: str, sha256: str | None, key: str) -> None:
         if not where.exists():
             raise UserError(f"{key}.source = '{source}': no such file or folder here; a source is {address.FORMS}")
         if sha256 is None:
-            _local(where, source, key)
-            raise UserError(
-                f"{key}.sha256 is null: pin the content of {source} with sha256: {address.digest(where, key, source)}"
-            )
+            found = _local(where, source, key)
+            digest = address.digest(where, key, source)
+            if pointers := _pointers(found):
+                raise UserError(f"{key}.source = '{source}': {pointers}; as it is, sha256 is {digest}")
+            raise UserError(f"{key}.sha256 is null: pin the content of {source} with sha256: {digest}")
 
 
 def size_here(source: str, sha256: str | None, key: str) -> int | None:
@@ -78,6 +79,8 @@ def resolved(source: str, sha256: str | None, *, kind: Literal["model", "dataset
         before = _states(found, place)
         if sha256 is not None:
             if (actual := address.digest(place, key, source)) != sha256:
+                if pointers := _pointers(found):
+                    raise UserError(f"{key}.sha256 = '{sha256}': {pointers}; as it is, sha256 is {actual}")
                 raise address.mismatch(key, sha256, actual, source)
         else:  # `check` allows this for the hub alone
             hub.require_announced(found, place, key, source)
@@ -150,6 +153,18 @@ def _local(where: Path, source: str, key: str) -> dict[str, Path]:
                 "a copy in its place if it is meant"
             )
     return real
+
+
+def _pointers(found: Mapping[str, Path]) -> str:
+    """Which files a clone without Git LFS has pointers in place of, in words; '' if none."""
+    names = [path.name for path in found.values() if records.is_lfs_pointer(path)]
+    if not names:
+        return ""
+    others = f", and so are {len(names) - 1} more" if len(names) > 1 else ""
+    return (
+        f"{names[0]} is a Git LFS pointer in place of the file{others}: run `git lfs pull` where the repository was "
+        "cloned"
+    )
 
 
 def _within(top: Path) -> list[Path]:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from ruamel.yaml import YAML
 from transformers import AutoConfig, AutoTokenizer
 
 from pipeline.core import params, paths, records
@@ -166,7 +167,8 @@ def test_the_context_is_that_of_the_loaded_model(
         "vocab_size",
         "pad_token_id",
     )
-    records.write_json(folder / "config.json", {name: full[name] for name in kept} | said)
+    sizes = {name: full[name] for name in (*kept, "num_key_value_heads", "head_dim") if name in full}
+    records.write_json(folder / "config.json", sizes | {"tie_word_embeddings": True} | said)
     import torch
 
     with torch.device("meta"):
@@ -390,3 +392,50 @@ def test_a_folder_is_seen_without_its_weights_and_vocabulary(
     started = time.perf_counter()
     assert seen(folder).context == 512
     assert time.perf_counter() - started < 5
+
+
+EARLY: dict[str, tuple[dict[str, Any], str]] = {
+    "context": ({"prompt": {"max_tokens": 513}}, "prompt.max_tokens = 513, but the model's context is 512 tokens"),
+    "window": ({"forget": {"window": 513}}, "forget.window = 513, but the model's context is 512 tokens"),
+    "template": ({"prompt": {"style": "chat"}}, "prompt.style = 'chat', but the model's tokenizer has no chat"),
+    "no pin": ({"model": {"sha256": None}}, "model.sha256 is null: pin the content of"),
+    "another pin": ({"model": {"sha256": "0" * 64}}, "If the change is meant, set model.sha256 to it"),
+    "family": ({}, "not a causal language model of a known family"),
+}  # fmt: skip
+
+
+@pytest.mark.usefixtures("project")
+@pytest.mark.parametrize("gguf_file", [False, True])
+@pytest.mark.parametrize("kind", EARLY)
+def test_what_is_cheap_to_see_is_said_before_torch_is_imported(
+    kind: str, gguf_file: bool, tiny_model: Path, tmp_path: Path
+) -> None:
+    """By the stage itself, in a process of its own; a tokenizer of many words would take a minute."""
+    source = shutil.copytree(tiny_model, tmp_path / "m")
+    if kind == "family":
+        changed(source, model_type="gpt2")
+    if kind == "template":
+        (source / "chat_template.jinja").unlink()
+    if gguf_file and kind != "family":
+        words = trained_words(tmp_path / "tokenizer.model", "bpe")
+        template = None if kind == "template" else "{{ messages }}"
+        write_gguf(source, tmp_path / "m.gguf", words=words, template=template)
+        source = tmp_path / "m.gguf"
+    yaml = YAML()
+    content = yaml.load(paths.PARAMS)
+    content["model"] |= {"source": str(source), "sha256": records.sha256_path(source)}
+    change, message = EARLY[kind]
+    for section, values in change.items():
+        content[section] |= values
+    if kind != "template":
+        content["prompt"]["style"] = "plain"
+    yaml.dump(content, paths.PARAMS)
+    code = (
+        "import sys\nfrom pipeline.core import params\nfrom pipeline.core.errors import UserError\n"
+        "from pipeline.fetch import fetch\ngiven = params.load()\n"
+        "try:\n    fetch.write_base(given.model, given)\nexcept UserError as error:\n    print(error)\n"
+        "print([name for name in ('torch', 'transformers', 'tokenizers') if name in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert message in done.stdout
+    assert done.stdout.splitlines()[-1] == "[]"

@@ -94,6 +94,7 @@ MAY_IMPORT = {
         "core",
         "check",
         "sources",
+        "fetch",
         "model",
         "forget",
         "lora",

@@ -871,3 +871,27 @@ def test_hub_failures_say_what_is_needed(kind: type[Exception], remedy: str, mon
         resolved(f"hf:owner/repo@{REVISION}", None, kind="model", key="model"),
     ):
         pass
+
+
+# Git LFS
+
+
+@pytest.mark.parametrize("sha256", [None, "0" * 64])
+@pytest.mark.parametrize("several", [False, True])
+def test_a_pointer_of_git_lfs_is_named_before_its_digest_is_told(
+    several: bool, sha256: str | None, tmp_path: Path
+) -> None:
+    """Whoever pins what a clone without LFS has pins the pointers."""
+    folder = tmp_path / "m"
+    folder.mkdir()
+    pointer = f"version https://git-lfs.github.com/spec/v1\noid sha256:{64 * '0'}\nsize 1234\n"
+    names = ["model.safetensors", "tokenizer.json"][: 1 + several]
+    for name in names:
+        (folder / name).write_text(pointer)
+    (folder / "config.json").write_text("{}")
+    found = folder if several else folder / names[0]
+    said = "model.safetensors is a Git LFS pointer in place of the file.*: run `git lfs pull` where the repository was"
+    with pytest.raises(UserError, match=said) as error, source.resolved(str(found), sha256, kind="model", key="model"):
+        pass
+    assert records.sha256_path(found) in str(error.value)
+    assert ("and so are 1 more" in str(error.value)) == several
