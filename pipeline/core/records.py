@@ -8,6 +8,7 @@ import hashlib
 import io
 import json
 import os
+import re
 import stat
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -243,6 +244,20 @@ def git_blob(path: Path) -> str:
     with opened(path) as file:
         digest = hashlib.sha1(b"blob %d\0" % os.fstat(file.fileno()).st_size)
         return hashlib.file_digest(file, lambda: digest).hexdigest()
+
+
+_LFS_POINTER = re.compile(rb"version https://(?:git-lfs|hawser)\.github\.com/spec/\S+\r?\n(?:.*\n)*oid \S+:")
+_LARGEST_LFS_POINTER = 1024  # bytes, by the specification of Git LFS
+
+
+def is_lfs_pointer(path: Path) -> bool:
+    """Whether a file is a pointer of Git LFS, which a clone without LFS has in the place of the content.
+
+    UserError if it is not a regular file.
+    """
+    with opened(path) as file:
+        start = file.read(_LARGEST_LFS_POINTER + 1)
+    return len(start) <= _LARGEST_LFS_POINTER and _LFS_POINTER.match(start) is not None
 
 
 def sha256_path(path: Path) -> str:

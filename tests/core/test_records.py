@@ -139,3 +139,26 @@ def test_bytes_that_never_end_are_not_read(tmp_path: Path) -> None:
     for path in (tmp_path / "pipe", Path("/dev/zero")):
         with soon(), pytest.raises(UserError, match=f"{path} is neither a regular file nor a folder"):
             records.sha256_path(path)
+
+
+POINTER = f"version https://git-lfs.github.com/spec/v1\noid sha256:{'0' * 64}\nsize 12345\n"
+
+
+@pytest.mark.parametrize(
+    ("content", "is_one"),
+    [
+        (POINTER, True),
+        (POINTER.replace("\n", "\r\n"), True),
+        (POINTER.replace("\noid", f"\next-0-foo sha256:{'1' * 64}\noid"), True),
+        (POINTER.replace("git-lfs", "hawser"), True),
+        ("", False),
+        ("\0" * 100, False),
+        (f" {POINTER}", False),
+        ("version https://git-lfs.github.com/spec/v1\n", False),
+        (POINTER + "a text that begins like one\n" * 100, False),
+    ],
+)
+def test_a_pointer_of_git_lfs_is_told_from_content(tmp_path: Path, content: str, is_one: bool) -> None:
+    file = tmp_path / "train.jsonl"
+    file.write_bytes(content.encode())
+    assert records.is_lfs_pointer(file) == is_one
