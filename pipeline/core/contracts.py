@@ -239,7 +239,10 @@ class Window:
 
 @dataclass(frozen=True, slots=True)
 class GeneralText:
-    """The losses of base and tuned on general text: means over all predicted tokens, and the windows behind them."""
+    """The losses of base and tuned on general text: means over all predicted tokens, and the windows behind them.
+
+    `left_out` counts the records and texts of the source that are none, or that repeat another, by reason.
+    """
 
     device: str
     threads: int
@@ -253,6 +256,7 @@ class GeneralText:
     base_entropy: float
     kl: float
     windows: list[Window]
+    left_out: dict[str, int] | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -51,8 +51,8 @@ def targets(value: Any, where: str, account: Account) -> list[str]:
     different = list(dict.fromkeys(given))
     if not different:  # the row is dropped
         return [""]
-    account.left_out["empty right answers"] += len(texts) - len(given)
-    account.left_out["repeated right answers"] += len(given) - len(different)
+    account.changed["empty right answers left out"] += len(texts) - len(given)
+    account.changed["repeated right answers left out"] += len(given) - len(different)
     return different
 
 

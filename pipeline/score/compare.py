@@ -80,6 +80,7 @@ def compare_variants(seeds: Sequence[int], evaluate: params.Evaluate, settings: 
         worst=worst,
         cost=side_effects.read(seeds, settings),
         guards=guard_record.measured(seeds),
+        not_scored=guard_record.not_scored(),
     )
 
 

@@ -11,9 +11,9 @@ SHOWN = 20  # names that one line lists at most
 class Account:
     """The counts of one split, or of one reading.
 
-    `left_out`: entries of files, and right answers, that became no row, by reason. `unused`: fields of records that
-    hold something and that nothing reads, by name, each with the times it did. `changed`: texts that are not what the
-    file holds, by what changed. `dropped`: ids of records that cannot be used, by reason. `blank_lines`: lines between
+    `left_out`: entries of files that became no row, by reason. `unused`: fields of records that hold something and that
+    nothing reads, by name, each with the times it did. `changed`: texts that are not what the file holds, by what
+    changed. `dropped`: ids of records that cannot be used, by reason. `blank_lines`: lines between
     records that hold nothing.
     """
 
