@@ -91,6 +91,9 @@ def _require_columns(columns: params.Columns, found: Sequence[Located], file: st
         for role, column in columns.model_dump().items()
         if column is not None and all(tables.value(record, column) is ABSENT for _, record in found)
     }
+    shape = tables.shape(list(found))
+    if shape and isinstance(cell(found[0][1], columns.source), Mapping):
+        raise UserError(f"{file}: {columns.source} holds an object, not a text: {shape}")
     if missing and found:
         there = tables.columns(found)
         own = [column for column in there if column not in BUILT_IN]
@@ -101,6 +104,6 @@ def _require_columns(columns: params.Columns, found: Sequence[Located], file: st
             problems.append(f"data.columns.{role} = '{column}': no such column{hint}")
         if set(LISTS) & set(there):
             problems.append("these are conversations: data.format: chat makes source and target of them")
-        elif shape := tables.shape(list(found)):
+        elif shape:
             problems.append(shape)
         raise listing(problems, f"{file} has the columns {tables.named(there)}")
