@@ -25,6 +25,7 @@ from pipeline.model import checkpoint, devices, load, loss, memory, pack, proces
 from pipeline.model.prompt import Row
 from pipeline.model.windows import Text, Tokens
 from pipeline.sources import source, tables
+from pipeline.sources.account import Account, listed
 
 TOGETHER = 512
 """Tokens computed at once. The logits of all of them are held twice, in the model's dtype."""
@@ -56,6 +57,8 @@ def measure_seed(seed: int, forget: params.Forget, runtime: params.Runtime) -> N
             f"{measured.tuned_loss:.3f}, {measured.kl:.3f} nats a token from the base's distribution; "
             f"{contracts.windows_read(measured.window, measured.bos)}"
         )
+        if measured.left_out:
+            say(f"forget {seed}: left out: {listed(measured.left_out)}")
 
 
 def _measured(
@@ -63,7 +66,8 @@ def _measured(
 ) -> GeneralText:
     # 1. What is read, and whether it can be.
     tokenizer = checkpoint.tokenizer()
-    chosen = _chosen(tokenizer, facts, forget)
+    account = Account()
+    chosen = _chosen(tokenizer, facts, forget, account)
     device = devices.choose(runtime)
     devices.require(device, facts.dtype)
     base = memory.held(memory.Base.quantized(facts), runtime, device)
@@ -100,14 +104,19 @@ def _measured(
         base_entropy=entropy,
         kl=cross_entropy - entropy,
         windows=sums,
+        left_out={why: count for why, count in account.left_out.items() if count} or None,
     )
 
 
-def _chosen(tokenizer: Any, facts: QuantizedFacts, forget: params.Forget) -> list[Tokens]:
-    """The windows that are read; UserError for a window that the model cannot read, and for too little text."""
+def _chosen(tokenizer: Any, facts: QuantizedFacts, forget: params.Forget, account: Account) -> list[Tokens]:
+    """The windows that are read; UserError for a window that the model cannot read, and for too little text.
+
+    `account` counts what holds no text of its own.
+    """
     assert forget.source is not None
     forget.require_context(facts.context)
-    chosen = windows.cut(tokenizer, texts(forget, forget.source), forget.tokens, forget.window)
+    found = texts(forget, forget.source, account)
+    chosen = windows.cut(tokenizer, found, forget.tokens, forget.window)
     if len(chosen) < FEWEST:
         raise UserError(
             f"forget.source = {forget.source!r} gives {len(chosen)} windows of text, too few for an interval: "
@@ -116,11 +125,13 @@ def _chosen(tokenizer: Any, facts: QuantizedFacts, forget: params.Forget) -> lis
     return chosen
 
 
-def texts(forget: params.Forget, name: str) -> list[Text]:
+def texts(forget: params.Forget, name: str, account: Account | None = None) -> list[Text]:
     """The documents of the source, each content once, ordered by digest: a text's place or file does not matter.
 
-    A file of plain text is one document, and so is a record of a table. UserError if `forget.column` does not fit.
+    A file of plain text is one document, and so is a record of a table. `account` counts records without a text, and
+    texts that repeat another. UserError if `forget.column` does not fit.
     """
+    counts = Account() if account is None else account
     found: list[Text] = []
     with source.mounted([(name, forget.sha256)], kind="dataset", key="forget") as places:
         for file in tables.select(tables.files(places, several=False), forget.files, "forget.files"):
@@ -129,29 +140,36 @@ def texts(forget: params.Forget, name: str) -> list[Text]:
                     raise UserError(f"forget.column = {forget.column!r}, but {file.name} is plain text: set it to null")
                 found.append(Text(file.name, tables.plain(file, forget.encoding, "forget")))
             else:
-                found += _column(file, forget)
+                found += _column(file, forget, counts)
     if forget.html:
         found = [Text(text.place, without_tags(text.content)) for text in found]
-    by_digest = {records.sha256_text(text.content): text for text in found if text.content.strip()}
+    given = [text for text in found if text.content.strip()]
+    by_digest = {records.sha256_text(text.content): text for text in given}
+    counts.left_out["empty texts"] += len(found) - len(given)
+    counts.left_out["repeated texts"] += len(given) - len(by_digest)
     return [by_digest[digest] for digest in sorted(by_digest)]
 
 
-def _column(file: tables.File, forget: params.Forget) -> list[Text]:
-    """The texts in one column of a table; records without a text there are left out."""
+def _column(file: tables.File, forget: params.Forget, account: Account) -> list[Text]:
+    """The texts in one column of a table; `account` counts the records without a text there."""
     if forget.column is None:
         raise UserError(f"forget.column is null, but {file.name} holds records: name the column of the text")
-    located = list(tables.records(file, forget.encoding, "forget"))
+    located = list(tables.records(file, forget.encoding, "forget", account))
     values = [(where, tables.value(record, forget.column)) for where, record in located]
     if located and all(value is tables.ABSENT for _, value in values):
-        there = [column for column in tables.columns(located) if not column.startswith("__")]
+        there = [column for column in tables.columns(located) if column not in tables.BUILT_IN]
+        shape = tables.shape(located)
         raise UserError(
             f"forget.column = {forget.column!r}: {file.name} has no such column; it has "
             f"{', '.join(there[: tables.SHOWN])}{', ...' if len(there) > tables.SHOWN else ''}"
+            + (f"; {shape}" if shape else "")
         )
     for where, value in values:
         if value is not tables.ABSENT and not isinstance(value, str | None):
             raise UserError(f"forget.column = {forget.column!r}: at {where} it is {type(value).__name__}, not text")
-    return [Text(where, value) for where, value in values if isinstance(value, str)]
+    found = [Text(where, value) for where, value in values if isinstance(value, str)]
+    account.left_out["records without a text"] += len(values) - len(found)
+    return found
 
 
 def without_tags(text: str) -> str:

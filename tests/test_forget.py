@@ -21,6 +21,7 @@ from pipeline.lora import adapter
 from pipeline.model import attention, checkpoint, load, loss, pack
 from pipeline.model.prompt import Row
 from pipeline.model.windows import Tokens
+from pipeline.sources.account import Account
 from tests.made.data import WORDS
 from tests.made.models import reading_bos
 from tests.made.records import quantized_facts
@@ -119,6 +120,21 @@ def test_a_column_is_a_document_a_record_and_html_is_read_as_text(folder: Path) 
     files = ["rows.jsonl", "whole.json"]
     assert sorted(texts(folder, files, column="body.text")) == ["<p>Caf&eacute; &amp; bar<br>open</p>", "Whole."]
     assert sorted(texts(folder, files, column="body.text", html=True)) == ["Caf\u00e9 & bar\nopen", "Whole."]
+
+
+def test_what_gives_no_text_of_its_own_is_counted(folder: Path) -> None:
+    def left_out(files: str | list[str], **change: Any) -> dict[str, int]:
+        account = Account()
+        given = section(folder, files, **change)
+        assert given.source
+        forget.texts(given, given.source, account)
+        return dict(+account.left_out)
+
+    assert left_out("*.txt") == {"empty texts": 1, "repeated texts": 1}
+    assert left_out("*.jsonl", column="body.text") == {"empty texts": 1, "records without a text": 1}
+    assert left_out("a.txt") == {}
+    (folder / "de.po").write_text('#, fuzzy\nmsgid "a"\nmsgstr "b"\n\nmsgid "c"\nmsgstr "d"\n')
+    assert left_out("de.po", column="msgid") == {"fuzzy entries": 1}
 
 
 @pytest.mark.parametrize(
@@ -242,6 +258,26 @@ def test_the_loss_is_that_of_transformers_on_text_as_the_model_reads_it(
     assert found.base_loss == pytest.approx(loss_of(bos), rel=1e-5)
     if bos:
         assert loss_of(False) > found.base_loss + 0.5
+
+
+def test_what_was_left_out_is_written_and_told(
+    ready: params.Params, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = sorted(set((tmp_path / "data" / "general.jsonl").read_text().splitlines()))
+
+    def measured(*lines: str) -> dict[str, Any]:
+        (tmp_path / "more").mkdir(exist_ok=True)
+        (tmp_path / "more" / "general.jsonl").write_text("\n".join(lines))
+        change = {"source": str(tmp_path / "more"), "sha256": records.sha256_tree(tmp_path / "more")}
+        forget.measure_seed(17, ready.forget.model_copy(update=change), ready.runtime)
+        contracts.read(paths.forgetting(17), Forgetting)
+        found: dict[str, Any] = records.read_json(paths.forgetting(17))["measured"]
+        return found
+
+    assert "left_out" not in measured(*rows)
+    assert "left out" not in capsys.readouterr().out
+    assert measured(*rows, *rows, '{"text": null}')["left_out"] == {"records without a text": 1, "repeated texts": 12}
+    assert "forget 17: left out: records without a text (1), repeated texts (12)\n" in capsys.readouterr().out
 
 
 def test_without_a_source_nothing_is_measured_and_that_is_written(ready: params.Params) -> None:

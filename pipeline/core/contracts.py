@@ -31,11 +31,22 @@ class Words:
 
 
 @dataclass(frozen=True, slots=True)
+class Gone:
+    """The rows that left a split for one reason: how many, and the ids of the first."""
+
+    rows: int
+    examples: list[str]
+
+
+@dataclass(frozen=True, slots=True)
 class Split:
     """One split of the data: the files of its rows, and how many were read, filtered, held out, merged and dropped.
 
-    `read` counts the usable rows before any was dropped, and `rows` the remaining ones. `filtered` and `dropped` map a
-    reason to a number of rows, `aspects` maps an aspect to its number of rows.
+    `read` counts the rows before any was dropped, and `rows` the remaining ones. `filtered` and `dropped` map a reason
+    to the rows, `aspects` maps an aspect to its number of rows. `beyond_limit` counts the rows that `data.limits` cut
+    off. The others are about the split's own files, and left out where they are zero: `left_out` counts entries that
+    are no row, by reason; `unused` fields that hold something and are not used, by name; `changed` texts, by what was
+    changed.
     """
 
     files: list[str]
@@ -45,10 +56,15 @@ class Split:
     aspects: dict[str, int]
     source_words: Words
     target_words: Words
-    filtered: dict[str, int]
+    filtered: dict[str, Gone]
     held_out: int
     merged: int
-    dropped: dict[str, int]
+    dropped: dict[str, Gone]
+    beyond_limit: int | None = None
+    left_out: dict[str, int] | None = None
+    unused: dict[str, int] | None = None
+    changed: dict[str, int] | None = None
+    blank_lines: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -238,6 +254,7 @@ class GeneralText:
     """The losses of base and tuned on general text: means over all predicted tokens, and the windows behind them.
 
     A window has at most `window` tokens, and begins with a BOS if `bos` is true.
+    `left_out` counts the records and texts of the source that are none, or that repeat another, by reason.
     """
 
     device: str
@@ -254,6 +271,7 @@ class GeneralText:
     base_entropy: float
     kl: float
     windows: list[Window]
+    left_out: dict[str, int] | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,4 +1,4 @@
-"""From the records of one file to examples: ACLSum's papers, tables by column names, and conversations.
+"""From the records of one file to examples: ACLSum's papers, and tables by column names.
 
 ACLSum's line for a paper becomes three rows, one for each aspect. One of them, as in `out/data/train.jsonl`:
 
@@ -12,59 +12,76 @@ UserError names the place of a record that does not fit.
 """
 
 import difflib
-import reprlib
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 from pipeline.core import params
-from pipeline.core.errors import LONGEST_LABEL, UserError, label_fault, listing
+from pipeline.core.errors import LONGEST_LABEL, UserError, listing
 from pipeline.core.records import Example
 from pipeline.core.text import lead
+from pipeline.prepare.cells import cell, is_empty, label, name, string, targets
+from pipeline.prepare.chats import LISTS
 from pipeline.sources import tables
-from pipeline.sources.tables import ABSENT, Located, Record
+from pipeline.sources.account import Account
+from pipeline.sources.tables import ABSENT, BUILT_IN, Located, Record
 
 ASPECTS = ("challenge", "approach", "outcome")
-LONGEST_ID = 1000
-"""Characters of an id or a group, which may be an address. An aspect has fewer, since charts show it."""
-# How transcripts name the speakers: {role, content} of the chat templates, {from, value} of ShareGPT.
-ROLES = {"system": "system", "user": "user", "assistant": "assistant", "human": "user", "gpt": "assistant"}
+OF_A_PAPER = ("id", "title", "sentences", "summary", "highlights", "heuristic_highlights", *BUILT_IN)
+"""The fields of ACLSum. The format uses the id, the abstract's sentences and the summary, by its definition."""
+MOST_COMPARED = 1000
+"""Names among which one close to a missing column is looked for."""
 
 
-def papers(found: Sequence[Located]) -> list[Example]:
+def papers(found: Sequence[Located], account: Account) -> list[Example]:
     """ACLSum (arXiv 2403.05303): the abstract of each paper, and one summary for each of three aspects."""
     rows = []
     for where, paper in found:
-        name, abstract, summary = paper.get("id"), _in(paper.get("sentences"), "abstract"), paper.get("summary")
-        if not isinstance(name, str) or not name:
+        given, summary = paper.get("id"), paper.get("summary")
+        if not isinstance(given, str) or not given:
             raise UserError(f"{where}: id must be a string; is this ACLSum's format? Else use data.format: table")
-        name = _name(name, f"{where}: id")
-        if not isinstance(abstract, list) or not all(isinstance(sentence, str) for sentence in abstract):
-            raise UserError(f"{where}: sentences.abstract must be a list of strings")
-        source = _string(" ".join(abstract), f"{where}: sentences.abstract")
+        paper_id = name(given, f"{where}: id", account)
+        source, first = _abstract(paper, where, account)
+        if not isinstance(summary, Mapping):
+            raise UserError(f"{where}: summary must be an object with {', '.join(ASPECTS)}")
+        if others := [key for key, text in summary.items() if key not in ASPECTS and not is_empty(text)]:
+            raise UserError(
+                f"{where}: summary has {tables.named(others)} besides ACLSum's {', '.join(ASPECTS)}: use data.format: "
+                "table, with a row for each aspect"
+            )
+        account.unused.update(key for key, held in paper.items() if key not in OF_A_PAPER and not is_empty(held))
         for aspect in ASPECTS:
-            target = _string(_in(summary, aspect), f"{where}: summary.{aspect}")
-            rows.append(Example(f"{name}/{aspect}", name, aspect, source, target, "".join(abstract[:1]).strip()))
+            target = string(summary.get(aspect), f"{where}: summary.{aspect}", account)
+            rows.append(Example(f"{paper_id}/{aspect}", paper_id, aspect, source, target, first))
     return rows
 
 
-def _in(value: Any, key: str) -> Any:
-    return value.get(key) if isinstance(value, dict) else None
+def _abstract(paper: Record, where: str, account: Account) -> tuple[str, str]:
+    """The text of the abstract, and its first sentence."""
+    sentences = paper.get("sentences")
+    abstract = sentences.get("abstract") if isinstance(sentences, Mapping) else None
+    if not isinstance(abstract, list) or not all(isinstance(sentence, str) for sentence in abstract):
+        raise UserError(f"{where}: sentences.abstract must be a list of strings")
+    return string(" ".join(abstract), f"{where}: sentences.abstract", account), "".join(abstract[:1]).strip()
 
 
-def table(found: Sequence[Located], columns: params.Columns, file: str, split: str, before: int) -> list[Example]:
+def table(
+    found: Sequence[Located], columns: params.Columns, file: str, split: str, before: int, account: Account
+) -> list[Example]:
     """Rows by column names. Rows without ids are numbered, after the `before` rows of earlier files of the split.
 
-    The group stays empty where no column names it. `file` is named by the error for columns that are not there.
+    The group stays empty where no column names it. `file` is named by the error for columns that are not there. Columns
+    that no name in `columns` names are not used, as the parameters say.
     """
     _require_columns(columns, found, file)
     rows = []
     for number, (where, record) in enumerate(found, start=before + 1):
-        source = _string(_cell(record, columns.source), f"{where}: {columns.source}")
-        targets = _targets(_cell(record, columns.target), f"{where}: {columns.target}")
-        name = f"{split}-{number}" if columns.id is None else _label(record, columns.id, where)
-        group = "" if columns.group is None else _label(record, columns.group, where)
-        aspect = "default" if columns.aspect is None else _label(record, columns.aspect, where, LONGEST_LABEL)
-        rows.append(Example(name, group, aspect, source, targets[0], lead(source), targets))
+        source = string(cell(record, columns.source), f"{where}: {columns.source}", account)
+        answers = targets(cell(record, columns.target), f"{where}: {columns.target}", account)
+        row_id = f"{split}-{number}" if columns.id is None else label(record, columns.id, where, account)
+        group = "" if columns.group is None else label(record, columns.group, where, account)
+        aspect = "default"
+        if columns.aspect is not None:
+            aspect = label(record, columns.aspect, where, account, LONGEST_LABEL)
+        rows.append(Example(row_id, group, aspect, source, answers[0], lead(source), answers))
     return rows
 
 
@@ -74,101 +91,19 @@ def _require_columns(columns: params.Columns, found: Sequence[Located], file: st
         for role, column in columns.model_dump().items()
         if column is not None and all(tables.value(record, column) is ABSENT for _, record in found)
     }
+    shape = tables.shape(list(found))
+    if shape and isinstance(cell(found[0][1], columns.source), Mapping):
+        raise UserError(f"{file}: {columns.source} holds an object, not a text: {shape}")
     if missing and found:
         there = tables.columns(found)
+        own = [column for column in there if column not in BUILT_IN]
         problems = []
         for role, column in missing.items():
-            close = difflib.get_close_matches(column, there, n=1)
+            close = difflib.get_close_matches(column, own[:MOST_COMPARED], n=1)
             hint = f"; did you mean {close[0]!r}?" if close else ""
             problems.append(f"data.columns.{role} = '{column}': no such column{hint}")
-        if {"messages", "conversations"} & set(there):
+        if set(LISTS) & set(there):
             problems.append("these are conversations: data.format: chat makes source and target of them")
-        raise listing(problems, f"{file} has the columns {', '.join(map(repr, there))}")
-
-
-def conversations(found: Sequence[Located], split: str, before: int) -> list[Example]:
-    """The last answer of each conversation, with the message before it as source; earlier messages are the history.
-
-    If one record of a file has an id or a group, all must. Records without ids are numbered as in `table`.
-    """
-    has_id, has_group = (any(record.get(name) is not None for _, record in found) for name in ("id", "group"))
-    rows = []
-    for number, (where, record) in enumerate(found, start=before + 1):
-        *history, question, answer = _turns(record, where)
-        name = _label(record, "id", where) if has_id else f"{split}-{number}"
-        group = _label(record, "group", where) if has_group else ""
-        source, target = question["content"], answer["content"]
-        rows.append(Example(name, group, "default", source, target, lead(source), [target], history))
-    return rows
-
-
-def _turns(record: Record, where: str) -> list[dict[str, str]]:
-    """The messages, at least two; the last two are the user's and the assistant's."""
-    key = next((key for key in ("messages", "conversations") if record.get(key) is not None), None)
-    if key is None:
-        there = ", ".join(name for name in record if not name.startswith("__"))
-        raise UserError(f"{where}: has neither messages nor conversations, but {there or 'nothing'}")
-    if not isinstance(record[key], list):
-        raise UserError(f"{where}: {key} must be a list of messages, not {type(record[key]).__name__}")
-    turns = []
-    for number, message in enumerate(record[key], start=1):
-        at = f"{where}: {key}, item {number}"
-        if not isinstance(message, Mapping):
-            raise UserError(f"{at}: must be an object with role and content, or from and value")
-        by, text = ("role", "content") if "role" in message else ("from", "value")
-        role = message.get(by)
-        if not isinstance(role, str) or role not in ROLES:
-            raise UserError(f"{at}: {by} = {reprlib.repr(role)}: must be {', '.join(ROLES)}")
-        turns.append({"role": ROLES[role], "content": _string(message.get(text), f"{at}: {text}")})
-    if [turn["role"] for turn in turns[-2:]] != ["user", "assistant"]:
-        ends = ", ".join(turn["role"] for turn in turns[-2:]) or "nothing"
-        raise UserError(f"{where}: must end in a message of the user and the assistant's answer, but ends in {ends}")
-    return turns
-
-
-# Cells
-
-
-def _cell(record: Record, column: str) -> Any:
-    """A record's value in a column; null where it has none."""
-    found = tables.value(record, column)
-    return None if found is ABSENT else found
-
-
-def _string(value: Any, where: str) -> str:
-    """A text without the white space around it; null is empty."""
-    if value is None:
-        return ""
-    if not isinstance(value, str):
-        raise UserError(f"{where} = {reprlib.repr(value)}: must be a string, not {type(value).__name__}")
-    try:
-        value.encode()
-    except UnicodeEncodeError:
-        raise UserError(
-            f"{where} = {reprlib.repr(value)}: holds half of a surrogate pair, which is not a character"
-        ) from None
-    return value.strip()
-
-
-def _targets(value: Any, where: str) -> list[str]:
-    """The right answers, at least one; from a list, each that is not empty once."""
-    if not isinstance(value, list):
-        return [_string(value, where)]
-    texts = [_string(text, f"{where}, item {number}") for number, text in enumerate(value, start=1)]
-    return list(dict.fromkeys(text for text in texts if text)) or [""]
-
-
-def _label(record: Record, column: str, where: str, longest: int = LONGEST_ID) -> str:
-    """An id, a group or an aspect: a string, or an integer in digits."""
-    value = _cell(record, column)
-    name = _name(str(value) if type(value) is int else value, f"{where}: {column}", longest)
-    if not name:
-        raise UserError(f"{where}: {column} is empty: fill it in every row, or do without the column")
-    return name
-
-
-def _name(value: Any, where: str, longest: int = LONGEST_ID) -> str:
-    name = _string(value, where)
-    if fault := label_fault(name, longest):
-        raise UserError(f"{where} = {reprlib.repr(name)} {fault}; charts and tables show it as it is")
-    return name
+        elif shape:
+            problems.append(shape)
+        raise listing(problems, f"{file} has the columns {tables.named(there)}")

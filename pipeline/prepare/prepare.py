@@ -10,16 +10,18 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from statistics import median
-from typing import Any
 
-from pipeline.core import params, paths, progress, records
+from pipeline.core import contracts, params, paths, progress, records
+from pipeline.core.contracts import DataCard, Gone, Overlap, Words
 from pipeline.core.errors import UserError, label_fault, listing
 from pipeline.core.records import Example
 from pipeline.core.text import MAX_FOREIGN_SHARE, foreign_share, words
-from pipeline.prepare import formats, leaks
+from pipeline.prepare import chats, formats, leaks
+from pipeline.prepare.cells import LONGEST_ID
 from pipeline.prepare.splits import Split, clean, filter_unwanted, grouped, hold_out, limit, merge, reasons
 from pipeline.score import significance
 from pipeline.sources import tables
+from pipeline.sources.account import Account, listed
 from pipeline.sources.source import mounted
 from pipeline.sources.tables import File
 
@@ -37,10 +39,9 @@ def write_splits(data: params.Data) -> None:
     overlap = clean_splits(splits, data)
     for split in splits.values():
         records.write_rows(paths.split(split.name), split.rows)
-    card = {name: _describe(split) for name, split in splits.items()}
-    records.write_json(
-        paths.DATA_CARD, {"source": data.source, "sha256": data.sha256, "splits": card, "overlap": overlap}
-    )
+    described = {name: _describe(split) for name, split in splits.items()}
+    found = {pair: Overlap(**counts) for pair, counts in overlap.items()}
+    contracts.write(paths.DATA_CARD, DataCard(data.source, data.sha256, described, found))
     _say_what_was_made(splits)
 
 
@@ -65,8 +66,10 @@ def clean_splits(splits: dict[str, Split], data: params.Data) -> dict[str, dict[
         split.rows = grouped(split.rows)
         if data.merge_references and split.name != "train":
             merge(split)
+        through = len(split.rows)
         limit(split, getattr(data.limits, split.name))
-        split.read = len(split.rows)
+        split.beyond_limit = through - len(split.rows)
+        split.read = len(split.rows) + split.dropped_rows
         clean(split)
     overlap = leaks.drop(splits, data.overlap_threshold)
     _require_enough(splits, data)
@@ -76,6 +79,11 @@ def clean_splits(splits: dict[str, Split], data: params.Data) -> dict[str, dict[
 def _say_what_was_made(splits: Mapping[str, Split]) -> None:
     for split in splits.values():
         progress.say(split.summary())
+        told = split.account.lines()
+        if split.beyond_limit:
+            told = [f"rows beyond data.limits.{split.name}: {split.beyond_limit:,}", *told]
+        for line in told:
+            progress.say(f"{split.name}: {line}")
     test = splits["test"].rows
     foreign = foreign_share(text for row in test for text in row.references)
     if foreign > MAX_FOREIGN_SHARE:
@@ -109,26 +117,32 @@ def _read(data: params.Data, there: Mapping[str, File], split: str) -> Split:
         return Split(split, [], [])
     files = tables.select(there, wanted, f"data.files.{split}")
     rows: list[Example] = []
+    account = Account()
     for file in files:
-        if fault := label_fault(file.name, formats.LONGEST_ID):
+        if fault := label_fault(file.name, LONGEST_ID):
             raise UserError(f"data.files.{split}: the name of the file {reprlib.repr(file.name)} {fault}")
-        rows += examples(data, split, file, len(rows))
+        rows += examples(data, split, file, len(rows) + account.dropped_records, account)
     names = files[0].name if len(files) == 1 else f"{files[0].name} and {len(files) - 1} more"
-    if not rows:
-        raise UserError(f"data.files.{split}: {names} holds no rows")
+    if not rows and not account.dropped:
+        left_out = f": left out are {listed(account.left_out)}" if account.left_out else ""
+        raise UserError(f"data.files.{split}: {names} holds no rows{left_out}")
     _refuse_repeated_ids(rows, names)
-    return Split(split, [file.name for file in files], rows)
+    return Split(split, [file.name for file in files], rows, dropped=account.dropped, account=account)
 
 
-def examples(data: params.Data, split: str, file: File, before: int) -> list[Example]:
-    """The rows of one file in `data.format`; `before`: how many rows of the split came before it."""
-    found = list(tables.records(file, data.encoding))
+def examples(data: params.Data, split: str, file: File, before: int, account: Account | None = None) -> list[Example]:
+    """The rows of one file in `data.format`; `before`: how many records of the split came before it.
+
+    `account` counts what is left out, dropped and changed.
+    """
+    counts = Account() if account is None else account
+    found = list(tables.records(file, data.encoding, account=counts))
     if data.format == "aclsum":
-        return formats.papers(found)
+        return formats.papers(found, counts)
     if data.format == "chat":
-        return formats.conversations(found, split, before)
+        return chats.conversations(found, split, before, counts)
     assert data.columns is not None
-    return formats.table(found, data.columns, file.name, split, before)
+    return formats.table(found, data.columns, file.name, split, before, counts)
 
 
 def _refuse_repeated_ids(rows: Iterable[Example], where: str) -> None:
@@ -168,27 +182,38 @@ def _require_enough(splits: Mapping[str, Split], data: params.Data) -> None:
 # The card
 
 
-def _describe(split: Split) -> dict[str, Any]:
-    return {
-        "read": split.read,
-        "rows": len(split.rows),
-        "groups": len({row.group for row in split.rows}),
-        "aspects": Counter(row.aspect for row in split.rows),
-        "source_words": _lengths(row.source for row in split.rows),
-        "target_words": _lengths(row.target for row in split.rows),
-        "files": split.files,
-        "held_out": split.held_out,
-        "merged": split.merged,
-        "filtered": _shown(split.filtered),
-        "dropped": _shown(split.dropped),
-    }
+def _describe(split: Split) -> contracts.Split:
+    account = split.account
+    return contracts.Split(
+        files=split.files,
+        read=split.read,
+        rows=len(split.rows),
+        groups=len({row.group for row in split.rows}),
+        aspects=Counter(row.aspect for row in split.rows),
+        source_words=_lengths(row.source for row in split.rows),
+        target_words=_lengths(row.target for row in split.rows),
+        filtered=_shown(split.filtered),
+        held_out=split.held_out,
+        merged=split.merged,
+        dropped=_shown(split.dropped),
+        beyond_limit=split.beyond_limit or None,
+        left_out=_counted(account.left_out),
+        unused=_counted(account.unused),
+        changed=_counted(account.changed),
+        blank_lines=account.blank_lines or None,
+    )
 
 
-def _shown(gone: Mapping[str, Sequence[str]]) -> dict[str, Any]:
-    return {why: {"rows": len(ids), "examples": ids[:EXAMPLES_SHOWN]} for why, ids in gone.items()}
+def _shown(gone: Mapping[str, Sequence[str]]) -> dict[str, Gone]:
+    return {why: Gone(len(ids), list(ids[:EXAMPLES_SHOWN])) for why, ids in gone.items()}
 
 
-def _lengths(texts: Iterable[str]) -> dict[str, float]:
+def _counted(counts: Mapping[str, int]) -> dict[str, int] | None:
+    """The counts that are not zero; None if all are."""
+    return {name: count for name, count in counts.items() if count} or None
+
+
+def _lengths(texts: Iterable[str]) -> Words:
     """Words as `pipeline.core.text.words` counts them."""
     counts = [len(words(text)) for text in texts]
-    return {"min": min(counts), "median": median(counts), "max": max(counts)}
+    return Words(min(counts), median(counts), max(counts))

@@ -11,6 +11,7 @@ from pipeline.core import params
 from pipeline.core.errors import UserError
 from pipeline.core.records import Example
 from pipeline.core.text import words
+from pipeline.sources.account import Account
 
 
 @dataclass
@@ -19,7 +20,8 @@ class Split:
 
     `filtered`: rows that the parameters exclude. `dropped`: rows that cannot be used. `read`: how many rows came
     through filters and limits. `held_out`: how many of the split's rows are from the training files. `merged`: how
-    many rows became references of another row.
+    many rows became references of another row. `beyond_limit`: how many rows `data.limits` cut off. `account`: what
+    reading the split's own files left out and changed.
     """
 
     name: str
@@ -30,6 +32,8 @@ class Split:
     merged: int = 0
     filtered: dict[str, list[str]] = field(default_factory=dict)
     dropped: dict[str, list[str]] = field(default_factory=dict)
+    beyond_limit: int = 0
+    account: Account = field(default_factory=Account)
 
     def remove(self, reason: Callable[[Example], str | None], gone: dict[str, list[str]]) -> None:
         """Take out the rows for which `reason` returns one, and note their ids in `gone`: `filtered` or `dropped`."""

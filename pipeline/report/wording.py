@@ -182,6 +182,9 @@ def caveats(comparison: Comparison) -> list[str]:
     )
     found.extend(_texts(comparison))
     found.extend(_price(comparison))
+    if comparison.not_scored:
+        parts = ", ".join(f"{why} ({count:,})" for why, count in sorted(comparison.not_scored.items()))
+        found.append(f"Not all that the files of the test split hold was scored. Left out are: {parts}.")
     if comparison.groups < FEW_GROUPS:
         found.append(f"With only {comparison.groups} groups of examples the intervals are too narrow.")
     for one in (comparison.base, *comparison.tuned):

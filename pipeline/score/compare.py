@@ -83,6 +83,7 @@ def compare_variants(seeds: Sequence[int], evaluate: params.Evaluate, settings: 
         cost=side_effects.read(seeds, settings),
         guards=guard_record.measured(seeds),
         encoded=_encoded(seeds[0], scored[0]),
+        not_scored=guard_record.not_scored(),
     )
 
 

@@ -114,6 +114,7 @@ class Comparison:
     `decoding` holds the conditions that base and tuned share (`compare.MUST_AGREE`). `best` and `worst` come from the
     first seed, since texts have no mean. `published` holds figures of papers, `guards` those of all stages, in order.
     `encoded` tells what became of the examples of each split as prompts.
+    `not_scored` counts what the test split's files hold and no row of it has, by reason; None if there is nothing.
     """
 
     verdict: Verdict
@@ -139,6 +140,7 @@ class Comparison:
     cost: Cost
     guards: list[Guard]
     encoded: dict[str, Encoded]
+    not_scored: dict[str, int] | None = None
 
     @classmethod
     def read(cls) -> "Comparison":

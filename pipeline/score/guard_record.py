@@ -4,6 +4,7 @@ Each guard fails its stage as soon as its fault arises, so if there is a report,
 collects their measurements from the stages' outputs.
 """
 
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -64,6 +65,19 @@ def measured(seeds: Sequence[int]) -> list[Guard]:
             f"{base.generation['backend']} computed them",
         ),
     ]
+
+
+def not_scored() -> dict[str, int] | None:
+    """What the files of the test split hold and no row of it has, by reason: entries left out, rows dropped.
+
+    None if there is nothing. Rows that the parameters exclude do not count. UserError if the data's card is missing.
+    """
+    card = contracts.read(paths.DATA_CARD, DataCard)
+    test, train = card.splits["test"], card.splits["train"]
+    counts = Counter(test.left_out or {}) + Counter({why: gone.rows for why, gone in test.dropped.items()})
+    if test.held_out:  # these rows are of the training files
+        counts += Counter(train.left_out or {})
+    return dict(counts) or None
 
 
 def _overlap(card: DataCard) -> str:

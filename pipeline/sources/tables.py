@@ -1,62 +1,34 @@
 """Files of records: found in the sources by path or pattern, decoded, and read, each record with its place.
 
 The suffix says whether a file is JSONL, JSON, CSV, TSV, Parquet or a gettext catalogue (.po, .mo). Every record also
-has the columns `__file__`, the file's path, and `__source__`, the name of the source it comes from.
+has the columns `__file__`, the file's path, and `__source__`, the name of the source it comes from. A reader takes each
+record whole, or says where it cannot; entries that are no record are counted.
 """
 
-import codecs
-import csv
 import difflib
-import io
 import json
-import re
-import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path, PurePosixPath
 from tempfile import TemporaryDirectory
 from typing import Any, Final
 
-from pipeline.core import params
 from pipeline.core.errors import UserError
 from pipeline.core.records import files as files_within
+from pipeline.sources import catalogues, delimited
+from pipeline.sources.account import SHOWN as SHOWN
+from pipeline.sources.account import Account
+from pipeline.sources.content import MARK, Encoding, decoded, require_kind
+from pipeline.sources.content import File as File
 
-SHOWN = 20  # files or columns that an error lists at most
 SUFFIXES = ".jsonl, .json, .csv, .tsv, .parquet, .po or .mo"
-# UTF-32's little-endian mark begins with UTF-16's.
-MARKS = (
-    (codecs.BOM_UTF8, "utf-8"),
-    (codecs.BOM_UTF32_LE, "utf-32-le"),
-    (codecs.BOM_UTF32_BE, "utf-32-be"),
-    (codecs.BOM_UTF16_LE, "utf-16-le"),
-    (codecs.BOM_UTF16_BE, "utf-16-be"),
-)
+BUILT_IN = ("__file__", "__source__")
+"""The columns that every table has."""
 ABSENT: Final = object()
 """What `value` returns for a column that a record does not have; null is a value."""
 
 Record = Mapping[str, Any]
 Located = tuple[str, Record]  # where a record stands (`train.jsonl:3`), and the record
-
-_CHARSET = re.compile(rb"Content-Type:[^\n]{0,200}?charset=([\w.:-]+)", re.IGNORECASE)
-_PO_LINE = re.compile(r'(?:(?:msgctxt|msgid|msgid_plural|msgstr|msgstr\[\d+\])\s+)?"(?:[^"\\]|\\.)*"')
-
-
-@dataclass(frozen=True, slots=True)
-class Encoding:
-    """The codec of text without a byte order mark, and what names it: a parameter, or the file's header."""
-
-    codec: str
-    named_by: str
-
-
-@dataclass(frozen=True, slots=True)
-class File:
-    """A file of a source: its path from the root down, the name of the source, and its path on this disk."""
-
-    name: str
-    source: str
-    path: Path
 
 
 # Finding
@@ -126,25 +98,31 @@ def _near(there: Mapping[str, File], wanted: PurePosixPath) -> str:
 # Reading
 
 
-def records(file: File, encoding: str, section: str = "data") -> Iterator[Located]:
+def records(file: File, encoding: str, section: str = "data", account: Account | None = None) -> Iterator[Located]:
     """The records of a file, each with its place; UserError says where the file is broken.
 
     `encoding` holds for text without a byte order mark, and comes from the `section` of the parameters; a gettext
-    catalogue may name its own.
+    catalogue may name its own. `account` counts the entries of the file that are no record.
     """
-    readers: dict[str, Callable[[File, Encoding], Iterator[Located]]] = {
+    readers: dict[str, Callable[[File, Encoding, Account], Iterator[Located]]] = {
         ".jsonl": _json,
         ".json": _json,
-        ".csv": _delimited,
-        ".tsv": _delimited,
+        ".csv": delimited.rows,
+        ".tsv": delimited.rows,
         ".parquet": _parquet,
-        ".po": _catalogue,
-        ".mo": _compiled_catalogue,
+        ".po": catalogues.source,
+        ".mo": catalogues.compiled,
     }
+    require_kind(file)
     suffix = file.path.suffix.lower()
     if suffix not in readers:
         raise UserError(f"{file.name}: '{suffix}' files cannot be read; use {SUFFIXES}")
-    for where, record in readers[suffix](file, Encoding(encoding, f"{section}.encoding")):
+    counts = Account() if account is None else account
+    for where, record in readers[suffix](file, Encoding(encoding, f"{section}.encoding"), counts):
+        if taken := [name for name in BUILT_IN if name in record]:
+            raise UserError(
+                f"{where}: has a column {taken[0]}, which is the name of one that every table has: rename it"
+            )
         yield where, {**record, "__file__": file.name, "__source__": file.source}
 
 
@@ -165,6 +143,26 @@ def columns(found: Iterable[Located]) -> list[str]:
     return list(dict.fromkeys(name for _, record in found for name in _names(record)))
 
 
+def named(names: Iterable[str]) -> str:
+    """Names of columns for an error: quoted, at most `SHOWN` of them, then their number."""
+    everything = list(names)
+    shown = ", ".join(map(repr, everything[:SHOWN]))
+    return f"{shown}, ... ({len(everything):,} in all)" if len(everything) > SHOWN else shown
+
+
+def shape(found: list[Located]) -> str | None:
+    """What to do about a file whose one record is a whole table in another shape; None if it is a record."""
+    if len(found) != 1:
+        return None
+    held = {name: inner for name, inner in found[0][1].items() if name not in BUILT_IN}
+    for name, inner in held.items():
+        if isinstance(inner, list) and inner and all(isinstance(one, Mapping) for one in inner):
+            return f"{name!r} is a list of records: save that list alone, as a JSON file of its own"
+    if held and all(isinstance(inner, Mapping) for inner in held.values()):
+        return "the file is one object of objects: save a record a line (pandas: to_json(orient='records', lines=True))"
+    return None
+
+
 def _names(record: Record, prefix: str = "") -> Iterator[str]:
     for name, inner in record.items():
         if isinstance(inner, Mapping) and inner:
@@ -174,96 +172,91 @@ def _names(record: Record, prefix: str = "") -> Iterator[str]:
 
 
 def plain(file: File, encoding: str, section: str) -> str:
-    """The whole content of a file of plain text."""
-    return _text(file.path.read_bytes(), file, Encoding(encoding, f"{section}.encoding"))
+    """The whole content of a file of plain text. UserError for what is no text in this encoding."""
+    require_kind(file)
+    return decoded(file.path.read_bytes(), file, Encoding(encoding, f"{section}.encoding"))
 
 
-def _text(content: bytes, file: File, given: Encoding) -> str:
-    """The decoded content; a byte order mark wins over the encoding that was given."""
-    mark, encoding = next((pair for pair in MARKS if content.startswith(pair[0])), (b"", given.codec))
-    content = content.removeprefix(mark)
-    try:
-        return content.decode(encoding)
-    except UnicodeError as error:
-        start = getattr(error, "start", 0)  # a few codecs do not say where
-        line = content[:start].decode(encoding, "replace").count("\n") + 1
-        remedy = (
-            f"set {given.named_by} to the encoding that the file has"
-            if not mark
-            else "it is what its first bytes announce"
-        )
-        raise UserError(
-            f"{file.name}:{line} is not {encoding.upper()} (byte {len(mark) + start}): {remedy}, or save it as UTF-8"
-        ) from None
+# JSON
 
 
-def _json(file: File, encoding: Encoding) -> Iterator[Located]:
+def _json(file: File, encoding: Encoding, account: Account) -> Iterator[Located]:
     """One object a line, one array of objects, or (.json) one object over several lines.
 
     Read without a table library, which would turn strings that look like dates into dates.
     """
-    text = _text(file.path.read_bytes(), file, encoding)
+    text = decoded(file.path.read_bytes(), file, encoding)
     start = text.lstrip()
-    located: list[tuple[str, Any]]
+    located: Iterable[tuple[str, Any]]
     if start.startswith("["):
         items = _parsed(text, f"{file.name} is not JSON")
         located = [(f"{file.name}, item {number}", item) for number, item in enumerate(items, start=1)]
-    elif file.path.suffix.lower() == ".json" and start.split("\n", 1)[0].rstrip() == "{":
-        located = [(file.name, _parsed(text, f"{file.name} is not JSON"))]
+    elif file.path.suffix.lower() == ".json" and (whole := _whole(start, file)):
+        located = whole
     else:
-        located = [
-            (f"{file.name}:{number}", _parsed(line, f"{file.name}:{number} is not a line of JSON"))
-            for number, line in enumerate(text.split("\n"), start=1)
-            if line.strip()
-        ]
+        located = _json_lines(text, file, account)
     for where, item in located:
         if not isinstance(item, dict):
             raise UserError(f"{where}: must be an object with the columns as keys, not {type(item).__name__}")
         yield where, item
 
 
+def _whole(start: str, file: File) -> list[tuple[str, Any]]:
+    """The one value of a .json file; empty if it has a value a line."""
+    try:
+        _, end = json.JSONDecoder().raw_decode(start)
+    except (ValueError, RecursionError):
+        several = "\n" in start and not start.split("\n", 1)[0].rstrip().endswith(("{", ","))
+        return [] if several else [(file.name, _parsed(start, f"{file.name} is not JSON"))]
+    over_lines = "\n" in start[:end]
+    if not start[end:].strip():
+        return [(file.name, _parsed(start, f"{file.name} is not JSON"))] if over_lines else []
+    if over_lines:
+        raise UserError(
+            f"{file.name} is not JSON: it has several values, one after another over several lines: put each on a line "
+            "of its own, or all in one list"
+        )
+    return []
+
+
+def _json_lines(text: str, file: File, account: Account) -> Iterator[tuple[str, Any]]:
+    blank = 0
+    # Not splitlines(): it also splits at U+2028 and the like, which JSON strings may contain.
+    for number, line in enumerate(text.split("\n" if "\n" in text else "\r"), start=1):
+        if not line.strip():
+            blank += 1
+            continue
+        account.blank_lines += blank
+        blank = 0
+        if line.startswith(MARK):
+            raise UserError(f"{file.name}:{number} begins with a byte order mark, as joined files do: take it out")
+        yield f"{file.name}:{number}", _parsed(line, f"{file.name}:{number} is not a line of JSON")
+
+
 def _parsed(text: str, fault: str) -> Any:
     try:
-        return json.loads(text)
+        return json.loads(text, object_pairs_hook=_object)
+    except json.JSONDecodeError as error:
+        several = ": write one value a line" if error.msg == "Extra data" else ""
+        raise UserError(f"{fault}: {error}{several}") from None
     except (ValueError, RecursionError) as error:
         raise UserError(f"{fault}: {error}") from None
 
 
-def _delimited(file: File, encoding: Encoding) -> Iterator[Located]:
-    """Fields stay strings ("007"), quoted as in CSV. A row with too many or too few fields is an error."""
-    text = _text(file.path.read_bytes(), file, encoding)
-    delimiter = "\t" if file.path.suffix.lower() == ".tsv" else _delimiter(text)
-    csv.field_size_limit(sys.maxsize)  # the default of 128 KiB is less than a long document
-    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
-    line = 1
-    try:
-        header = next(reader, [])
-        if len(set(header)) < len(header):
-            raise UserError(f"{file.name}:1: column names repeat: {', '.join(header)}")
-        line = reader.line_num + 1
-        for fields in reader:
-            if fields and len(fields) != len(header):
-                raise UserError(
-                    f"{file.name}:{line}: {len(fields)} fields for {len(header)} columns; quote what holds "
-                    f"{delimiter!r}"
-                )
-            if fields:
-                yield f"{file.name}:{line}", dict(zip(header, fields, strict=True))
-            line = reader.line_num + 1
-    except csv.Error as error:
-        raise UserError(f"{file.name}:{line}: {error}") from None
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object of JSON; ValueError for a key that repeats, whose first value would be lost."""
+    made = dict(pairs)
+    if len(made) < len(pairs):
+        keys = [key for key, _ in pairs]
+        repeated = next(key for key in keys if keys.count(key) > 1)
+        raise ValueError(f"the key {repeated!r} repeats in one object: keep one of them")
+    return made
 
 
-def _delimiter(text: str) -> str:
-    """The header's first of comma, semicolon (spreadsheets where numbers have a comma), tab and bar; else a comma.
-
-    With a delimiter that the header lacks, the file would have one column, too few for source and target.
-    """
-    header = text.split("\n", 1)[0]
-    return next((mark for mark in ",;\t|" if mark in header), ",")
+# Parquet
 
 
-def _parquet(file: File, _: Encoding) -> Iterator[Located]:
+def _parquet(file: File, _: Encoding, __: Account) -> Iterator[Located]:
     """The rows as Arrow holds them. `datasets` itself would open files and addresses that a column of images names."""
     import datasets
 
@@ -276,75 +269,3 @@ def _parquet(file: File, _: Encoding) -> Iterator[Located]:
             raise UserError(f"{file.name} is not Parquet: {error.__cause__ or error}") from None
     for number, record in enumerate(found, start=1):
         yield f"{file.name}, row {number}", record
-
-
-# Gettext
-
-
-def _catalogue(file: File, encoding: Encoding) -> Iterator[Located]:
-    """The translated entries of a .po file, without those that are fuzzy, obsolete or have a plural."""
-    import polib
-
-    content = file.path.read_bytes()
-    charset = _charset(content, file)
-    text = _text(content, file, Encoding(charset, "the charset of its header") if charset else encoding)
-    for number, line in enumerate(io.StringIO(text, newline=None), start=1):
-        bare = line.strip()
-        # polib drops the last character of a string, in the belief that it is a quotation mark.
-        if bare and not bare.startswith("#") and not _PO_LINE.fullmatch(bare):
-            raise UserError(
-                f"{file.name}:{number} is not a line of a gettext catalogue: it must be a comment, or a string in "
-                "quotation marks, the first string of each after msgid, msgstr or msgctxt"
-            )
-    with TemporaryDirectory(prefix="lora-repro-") as folder:
-        # From a file, since polib would read the file whose path a text happens to be.
-        decoded = Path(folder) / "decoded.po"
-        decoded.write_text(text, encoding="utf-8")
-        try:
-            entries = polib.pofile(str(decoded), encoding="utf-8")
-        except Exception as error:  # polib raises OSError for a syntax error, and anything for other faults
-            named = re.search(r"\(line (\d+)\)", str(error))
-            place = f"{file.name}:{named[1]}" if named else file.name
-            raise UserError(
-                f"{place}: an entry of this gettext catalogue is incomplete: a msgid must come before its msgstr"
-            ) from None
-    for entry in entries:
-        if not (entry.obsolete or "fuzzy" in entry.flags):
-            yield from _translated(f"{file.name}:{entry.linenum}", entry)
-
-
-def _compiled_catalogue(file: File, encoding: Encoding) -> Iterator[Located]:
-    """The entries of a .mo file, without those that have a plural; msgfmt has left out fuzzy ones."""
-    import polib
-
-    charset = _charset(file.path.read_bytes(), file) or encoding.codec
-    try:
-        entries = polib.mofile(str(file.path), encoding=charset)
-    except Exception as error:  # offsets that lead out of the file raise anything
-        raise UserError(
-            f"{file.name} is not a compiled gettext catalogue in {charset.upper()} ({type(error).__name__}: {error}): "
-            "compile it anew with msgfmt, or use the .po file"
-        ) from None
-    for number, entry in enumerate(entries, start=1):
-        yield from _translated(f"{file.name}, entry {number}", entry)
-
-
-def _charset(content: bytes, file: File) -> str | None:
-    """The encoding that a catalogue's header names; None for none, or for the template's placeholder."""
-    named = _CHARSET.search(content)
-    if named is None or named[1] == b"CHARSET":
-        return None
-    charset = named[1].decode("ascii", "replace")
-    try:
-        params.codec(charset)
-    except ValueError:
-        line = content.count(b"\n", 0, named.start()) + 1
-        raise UserError(
-            f"{file.name}:{line}: the header names the charset '{charset}', which is not an encoding: correct it"
-        ) from None
-    return charset
-
-
-def _translated(where: str, entry: Any) -> Iterator[Located]:
-    if entry.msgid and entry.msgstr and not entry.msgid_plural:
-        yield where, {"msgid": entry.msgid, "msgstr": entry.msgstr, "msgctxt": entry.msgctxt}

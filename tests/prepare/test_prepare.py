@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 
-from pipeline.core import params, paths
+from pipeline.core import contracts, params, paths
+from pipeline.core.contracts import DataCard
 from pipeline.core.errors import UserError
 from pipeline.core.records import Example, read_rows, sha256_file, sha256_tree
 from pipeline.prepare import prepare as data
@@ -75,6 +76,7 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Prepare:
             "max_dropped_share": 1.0,
         }
         write_splits(params.Data.model_validate({**section, **changes}))
+        contracts.read(paths.DATA_CARD, DataCard)  # later stages can read it
         card: dict[str, Any] = json.loads(paths.DATA_CARD.read_text())
         return card
 
@@ -142,10 +144,32 @@ def test_aclsum(run: Prepare, capsys: pytest.CaptureFixture[str]) -> None:
             {"id": "p", "sentences": {"abstract": ["A ."]}, "summary": {"challenge": ["c"]}},
             r"train\.jsonl:1: summary\.challenge = \['c'\]: must be a string, not list",
         ),
+        ({"id": "p", "sentences": {"abstract": ["A ."]}}, r"train\.jsonl:1: summary must be an object with challenge"),
+        (
+            {"id": "p", "sentences": {"abstract": ["A ."]}, "summary": {"challenge": "c", "method": "m"}},
+            r"train\.jsonl:1: summary has 'method' besides ACLSum's challenge, approach, outcome: use data\.format",
+        ),
     ],
 )
 def test_aclsum_of_another_shape(run: Prepare, broken: dict[str, Any], told: str) -> None:
     fails(run, told, {**GOOD, "train.jsonl": lines(broken)}, format="aclsum", columns=None)
+
+
+def test_summaries_that_are_missing_or_empty_are_dropped_and_counted(run: Prepare) -> None:
+    def papers(start: int, summary: dict[str, Any], **more: Any) -> str:
+        return lines({"id": f"p{start}", "sentences": {"abstract": [words(start)]}, "summary": summary, **more})
+
+    whole = {"challenge": "c", "approach": "a", "outcome": "o"}
+    files = {
+        "train.jsonl": papers(0, {"challenge": "c", "approach": None, "method": ""}, doi="d", title="T", pages=[]),
+        "validation.jsonl": papers(1000, whole),
+        "test.jsonl": papers(2000, {**whole, "outcome": " "}),
+    }
+    card = run(files, format="aclsum", columns=None)["splits"]
+    assert card["train"]["dropped"] == {"empty target": {"rows": 2, "examples": ["p0/approach", "p0/outcome"]}}
+    assert card["test"]["dropped"] == {"empty target": {"rows": 1, "examples": ["p2000/outcome"]}}
+    assert card["train"]["unused"] == {"doi": 1}
+    assert "unused" not in card["validation"]
 
 
 def test_every_table_format_gives_the_same_rows(run: Prepare) -> None:
@@ -298,6 +322,32 @@ def test_missing_columns_are_all_named(run: Prepare) -> None:
     assert "data.columns.id = 'zzz': no such column\n" in told + "\n"
 
 
+def test_a_built_in_column_is_no_guess_for_a_missing_one(run: Prepare) -> None:
+    files = {f"{split}.jsonl": lines({"text": words(0), "answer": "b"}) for split in paths.SPLITS}
+    told = fails(run, "no such column", files, columns={**COLUMNS, "source": "source", "target": "file"})
+    assert "did you mean" not in told
+
+
+@pytest.mark.parametrize(
+    ("orient", "shape"),
+    [("columns", "the file is one object of objects: save a record a line (pandas: to_json("), ("records", None)],
+)
+def test_a_table_of_ten_thousand_rows_in_one_record_is_told_in_short(
+    run: Prepare, orient: str, shape: str | None
+) -> None:
+    numbers = range(10_000)
+    column = {name: {str(number): f"{name} {number}" for number in numbers} for name in ("text", "summary")}
+    content: Any = column if orient == "columns" else {"data": [row(f"t {number}") for number in numbers]}
+    files = {f"{split}.json": json.dumps(content) for split in paths.SPLITS}
+    with soon():
+        told = fails(run, r"train\.json has the columns ", files, suffix="json", columns={**COLUMNS, "source": "txt"})
+    assert len(told) < 1500
+    assert (shape or "'data' is a list of records: save that list alone") in told
+    if shape:
+        assert "'text.19', ... (20,002 in all)" in told
+        fails(run, r"train\.json: text holds an object, not a text: the file is one object", files, suffix="json")
+
+
 def test_missing_file_lists_what_there_is(run: Prepare) -> None:
     files = {"train": "trian.jsonl", "validation": "validation.jsonl", "test": "test.jsonl"}
     fails(run, r"data\.files\.train = 'trian\.jsonl': .* it has train\.jsonl", GOOD, files=files)
@@ -447,6 +497,47 @@ def test_drops_are_counted_with_reasons_and_examples(run: Prepare, capsys: pytes
     assert told in capsys.readouterr().out
 
 
+def test_what_reading_leaves_out_and_changes_is_counted_and_told(
+    run: Prepare, capsys: pytest.CaptureFixture[str]
+) -> None:
+    train = "\n" + lines(row(f" {words(0)}\n", ["a ", "", None, "b", "a"])) + "\n" + lines(row(words(100), "c"))
+    card = run({**GOOD, "train.jsonl": train})["splits"]
+    assert card["train"]["changed"] == {
+        "white space around texts": 2,
+        "empty right answers left out": 2,
+        "repeated right answers left out": 1,
+    }
+    assert card["train"]["blank_lines"] == 2
+    printed = capsys.readouterr().out
+    assert "train: left out: blank lines (2)\n" in printed
+    told = "empty right answers left out (2), repeated right answers left out (1), white space around texts (2)"
+    assert f"train: changed: {told}\n" in printed
+    for split in ("validation", "test"):
+        assert not set(card[split]) & {"left_out", "unused", "changed", "blank_lines", "beyond_limit"}
+        assert f"{split}: left out" not in printed
+
+
+def test_entries_of_catalogues_that_are_no_rows_are_counted_by_split(
+    run: Prepare, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fuzzy = '#, fuzzy\nmsgid "f"\nmsgstr "g"\n\n'
+    files = {
+        f"{split}/{name}.po": f'{fuzzy}msgid "{words(1000 * number + start)}"\nmsgstr "t"\n'
+        for number, split in enumerate(paths.SPLITS)
+        for name, start in (("a", 0), ("b", 100))
+    }
+    columns = {"source": "msgid", "target": "msgstr", "id": None, "group": None, "aspect": None}
+    card = run(files, files={split: f"{split}/*.po" for split in paths.SPLITS}, columns=columns)["splits"]
+    assert [card[split]["left_out"] for split in paths.SPLITS] == [{"fuzzy entries": 2}] * 3
+    assert "test: left out: fuzzy entries (2)\n" in capsys.readouterr().out
+
+
+def test_a_catalogue_of_which_nothing_is_a_row_says_why(run: Prepare) -> None:
+    files = {f"{split}.po": '#, fuzzy\nmsgid "f"\nmsgstr "g"\n' for split in paths.SPLITS}
+    columns = {**COLUMNS, "source": "msgid", "target": "msgstr"}
+    fails(run, r"train\.po holds no rows: left out are fuzzy entries \(1\)", files, suffix="po", columns=columns)
+
+
 def test_same_text_under_two_aspects_is_no_duplicate(run: Prepare) -> None:
     run(
         {
@@ -576,6 +667,14 @@ def test_limits_take_the_first_whole_groups(run: Prepare) -> None:
         return "".join(row.group for row in rows_of("train"))
 
     assert [kept(limit) for limit in (2, 3, 4, 5, 6, 99)] == ["aa", "aba", "abac", "abac", "abacdd", "abacdd"]
+
+
+def test_rows_beyond_a_limit_are_counted(run: Prepare, capsys: pytest.CaptureFixture[str]) -> None:
+    limits = {"train": 2, "validation": None, "test": 2}
+    card = run(GOOD, limits=limits)["splits"]
+    assert card["train"]["beyond_limit"] == 1
+    assert "beyond_limit" not in card["test"]
+    assert "train: rows beyond data.limits.train: 1\n" in capsys.readouterr().out
 
 
 def test_limit_below_the_first_group(run: Prepare) -> None:
@@ -962,6 +1061,49 @@ def test_only_answers_to_the_same_conversation_are_merged(run: Prepare) -> None:
         ("test-1", ["u", "v"], "test-1"),
         ("test-3", ["u", "v"], "test-1"),
     ]
+
+
+def test_conversations_that_cannot_be_used_are_dropped_in_every_split(
+    run: Prepare, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def unlearnt(start: int) -> dict[str, Any]:
+        record = chat(words(start), "a")
+        record["messages"][-1]["weight"] = 0
+        return record
+
+    more = {
+        name: lines(unlearnt(9000 + 100 * number), chat(words(9500 + 100 * number), "b", tools=["f"], source="s"))
+        for number, name in enumerate(CHATS)
+    }
+    files = {name: more[name] + content for name, content in CHATS.items()}
+    card = run(files, format="chat", columns=None)["splits"]
+    for split in paths.SPLITS:
+        assert card[split]["dropped"] == {
+            "answer with weight 0": {"rows": 1, "examples": [f"{split}-1"]},
+            "conversation with tools": {"rows": 1, "examples": [f"{split}-2"]},
+        }
+        assert card[split]["read"] == card[split]["rows"] + 2
+    assert [row.id for row in rows_of("train")] == ["train-3", "train-4"]
+    told = "train: 2 rows in 2 groups, 2 dropped (1 answer with weight 0, 1 conversation with tools)\n"
+    assert told in capsys.readouterr().out
+    shares = {"format": "chat", "columns": None, "max_dropped_share": 0.4}
+    told = "2 of 4 training rows are unusable"
+    with pytest.raises(UserError, match=told) as caught:
+        run(files, **shares)
+    assert "1 answer with weight 0, such as train-1" in str(caught.value)
+    assert "1 conversation with tools, such as train-2" in str(caught.value)
+
+
+def test_a_split_of_which_every_conversation_is_dropped_says_so(run: Prepare) -> None:
+    files = {**CHATS, "test.jsonl": lines(chat(words(2000), "b", tools=["f"]))}
+    fails(run, "no row of test is left: 1 conversation with tools", files, format="chat", columns=None)
+
+
+def test_ids_do_not_clash_behind_a_file_with_dropped_conversations(run: Prepare) -> None:
+    files = {**CHATS, "train-0.jsonl": lines(chat(words(3000), "b", tools=["f"]), chat(words(4000), "c"))}
+    names = {split: f"{split}*.jsonl" for split in paths.SPLITS}
+    run(files, format="chat", columns=None, files=names)
+    assert [row.id for row in rows_of("train")] == ["train-2", "train-3", "train-4"]
 
 
 # Text encodings and catalogues, from end to end; their details are tested in test_tables.py

@@ -227,6 +227,19 @@ def test_signed(value: float, shown: str) -> None:
     assert wording.signed(value) == shown
 
 
+def test_rows_that_were_not_scored_are_to_be_read_with_care() -> None:
+    found = comparison(not_scored={"message with tool_calls": 1200, "fuzzy entries": 2})
+    told = (
+        "Not all that the files of the test split hold was scored. Left out are: fuzzy entries (2), message with "
+        "tool_calls (1,200)."
+    )
+    assert told in wording.caveats(found)
+    wording.write(found)
+    care = paths.COMPARISON_MD.read_text().partition("## Read with care")[2]
+    assert "fuzzy entries (2), message with tool" in care.partition("\n## ")[0]
+    assert not any("scored" in one for one in wording.caveats(comparison()))
+
+
 def test_caveats() -> None:
     assert len(wording.caveats(comparison())) == 1
     assert "One training seed" in wording.caveats(comparison())[0]

@@ -11,12 +11,14 @@ import pytest
 import sacrebleu
 
 from pipeline.core import contracts, paths, records
+from pipeline.core.contracts import Gone
 from pipeline.core.errors import UserError
 from pipeline.core.records import Example, Prediction
 from pipeline.score import compare, reference_lines
 from pipeline.score.evaluate import score_variant
 from pipeline.score.significance import Interval
 from tests.made.experiment import ASPECTS, COMPARE, EVALUATE, GENERATION, compared, example, examples, plant, scores_of
+from tests.made.records import data_card
 
 TRANSLATION = EVALUATE.model_copy(update={"metrics": ["rouge1", "chrf", "bleu"]})
 KEEP = {"base": 0.3, "tuned-17": 0.8}
@@ -49,6 +51,22 @@ def test_cut() -> None:
 def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
     return tmp_path
+
+
+@pytest.mark.usefixtures("project")
+def test_what_the_test_split_lost_is_part_of_the_comparison() -> None:
+    plant(examples(), KEEP)
+    assert compared().not_scored is None
+    assert "not_scored" not in contracts.content(compared())
+    card = data_card()
+    test = replace(card.splits["test"], left_out={"fuzzy entries": 2}, dropped={"duplicate": Gone(3, ["a"])})
+    train = replace(card.splits["train"], left_out={"fuzzy entries": 5}, dropped={"duplicate": Gone(7, ["b"])})
+    splits = card.splits | {"test": test, "train": train}
+    contracts.write(paths.DATA_CARD, replace(card, splits=splits))
+    assert compared().not_scored == {"fuzzy entries": 2, "duplicate": 3}
+    # Held-out rows are of the training files.
+    contracts.write(paths.DATA_CARD, replace(card, splits=splits | {"test": replace(test, held_out=1)}))
+    assert compared().not_scored == {"fuzzy entries": 7, "duplicate": 3}
 
 
 @pytest.mark.usefixtures("project")

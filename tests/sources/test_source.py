@@ -20,7 +20,7 @@ from huggingface_hub import constants, errors
 from pipeline.core import records
 from pipeline.core.errors import UserError
 from pipeline.core.records import sha256_path
-from pipeline.sources import source, wheels
+from pipeline.sources import source, tables, wheels
 from pipeline.sources.hub import MODEL_FILES
 from pipeline.sources.source import check, mounted, resolved
 from tests.limits import soon
@@ -209,6 +209,21 @@ def test_member_that_leads_out_of_its_folder_is_refused(wheel: Path, tmp_path: P
         resolved(pip_source("demo"), sha256(wheel), kind="dataset", key="data"),
     ):
         pass
+
+
+def test_a_name_in_a_wheel_is_read_as_characters_or_refused(wheel: Path) -> None:
+    with ZipFile(wheel, "a") as archive:
+        archive.writestr("demo/odd/Rsum.txt", "R")
+    content = wheel.read_bytes()
+    wheel.write_bytes(content.replace(b"Rsum.txt", b"R\xe9um.txt"))  # of no encoding that the archive names
+    with resolved(pip_source("demo/odd"), sha256(wheel), kind="dataset", key="data") as folder:
+        assert list(tables.files({"odd": folder}, several=False)) == ["R\u0398um.txt"]
+    wheel.write_bytes(content.replace(b"Rsum.txt", b"R\num.txt"))
+    with (
+        pytest.raises(UserError, match=r"R\\num\.txt' has a line feed or is not UTF-8: rename it"),
+        resolved(pip_source("demo/odd"), sha256(wheel), kind="dataset", key="data") as folder,
+    ):
+        tables.files({"odd": folder}, several=False)
 
 
 def test_links_in_a_wheel_are_unpacked_as_the_text_they_hold(wheel: Path) -> None:
@@ -733,6 +748,15 @@ def test_hub_model_is_its_checkpoint_alone_whatever_else_is_cached(hub: Path, tm
         assert sorted(path.name for path in folder.iterdir()) == ["config.json", "model.safetensors"]
         assert (folder / "config.json").read_text() == "config.json"
     assert (hub / "config.json").is_file()
+
+
+def test_a_name_in_the_hubs_cache_that_is_no_utf8_is_refused(hub: Path) -> None:
+    (hub / os.fsdecode(b"R\xe9sum\xe9.txt")).write_text("x")
+    with (
+        pytest.raises(UserError, match=r"R\\udce9sum\\udce9\.txt' has a line feed or is not UTF-8: rename it"),
+        resolved(f"hf:owner/repo@{REVISION}", "0" * 64, kind="model", key="model"),
+    ):
+        pass
 
 
 def test_hub_file_and_folder(hub: Path) -> None:

@@ -1,7 +1,7 @@
-"""Files: found by pattern, never outside of the sources; decoded; gettext catalogues; and how each may be broken."""
+"""Files: found by pattern, never outside of the sources; decoded; JSON and Parquet; and how each may be broken."""
 
+import json
 import random
-import struct
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
@@ -10,39 +10,10 @@ import pytest
 
 from pipeline.core.errors import UserError
 from pipeline.sources import tables
+from pipeline.sources.account import Account
 from pipeline.sources.tables import ABSENT, File
 from tests.limits import soon
-
-HEADER = 'msgid ""\nmsgstr "Content-Type: text/plain; charset=UTF-8\\n"\n\n'
-
-
-def written(folder: Path, name: str, content: str | bytes) -> File:
-    path = folder / name
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(content.encode() if isinstance(content, str) else content)
-    return File(name, "some", path)
-
-
-def read(file: File, encoding: str = "utf-8") -> list[Any]:
-    return list(tables.records(file, encoding))
-
-
-# CSV
-
-
-def test_a_header_without_a_comma_tells_the_delimiter(tmp_path: Path) -> None:
-    for mark in "\t|":
-        [(_, row)] = read(written(tmp_path, "d.csv", f"text{mark}summary\n1,5{mark}b; c\n"))
-        assert (row["text"], row["summary"]) == ("1,5", "b; c")
-    text = '\ufefftext;summary\r\n"one; ""two"",\r\nthree";1,5\r\n'
-    [(where, row)] = read(written(tmp_path, "a.csv", text))
-    assert where == "a.csv:2"
-    assert (row["text"], row["summary"]) == ('one; "two",\r\nthree', "1,5")
-    [(_, row)] = read(written(tmp_path, "b.csv", "text,a;b\nx,y\n"))
-    assert row["a;b"] == "y"
-    with pytest.raises(UserError, match=r"c\.csv:2: 3 fields for 2 columns; quote what holds ';'"):
-        read(written(tmp_path, "c.csv", "text;summary\na;b;c\n"))
-
+from tests.made.files import cells, read, written
 
 # Finding
 
@@ -208,145 +179,77 @@ def test_a_json_file_may_be_one_object_over_several_lines(tmp_path: Path) -> Non
         read(written(tmp_path, "a.jsonl", '{\n "a": 1\n}\n'))
 
 
-# Gettext
-
-
-def test_a_catalogues_translated_entries(tmp_path: Path) -> None:
-    content = (
-        HEADER
-        + r"""
-# A comment
-#, python-format
-msgid "One %s"
-msgstr "Un "
-"\"%s\"\n"
-
-msgctxt "menu"
-msgid "Two"
-msgstr "Deux"
-
-#, fuzzy, c-format
-msgid "Fuzzy"
-msgstr "Flou"
-
-msgid "Untranslated"
-msgstr ""
-
-msgid "A file"
-msgid_plural "Files"
-msgstr[0] "Un fichier"
-msgstr[1] "Des fichiers"
-
-#~ msgid "Old"
-#~ msgstr "Vieux"
-
-#| msgid "Was"
-msgid "Last"
-msgstr "Dernier"
-"""
-    )
-    file = written(tmp_path, "fr/x.po", content.replace("\n", "\r\n"))
-    extra = {"__file__": "fr/x.po", "__source__": "some"}
-    assert read(file) == [
-        ("fr/x.po:5", {"msgid": "One %s", "msgstr": 'Un "%s"\n', "msgctxt": None, **extra}),
-        ("fr/x.po:11", {"msgid": "Two", "msgstr": "Deux", "msgctxt": "menu", **extra}),
-        ("fr/x.po:30", {"msgid": "Last", "msgstr": "Dernier", "msgctxt": None, **extra}),
-    ]
-
-
-def compiled(pairs: list[tuple[str, str]], charset: str = "UTF-8") -> bytes:
-    """A .mo file, as msgfmt writes it."""
-    entries = [("", f"Content-Type: text/plain; charset={charset}\n"), *sorted(pairs)]
-    codec = charset if charset != "no-such" else "utf-8"
-    blobs = [text.encode(codec) for side in zip(*entries, strict=True) for text in side]
-    offset = 28 + 8 * len(blobs)
-    table = b""
-    for blob in blobs:
-        table += struct.pack("<II", len(blob), offset)
-        offset += len(blob) + 1
-    head = struct.pack("<7I", 0x950412DE, 0, len(entries), 28, 28 + 8 * len(entries), 0, 0)
-    return head + table + b"".join(blob + b"\0" for blob in blobs)
-
-
-@pytest.mark.parametrize("charset", ["UTF-8", "ISO-8859-1"])
-def test_a_compiled_catalogue(tmp_path: Path, charset: str) -> None:
-    pairs = [("One", "Été"), ("menu\x04Two", "Deux"), ("File\0Files", "Fichier\0Fichiers"), ("None", "")]
-    found = read(written(tmp_path, "x.mo", compiled(pairs, charset)), "ascii")
-    assert [(record["msgctxt"], record["msgid"], record["msgstr"]) for _, record in found] == [
-        (None, "One", "Été"),
-        ("menu", "Two", "Deux"),
-    ]
-
-
-def test_a_headers_charset_wins_and_its_placeholder_does_not(tmp_path: Path) -> None:
-    def catalogue(charset: str) -> bytes:
-        return f'{HEADER.replace("UTF-8", charset)}msgid "a"\nmsgstr "é"\n'.encode("latin-1")
-
-    for charset in ("ISO-8859-1", "CHARSET"):
-        assert read(written(tmp_path, "x.po", catalogue(charset)), "latin-1")[0][1]["msgstr"] == "é"
-    with pytest.raises(UserError, match=r"x\.po:5 is not UTF-8 \(byte \d+\): set the charset of its header to"):
-        read(written(tmp_path, "x.po", catalogue("UTF-8")), "latin-1")
-    for name, content in [
-        ("x.po", catalogue("no-such")),
-        ("x.mo", compiled([], "no-such")),
-        ("x.po", catalogue("hex")),
-    ]:
-        with pytest.raises(
-            UserError, match=rf"{name}:\d+: the header names the charset '.*', which is not an encoding"
-        ):
-            read(written(tmp_path, name, content))
+def test_a_json_file_is_read_whole_in_every_layout(tmp_path: Path) -> None:
+    one, two = {"a": "x", "b": {"c": [1]}}, {"a": "y\u2028", "b": None}
+    layouts = {
+        "lines.json": f"{json.dumps(one)}\n{json.dumps(two, ensure_ascii=False)}\n",
+        "lines.jsonl": f"\n{json.dumps(one)}\r\n\r\n{json.dumps(two)}",
+        "mac.jsonl": f"{json.dumps(one)}\r{json.dumps(two)}\r",
+        "list.json": json.dumps([one, two], indent=1),
+        "list.jsonl": json.dumps([one, two]),
+    }
+    for name, content in layouts.items():
+        assert cells(written(tmp_path, name, content)) == [list(one.values()), list(two.values())], name
+    for content in (json.dumps(one), json.dumps(one, indent=2), json.dumps(one, indent=2).replace("{\n", "{", 1)):
+        assert cells(written(tmp_path, "one.json", content)) == [list(one.values())]
+    account = Account()
+    read(written(tmp_path, "lines.jsonl", layouts["lines.jsonl"]), account=account)
+    assert account.blank_lines == 2
 
 
 @pytest.mark.parametrize(
-    ("tail", "told"),
+    ("name", "content", "told"),
     [
-        ('msgid "a"\nmsgstr "cut', r"x\.po:5 is not a line of a gettext catalogue"),
-        ('msgid "a"\nmsgstr "cut\\"', r"x\.po:5 is not a line"),
-        ('msgid "a" "b"\nmsgstr "c"', r"x\.po:4 is not a line"),
-        ('msgid "a"\nmsgstr "b"c"', r"x\.po:5 is not a line"),
-        ("hello", r"x\.po:4 is not a line"),
-        ('msgstr "a"', r"x\.po:4: an entry of this gettext catalogue is incomplete"),
-        ('msgid "a"\nmsgid "b"\nmsgstr "c"', r"x\.po:5: an entry of this gettext catalogue is incomplete"),
-        ("#| nonsense here", r"x\.po:4: an entry"),
+        ("a.jsonl", '{"a": 1}\n{"a": 1, "b": 2, "a": 3}\n', r"a\.jsonl:2 is not a line of JSON: the key 'a' repeats"),
+        ("a.jsonl", '{"m": [{"role": 1, "role": 2}]}', r"a\.jsonl:1 is not .* the key 'role' repeats in one object"),
+        ("a.json", '[{"a": 1, "a": 1}]', r"a\.json is not JSON: the key 'a' repeats"),
+        ("a.json", '{\n"a": 1,\n"a": 2\n}', r"a\.json is not JSON: the key 'a' repeats"),
+        ("a.jsonl", '{"a": 1} {"a": 2}', r"a\.jsonl:1 is not a line of JSON: Extra data: .*: write one value a line"),
+        ("a.json", '{\n"a": 1\n}\n{\n"a": 2\n}\n', r"a\.json is not JSON: it has several values, one after another"),
+        ("a.json", "[1]\n[2]", r"a\.json is not JSON: Extra data"),
+        ("a.jsonl", '{"a": 1}\n\ufeff{"a": 2}\n', r"a\.jsonl:2 begins with a byte order mark, as joined files do"),
+        ("a.json", '\ufeff\ufeff{"a": 2}\n', r"a\.json:1 begins with a byte order mark"),
+        ("a.jsonl", '{"a": 1}\n// a comment\n', r"a\.jsonl:2 is not a line of JSON"),
+        ("a.jsonl", '{"a": "\0"}', r"a\.jsonl:1 holds NUL"),
+        ("a.jsonl", '{"__source__": "mine"}', r"a\.jsonl:1: has a column __source__, which is the name of one"),
     ],
-)
-def test_a_broken_catalogue_is_told_by_its_line(tmp_path: Path, tail: str, told: str) -> None:
-    head = "# Nothing\n\n\n" if tail.startswith("msgstr") else HEADER
+)  # fmt: skip
+def test_json_that_would_lose_a_value_is_refused_by_its_line(
+    tmp_path: Path, name: str, content: str, told: str
+) -> None:
     with pytest.raises(UserError, match=told):
-        read(written(tmp_path, "x.po", head + tail + "\n"))
+        read(written(tmp_path, name, content))
 
 
-def test_a_catalogue_that_is_the_path_of_a_file_is_not_that_file(tmp_path: Path) -> None:
-    secret = written(tmp_path, "secret.po", HEADER + 'msgid "a"\nmsgstr "secret"\n')
-    with pytest.raises(UserError, match=r"x\.po:1 is not a line"):
-        read(written(tmp_path, "x.po", str(secret.path)))
+def test_parquet_gives_every_value_or_says_why_not(tmp_path: Path) -> None:
+    import pyarrow as pa
+    from pyarrow import parquet
+
+    table = pa.table(
+        {
+            "word": pa.array(["a", None]).dictionary_encode(),
+            "nested": pa.array([{"x": "1", "y": None}, None]),
+            "list": pa.array([["a", None], []]),
+            "large": pa.array(["b", "c"], pa.large_string()),
+        }
+    )
+    parquet.write_table(table, tmp_path / "a.parquet")
+    assert cells(File("a.parquet", "some", tmp_path / "a.parquet")) == [
+        ["a", {"x": "1", "y": None}, ["a", None], "b"],
+        [None, None, [], "c"],
+    ]
+    twice = pa.Table.from_arrays([pa.array(["a"]), pa.array(["b"])], names=["text", "text"])
+    parquet.write_table(twice, tmp_path / "b.parquet")
+    with pytest.raises(UserError, match=r"b\.parquet is not Parquet"):
+        read(File("b.parquet", "some", tmp_path / "b.parquet"))
 
 
-@pytest.mark.parametrize("suffix", ["po", "mo"])
-def test_no_broken_catalogue_ends_in_anything_but_one_clear_error(tmp_path: Path, suffix: str) -> None:
-    pairs = [(f"id {number}", f"é {number}") for number in range(8)]
-    entries = "".join(f'#, fuzzy\n\nmsgctxt "c"\nmsgid "{one}"\nmsgstr "{other}"\n\n' for one, other in pairs)
-    sound = compiled(pairs) if suffix == "mo" else (HEADER + entries).encode()
-    draw = random.Random(suffix)
-    outcomes = {"read": 0, "refused": 0, "unnamed": 0}
-    for turn in range(600):
-        kind = turn % 4
-        broken = bytearray(sound)
-        if kind == 0:
-            del broken[draw.randrange(len(broken)) :]
-        elif kind == 1:
-            broken = bytearray(draw.randbytes(draw.randrange(200)))
-        else:
-            for _ in range(draw.randrange(1, 6)):
-                broken[draw.randrange(len(broken))] = (
-                    draw.choice(b'"\\\n# \x00\xff[m') if kind == 2 else draw.randrange(256)
-                )
-        try:
-            found = read(written(tmp_path, f"x.{suffix}", bytes(broken)))
-        except UserError as error:
-            outcomes["refused" if str(error).startswith(f"x.{suffix}") else "unnamed"] += 1
-        else:
-            assert all(isinstance(record["msgstr"], str) for _, record in found)
-            outcomes["read"] += 1
-    assert min(outcomes["read"], outcomes["refused"]) > 20
-    assert outcomes["unnamed"] == 0
+def test_a_whole_table_in_one_record_is_told_by_its_shape() -> None:
+    def shape(record: dict[str, Any]) -> str:
+        return tables.shape([("a", record | {"__file__": "a", "__source__": "b"})]) or ""
+
+    assert "'data' is a list of records" in shape({"version": "1", "data": [{"a": 1}]})
+    assert "to_json(orient='records', lines=True)" in shape({"text": {"0": "a"}, "summary": {"0": "b"}})
+    assert not shape({"text": "a", "of": {"n": 1}})
+    assert not shape({"text": "a", "summary": ["b"]})
+    assert tables.shape([]) is None
