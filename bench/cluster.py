@@ -71,7 +71,9 @@ def main() -> int:
 
 
 def winner(project: Path) -> list[str]:
-    refs = subprocess.run(["git", "for-each-ref", "refs/exps"], cwd=project, capture_output=True, text=True).stdout
+    refs = subprocess.run(
+        ["git", "for-each-ref", "refs/exps"], cwd=project, capture_output=True, text=True, encoding="utf-8"
+    ).stdout
     return [line.rpartition("/")[2] for line in refs.splitlines() if line.endswith("-tested")]
 
 
@@ -147,6 +149,7 @@ def run(project: Path, *command: str) -> None:
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
+        encoding="utf-8",
     )
     if done.returncode:
         raise SystemExit(f"{' '.join(command)} failed:\n{done.stdout}")

@@ -104,7 +104,7 @@ class Trial:
         hit = began[-1] if began else "dvc before a stage"
         torn = subprocess.run(
             [sys.executable, "-c", "from pipeline.commands.mend import mend; mend()"], cwd=self.project, check=True,
-            env=environment(self.project), capture_output=True, text=True,
+            env=environment(self.project), capture_output=True, text=True, encoding="utf-8",
         ).stdout  # fmt: skip
         done = run(self.project, "repro")
         resumed, mended = "going on" in done.stdout, bool(torn)
@@ -123,11 +123,11 @@ def make_project(folder: Path, project: Path) -> None:
     for one in (folder / "data", model):
         one.mkdir()
     make_clone(project, folder / "data", tiny_llama(model))
-    code = (project / "pipeline/lora/train.py").read_text()
+    code = (project / "pipeline/lora/train.py").read_text(encoding="utf-8")
     if code.count(EVERY_MINUTE) != 1:
         raise SystemExit(f"pipeline/lora/train.py has no line {EVERY_MINUTE!r} to change")
-    (project / "pipeline/lora/train.py").write_text(code.replace(EVERY_MINUTE, EVERY_STEP))
-    content = YAML(typ="safe", pure=True).load((project / paths.PARAMS).read_text())
+    (project / "pipeline/lora/train.py").write_text(code.replace(EVERY_MINUTE, EVERY_STEP), encoding="utf-8")
+    content = YAML(typ="safe", pure=True).load((project / paths.PARAMS).read_text(encoding="utf-8"))
     content["lora"] |= {"dropout": 0.1}
     content["train"] |= {"epochs": 8}
     content["generation"] |= {"max_new_tokens": 32, "batch_size": 1}
@@ -146,7 +146,7 @@ def start(project: Path, *arguments: str) -> "subprocess.Popen[str]":
     """Start `dvc` in a process group of its own."""
     return subprocess.Popen(
         ["dvc", *arguments], cwd=project, env=environment(project), stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, encoding="utf-8", start_new_session=True,
     )  # fmt: skip
 
 
@@ -164,7 +164,7 @@ def artifacts(project: Path) -> dict[str, str]:
             name = path.relative_to(project)
             if path.is_file() and not name.is_relative_to(paths.COSTS):
                 found[name.as_posix()] = records.sha256_file(path)
-    locked = YAML(typ="safe", pure=True).load((project / paths.DVC_LOCK).read_text())["stages"]
+    locked = YAML(typ="safe", pure=True).load((project / paths.DVC_LOCK).read_text(encoding="utf-8"))["stages"]
     found |= {f"dvc.lock: {stage}": repr(sorted(content.items())) for stage, content in locked.items()}
     return found | {"MLflow": recorded(project)}
 

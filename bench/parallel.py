@@ -54,10 +54,13 @@ def make_project(project: Path) -> None:
             '    elif stage == "train":\n',
             '    elif stage == "train":\n'
             f'        assert p["lora"]["r"] != {FAILING_RANK}, "rank {FAILING_RANK} is planted to fail"\n',
-        )
+        ),
+        encoding="utf-8",
     )
-    (project / "dvc.yaml").write_text(DVC_YAML)
-    (project / ".gitignore").write_text("/out/\n/reports/index.html\n/.mlflow/\n/.scratch/\n__pycache__/\n")
+    (project / "dvc.yaml").write_text(DVC_YAML, encoding="utf-8")
+    (project / ".gitignore").write_text(
+        "/out/\n/reports/index.html\n/.mlflow/\n/.scratch/\n__pycache__/\n", encoding="utf-8"
+    )
     shutil.copy(ROOT / "params.yaml", project / "params.yaml")
     for command in ("git init -q", "dvc init -q", "git add -A", "git commit -qm start"):
         subprocess.run(command.split(), cwd=project, check=True, env=environment(project))
@@ -68,7 +71,7 @@ def sweep(project: Path, jobs: int, *overrides: str) -> "subprocess.CompletedPro
     return subprocess.run(
         [sys.executable, "-c", SWEEP, str(jobs), *overrides], cwd=project,
         env=environment(project) | {"PYTHONPATH": str(ROOT)},
-        stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, encoding="utf-8",
     )  # fmt: skip
 
 
@@ -85,7 +88,7 @@ def runs(project: Path) -> dict[str, list[str]]:
             folder = Path(artifacts.removeprefix("file://"))
             adapter = folder / "adapter/17/adapter_config.json"
             whole = {"rouge1.tuned", "training/final_loss", "train/loss"} <= metrics and adapter.is_file()
-            whole = whole and json.loads(adapter.read_text()) == {"r": int(rank)}
+            whole = whole and json.loads(adapter.read_text(encoding="utf-8")) == {"r": int(rank)}
             whole = whole and (folder / "tables/predictions.json").is_file() and (folder / "dvc.lock").is_file()
             found.setdefault(rank, []).append(status if whole else f"{status}, incomplete")
     return found

@@ -88,7 +88,9 @@ def stage(processes: int, *command: str, **settings: object) -> float:
     edit(Path(), runtime={"processes": processes, "sharding": "none", "keep_dequantized": True, **settings})
     started = time.monotonic()
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    done = subprocess.run([sys.executable, "-m", *command], env=environment, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-m", *command], env=environment, capture_output=True, text=True, encoding="utf-8"
+    )
     if done.returncode:
         sys.exit(done.stdout + done.stderr)
     return time.monotonic() - started

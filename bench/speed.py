@@ -101,7 +101,7 @@ def run(engine: str, setting: str = "") -> Result:
     """One measurement in its own process; SystemExit with its output if it fails."""
     print(f"measuring {engine} {setting}", file=sys.stderr, flush=True)
     command = [sys.executable, "-m", "bench.engines", engine, *([setting] if setting else [])]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, encoding="utf-8", check=False)
     lines = [line for line in done.stdout.splitlines() if line.startswith("result ")]
     if done.returncode or not lines:
         sys.exit(f"error: {engine} {setting} failed\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}")

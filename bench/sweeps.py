@@ -78,7 +78,9 @@ def main() -> int:
 def verdict(project: Path, code: int) -> int:
     """Print the result of the search by its table, the log, git and MLflow; 0 if all is as it should be."""
     rows, ran = table(project), stages(project)
-    refs = subprocess.run(["git", "for-each-ref", "refs/exps"], cwd=project, capture_output=True, text=True).stdout
+    refs = subprocess.run(
+        ["git", "for-each-ref", "refs/exps"], cwd=project, capture_output=True, text=True, encoding="utf-8"
+    ).stdout
     names = {line.rpartition("/")[2] for line in refs.splitlines()}
     experiments = [row["experiment"] for row in rows if row["experiment"] in names]
     losses = {row["experiment"]: float(row["validation_loss"]) for row in rows}
@@ -100,7 +102,7 @@ def make_project(folder: Path, default: bool) -> Path:
     if default:
         (folder / "unused").mkdir()
         make_clone(project, folder / "unused", folder)
-        content = YAML(typ="safe", pure=True).load((ROOT / "params.default.yaml").read_text())
+        content = YAML(typ="safe", pure=True).load((ROOT / "params.default.yaml").read_text(encoding="utf-8"))
         content["data"]["limits"] = {"train": 48, "validation": 12, "test": 12}
         content["train"]["batch_size"] = 6
         content["quantize"]["perplexity_tokens"] = 512
@@ -109,15 +111,15 @@ def make_project(folder: Path, default: bool) -> Path:
     else:
         kills.make_project(folder, project)
     stage = project / "pipeline/core/stage.py"
-    code = stage.read_text()
+    code = stage.read_text(encoding="utf-8")
     if code.count(LEFTOVERS) != 1:
         raise SystemExit(f"pipeline/core/stage.py has no line {LEFTOVERS!r} to change")
-    stage.write_text(code.replace(LEFTOVERS, LEFTOVERS + LINE))
+    stage.write_text(code.replace(LEFTOVERS, LEFTOVERS + LINE), encoding="utf-8")
     YAML().dump(PLAN, project / "rates.yaml")
     for command in ("git add -A", "git commit -qm search", "dvc repro", "git add -A", "git commit -qm base"):
         done = subprocess.run(
             command.split(), cwd=project, env=kills.environment(project), stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT, text=True,
+            stderr=subprocess.STDOUT, text=True, encoding="utf-8",
         )  # fmt: skip
         if done.returncode:
             raise SystemExit(f"{command} failed:\n{done.stdout}")
@@ -130,7 +132,7 @@ def start(project: Path, *arguments: str, **variables: str) -> "subprocess.Popen
     own = kills.environment(project) | {"PYTHONPATH": str(ROOT), "BENCH_LOG": str(log(project))} | variables
     return subprocess.Popen(
         [sys.executable, "-c", "from pipeline.commands.cli import app; app()", *arguments], cwd=project, env=own,
-        stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, encoding="utf-8",
     )  # fmt: skip
 
 
@@ -140,7 +142,7 @@ def log(project: Path) -> Path:
 
 def stages(project: Path) -> list[str]:
     """The stages that were computed after the base, in order."""
-    return log(project).read_text().splitlines() if log(project).exists() else []
+    return log(project).read_text(encoding="utf-8").splitlines() if log(project).exists() else []
 
 
 def table(project: Path) -> list[dict[str, str]]:

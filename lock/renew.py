@@ -80,7 +80,7 @@ def resolve(file: Path, sources: Iterable[str], without: set[str], given: str = 
     command += ["--no-annotate", "--no-header"]
     if file.stem != "build":
         command += ["--build-constraints", str(file.parent / "build.txt")]
-    if subprocess.run(command, cwd=ROOT, input=given, text=True).returncode:
+    if subprocess.run(command, cwd=ROOT, input=given, text=True, encoding="utf-8").returncode:
         sys.exit("error: no lock was written")
     text = HEADER + file.read_text(encoding="utf-8").replace(EVERYWHERE, "")
     file.write_text(text, encoding="utf-8")

@@ -10,11 +10,15 @@ import typer
 from typer.core import TyperGroup
 
 from pipeline.core.errors import UserError
-from pipeline.core.progress import say
+from pipeline.core.progress import print_in_any_locale, say
 
 
 class Commands(TyperGroup):
     """Prints a UserError as one message without a traceback, and exits with 1."""
+
+    def main(self, *arguments: Any, **options: Any) -> Any:
+        print_in_any_locale()  # before --help as well
+        return super().main(*arguments, **options)
 
     def invoke(self, ctx: Any) -> Any:
         try:

@@ -23,8 +23,15 @@ def run(*arguments: str, cwd: Path | None = None) -> str:
 
 
 def ask(*arguments: str, cwd: Path | None = None) -> str | None:
-    """As `run`, but None where that fails: no git, no repository, no commit, no such name or setting."""
+    """As `run`, but None where the answer is that there is none: no repository, no commit, no such name or setting.
+
+    UserError, with git's own words, where there is a repository that git cannot read or refuses: one of another owner,
+    a damaged one, or one without git to read it. To take that for none would lose the commit of a result.
+    """
     try:
         return run(*arguments, cwd=cwd)
     except UserError:
+        here = (cwd or Path()).resolve()
+        if any((folder / ".git").exists() for folder in (here, *here.parents)):
+            run("rev-parse", "--git-dir", cwd=cwd)
         return None

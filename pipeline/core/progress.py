@@ -1,5 +1,7 @@
 """Progress of long work: a bar with rate and remaining time on a terminal, plain lines elsewhere."""
 
+import codecs
+import io
 import json
 import os
 import sys
@@ -17,6 +19,31 @@ SECONDS_BETWEEN_LINES = 10.0
 
 VALIDATIONS = "LORA_REPRO_VALIDATIONS"
 """Environment variable with the path of a file. A search reads a trial's validation losses from it during training."""
+
+
+def print_in_any_locale() -> None:
+    """Let this process print to a terminal or a log whose encoding lacks a character: another stands for it.
+
+    Without it the first arrow of a verdict would end a program whose locale is C or ISO-8859-1.
+    """
+    codecs.register_error("plain", _plain)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper) and stream.errors in ("strict", "surrogateescape"):
+            stream.reconfigure(errors="plain")
+
+
+PLAIN = {
+    "→": "->", "−": "-", "–": "-", "—": "-", "…": "...", "≤": "<=", "≥": ">=", "×": "x", "±": "+-",
+    "“": '"', "”": '"', "„": '"', "‘": "'", "’": "'", "\u00a0": " ", "\u202f": " ",
+}  # fmt: skip
+"""What stands for a character of ours where it cannot be printed. `?` stands for any other."""
+
+
+def _plain(error: UnicodeError) -> tuple[str | bytes, int]:
+    if not isinstance(error, UnicodeEncodeError):
+        raise error
+    text = error.object[error.start : error.end]
+    return "".join(PLAIN.get(character, "?") for character in text), error.end
 
 
 def say(message: str) -> None:

@@ -22,6 +22,7 @@ from filelock import FileLock, Timeout
 
 from pipeline.core import energy, params, paths, records
 from pipeline.core.errors import UserError, listing, panics_told
+from pipeline.core.progress import print_in_any_locale
 
 COMPUTING = (
     "torch", "transformers", "peft", "bitsandbytes", "accelerate", "tokenizers", "sentencepiece", "safetensors", "gguf",
@@ -80,6 +81,7 @@ def process(
     interrupted process exits with 130.
     """
     set_environment()
+    print_in_any_locale()
     started = time.monotonic()
     try:
         if not shared and int(os.environ.get("WORLD_SIZE", "1")) > 1:
@@ -146,7 +148,7 @@ def alone(name: str) -> Iterator[None]:
         lock.acquire(blocking=False)
     except Timeout:
         try:
-            pid = holder.read_text()
+            pid = holder.read_text(encoding="utf-8")
         except FileNotFoundError:  # the other process has only just begun, or is ending
             pid = "<pid>"
         raise UserError(

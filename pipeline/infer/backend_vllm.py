@@ -66,7 +66,9 @@ def load(setup: Setup) -> Engine:
         "stops": sorted(setup.config.eos_token_id),
         "probe": [one % records.read_json(paths.QUANTIZED / "config.json")["vocab_size"] for one in PROBE],
     }
-    worker = subprocess.Popen([python, vllm_worker.__file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    worker = subprocess.Popen(
+        [python, vllm_worker.__file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, encoding="utf-8"
+    )
     try:
         answer = _exchange(worker, wanted)
         if "error" in answer:

@@ -365,9 +365,9 @@ def main_memory() -> float:
     free = float(psutil.virtual_memory().available)
     for folder, limit, used, files in CGROUPS:
         try:
-            stat = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
-            taken = float((folder / used).read_text()) - float(stat.get(files, 0))
-            free = min(free, float((folder / limit).read_text()) - taken)
+            stat = dict(line.split() for line in (folder / "memory.stat").read_text(encoding="utf-8").splitlines())
+            taken = float((folder / used).read_text(encoding="utf-8")) - float(stat.get(files, 0))
+            free = min(free, float((folder / limit).read_text(encoding="utf-8")) - taken)
         except (OSError, ValueError):  # no such file, or `max`
             continue
     return (1 - SPARE) * free

@@ -114,7 +114,12 @@ def missing(lock: Path) -> int:
 def cache_folder(folder: Path) -> Path:
     """The folder of the cache of the project in `folder`; UserError if it is not in a project."""
     done = subprocess.run(
-        [sys.executable, "-m", "dvc", "cache", "dir"], cwd=folder, capture_output=True, text=True, check=False
+        [sys.executable, "-m", "dvc", "cache", "dir"],
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        encoding="utf-8",
+        check=False,
     )
     if done.returncode:
         raise UserError(f"`dvc cache dir` failed: {done.stderr.strip()}\nRun this in the project folder")

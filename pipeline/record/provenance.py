@@ -49,23 +49,22 @@ def is_commit(text: str) -> bool:
 def commit(folder: Path) -> tuple[str | None, bool]:
     """The commit checked out at `folder`, and whether `folder` differs from it, apart from `RESULTS`.
 
-    `(None, False)` outside a git repository, before its first commit, and without git.
+    `(None, False)` outside a git repository, and before its first commit. UserError for a repository that git refuses.
     """
     sha = git.ask("rev-parse", "--verify", "HEAD", cwd=folder)
     if sha is None:
         return None, False
     excluded = [f":(exclude){name}" for name in RESULTS]
-    status = git.ask("status", "--porcelain", "--", ".", *excluded, cwd=folder)
-    return sha, status != ""
+    return sha, git.run("status", "--porcelain", "--", ".", *excluded, cwd=folder) != ""
 
 
 def changes(folder: Path) -> list[str]:
     """The files of `folder` that differ from its commit, apart from `RESULTS`, as paths relative to it."""
     excluded = [f":(exclude){name}" for name in RESULTS]
     listing = ("status", "--porcelain", "-z", "--no-renames", "--untracked-files=all", "--", ".", *excluded)
-    listed = git.ask(*listing, cwd=folder)
-    prefix = git.ask("rev-parse", "--show-prefix", cwd=folder) or ""
-    return sorted(entry[3:].removeprefix(prefix) for entry in (listed or "").split("\0") if entry)
+    prefix = git.ask("rev-parse", "--show-prefix", cwd=folder)
+    listed = "" if prefix is None else git.run(*listing, cwd=folder)
+    return sorted(entry[3:].removeprefix(prefix or "") for entry in listed.split("\0") if entry)
 
 
 def experiment() -> str | None:
@@ -112,7 +111,7 @@ def _cpu_model() -> str:
 def _output(*command: str) -> str | None:
     """What a command printed; None when it failed or does not exist."""
     try:
-        done = subprocess.run(command, capture_output=True, text=True, check=True)
+        done = subprocess.run(command, capture_output=True, text=True, encoding="utf-8", check=True)
     except (OSError, subprocess.CalledProcessError):
         return None
     return done.stdout.strip("\n")

@@ -47,8 +47,6 @@ def opened(tracking: params.Tracking) -> Iterator[Any]:
         os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
         os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")  # read when mlflow is imported
         os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
-        # MLflow's own 7 retries take more than four minutes where no server answers.
-        os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "3")
         logging.getLogger("alembic").setLevel(logging.WARNING)
         from mlflow import MlflowClient
         from mlflow.exceptions import MlflowException
@@ -65,7 +63,7 @@ def opened(tracking: params.Tracking) -> Iterator[Any]:
         except MlflowException as error:
             raise UserError(
                 f"the MLflow store {uri} refused: {str(error).partition(chr(10))[0]}\n"
-                "No result is lost: all are in out/. Mend the store or its address; `dvc repro` then records them"
+                "No result is lost: mend the store or its address, and run `dvc repro` again"
             ) from error
 
 

@@ -155,7 +155,9 @@ def _queue(combinations: Sequence[Combination], overrides: Sequence[str]) -> Ite
     """Queue all combinations by one command, and yield each one's name. UserError with DVC's message if it refuses."""
     settings = itertools.chain.from_iterable(("-S", override) for override in overrides)
     command = ["dvc", "exp", "run", "--queue", *settings]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, encoding="utf-8"
+    ) as process:
         assert process.stdout is not None
         printed, left = [], iter(combinations)
         for line in process.stdout:
@@ -237,7 +239,12 @@ def _remove(names: Iterable[str]) -> None:
 def _dvc(*arguments: str) -> str:
     """The output of a DVC command, whether or not it succeeded."""
     done = subprocess.run(
-        ["dvc", *arguments], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, text=True
+        ["dvc", *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        stdin=subprocess.DEVNULL,
+        text=True,
+        encoding="utf-8",
     )
     return done.stdout
 

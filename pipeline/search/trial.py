@@ -353,7 +353,13 @@ def _publish_cache(source: Source, project: Path, targets: Sequence[str]) -> Non
         return
     command = ["dvc", "push", "--run-cache", *(["--with-deps", *targets] if targets else [])]
     done = subprocess.run(
-        command, cwd=project, env=_environment(source), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        command,
+        cwd=project,
+        env=_environment(source),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        encoding="utf-8",
     )
     if done.returncode:
         raise UserError(f"`{' '.join(command)}` failed:\n{tail(done.stdout)}")

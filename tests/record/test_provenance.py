@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from pipeline.core.errors import UserError
 from pipeline.record import provenance
 
 
@@ -90,9 +91,10 @@ def test_no_commit_outside_a_repository_nor_before_the_first(tmp_path: Path, mon
     assert provenance.commit(tmp_path) == (None, False)
 
 
-def test_no_commit_without_git(repository: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_repository_without_git_is_not_taken_for_none(repository: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", "")
-    assert provenance.commit(repository) == (None, False)
+    with pytest.raises(UserError, match="did not start"):
+        provenance.commit(repository)
 
 
 def test_experiment_is_dvcs_name_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
