@@ -27,6 +27,11 @@ from pipeline.record.runs import DIGEST, FINISHED, Record, Stored
 VIEW = "scores"
 """The name of the view in the menu Views of MLflow's list of runs, which shows no score by itself."""
 
+PATIENCE = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2", "MLFLOW_HTTP_REQUEST_TIMEOUT": "60"}
+"""How long MLflow waits for a server, read when it is imported. By itself it tries for minutes: 7 times, 120 s each."""
+SECONDS_TO_BEGIN = 15.0
+"""How long a server may take for the first answer of all. It may be starting."""
+
 # MLflow's server refuses larger batches.
 MAX_PARAMS_A_BATCH, MAX_METRICS_A_BATCH = 100, 1000
 
@@ -39,6 +44,7 @@ def opened(tracking: params.Tracking) -> Iterator[Any]:
     and two that look for one digest at once would both write it. UserError if the store refuses anything.
     """
     uri = address.tracking_uri(tracking)
+    address.require_reachable(tracking, SECONDS_TO_BEGIN)
     home = address.home(tracking)
     home.mkdir(parents=True, exist_ok=True)
     with FileLock(home / ".lock"), warnings.catch_warnings():
@@ -47,6 +53,8 @@ def opened(tracking: params.Tracking) -> Iterator[Any]:
         os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
         os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")  # read when mlflow is imported
         os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
+        for name, value in PATIENCE.items():
+            os.environ.setdefault(name, value)
         logging.getLogger("alembic").setLevel(logging.WARNING)
         from mlflow import MlflowClient
         from mlflow.exceptions import MlflowException
@@ -63,7 +71,7 @@ def opened(tracking: params.Tracking) -> Iterator[Any]:
         except MlflowException as error:
             raise UserError(
                 f"the MLflow store {uri} refused: {str(error).partition(chr(10))[0]}\n"
-                "No result is lost: mend the store or its address, and run `dvc repro` again"
+                f"Mend the store or its address. {address.KEPT}"
             ) from error
 
 
