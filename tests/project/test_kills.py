@@ -41,7 +41,9 @@ SCRIPTS: dict[str, Identity] = {
     "compare": ("stages.compare",),
 }
 KILLS = (
-    dict.fromkeys(SCRIPTS, 2) | {"train@17": 5} | dict.fromkeys(("prepare", "prompts", "evaluate@base", "forget@17"), 1)
+    dict.fromkeys(SCRIPTS, 2)
+    | {"train@17": 5}
+    | dict.fromkeys(("prepare", "prompts", "evaluate@base", "forget@17", "compare"), 1)
 )
 
 
@@ -163,7 +165,8 @@ def test_a_killed_dvc_and_an_orphaned_trainer(clone: Path, project: Project, sec
     YAML().dump({"stages": {"train": definitions["train"]}}, clone / paths.DVC_YAML)
     for made in (paths.DATA, paths.QUANTIZED):
         shutil.copytree(project.folder / made, clone / made)
-    shutil.copy(project.folder / paths.QUANTIZED_FACTS, clone / paths.QUANTIZED_FACTS)
+    for file in (paths.QUANTIZED_FACTS, paths.FITTING):
+        shutil.copy(project.folder / file, clone / file)
 
     def states() -> list[int]:
         with contextlib.suppress(FileNotFoundError):  # removed between being listed and being looked at
