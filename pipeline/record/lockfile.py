@@ -3,6 +3,7 @@
 The files are read here, not through DVC, which takes seconds and trusts what is to be checked.
 """
 
+import os
 import re
 import subprocess
 import sys
@@ -113,17 +114,14 @@ def missing(lock: Path) -> int:
 
 def cache_folder(folder: Path) -> Path:
     """The folder of the cache of the project in `folder`; UserError if it is not in a project."""
-    done = subprocess.run(
-        [sys.executable, "-m", "dvc", "cache", "dir"],
-        cwd=folder,
-        capture_output=True,
-        text=True,
-        encoding="utf-8",
-        check=False,
-    )
+    # In UTF-8 whatever the locale is: the path may have other characters than the locale.
+    surroundings = os.environ | {"PYTHONUTF8": "1", "PYTHONIOENCODING": "utf-8:surrogateescape"}
+    command = [sys.executable, "-m", "dvc", "cache", "dir"]
+    done = subprocess.run(command, cwd=folder, env=surroundings, capture_output=True, check=False)
     if done.returncode:
-        raise UserError(f"`dvc cache dir` failed: {done.stderr.strip()}\nRun this in the project folder")
-    return Path(done.stdout.strip())
+        message = done.stderr.decode("utf-8", "replace").strip()
+        raise UserError(f"`dvc cache dir` failed: {message}\nRun this in the project folder")
+    return Path(os.fsdecode(done.stdout.removesuffix(b"\n")))
 
 
 def text(path: Path) -> str:

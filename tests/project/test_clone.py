@@ -30,7 +30,9 @@ def repository(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("settings", [["core.autocrlf=true"], ["core.autocrlf=true", "core.eol=crlf"], ["core.eol=crlf"]])
+@pytest.mark.parametrize(
+    "settings", [["core.autocrlf=true"], ["core.autocrlf=true", "core.eol=crlf"], ["core.eol=crlf"]]
+)
 def test_line_ends_stay_whatever_git_is_set_to(settings: list[str], repository: Path, tmp_path: Path) -> None:
     """`core.autocrlf=true` is what Git for Windows installs, and WSL then uses."""
     options = [word for setting in settings for word in ("-c", setting)]

@@ -3,10 +3,11 @@
 import re
 import shlex
 from collections.abc import Callable, Iterator
+from dataclasses import fields
 from importlib.util import find_spec
 from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 from dvc.cli.parser import DvcParser, get_main_parser
@@ -14,9 +15,12 @@ from ruamel.yaml import YAML
 from typer.exceptions import TyperException
 from typer.main import get_command
 
+from pipeline import forget
 from pipeline.commands.cli import app
-from pipeline.core import yaml12
+from pipeline.core import contracts, params, yaml12
 from pipeline.core.errors import UserError
+from pipeline.prepare import chats
+from pipeline.sources import tables
 from tests import ROOT
 
 PAGES = sorted([*(ROOT / "docs").glob("*.md"), ROOT / "README.md", ROOT / "CONTRIBUTING.md"])
@@ -37,6 +41,19 @@ def test_every_test_that_a_page_names_exists(page: Path) -> None:
         wanted += [rf"def test_\w*{part}"] if part else []
         missing += [f"{file} {pattern}" for pattern in wanted if not re.search(pattern, text, re.MULTILINE)]
     assert missing == []
+
+
+def test_what_happens_to_a_row_is_told_for_every_reader_format_and_count() -> None:
+    text = (ROOT / "docs" / "data.md").read_text(encoding="utf-8").partition("## What happens to a row")[2]
+    readers = re.findall(r"\.\w+", tables.SUFFIXES)
+    assert len(readers) == 7
+    formats = get_args(params.Data.model_fields["format"].annotation)
+    assert len(formats) == 3
+    counts = [one.name for one in fields(contracts.Split) if one.default is None]
+    assert len(counts) == 5
+    named = [*readers, *forget.PLAIN, *(f"format: {one}" for one in formats), *counts]
+    named += [*chats.SYSTEM, "filtered", "dropped", "held_out", "merged"]
+    assert [name for name in named if f"`{name}`" not in text] == []
 
 
 # Commands, parameters and code in the pages

@@ -5,6 +5,8 @@ and inputs made by hand that once ended in a traceback or not at all.
 """
 
 import copy
+import csv
+import io
 import json
 import random
 import re
@@ -13,7 +15,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 from xml.etree import ElementTree
 
 import pytest
@@ -25,13 +27,14 @@ from pipeline.core import text as sentences
 from pipeline.core.errors import UserError, without_passwords
 from pipeline.fetch import fetch, gguf_layout
 from pipeline.model.prompt import Encoder
-from pipeline.prepare import leaks, prepare, splits
+from pipeline.prepare import cells, chats, leaks, prepare, splits
 from pipeline.record import address, lockfile
 from pipeline.report import figures, page, wording
 from pipeline.report import marks as overlap
 from pipeline.score import metrics
 from pipeline.search import trial
 from pipeline.sources import source, tables, wheels
+from pipeline.sources.account import Account
 from tests import ROOT
 from tests.limits import soon
 from tests.made.comparison import comparison
@@ -294,6 +297,161 @@ class TestRows:
         assert "train.jsonl:1: id = '\\ud800': holds half of a surrogate pair" in told(
             lambda: read(file, section("aclsum"))
         )
+
+
+class TestNothingIsLost:
+    """Whatever a record holds comes back as it was, is counted, or is refused: the sums agree."""
+
+    PIECES = ('"', '""', "a", "b c", " ", ",", "'", "\\", "é", "\ufeff", "\u2028", '"x"', ";", "|", "# ")
+
+    def fields(self, draw: random.Random, more: str) -> list[list[str]]:
+        pieces = (*self.PIECES, *more)
+        return [
+            ["x", "y", "z"],
+            *(["".join(draw.choices(pieces, k=draw.randrange(4))) for _ in range(3)] for _ in range(4)),
+        ]
+
+    @pytest.mark.parametrize("delimiter", ["\t", ",", ";", "|"])
+    def test_any_table_that_a_program_wrote(self, delimiter: str, tmp_path: Path) -> None:
+        draw = random.Random(9)
+        file = tmp_path / ("a.tsv" if delimiter == "\t" else "a.csv")
+        whole = 0
+        for _ in range(250):
+            quoting: Literal[0, 1] = draw.choice((csv.QUOTE_MINIMAL, csv.QUOTE_ALL))
+            table = self.fields(draw, "\t\n")
+            text = io.StringIO()
+            csv.writer(
+                text, delimiter=delimiter, quoting=quoting, lineterminator=draw.choice(("\n", "\r\n"))
+            ).writerows(table)
+            whole += self.is_read(file, text.getvalue(), table, quoting == csv.QUOTE_ALL)
+        assert whole > 200
+
+    def test_any_table_with_tabs_that_nothing_quoted(self, tmp_path: Path) -> None:
+        draw = random.Random(10)
+        whole = 0
+        for _ in range(250):
+            table = self.fields(draw, "")
+            whole += self.is_read(tmp_path / "a.tsv", "\n".join(map("\t".join, table)), table, False)
+        assert whole > 150
+
+    def is_read(self, file: Path, text: str, table: list[list[str]], must_be: bool) -> bool:
+        """Whether the text is read, which is then as the table; else it is refused, which some texts must not be."""
+        found: list[list[str]] = []
+        file.write_text(text, encoding="utf-8", newline="")
+
+        def read_all() -> None:
+            located = tables.records(tables.File(file.name, "source", file), "utf-8")
+            found.extend([record["x"], record["y"], record["z"]] for _, record in located)
+
+        said = told(read_all)
+        joined = any(row[0].startswith("\ufeff") for row in table)
+        assert not (said and must_be and not joined), (text, said)
+        if said:
+            assert said.startswith(f"{file.name}:")
+        else:
+            assert found == table[1:], text
+        return not said
+
+    def test_any_header_with_a_name_twice(self, tmp_path: Path) -> None:
+        draw = random.Random(11)
+        for _ in range(100):
+            names = [draw.choice("abcdef") for _ in range(draw.randrange(2, 7))]
+            file = tmp_path / draw.choice(("a.csv", "a.tsv"))
+            delimiter = "\t" if file.suffix == ".tsv" else draw.choice(",;|")
+            file.write_text(f"{delimiter.join(names)}\n{delimiter.join('1' for _ in names)}\n")
+            there = tables.File(file.name, "source", file)
+            said = told(lambda there=there: list(tables.records(there, "utf-8")))  # type: ignore[misc]
+            assert ("column names repeat" in said) == (len(set(names)) < len(names))
+
+    def test_any_object_with_a_key_twice(self, tmp_path: Path) -> None:
+        draw = random.Random(12)
+        file = tmp_path / "a.jsonl"
+
+        def made(depth: int, twice: bool) -> str:
+            """An object in JSON; `twice`: it, or one within it, has a key twice."""
+            keys = draw.sample("abcdef", 3)
+            within = twice and depth > 0 and draw.random() < 0.7
+            values = (
+                [made(depth - 1, within), "[" + made(depth - 1, False) + "]", "1"] if depth else ["1", "null", "{}"]
+            )
+            pairs = [f'"{key}": {value}' for key, value in zip(keys, values, strict=True)]
+            if twice and not within:
+                key = keys[0] if draw.random() < 0.5 else f"\\u{ord(keys[0]):04x}"
+                pairs.insert(draw.randrange(4), f'"{key}": {draw.choice(("1", "null", "[]"))}')
+            return "{" + ", ".join(pairs) + "}"
+
+        there = tables.File(file.name, "source", file)
+        for number in range(200):
+            twice = number % 2 == 1
+            file.write_text("{}\n" + made(draw.randrange(3), twice) + "\n")
+            said = told(lambda: list(tables.records(there, "utf-8")))
+            assert said.startswith("a.jsonl:2 is not a line of JSON: the key") == twice, file.read_text()
+
+    VALUES: tuple[Any, ...] = (
+        None,
+        "",
+        "x",
+        0,
+        1,
+        0.5,
+        True,
+        False,
+        [],
+        ["x"],
+        {},
+        {"a": None},
+        {"a": "x"},
+        "[]",
+        "null",
+    )
+    BESIDE = (*chats.BESIDE, *chats.SYSTEM, *chats.NOT_WANTED, "score", "source", "conversations")
+    WITHIN = (*chats.WITHIN, *chats.LEARN, "weight", "mood", "value", "from")
+
+    def test_any_fields_of_a_chat(self, tmp_path: Path) -> None:
+        draw = random.Random(13)
+        file = tmp_path / "train.jsonl"
+        read_whole = dropped = refused = 0
+        for _ in range(500):
+            turns = [
+                {"role": role, "content": f"text of {role}"} for role in ("user", "assistant") * draw.choice((1, 2))
+            ]
+            record: dict[str, Any] = {"messages": turns}
+            for _ in range(draw.randrange(4)):
+                if draw.random() < 0.5:
+                    record[draw.choice(self.BESIDE)] = draw.choice(self.VALUES)
+                else:
+                    draw.choice(turns)[draw.choice(self.WITHIN)] = draw.choice(self.VALUES)
+            file.write_text(json.dumps(record))
+            account = Account()
+            rows: list[records.Example] = []
+            there = tables.File(file.name, "source", file)
+
+            def read_all(
+                there: tables.File = there, account: Account = account, rows: list[records.Example] = rows
+            ) -> None:
+                rows.extend(prepare.examples(section("chat"), "train", there, 0, account))
+
+            if said := told(read_all):
+                assert said.startswith("train.jsonl:1: ")
+                refused += 1
+                continue
+            assert len(rows) + account.dropped_records == 1
+            if account.dropped:
+                dropped += 1
+                continue
+            read_whole += 1
+            said_before = [turn["content"] for turn in rows[0].history]
+            for name, value in record.items():
+                if not cells.is_empty(value) and name in chats.SYSTEM:
+                    assert said_before[0] == value
+                elif not cells.is_empty(value) and name != "messages":
+                    assert account.unused[name] == 1
+                    assert name not in chats.BESIDE
+            for name in {name for turn in turns for name in turn} - {"role", "content", "weight", *chats.LEARN}:
+                held = sum(not cells.is_empty(turn.get(name)) for turn in turns)
+                assert account.unused[f"messages.{name}"] == held
+                assert not (held and name in chats.WITHIN)
+        assert min(read_whole, dropped, refused) > 20
 
 
 UNITS = (
