@@ -19,6 +19,8 @@ from pipeline.core.text import words
 from pipeline.prepare.splits import Split, context, plain
 
 SHINGLE_WORDS = 8
+MANY_OWNERS = 1000
+"""Counting this many owners of a text's shingles takes longer than looking up an earlier count."""
 
 
 class Overlap:
@@ -42,6 +44,7 @@ class Overlap:
         joined = np.concatenate([np.empty(0, np.uint64), *hashes])
         order = np.argsort(joined, kind="stable")
         self.hashes, self.owners = joined[order], owners[order]
+        self.counted: dict[tuple[int, bytes], bool] = {}
 
     def kind(self, text: str) -> str | None:
         """ "exact", "near" or None."""
@@ -50,10 +53,25 @@ class Overlap:
         shingles = self._shingles(text)
         start = np.searchsorted(self.hashes, shingles, side="left")
         end = np.searchsorted(self.hashes, shingles, side="right")
-        if not len(shingles) or np.count_nonzero(end > start) / len(shingles) < self.threshold:
+        hit = end > start
+        if not len(shingles) or np.count_nonzero(hit) / len(shingles) < self.threshold:
             return None
-        owners = np.concatenate([self.owners[a:b] for a, b in zip(start, end, strict=True) if b > a])
-        return "near" if np.bincount(owners).max() / len(shingles) >= self.threshold else None
+        return "near" if self._is_near(start[hit], end[hit], len(shingles)) else None
+
+    def _is_near(self, start: NDArray[np.int64], end: NDArray[np.int64], shingles: int) -> bool:
+        """Whether one text owns enough of `shingles` shingles, of which self.owners[start:end] own one each.
+
+        A template that all rows share has them all as owners, for every row again. Texts with the same hits have the
+        same answer, so the time grows with the rows, and not with their square.
+        """
+        known = (shingles, start.tobytes())
+        if known in self.counted:
+            return self.counted[known]
+        owners = np.concatenate([self.owners[a:b] for a, b in zip(start, end, strict=True)])
+        near = bool(np.bincount(owners).max() / shingles >= self.threshold)
+        if len(owners) >= MANY_OWNERS:
+            self.counted[known] = near
+        return near
 
     def _shingles(self, text: str) -> NDArray[np.uint64]:
         runs = words(" ".join(re.findall(r"\w+", text.casefold())))

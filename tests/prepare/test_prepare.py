@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from pipeline.core import params, paths
@@ -556,6 +557,25 @@ def test_shingles_agree_with_sets_of_words() -> None:
                 assert (overlap.kind(text) is not None) == (shared >= threshold)
                 compared += 1
     assert compared == 3 * 4 * 12
+
+
+def test_a_template_that_all_rows_share_takes_no_square_of_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All texts own its shingles. Halves of two templates make rows that are near to nothing, and are no less work."""
+    counted, bincount = 0, np.bincount
+
+    def counting(owners: Any) -> Any:
+        nonlocal counted
+        counted += len(owners)
+        return bincount(owners)
+
+    monkeypatch.setattr(np, "bincount", counting)
+    one, other = words(0, 30), words(100, 30)
+    held_out = [f"{template} {number}" for number in range(2000) for template in (one, other)]
+    overlap = Overlap(held_out, 0.6)
+    assert {overlap.kind(f"{one} x{number}") for number in range(2000)} == {"near"}
+    assert {overlap.kind(f"{one} x{number} {other}") for number in range(2000)} == {None}
+    assert {overlap.kind(f"{one} {number}") for number in range(5)} == {"exact"}
+    assert 0 < counted < 10 * len(held_out) * 2 * 30
 
 
 # Limits

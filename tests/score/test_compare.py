@@ -42,6 +42,14 @@ def test_cut() -> None:
     assert reference_lines.cut("猫在跑", "狗叫") == "猫 在"  # no metric sees the space
 
 
+def test_one_giant_group_has_no_square_of_texts() -> None:
+    rows = [example(str(i), "g", ASPECTS[i % 2], "source text", f"t{i}", "") for i in range(2000)]
+    texts = reference_lines.texts(rows, [""] * len(rows), ["rouge1"])[1].texts
+    assert texts[0] == [f"t{i}" for i in range(1, 2 * reference_lines.MOST_OTHERS, 2)]
+    assert texts[1] == [f"t{i}" for i in range(0, 2 * reference_lines.MOST_OTHERS, 2)]
+    assert {len(some) for some in texts} == {reference_lines.MOST_OTHERS}
+
+
 # --- whole comparisons ---
 
 
