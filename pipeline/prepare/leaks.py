@@ -5,7 +5,6 @@ appendix C, over 8 to 13 words).
 """
 
 import hashlib
-import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from functools import partial
@@ -15,7 +14,7 @@ from numpy.typing import NDArray
 
 from pipeline.core import progress
 from pipeline.core.records import Example
-from pipeline.core.text import words
+from pipeline.core.text import alike, runs, words
 from pipeline.prepare.splits import Split, context, plain
 
 SHINGLE_WORDS = 8
@@ -26,9 +25,10 @@ MANY_OWNERS = 1000
 class Overlap:
     """Tells whether a text equals, or nearly equals, one of the given texts.
 
-    Exactly: equal but for case and white space. Nearly: one of the given texts holds at least the share `threshold` of
-    the text's distinct 8-word shingles. Words are runs of letters and digits, without case; in scripts without spaces,
-    single characters. A text of fewer than 8 words has no shingle and is compared exactly only.
+    Exactly: equal but for case, white space and the way to write a character (`pipeline.core.text.alike`). Nearly: one
+    of the given texts holds at least the share `threshold` of the text's distinct 8-word shingles. Words are runs of
+    letters, marks and digits, without case; in scripts without spaces, single characters. A text of fewer than 8 words
+    has no shingle and is compared exactly only.
 
     Shingles are 64-bit hashes that depend on the words alone. Memory: 12 bytes for each shingle of the given texts;
     time: a binary search for each shingle of the other.
@@ -74,11 +74,11 @@ class Overlap:
         return near
 
     def _shingles(self, text: str) -> NDArray[np.uint64]:
-        runs = words(" ".join(re.findall(r"\w+", text.casefold())))
-        if len(runs) < SHINGLE_WORDS:
+        found = words(" ".join(runs(alike(text))))
+        if len(found) < SHINGLE_WORDS:
             return np.empty(0, np.uint64)
-        hashes = np.fromiter(map(self._word, runs), np.uint64, len(runs))
-        rolled = np.zeros(len(runs) - SHINGLE_WORDS + 1, np.uint64)
+        hashes = np.fromiter(map(self._word, found), np.uint64, len(found))
+        rolled = np.zeros(len(found) - SHINGLE_WORDS + 1, np.uint64)
         for offset in range(SHINGLE_WORDS):  # a polynomial in an odd number, modulo 2**64
             rolled = rolled * np.uint64(0x9E3779B97F4A7C15) + hashes[offset : offset + len(rolled)]
         return np.unique(rolled)

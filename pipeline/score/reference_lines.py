@@ -11,7 +11,6 @@ from itertools import islice
 from pipeline.core.records import Example
 from pipeline.core.text import words
 
-
 MOST_OTHERS = 20
 """References of other aspects that a row is compared with at most. A group of n rows would have n² of them."""
 

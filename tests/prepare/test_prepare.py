@@ -3,6 +3,7 @@
 import json
 import re
 import reprlib
+import unicodedata
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from pipeline.core.records import Example, read_rows, sha256_file, sha256_tree
 from pipeline.prepare import prepare as data
 from pipeline.prepare.leaks import Overlap
 from pipeline.prepare.prepare import write_splits
+from pipeline.prepare.splits import grouped
 from pipeline.prepare.splits import places as places_of
 from pipeline.score import significance
 from tests.limits import soon
@@ -518,6 +520,83 @@ def test_leaked_rows_are_dropped_and_counted(run: Prepare) -> None:
         "train in validation": {"exact": 2, "near": 0},
         "validation in test": {"exact": 1, "near": 0},
     }
+
+
+INDIC = (
+    "भारत सरकार की किसानों के लिए सहायता योजना सोमवार को दिल्ली में शुरू हुई और छात्रों की परीक्षा",
+    "भारत सरकार का किसान को लाए सहायता योजना सोमवार की दिल्ला में शुरु हुआ और छात्रा का परीक्षा",
+)
+"""Sentences that differ in vowel signs: no run of eight words is the same, though their consonants are."""
+
+
+@pytest.mark.parametrize("form", ["NFC", "NFD"])
+def test_a_word_is_no_leak_of_one_with_other_vowel_signs(form: Any) -> None:
+    one, other = (unicodedata.normalize(form, text) for text in INDIC)
+    assert Overlap([one], 0.1).kind(other) is None
+    assert Overlap([one], 0.9).kind(f"{one} की") == "near"
+    shingles = Overlap([one], 0.1).hashes
+    assert len(shingles) == len(one.split()) - 7
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda text: unicodedata.normalize("NFD", text),
+        lambda text: text.replace("ö", "\xadö"),
+        lambda text: text.replace("e", "e\u200b"),
+        lambda text: "".join(chr(ord(one) + 0xFEE0) if "a" <= one <= "z" else one for one in text),
+        str.upper,
+    ],
+    ids=["NFD", "soft hyphens", "zero-width", "full-width", "capitals"],
+)
+def test_a_leak_is_found_however_it_is_written(run: Prepare, change: Callable[[str], str]) -> None:
+    text = "größere Städte wären möglich außer schönen Küsten über dem Meer öfter"
+    for suspect, kind in ((text, "exact"), (f"{text} und", "near")):
+        card = run(
+            {
+                **GOOD,
+                "train.jsonl": lines(row(words(0)), row(change(suspect))),
+                "test.jsonl": lines(row(text), row(words(2000))),
+            }
+        )
+        assert card["overlap"]["train in test"] == {"exact": 0, "near": 0} | {kind: 1}
+        assert [one.id for one in rows_of("train")] == ["train-1"]
+
+
+def test_one_row_in_several_normal_forms_is_a_duplicate(run: Prepare) -> None:
+    text, apart = "Ein schöner Tag", unicodedata.normalize("NFD", "Ein schöner Tag")
+    train = lines(row(words(0)), row(text, "größer"), row(apart, "größer"), row(text, "gro\xadßer"), row("\u200b"))
+    card = run({**GOOD, "train.jsonl": train})
+    assert card["splits"]["train"]["dropped"] == {
+        "duplicate": {"rows": 1, "examples": ["train-3"]},
+        "empty source": {"rows": 1, "examples": ["train-5"]},
+    }
+    assert [one.source for one in rows_of("train")] == [words(0), text, text]  # as they were
+    assert [one.target for one in rows_of("train")] == ["a target", "größer", "gro\xadßer"]
+
+
+def test_rows_of_one_source_in_several_normal_forms_belong_together(run: Prepare) -> None:
+    text, apart = "Ein schöner Tag", unicodedata.normalize("NFD", "Ein schöner Tag")
+    test = lines(
+        row(text, "größer"), row(apart, unicodedata.normalize("NFD", "größer")), row(apart, "kleiner"), row(words(0))
+    )
+    files = {**GOOD, "train.jsonl": lines(row(words(3000))), "test.jsonl": test}
+    run(files)
+    assert [one.group for one in rows_of("test")] == ["test-1", "test-1", "test-4"]  # the second is a duplicate
+    card = run(files, merge_references=True)
+    assert card["splits"]["test"]["merged"] == 2
+    assert [one.references for one in rows_of("test")] == [["größer", "kleiner"], ["a target"]]
+    many = [Example(str(i), "", "", one, "t", "") for i, one in enumerate((text, apart, text.upper()))]
+    assert len(set(places_of(many))) == 1
+    named = [Example(str(i), one, "", f"x{i}", "t", "") for i, one in enumerate((text, apart))]
+    assert len(set(places_of(named))) == 1
+    assert [one.group for one in grouped(named)] == [text, text]
+
+
+def test_a_copy_in_another_normal_form_is_a_copy(run: Prepare) -> None:
+    train = lines(row(words(0)), row("schön", unicodedata.normalize("NFD", "schön")), row("oﬃce", "office"))
+    card = run({**GOOD, "train.jsonl": train}, drop_copies=True)
+    assert card["splits"]["train"]["filtered"] == {"target equals source": {"rows": 1, "examples": ["train-2"]}}
 
 
 def test_threshold_is_met_by_equality_and_by_one_source_alone() -> None:
