@@ -31,11 +31,19 @@ class Words:
 
 
 @dataclass(frozen=True, slots=True)
+class Gone:
+    """The number of rows that left a split for one reason, and the ids of the first."""
+
+    rows: int
+    examples: list[str]
+
+
+@dataclass(frozen=True, slots=True)
 class Split:
     """One split of the data: the files of its rows, and how many were read, filtered, held out, merged and dropped.
 
     `read` counts the usable rows before any was dropped, and `rows` the remaining ones. `filtered` and `dropped` map a
-    reason to a number of rows, `aspects` maps an aspect to its number of rows.
+    reason to its rows, `aspects` maps an aspect to its number of rows.
     """
 
     files: list[str]
@@ -45,10 +53,10 @@ class Split:
     aspects: dict[str, int]
     source_words: Words
     target_words: Words
-    filtered: dict[str, int]
+    filtered: dict[str, Gone]
     held_out: int
     merged: int
-    dropped: dict[str, int]
+    dropped: dict[str, Gone]
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,16 +68,38 @@ class Overlap:
 
 
 @dataclass(frozen=True, slots=True)
+class SharedGroups:
+    """Groups that the data declares and that have rows in two splits: `shared` of the `groups` of `split`.
+
+    `examples` are the names of the first ones.
+    """
+
+    split: str
+    other: str
+    shared: int
+    groups: int
+    examples: list[str]
+
+    @property
+    def counted(self) -> str:
+        """For people: `4 of 9 test groups are in train as well`."""
+        are = "is" if self.shared == 1 else "are"
+        return f"{self.shared:,} of {self.groups:,} {self.split} groups {are} in {self.other} as well"
+
+
+@dataclass(frozen=True, slots=True)
 class DataCard:
     """The data of an experiment: its sources with their digests, and its splits by name.
 
-    `overlap` maps a pair such as "train in test" to the rows that were found and dropped.
+    `overlap` maps a pair such as "train in test" to the rows that were found and dropped. `shared_groups` has an entry
+    for each pair of splits that share a group.
     """
 
     source: str | list[str]
     sha256: str | list[str | None] | None
     splits: dict[str, Split]
     overlap: dict[str, Overlap]
+    shared_groups: list[SharedGroups] = field(default_factory=list)
 
 
 # fetch, quantize

@@ -98,6 +98,11 @@ def is_nfc(text: str) -> bool:
     return text.isascii() or unicodedata.is_normalized("NFC", _stream_safe(text))
 
 
+def not_nfc(rows: Iterable[Iterable[str]]) -> int:
+    """How many of the rows have a text that is not in the normal form NFC."""
+    return sum(not all(map(is_nfc, texts)) for texts in rows)
+
+
 def _normal(form: Literal["NFC", "NFKC"], text: str) -> str:
     return unicodedata.normalize(form, _stream_safe(text))
 

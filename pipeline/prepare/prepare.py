@@ -12,12 +12,23 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from pipeline.core import params, paths, progress, records
+from pipeline.core import contracts, params, paths, progress, records
+from pipeline.core.contracts import SharedGroups
 from pipeline.core.errors import UserError, label_fault, listing
 from pipeline.core.records import Example
-from pipeline.core.text import MAX_FOREIGN_SHARE, foreign_share, words
+from pipeline.core.text import MAX_FOREIGN_SHARE, foreign_share, not_nfc, words
 from pipeline.prepare import formats, leaks
-from pipeline.prepare.splits import Split, clean, filter_unwanted, grouped, hold_out, limit, merge, reasons
+from pipeline.prepare.splits import (
+    Split,
+    clean,
+    filter_unwanted,
+    grouped,
+    hold_out,
+    limit,
+    merge,
+    reasons,
+    shared_groups,
+)
 from pipeline.score import significance
 from pipeline.sources import tables
 from pipeline.sources.source import mounted
@@ -31,8 +42,8 @@ MOST_ASPECTS = 500
 def write_splits(data: params.Data) -> None:
     """Write `out/data/<split>.jsonl` and `out/data/card.json`.
 
-    UserError, with nothing written, for a source that cannot be read, ids that repeat, a split left empty, or more than
-    `data.max_dropped_share` of the training rows dropped.
+    UserError, with nothing written, for a source that cannot be read, ids that repeat, a split left empty, a test
+    split of one group, or more than `data.max_dropped_share` of the training rows dropped.
     """
     with mounted(data.pinned, kind="dataset", key="data") as places:
         there = _files(places, data)
@@ -42,6 +53,7 @@ def write_splits(data: params.Data) -> None:
     hold_out(splits, data.holdout)
     for split in splits.values():
         _refuse_repeated_ids(split.rows, f"the {split.name} split, with its share of the training files,")
+        split.declared = {row.id for row in split.rows if row.group}
         split.rows = grouped(split.rows)
         if data.merge_references and split.name != "train":
             merge(split)
@@ -54,16 +66,24 @@ def write_splits(data: params.Data) -> None:
     for split in splits.values():
         records.write_rows(paths.split(split.name), split.rows)
     card = {name: _describe(split) for name, split in splits.items()}
-    records.write_json(
-        paths.DATA_CARD, {"source": data.source, "sha256": data.sha256, "splits": card, "overlap": overlap}
-    )
-    _say_what_was_made(splits)
+    shared = shared_groups(splits, EXAMPLES_SHOWN)
+    found = {"overlap": overlap, "shared_groups": contracts.content(shared)}
+    records.write_json(paths.DATA_CARD, {"source": data.source, "sha256": data.sha256, "splits": card, **found})
+    _say_what_was_made(splits, shared)
 
 
-def _say_what_was_made(splits: Mapping[str, Split]) -> None:
+def _say_what_was_made(splits: Mapping[str, Split], shared: Sequence[SharedGroups]) -> None:
     for split in splits.values():
         progress.say(split.summary())
+    for one in shared:
+        more = ", ..." if one.shared > len(one.examples) else ""
+        progress.say(f"{one.counted}: {', '.join(one.examples)}{more}; data.holdout keeps a group in one split")
     test = splits["test"].rows
+    if apart := not_nfc(row.references for row in test):
+        progress.say(
+            f"{apart:,} of {len(test):,} test rows have references that are not in the normal form NFC: chrF, BLEU and "
+            "evaluate.rouge_tokenizer: latin take é in two forms for two letters"
+        )
     foreign = foreign_share(text for row in test for text in row.references)
     if foreign > MAX_FOREIGN_SHARE:
         progress.say(
@@ -127,7 +147,7 @@ def _refuse_repeated_ids(rows: Iterable[Example], where: str) -> None:
 
 
 def _require_enough(splits: Mapping[str, Split], data: params.Data) -> None:
-    """UserError for too many dropped training rows, too many aspects, and an empty split."""
+    """UserError for too many dropped training rows, too many aspects, an empty split, and a single group of test."""
     train = splits["train"]
     if train.read and train.dropped_rows / train.read > data.max_dropped_share:
         problems = [
@@ -150,6 +170,7 @@ def _require_enough(splits: Mapping[str, Split], data: params.Data) -> None:
             gone = reasons(split.dropped | split.filtered) or "none was held out of the training files"
             knob = "files" if split.files else "holdout"
             raise UserError(f"no row of {split.name} is left: {gone}; correct data.{knob}.{split.name}")
+    significance.require_groups(len({row.group for row in splits["test"].rows}))
 
 
 # The card

@@ -8,6 +8,7 @@ from functools import partial
 from itertools import takewhile
 
 from pipeline.core import params
+from pipeline.core.contracts import SharedGroups
 from pipeline.core.errors import UserError
 from pipeline.core.records import Example
 from pipeline.core.text import alike, canonical, is_visible, words
@@ -19,7 +20,7 @@ class Split:
 
     `filtered`: rows that the parameters exclude. `dropped`: rows that cannot be used. `read`: how many rows came
     through filters and limits. `held_out`: how many of the split's rows are from the training files. `merged`: how
-    many rows became references of another row.
+    many rows became references of another row. `declared`: the ids of the rows whose group the data names.
     """
 
     name: str
@@ -28,6 +29,7 @@ class Split:
     read: int = 0
     held_out: int = 0
     merged: int = 0
+    declared: set[str] = field(default_factory=set)
     filtered: dict[str, list[str]] = field(default_factory=dict)
     dropped: dict[str, list[str]] = field(default_factory=dict)
 
@@ -143,6 +145,22 @@ def grouped(rows: Iterable[Example]) -> list[Example]:
         return first_with.setdefault(("context", canonical(context(row))), row.id)
 
     return [replace(row, group=group(row)) for row in rows]
+
+
+def shared_groups(splits: Mapping[str, Split], shown: int) -> list[SharedGroups]:
+    """The declared groups that lie in two splits, for each pair that has some, with the names of the first `shown`.
+
+    Groups that were made here of equal sources are left out: `pipeline.prepare.leaks` compares the sources.
+    """
+    named: dict[str, dict[str, str]] = {}
+    for name, split in splits.items():
+        named[name] = {canonical(row.group): row.group for row in split.rows if row.id in split.declared}
+    found = []
+    for one, other in (("test", "train"), ("validation", "train"), ("test", "validation")):
+        if both := [group for key, group in named[one].items() if key in named[other]]:
+            groups = len({row.group for row in splits[one].rows})
+            found.append(SharedGroups(one, other, len(both), groups, both[:shown]))
+    return found
 
 
 def merge(split: Split) -> None:

@@ -3,7 +3,7 @@
 The report, the page, the record, an export and its card read it there.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from pipeline.core import contracts, params, paths
@@ -111,6 +111,8 @@ class Comparison:
 
     `decoding` holds the conditions that base and tuned share (`compare.MUST_AGREE`). `best` and `worst` come from the
     first seed, since texts have no mean. `published` holds figures of papers, `guards` those of all stages, in order.
+    `shared_groups` are those of the data's card. `not_nfc` counts the test rows with a reference that is not in the
+    normal form NFC, if a metric compares code points.
     """
 
     verdict: Verdict
@@ -135,6 +137,8 @@ class Comparison:
     worst: list[Pair]
     cost: Cost
     guards: list[Guard]
+    shared_groups: list[contracts.SharedGroups] = field(default_factory=list)
+    not_nfc: int = 0
 
     @classmethod
     def read(cls) -> "Comparison":

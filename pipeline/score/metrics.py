@@ -63,7 +63,11 @@ def signature(evaluate: Evaluate) -> str:
     """Everything besides the texts that scores depend on, in the format of sacrebleu's signatures."""
     parts = []
     if rouge := [name for name in evaluate.metrics if name.startswith("rouge")]:
-        tokenizer = "default [a-z0-9]" if evaluate.rouge_tokenizer == "latin" else "letters and digits of any script"
+        tokenizer = (
+            "default [a-z0-9]"
+            if evaluate.rouge_tokenizer == "latin"
+            else "letters, marks and digits of any script in NFKC"
+        )
         parts += [
             f"rouge-score {version('rouge-score')}",
             "+".join(rouge),
@@ -75,6 +79,12 @@ def signature(evaluate: Evaluate) -> str:
         ]
     counted = [name for name in ("chrf", "bleu") if name in evaluate.metrics]
     return "|".join([*parts, *(_Counted(name, evaluate).signature() for name in counted)])
+
+
+def sees_code_points(evaluate: Evaluate) -> bool:
+    """Whether a metric takes é in one normal form and é in another for different letters."""
+    latin = evaluate.rouge_tokenizer == "latin"
+    return any(name in ("chrf", "bleu") or latin for name in evaluate.metrics)
 
 
 def tokenizers(name: str, evaluate: Evaluate) -> tuple[Tokenize, Tokenize, Callable[[str], str]]:

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from pipeline.core import params, paths
+from pipeline.core import contracts, params, paths
 from pipeline.core.errors import UserError
 from pipeline.core.records import Example, read_rows, sha256_file, sha256_tree
 from pipeline.prepare import prepare as data
@@ -107,7 +107,7 @@ def test_aclsum(run: Prepare, capsys: pytest.CaptureFixture[str]) -> None:
     files = {
         "set/train.jsonl": lines(paper("p1", 0), paper("p2", 100)),
         "set/val.jsonl": lines(paper("p3", 200)),
-        "set/test.jsonl": lines(paper("p4", 300)),
+        "set/test.jsonl": lines(paper("p4", 300), paper("p5", 500)),
     }
     names = {"train": "set/train.jsonl", "validation": "set/val.jsonl", "test": "set/test.jsonl"}
     card = run(files, format="aclsum", columns=None, files=names)
@@ -160,7 +160,10 @@ def test_every_table_format_gives_the_same_rows(run: Prepare) -> None:
             {"key": "1e5", "text": "Émile " * 3, "summary": "true", "of": "g", "kind": "null"},
         ],
         "validation": [{"key": "010", "text": "v", "summary": "3.10", "of": "h", "kind": "k"}],
-        "test": [{"key": "0x1", "text": "t\u2028t", "summary": "None", "of": "h", "kind": "k"}],
+        "test": [
+            {"key": "0x1", "text": "t\u2028t", "summary": "None", "of": "h", "kind": "k"},
+            {"key": "0x2", "text": "u", "summary": "nan", "of": "i", "kind": "k"},
+        ],
     }
     columns = {"source": "text", "target": "summary", "id": "key", "group": "of", "aspect": "kind"}
 
@@ -210,8 +213,8 @@ def test_integer_ids_are_names(run: Prepare) -> None:
 
 
 def test_a_long_csv_field_is_read(run: Prepare) -> None:
-    tables = {f"{split}.csv": f"text,summary\n{split} {'x' * 200_000},t\n" for split in paths.SPLITS}
-    assert run(tables, suffix="csv")["splits"]["test"]["rows"] == 1
+    tables = {f"{split}.csv": f"text,summary\n{split} {'x' * 200_000},t\n{split},t\n" for split in paths.SPLITS}
+    assert run(tables, suffix="csv")["splits"]["test"]["rows"] == 2
 
 
 # Mistakes in the input
@@ -275,15 +278,16 @@ def test_parquet_that_names_other_files_opens_none(run: Prepare, tmp_path: Path)
     features = {"text": {"dtype": "string", "_type": "Value"}, "summary": {"dtype": "string", "_type": "Value"}}
     features |= {"picture": {"_type": "Image"}}
     kind = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
-    picture = pa.array([{"bytes": None, "path": str(elsewhere)}], kind)
+    picture = pa.array([{"bytes": None, "path": str(elsewhere)}] * 2, kind)
     files = {}
     for split in paths.SPLITS:
-        table = pa.table({"text": [f"{split} text"], "summary": ["b"], "picture": picture})
+        texts = [f"{split} text", f"{split} more"]
+        table = pa.table({"text": texts, "summary": ["b", "c"], "picture": picture})
         metadata = {"huggingface": json.dumps({"info": {"features": features}})}
         file = pa.BufferOutputStream()
         parquet.write_table(table.replace_schema_metadata(metadata), file)
         files[f"{split}.parquet"] = file.getvalue().to_pybytes()
-    assert run(files, suffix="parquet")["splits"]["train"]["rows"] == 1
+    assert run(files, suffix="parquet")["splits"]["train"]["rows"] == 2
 
 
 def test_unknown_suffix(run: Prepare) -> None:
@@ -425,6 +429,110 @@ def test_full_stops_without_end_take_no_time(run: Prepare) -> None:
     assert rows_of("train")[1].lead == f"1 Introduction {'.' * 20_000}1 {words(100)}"
 
 
+@pytest.mark.parametrize(
+    ("test", "columns"),
+    [
+        ([row(words(2000))], {}),
+        ([row(words(2000)), row(words(2000), "another")], {}),
+        ([row(words(2000)), row(words(2000).replace("w", "\xadw"), "another")], {}),
+        ([row(words(2000), of="g"), row(words(2100), of="g")], {"group": "of"}),
+        ([row(words(2000)), row("")], {}),
+        ([row(words(2000), of="é"), row(words(2100), of="e\u0301")], {"group": "of"}),
+    ],
+)
+def test_a_test_split_of_one_group_is_refused_before_anything_is_trained(
+    run: Prepare, test: list[dict[str, Any]], columns: dict[str, Any]
+) -> None:
+    """With the words of the comparison, which could not resample it."""
+    files = {f"{split}.jsonl": lines(row(words(100 * n), of=f"{split} {n}")) for n, split in enumerate(paths.SPLITS)}
+    said = fails(run, "belong to one group", files | {"test.jsonl": lines(*test)}, columns={**COLUMNS, **columns})
+    with pytest.raises(UserError) as caught:
+        significance.resampled_sums(np.ones((2, 1)), np.array(["g", "g"]), 10, 0)
+    assert said == str(caught.value)
+
+
+def test_limits_and_holdout_may_leave_one_group_of_test(run: Prepare) -> None:
+    limits = {"train": None, "validation": None, "test": 1}
+    fails(run, "one group, .* raise data.limits.test", GOOD, limits=limits)
+
+
+@pytest.mark.parametrize("loss", [row(""), row(words(0), ""), row(words(0)), row(words(2000)), row("short")])
+def test_the_card_is_read_whatever_was_lost(run: Prepare, loss: dict[str, Any]) -> None:
+    """The comparison, the page and the record read it, hours later."""
+    written = run({**GOOD, "train.jsonl": lines(row(words(0)), loss)}, words={"min": 2, "max": None})
+    card = contracts.read(paths.DATA_CARD, contracts.DataCard)
+    assert contracts.content(card) == written
+    gone = card.splits["train"].filtered | card.splits["train"].dropped
+    assert [(one.rows, one.examples) for one in gone.values()] == [(1, ["train-2"])]
+
+
+# Groups in several splits
+
+
+def customers(start: int, *names: str, **more: Any) -> str:
+    return lines(*(row(words(start + 100 * n), by=name, **more) for n, name in enumerate(names)))
+
+
+def test_declared_groups_in_two_splits_are_counted_and_told(run: Prepare, capsys: pytest.CaptureFixture[str]) -> None:
+    files = {
+        "train.jsonl": customers(0, "a", "b", "b", "c", "\u00e9", "d", "e", "f"),
+        "validation.jsonl": customers(2000, "c", "v"),
+        "test.jsonl": customers(4000, *"abdefxv", "e\u0301", "a"),
+    }
+    card = run(files, columns={**COLUMNS, "group": "by"})
+    assert card["shared_groups"] == [
+        {"split": "test", "other": "train", "shared": 6, "groups": 8, "examples": ["a", "b", "d", "e", "f"]},
+        {"split": "validation", "other": "train", "shared": 1, "groups": 2, "examples": ["c"]},
+        {"split": "test", "other": "validation", "shared": 1, "groups": 8, "examples": ["v"]},
+    ]
+    said = capsys.readouterr().out
+    assert "6 of 8 test groups are in train as well: a, b, d, e, f, ...; data.holdout" in said
+    assert "1 of 2 validation groups is in train as well: c; data.holdout" in said
+    assert "1 of 8 test groups is in validation as well: v; data.holdout" in said
+    assert contracts.content(contracts.read(paths.DATA_CARD, contracts.DataCard)) == card
+
+
+def test_groups_of_conversations_and_papers_are_declared_too(run: Prepare) -> None:
+    files = {
+        f"{split}.jsonl": lines(*(chat(words(1000 * n + 100 * k), "t", group=by) for k, by in enumerate("ab")))
+        for n, split in enumerate(paths.SPLITS)
+    }
+    card = run(files, format="chat", columns=None)
+    assert [(one["split"], one["other"], one["shared"]) for one in card["shared_groups"]] == [
+        ("test", "train", 2), ("validation", "train", 2), ("test", "validation", 2),
+    ]  # fmt: skip
+
+
+def test_groups_that_nobody_declared_are_not_told(run: Prepare, capsys: pytest.CaptureFixture[str]) -> None:
+    """They are named after rows, whose ids may be the same in two splits."""
+    columns = {**COLUMNS, "id": "id"}
+    ids = {
+        f"{split}.jsonl": lines(*(row(words(1000 * n + 100 * k), id=k) for k in range(3)))
+        for n, split in enumerate(paths.SPLITS)
+    }
+    assert run(ids, columns=columns)["shared_groups"] == []
+    one = {"train.jsonl": customers(0, *(f"c{n}" for n in range(60)))}
+    files = {"train": "train.jsonl", "validation": None, "test": None}
+    card = run(one, files=files, holdout={"validation": 0.2, "test": 0.2}, columns={**COLUMNS, "group": "by"})
+    assert card["shared_groups"] == []
+    assert "as well" not in capsys.readouterr().out
+
+
+def test_a_group_that_is_gone_from_a_split_is_not_told(run: Prepare) -> None:
+    files = {**GOOD, "train.jsonl": customers(0, "a", "x")[:-1] + "\n" + lines(row(words(2000), by="t1"))}
+    files |= {"validation.jsonl": customers(1000, "v"), "test.jsonl": customers(2000, "t1", "t2")}
+    card = run(files, columns={**COLUMNS, "group": "by"})
+    assert card["splits"]["train"]["dropped"]["overlaps test"]["rows"] == 1
+    assert card["shared_groups"] == []
+
+
+def test_references_in_another_normal_form_are_told(run: Prepare, capsys: pytest.CaptureFixture[str]) -> None:
+    run({**GOOD, "test.jsonl": lines(row(words(2000), "cafe\u0301"), row(words(2100), "caf\u00e9"))})
+    assert "1 of 2 test rows have references that are not in the normal form NFC" in capsys.readouterr().out
+    run(GOOD)
+    assert "NFC" not in capsys.readouterr().out
+
+
 # Cleaning
 
 
@@ -456,7 +564,7 @@ def test_same_text_under_two_aspects_is_no_duplicate(run: Prepare) -> None:
             **GOOD,
             "train.jsonl": lines(row(words(0), a="x"), row(words(0), a="y")),
             **{
-                f"{split}.jsonl": lines(row(words(start), a="x"))
+                f"{split}.jsonl": lines(row(words(start), a="x"), row(words(start + 50), a="x"))
                 for split, start in [("validation", 500), ("test", 900)]
             },
         },
@@ -664,12 +772,13 @@ def test_limits_take_the_first_whole_groups(run: Prepare) -> None:
     groups = ["a", "b", "a", "c", "d", "d"]
     train = lines(*(row(words(100 * number), of=group) for number, group in enumerate(groups)))
     others = {
-        f"{split}.jsonl": lines(row(words(start), of="z")) for split, start in [("validation", 3000), ("test", 4000)]
+        f"{split}.jsonl": lines(*(row(words(start + 50 * number), of=of) for number, of in enumerate("xyz")))
+        for split, start in [("validation", 3000), ("test", 4000)]
     }
     columns = {**COLUMNS, "group": "of"}
 
     def kept(limit: int) -> str:
-        limits = {"train": limit, "validation": None, "test": 1}
+        limits = {"train": limit, "validation": None, "test": 2}
         card = run({**others, "train.jsonl": train}, columns=columns, limits=limits)
         assert card["splits"]["train"]["read"] <= limit
         return "".join(row.group for row in rows_of("train"))
@@ -714,7 +823,10 @@ def test_filters_are_counted_apart_from_losses_and_come_before_limits(
         row(words(600, 4), "one two three"),
         row(words(700, 4), "one two three"),
     )
-    others = {f"{split}.jsonl": lines(row(f"{split} in four words", "a b c")) for split in ("validation", "test")}
+    others = {
+        f"{split}.jsonl": lines(*(row(f"{split} {way} four words", "a b c") for way in ("in", "of")))
+        for split in ("validation", "test")
+    }
     card = run(
         {**others, "train.jsonl": train},
         words={"min": 3, "max": 4},
@@ -850,10 +962,11 @@ def test_nothing_held_out(run: Prepare) -> None:
 def test_nested_columns(run: Prepare) -> None:
     import datasets
 
-    def pairs(start: int) -> list[dict[str, Any]]:
-        return [{"of": {"n": 7}, "translation": {"fr": words(start), "en": "target"}, "translation.en": "literal"}]
+    def pairs(start: int, group: int = 7) -> list[dict[str, Any]]:
+        return [{"of": {"n": group}, "translation": {"fr": words(start), "en": "target"}, "translation.en": "literal"}]
 
     files = {split: pairs(1000 * number) for number, split in enumerate(paths.SPLITS)}
+    files["test"] += pairs(5000, group=8)
     columns = {"source": "translation.fr", "target": "translation.en", "id": None, "group": "of.n", "aspect": None}
     run({f"{split}.jsonl": lines(*rows) for split, rows in files.items()}, columns=columns)
     assert rows_of("train") == [Example("train-1", "7", "default", words(0), "literal", words(0))]
@@ -876,8 +989,11 @@ def test_nested_columns(run: Prepare) -> None:
 
 def test_file_and_source_are_columns_of_every_table(run: Prepare) -> None:
     columns = {**COLUMNS, "group": "__file__", "aspect": "__source__"}
-    run(GOOD, columns=columns)
-    assert {(row.group, row.aspect) for row in rows_of("test")} == {("test.jsonl", "data")}
+    names = {split: f"{split}*.jsonl" for split in paths.SPLITS}
+    run({**GOOD, "test-more.jsonl": lines(row(words(5000)))}, columns=columns, files=names)
+    assert {(row.group, row.aspect) for row in rows_of("test")} == {
+        (f"test{more}.jsonl", "data") for more in ("", "-more")
+    }
 
 
 def test_several_sources_are_folders_of_one_root(run: Prepare, tmp_path: Path) -> None:
@@ -934,19 +1050,24 @@ def test_rows_of_one_source_become_one_example_outside_of_training(run: Prepare)
         return lines(*(row(words(start), target, kind=kind) for target, kind in texts), row("", "t", kind="x"))
 
     files = {f"{split}.jsonl": repeated(1000 * number) for number, split in enumerate(paths.SPLITS)}
+    files["test.jsonl"] += lines(row(words(9000), "four", kind="x"))
     columns = {**COLUMNS, "aspect": "kind"}
-    limits = {"train": None, "validation": None, "test": 3}
+    limits = {"train": None, "validation": None, "test": 5}
     card = run(files, columns=columns, merge_references=True, limits=limits)
     assert [(row.id, row.target, row.references, row.group) for row in rows_of("test")] == [
         ("test-1", "one", ["one", "two"], "test-1"),
         ("test-4", "three", ["three"], "test-1"),
+        ("test-7", "four", ["four"], "test-7"),
     ]
     assert card["splits"]["test"]["merged"] == 2
-    assert card["splits"]["test"]["dropped"] == {"empty target": {"rows": 1, "examples": ["test-5"]}}
+    assert card["splits"]["test"]["dropped"] == {
+        "empty target": {"rows": 1, "examples": ["test-5"]},
+        "empty source": {"rows": 1, "examples": ["test-6"]},
+    }
     assert card["splits"]["validation"]["dropped"]["empty source"]["rows"] == 1
     assert [row.references for row in rows_of("train")] == [["one"], ["two"], ["three"]]
     assert card["splits"]["train"]["merged"] == 0
-    assert [len(row.references) for row in (run(files, columns=columns), rows_of("test"))[1]] == [1, 1, 1]
+    assert [len(row.references) for row in (run(files, columns=columns), rows_of("test"))[1]] == [1] * 4
 
 
 # Conversations
@@ -963,7 +1084,7 @@ CHATS = {
         chat(words(0), "an answer", "And then?", " the target ", system="Be brief."), chat(words(100), "hello")
     ),
     "validation.jsonl": lines(chat(words(1000), "v")),
-    "test.jsonl": lines(chat(words(2000), "t")),
+    "test.jsonl": lines(chat(words(2000), "t"), chat(words(2500), "u")),
 }
 
 
@@ -1056,10 +1177,12 @@ def test_a_conversation_leaks_by_what_was_said_not_by_its_last_message_or_its_sy
 
 def test_only_answers_to_the_same_conversation_are_merged(run: Prepare) -> None:
     test = [chat(words(2000), "t", "Go on", answer, system=system) for system in ("S", "T") for answer in "uv"]
+    test += [chat(words(3000), "t")]
     run({**CHATS, "test.jsonl": lines(*test)}, format="chat", columns=None, merge_references=True)
     assert [(row.id, row.references, row.group) for row in rows_of("test")] == [
         ("test-1", ["u", "v"], "test-1"),
         ("test-3", ["u", "v"], "test-1"),
+        ("test-5", ["t"], "test-5"),
     ]
 
 
@@ -1073,6 +1196,7 @@ def test_catalogues_give_pairs(run: Prepare) -> None:
 
     files = {f"{split}/fr.po": catalogue(1000 * number).encode("latin-1") for number, split in enumerate(paths.SPLITS)}
     columns = {"source": "msgstr", "target": "msgid", "id": None, "group": None, "aspect": "msgctxt"}
+    files["test/fr.po"] += f'\nmsgctxt "menu"\nmsgid "{words(5000)}"\nmsgstr "une"\n'.encode()
     names = {split: f"{split}/*.po" for split in paths.SPLITS}
     with pytest.raises(UserError, match="no row of train is left"):
         run(files, files=names, columns=columns)  # all three have one source, so train's and validation's are leaked
@@ -1081,7 +1205,9 @@ def test_catalogues_give_pairs(run: Prepare) -> None:
 
 
 def test_an_encoding_is_declared(run: Prepare) -> None:
-    files = {f"{split}.csv": f"text,summary\n{split} à la carte,t\n".encode("cp1252") for split in paths.SPLITS}
+    files = {
+        f"{split}.csv": f"text,summary\n{split} à la carte,t\n{split} à,t\n".encode("cp1252") for split in paths.SPLITS
+    }
     fails(run, r"train\.csv:2 is not UTF-8 \(byte 19\): set data\.encoding to", files, suffix="csv")
     run(files, suffix="csv", encoding="cp1252")
     assert rows_of("test")[0].source == "test à la carte"
@@ -1097,7 +1223,7 @@ def test_in_a_script_without_spaces_each_character_is_a_word(run: Prepare, capsy
     files = {
         "train.jsonl": lines(row(text(0), "猫狗跑"), row(text(100), "猫狗"), row(text(1005), "猫狗跑")),
         "validation.jsonl": lines(row(text(2000), "猫狗跑")),
-        "test.jsonl": lines(row(text(1000), "猫狗跑")),
+        "test.jsonl": lines(row(text(1000), "猫狗跑"), row(text(3000), "猫狗跑")),
     }
     card = run(files, words={"min": 3, "max": None}, max_dropped_share=0.5)
     assert [one.id for one in rows_of("train")] == ["train-1"]

@@ -13,10 +13,11 @@ import sacrebleu
 from pipeline.core import contracts, paths, records
 from pipeline.core.errors import UserError
 from pipeline.core.records import Example, Prediction
-from pipeline.score import compare, reference_lines
+from pipeline.score import compare, metrics, reference_lines
 from pipeline.score.evaluate import score_variant
 from pipeline.score.significance import Interval
 from tests.made.experiment import ASPECTS, COMPARE, EVALUATE, GENERATION, compared, example, examples, plant, scores_of
+from tests.made.records import data_card
 
 TRANSLATION = EVALUATE.model_copy(update={"metrics": ["rouge1", "chrf", "bleu"]})
 KEEP = {"base": 0.3, "tuned-17": 0.8}
@@ -57,6 +58,28 @@ def test_one_giant_group_has_no_square_of_texts() -> None:
 def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
     return tmp_path
+
+
+@pytest.mark.usefixtures("project")
+def test_what_the_card_says_of_the_data_is_in_the_comparison() -> None:
+    rows = examples()
+    plant([replace(rows[0], references=["cafe\u0301", "caf\u00e9"]), *rows[1:]], KEEP)
+    assert (compared().shared_groups, compared().not_nfc) == ([], 1)
+    shared = [contracts.SharedGroups("test", "train", 1, 12, ["p1"])]
+    gone = {"duplicate": contracts.Gone(3, ["a", "b", "c"])}
+    card = data_card(shared_groups=shared)
+    splits = {name: replace(split, dropped=gone, filtered=gone) for name, split in card.splits.items()}
+    contracts.write(paths.DATA_CARD, replace(card, splits=splits))
+    assert compared().shared_groups == shared
+
+
+def test_a_normal_form_matters_to_metrics_of_code_points_alone() -> None:
+    unicode = EVALUATE.model_copy(update={"rouge_tokenizer": "unicode", "use_stemmer": False, "metrics": ["rouge1"]})
+    assert not metrics.sees_code_points(unicode)
+    assert metrics.sees_code_points(unicode.model_copy(update={"metrics": ["rouge1", "chrf"]}))
+    assert metrics.sees_code_points(unicode.model_copy(update={"metrics": ["bleu"]}))
+    assert metrics.sees_code_points(unicode.model_copy(update={"rouge_tokenizer": "latin"}))
+    assert not metrics.sees_code_points(unicode.model_copy(update={"metrics": []}))
 
 
 @pytest.mark.usefixtures("project")

@@ -119,7 +119,7 @@ def test_words_of_other_scripts(text: str, reference: str, shared: float) -> Non
 )
 def test_a_text_that_reads_as_its_reference_scores_in_full(text: str) -> None:
     for form in ("NFC", "NFD", "NFKC", "NFKD"):
-        other = unicodedata.normalize(form, text)  # type: ignore[arg-type]
+        other = unicodedata.normalize(form, text)
         for name in ("rouge1", "rougeLsum"):
             assert score(name, other, text, rouge_tokenizer="unicode") == pytest.approx(100)
     assert score("rouge1", "की", "कि", rouge_tokenizer="unicode") == 0
