@@ -76,16 +76,38 @@ class Overlap:
 
 
 @dataclass(frozen=True, slots=True)
+class SharedGroups:
+    """Groups that the data declares and that have rows in two splits: `shared` of the `groups` of `split`.
+
+    `examples` are the names of the first ones.
+    """
+
+    split: str
+    other: str
+    shared: int
+    groups: int
+    examples: list[str]
+
+    @property
+    def counted(self) -> str:
+        """For people: `4 of 9 test groups are in train as well`."""
+        are = "is" if self.shared == 1 else "are"
+        return f"{self.shared:,} of {self.groups:,} {self.split} groups {are} in {self.other} as well"
+
+
+@dataclass(frozen=True, slots=True)
 class DataCard:
     """The data of an experiment: its sources with their digests, and its splits by name.
 
-    `overlap` maps a pair such as "train in test" to the rows that were found and dropped.
+    `overlap` maps a pair such as "train in test" to the rows that were found and dropped. `shared_groups` has an entry
+    for each pair of splits that share a group.
     """
 
     source: str | list[str]
     sha256: str | list[str | None] | None
     splits: dict[str, Split]
     overlap: dict[str, Overlap]
+    shared_groups: list[SharedGroups] = field(default_factory=list)
 
 
 # fetch, quantize

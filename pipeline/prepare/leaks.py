@@ -5,7 +5,6 @@ appendix C, over 8 to 13 words).
 """
 
 import hashlib
-import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from functools import partial
@@ -15,18 +14,21 @@ from numpy.typing import NDArray
 
 from pipeline.core import progress
 from pipeline.core.records import Example
-from pipeline.core.text import words
+from pipeline.core.text import alike, runs, words
 from pipeline.prepare.splits import Split, context, plain
 
 SHINGLE_WORDS = 8
+MANY_OWNERS = 1000
+"""Counting this many owners of a text's shingles takes longer than looking up an earlier count."""
 
 
 class Overlap:
     """Tells whether a text equals, or nearly equals, one of the given texts.
 
-    Exactly: equal but for case and white space. Nearly: one of the given texts holds at least the share `threshold` of
-    the text's distinct 8-word shingles. Words are runs of letters and digits, without case; in scripts without spaces,
-    single characters. A text of fewer than 8 words has no shingle and is compared exactly only.
+    Exactly: equal but for case, white space and the way to write a character (`pipeline.core.text.alike`). Nearly: one
+    of the given texts holds at least the share `threshold` of the text's distinct 8-word shingles. Words are runs of
+    letters, marks and digits, without case; in scripts without spaces, single characters. A text of fewer than 8 words
+    has no shingle and is compared exactly only.
 
     Shingles are 64-bit hashes that depend on the words alone. Memory: 12 bytes for each shingle of the given texts;
     time: a binary search for each shingle of the other.
@@ -42,6 +44,7 @@ class Overlap:
         joined = np.concatenate([np.empty(0, np.uint64), *hashes])
         order = np.argsort(joined, kind="stable")
         self.hashes, self.owners = joined[order], owners[order]
+        self.counted: dict[tuple[int, bytes], bool] = {}
 
     def kind(self, text: str) -> str | None:
         """ "exact", "near" or None."""
@@ -50,17 +53,32 @@ class Overlap:
         shingles = self._shingles(text)
         start = np.searchsorted(self.hashes, shingles, side="left")
         end = np.searchsorted(self.hashes, shingles, side="right")
-        if not len(shingles) or np.count_nonzero(end > start) / len(shingles) < self.threshold:
+        hit = end > start
+        if not len(shingles) or np.count_nonzero(hit) / len(shingles) < self.threshold:
             return None
-        owners = np.concatenate([self.owners[a:b] for a, b in zip(start, end, strict=True) if b > a])
-        return "near" if np.bincount(owners).max() / len(shingles) >= self.threshold else None
+        return "near" if self._is_near(start[hit], end[hit], len(shingles)) else None
+
+    def _is_near(self, start: NDArray[np.int64], end: NDArray[np.int64], shingles: int) -> bool:
+        """Whether one text owns enough of `shingles` shingles, of which self.owners[start:end] own one each.
+
+        A template that all rows share has them all as owners, for every row again. Texts with the same hits have the
+        same answer, so the time grows with the rows, and not with their square.
+        """
+        known = (shingles, start.tobytes())
+        if known in self.counted:
+            return self.counted[known]
+        owners = np.concatenate([self.owners[a:b] for a, b in zip(start, end, strict=True)])
+        near = bool(np.bincount(owners).max() / shingles >= self.threshold)
+        if len(owners) >= MANY_OWNERS:
+            self.counted[known] = near
+        return near
 
     def _shingles(self, text: str) -> NDArray[np.uint64]:
-        runs = words(" ".join(re.findall(r"\w+", text.casefold())))
-        if len(runs) < SHINGLE_WORDS:
+        found = words(" ".join(runs(alike(text))))
+        if len(found) < SHINGLE_WORDS:
             return np.empty(0, np.uint64)
-        hashes = np.fromiter(map(self._word, runs), np.uint64, len(runs))
-        rolled = np.zeros(len(runs) - SHINGLE_WORDS + 1, np.uint64)
+        hashes = np.fromiter(map(self._word, found), np.uint64, len(found))
+        rolled = np.zeros(len(found) - SHINGLE_WORDS + 1, np.uint64)
         for offset in range(SHINGLE_WORDS):  # a polynomial in an odd number, modulo 2**64
             rolled = rolled * np.uint64(0x9E3779B97F4A7C15) + hashes[offset : offset + len(rolled)]
         return np.unique(rolled)

@@ -12,13 +12,23 @@ from pathlib import Path
 from statistics import median
 
 from pipeline.core import contracts, params, paths, progress, records
-from pipeline.core.contracts import DataCard, Gone, Overlap, Words
+from pipeline.core.contracts import DataCard, Gone, Overlap, SharedGroups, Words
 from pipeline.core.errors import UserError, label_fault, listing
 from pipeline.core.records import Example
-from pipeline.core.text import MAX_FOREIGN_SHARE, foreign_share, words
+from pipeline.core.text import MAX_FOREIGN_SHARE, foreign_share, not_nfc, words
 from pipeline.prepare import chats, formats, leaks
 from pipeline.prepare.cells import LONGEST_ID
-from pipeline.prepare.splits import Split, clean, filter_unwanted, grouped, hold_out, limit, merge, reasons
+from pipeline.prepare.splits import (
+    Split,
+    clean,
+    filter_unwanted,
+    grouped,
+    hold_out,
+    limit,
+    merge,
+    reasons,
+    shared_groups,
+)
 from pipeline.score import significance
 from pipeline.sources import tables
 from pipeline.sources.account import Account, listed
@@ -41,8 +51,9 @@ def write_splits(data: params.Data) -> None:
         records.write_rows(paths.split(split.name), split.rows)
     described = {name: _describe(split) for name, split in splits.items()}
     found = {pair: Overlap(**counts) for pair, counts in overlap.items()}
-    contracts.write(paths.DATA_CARD, DataCard(data.source, data.sha256, described, found))
-    _say_what_was_made(splits)
+    shared = shared_groups(splits, EXAMPLES_SHOWN)
+    contracts.write(paths.DATA_CARD, DataCard(data.source, data.sha256, described, found, shared))
+    _say_what_was_made(splits, shared)
 
 
 def read_splits(data: params.Data) -> dict[str, Split]:
@@ -63,6 +74,7 @@ def clean_splits(splits: dict[str, Split], data: params.Data) -> dict[str, dict[
     hold_out(splits, data.holdout)
     for split in splits.values():
         _refuse_repeated_ids(split.rows, f"the {split.name} split, with its share of the training files,")
+        split.declared = {row.id for row in split.rows if row.group}
         split.rows = grouped(split.rows)
         if data.merge_references and split.name != "train":
             merge(split)
@@ -76,7 +88,7 @@ def clean_splits(splits: dict[str, Split], data: params.Data) -> dict[str, dict[
     return overlap
 
 
-def _say_what_was_made(splits: Mapping[str, Split]) -> None:
+def _say_what_was_made(splits: Mapping[str, Split], shared: Sequence[SharedGroups]) -> None:
     for split in splits.values():
         progress.say(split.summary())
         told = split.account.lines()
@@ -84,7 +96,15 @@ def _say_what_was_made(splits: Mapping[str, Split]) -> None:
             told = [f"rows beyond data.limits.{split.name}: {split.beyond_limit:,}", *told]
         for line in told:
             progress.say(f"{split.name}: {line}")
+    for one in shared:
+        more = ", ..." if one.shared > len(one.examples) else ""
+        progress.say(f"{one.counted}: {', '.join(one.examples)}{more}; data.holdout keeps a group in one split")
     test = splits["test"].rows
+    if apart := not_nfc(row.references for row in test):
+        progress.say(
+            f"{apart:,} of {len(test):,} test rows have references that are not in the normal form NFC: chrF, BLEU and "
+            "evaluate.rouge_tokenizer: latin take é in two forms for two letters"
+        )
     foreign = foreign_share(text for row in test for text in row.references)
     if foreign > MAX_FOREIGN_SHARE:
         progress.say(
@@ -154,7 +174,7 @@ def _refuse_repeated_ids(rows: Iterable[Example], where: str) -> None:
 
 
 def _require_enough(splits: Mapping[str, Split], data: params.Data) -> None:
-    """UserError for too many dropped training rows, too many aspects, and an empty split."""
+    """UserError for too many dropped training rows, too many aspects, an empty split, and a single group of test."""
     train = splits["train"]
     if train.read and train.dropped_rows / train.read > data.max_dropped_share:
         problems = [
@@ -177,6 +197,7 @@ def _require_enough(splits: Mapping[str, Split], data: params.Data) -> None:
             gone = reasons(split.dropped | split.filtered) or "none was held out of the training files"
             knob = "files" if split.files else "holdout"
             raise UserError(f"no row of {split.name} is left: {gone}; correct data.{knob}.{split.name}")
+    significance.require_groups(len({row.group for row in splits["test"].rows}))
 
 
 # The card

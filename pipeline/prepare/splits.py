@@ -8,9 +8,10 @@ from functools import partial
 from itertools import takewhile
 
 from pipeline.core import params
+from pipeline.core.contracts import SharedGroups
 from pipeline.core.errors import UserError
 from pipeline.core.records import Example
-from pipeline.core.text import words
+from pipeline.core.text import alike, canonical, is_visible, words
 from pipeline.sources.account import Account
 
 
@@ -20,8 +21,9 @@ class Split:
 
     `filtered`: rows that the parameters exclude. `dropped`: rows that cannot be used. `read`: how many rows came
     through filters and limits. `held_out`: how many of the split's rows are from the training files. `merged`: how
-    many rows became references of another row. `beyond_limit`: how many rows `data.limits` cut off. `account`: what
-    reading the split's own files left out and changed.
+    many rows became references of another row. `declared`: the ids of the rows whose group the data names.
+    `beyond_limit`: how many rows `data.limits` cut off. `account`: what reading the split's own files left out and
+    changed.
     """
 
     name: str
@@ -30,6 +32,7 @@ class Split:
     read: int = 0
     held_out: int = 0
     merged: int = 0
+    declared: set[str] = field(default_factory=set)
     filtered: dict[str, list[str]] = field(default_factory=dict)
     dropped: dict[str, list[str]] = field(default_factory=dict)
     beyond_limit: int = 0
@@ -74,8 +77,8 @@ def context(row: Example) -> str:
 
 
 def plain(text: str) -> str:
-    """A text without case, with single spaces."""
-    return " ".join(text.casefold().split())
+    """A text without case, with single spaces, in the one form of all that read alike."""
+    return " ".join(alike(text).split())
 
 
 def filter_unwanted(split: Split, data: params.Data) -> None:
@@ -91,7 +94,7 @@ def _unwanted(row: Example, data: params.Data) -> str | None:
         return "too few words"
     if data.words.max is not None and max(lengths) > data.words.max:
         return "too many words"
-    if data.drop_copies and row.source.split() == row.target.split():
+    if data.drop_copies and canonical(row.source).split() == canonical(row.target).split():
         return "target equals source"
     return None
 
@@ -110,7 +113,7 @@ def hold_out(splits: Mapping[str, Split], holdout: params.Holdout) -> None:
 
 
 def places(rows: Sequence[Example]) -> list[float]:
-    """A number in [0, 1) for each row. Rows of one group, or with one source (case and space aside), share theirs.
+    """A number in [0, 1) for each row. Rows of one group, or with one source (as in `plain`), share theirs.
 
     It depends on the sources of the rows that share it alone, and not on other rows or on any order.
     """
@@ -120,7 +123,7 @@ def places(rows: Sequence[Example]) -> list[float]:
     nodes, digests = [], []
     for row in rows:
         text = plain(context(row))
-        node = ("group", row.group) if row.group else ("text", text)
+        node = ("group", canonical(row.group)) if row.group else ("text", text)
         together.add(node)
         if text:  # empty sources have nothing in common
             together.add(("text", text))
@@ -135,23 +138,56 @@ def places(rows: Sequence[Example]) -> list[float]:
 
 
 def grouped(rows: Iterable[Example]) -> list[Example]:
-    """Give each row without a group the group of its context, named after the first row that has it."""
-    first_with: dict[str, str] = {}
-    return [row if row.group else replace(row, group=first_with.setdefault(context(row), row.id)) for row in rows]
+    """Give each row without a group the group of its context, named after the first row that has it.
+
+    A group whose name is written in several normal forms is one group, with the first row's form of the name.
+    """
+    first_with: dict[tuple[str, str], str] = {}
+
+    def group(row: Example) -> str:
+        if row.group:
+            return first_with.setdefault(("group", canonical(row.group)), row.group)
+        return first_with.setdefault(("context", canonical(context(row))), row.id)
+
+    return [replace(row, group=group(row)) for row in rows]
+
+
+def shared_groups(splits: Mapping[str, Split], shown: int) -> list[SharedGroups]:
+    """The declared groups that lie in two splits, for each pair that has some, with the names of the first `shown`.
+
+    Groups that were made here of equal sources are left out: `pipeline.prepare.leaks` compares the sources.
+    """
+    named: dict[str, dict[str, str]] = {}
+    for name, split in splits.items():
+        named[name] = {canonical(row.group): row.group for row in split.rows if row.id in split.declared}
+    found = []
+    for one, other in (("test", "train"), ("validation", "train"), ("test", "validation")):
+        if both := [group for key, group in named[one].items() if key in named[other]]:
+            groups = len({row.group for row in splits[one].rows})
+            found.append(SharedGroups(one, other, len(both), groups, both[:shown]))
+    return found
 
 
 def merge(split: Split) -> None:
     """Make one example of all rows with one source and aspect: the first, with the targets of all as references."""
     alike: dict[tuple[str, ...], list[Example]] = {}
     for row in split.rows:
-        usable = row.source and row.target
-        key = (row.source, row.aspect, repr(row.history)) if usable else (row.id,)
+        usable = is_visible(row.source) and is_visible(row.target)
+        key = (canonical(row.source), row.aspect, canonical(repr(row.history))) if usable else (row.id,)
         alike.setdefault(key, []).append(row)
     split.merged = len(split.rows) - len(alike)
     split.rows = [
-        replace(rows[0], references=list(dict.fromkeys(text for row in rows for text in row.references)))
+        replace(rows[0], references=_different(text for row in rows for text in row.references))
         for rows in alike.values()
     ]
+
+
+def _different(texts: Iterable[str]) -> list[str]:
+    """The texts, each once: the first of those with one canonical form."""
+    first: dict[str, str] = {}
+    for text in texts:
+        first.setdefault(canonical(text), text)
+    return list(first.values())
 
 
 def limit(split: Split, most: int | None) -> None:
@@ -180,11 +216,11 @@ def clean(split: Split) -> None:
     seen: set[tuple[str, ...]] = set()
 
     def fault(row: Example) -> str | None:
-        if not row.source:
+        if not is_visible(row.source):
             return "empty source"
-        if not row.target:
+        if not is_visible(row.target):
             return "empty target"
-        content = (row.source, row.aspect, row.target, repr(row.history))
+        content = (canonical(row.source), row.aspect, canonical(row.target), canonical(repr(row.history)))
         if content in seen:
             return "duplicate"
         seen.add(content)

@@ -43,11 +43,11 @@ Splitter = Callable[[str], list[Word]]
 
 def splitter(name: str, evaluate: Evaluate) -> Splitter:
     """A function that splits a text into words as the metric `name` does."""
-    tokenize, keys, fold = metrics.tokenizers(name, evaluate)
+    tokenize, keys, form = metrics.tokenizers(name, evaluate)
 
     def split(text: str) -> list[Word]:
         tokens = tokenize(text)
-        found = zip(_places(text, tokens, fold), tokens if keys is tokenize else keys(text), strict=True)
+        found = zip(_places(text, tokens, form), tokens if keys is tokenize else keys(text), strict=True)
         return [Word(*place, key) for place, key in found if place]
 
     return split
@@ -101,14 +101,15 @@ def _marks(words: Sequence[Word], common: Counter[str], pairs: Counter[tuple[str
     return marks
 
 
-def _places(text: str, tokens: Sequence[str], fold: bool) -> list[tuple[int, int] | None]:
+def _places(text: str, tokens: Sequence[str], form: Callable[[str], str]) -> list[tuple[int, int] | None]:
     """The position of each token in `text`; None for a token that the tokenizer changed too much to be found.
 
-    `fold` says that tokens are in lower case.
+    The tokens stand in `form(text)`, which may have more or fewer characters than `text`. A place begins and ends where
+    a character as readers see it does, so no mark is parted from its letter.
     """
-    # A character's lower case may be several characters: `at` maps the searched text back to `text`.
-    searched = text.lower() if fold else text
-    at = [i for i, character in enumerate(text) for _ in (character.lower() if fold else character)]
+    searched, at = form(text), _origins(text, form)
+    if len(searched) != len(at):  # the form of one character depends on another
+        return [None for _ in tokens]
     places: list[tuple[int, int] | None] = []
     position = missing = 0
     for token in tokens:
@@ -119,5 +120,15 @@ def _places(text: str, tokens: Sequence[str], fold: bool) -> list[tuple[int, int
             places.append(None)
             continue
         position = found + len(token)
-        places.append((at[found], at[position - 1] + 1))
+        places.append((at[found][0], at[position - 1][1]))
     return places
+
+
+def _origins(text: str, form: Callable[[str], str]) -> list[tuple[int, int]]:
+    """For each character of `form(text)`, the start and end in `text` of the character that it comes from."""
+    if text.isascii():
+        return [(i, i + 1) for i in range(len(text))]
+    import regex
+
+    clusters = [found.span() for found in regex.finditer(r"\X", text)]
+    return [(start, end) for start, end in clusters for _ in form(text[start:end])]

@@ -126,7 +126,8 @@ def chosen(content: Content, most: int) -> list[int]:
         return list(range(n))
     extreme = {pair.id for pair in (*content.comparison.best, *content.comparison.worst)}
     kept = [i for i, row in enumerate(content.rows) if row.example.id in extreme][:most]
-    others = [i for i in range(n) if i not in set(kept)]
+    held = set(kept)
+    others = [i for i in range(n) if i not in held]
     room = most - len(kept)
     return sorted(kept + [others[k * len(others) // room] for k in range(room)])
 

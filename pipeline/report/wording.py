@@ -35,6 +35,12 @@ MANY_CAPPED = 0.05
 """The report says so if a larger share of outputs was stopped by the token cap."""
 OTHER_LANGUAGE = 0.1
 """The report says so if the share of outputs in the expected language is lower than the references' by this much."""
+SHARED = {
+    ("test", "train"): "tuned may score by what it knows of them, so the gain on new groups may be smaller",
+    ("validation", "train"): "the validation loss may be too low for new groups",
+    ("test", "validation"): "what was chosen by the validation loss was chosen on groups of the test split",
+}
+"""What follows if groups of one split lie in another as well."""
 
 COMMANDS = (
     ("dvc metrics diff", "these numbers against the last commit's"),
@@ -181,6 +187,12 @@ def caveats(comparison: Comparison) -> list[str]:
         if one.stopped_by_cap > MANY_CAPPED
     )
     found.extend(_texts(comparison))
+    found.extend(f"{one.counted}: {SHARED[one.split, one.other]}." for one in comparison.shared_groups)
+    if comparison.not_nfc:
+        found.append(
+            f"{comparison.not_nfc:,} of {comparison.n:,} test rows have references that are not in the normal form "
+            "NFC. A model that writes é in their form gains by that alone, since a metric here compares code points."
+        )
     found.extend(_price(comparison))
     if comparison.not_scored:
         parts = ", ".join(f"{why} ({count:,})" for why, count in sorted(comparison.not_scored.items()))

@@ -17,9 +17,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.core import contracts, params, paths
-from pipeline.core.contracts import Scores, TrainingSummary
+from pipeline.core.contracts import DataCard, Scores, TrainingSummary
 from pipeline.core.errors import UserError, listing
 from pipeline.core.records import Decoding, Encoded, Example
+from pipeline.core.text import not_nfc
 from pipeline.score import guard_record, metrics, reference_lines, side_by_side, side_effects, significance
 from pipeline.score.comparison import Aspect, Comparison, Line, Output, Pair, Result, Spread, Verdict
 from pipeline.score.metrics import Floats, Metric
@@ -84,6 +85,8 @@ def compare_variants(seeds: Sequence[int], evaluate: params.Evaluate, settings: 
         guards=guard_record.measured(seeds),
         encoded=_encoded(seeds[0], scored[0]),
         not_scored=guard_record.not_scored(),
+        shared_groups=contracts.read(paths.DATA_CARD, DataCard).shared_groups,
+        not_nfc=not_nfc(row.references for row in test) if metrics.sees_code_points(evaluate) else 0,
     )
 
 

@@ -3,7 +3,7 @@
 The report, the page, the record, an export and its card read it there.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from pipeline.core import contracts, params, paths
@@ -115,6 +115,8 @@ class Comparison:
     first seed, since texts have no mean. `published` holds figures of papers, `guards` those of all stages, in order.
     `encoded` tells what became of the examples of each split as prompts.
     `not_scored` counts what the test split's files hold and no row of it has, by reason; None if there is nothing.
+    `shared_groups` are those of the data's card. `not_nfc` counts the test rows with a reference that is not in the
+    normal form NFC, if a metric compares code points.
     """
 
     verdict: Verdict
@@ -141,6 +143,8 @@ class Comparison:
     guards: list[Guard]
     encoded: dict[str, Encoded]
     not_scored: dict[str, int] | None = None
+    shared_groups: list[contracts.SharedGroups] = field(default_factory=list)
+    not_nfc: int = 0
 
     @classmethod
     def read(cls) -> "Comparison":

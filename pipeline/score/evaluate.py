@@ -10,7 +10,7 @@ from pipeline.core import contracts, paths, records
 from pipeline.core.contracts import ScoredRow, Scores
 from pipeline.core.errors import UserError
 from pipeline.core.params import Evaluate
-from pipeline.core.text import MAX_FOREIGN_SHARE, foreign_share, holds_thought, words
+from pipeline.core.text import MAX_FOREIGN_SHARE, canonical, foreign_share, holds_thought, is_visible, words
 from pipeline.score import metrics, side_by_side
 
 
@@ -42,8 +42,11 @@ def score_variant(variant: str, settings: Evaluate) -> None:
         words=sum(len(words(text)) for text in texts) / n,
         reference_words=sum(len(words(row.target)) for row in examples) / n,
         stopped_by_cap=sum(row.finish == "length" for row in predictions) / n,
-        empty=sum(not text.strip() for text in texts) / n,
-        copied=sum(text.split() == row.source.split() for text, row in zip(texts, examples, strict=True)) / n,
+        empty=sum(not is_visible(text) for text in texts) / n,
+        copied=sum(
+            canonical(text).split() == canonical(row.source).split() for text, row in zip(texts, examples, strict=True)
+        )
+        / n,
         thoughts=sum(map(holds_thought, texts)),
         in_language=_share_in(settings.language, texts),
         references_in_language=_share_in(settings.language, [row.target for row in examples]),
@@ -68,7 +71,7 @@ def _share_in(language: str | None, texts: Sequence[str]) -> float | None:
         return None
     from py3langid import classify
 
-    return sum(bool(text.strip() and classify(text)[0] == language) for text in texts) / len(texts)
+    return sum(bool(is_visible(text) and classify(canonical(text))[0] == language) for text in texts) / len(texts)
 
 
 def _refuse_other_scripts(references: Sequence[str]) -> None:

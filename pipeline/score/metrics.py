@@ -11,7 +11,6 @@ never used.
 Dimensions: n rows, k statistics of a row, b sums of rows.
 """
 
-import re
 from collections.abc import Callable, Sequence
 from functools import cache
 from importlib.metadata import version
@@ -21,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.core.params import Evaluate
-from pipeline.core.text import WITHOUT_SPACES, sentences
+from pipeline.core.text import LETTERS, WITHOUT_SPACES, compatible, runs, sentences
 
 Floats = NDArray[np.float64]
 Tokenize = Callable[[str], list[str]]
@@ -64,7 +63,11 @@ def signature(evaluate: Evaluate) -> str:
     """Everything besides the texts that scores depend on, in the format of sacrebleu's signatures."""
     parts = []
     if rouge := [name for name in evaluate.metrics if name.startswith("rouge")]:
-        tokenizer = "default [a-z0-9]" if evaluate.rouge_tokenizer == "latin" else "letters and digits of any script"
+        tokenizer = (
+            "default [a-z0-9]"
+            if evaluate.rouge_tokenizer == "latin"
+            else "letters, marks and digits of any script in NFKC"
+        )
         parts += [
             f"rouge-score {version('rouge-score')}",
             "+".join(rouge),
@@ -78,30 +81,32 @@ def signature(evaluate: Evaluate) -> str:
     return "|".join([*parts, *(_Counted(name, evaluate).signature() for name in counted)])
 
 
-def tokenizers(name: str, evaluate: Evaluate) -> tuple[Tokenize, Tokenize, bool]:
+def sees_code_points(evaluate: Evaluate) -> bool:
+    """Whether a metric takes é in one normal form and é in another for different letters."""
+    latin = evaluate.rouge_tokenizer == "latin"
+    return any(name in ("chrf", "bleu") or latin for name in evaluate.metrics)
+
+
+def tokenizers(name: str, evaluate: Evaluate) -> tuple[Tokenize, Tokenize, Callable[[str], str]]:
     """How the metric `name` splits a text.
 
-    Returns a function to the tokens as written, one to the tokens as they are compared (for example stemmed), and
-    whether the metric lowers the case first. chrF has no tokens, so runs of letters and digits stand in.
+    Returns a function to the tokens, one to the tokens as they are compared (for example stemmed), and one to the form
+    of the text in which the tokens stand as they are. chrF has no tokens, so runs of letters and digits stand in.
     """
     if name == "chrf":
-        return _runs, _runs, False
+        return runs, runs, str
     if name == "bleu":
         from sacrebleu import BLEU
 
         bleu: Any = BLEU(tokenize=evaluate.bleu_tokenizer)
         split: Tokenize = lambda text: bleu.tokenizer(text.rstrip()).split()  # noqa: E731
-        return split, split, False
+        return split, split, str
     if evaluate.rouge_tokenizer == "unicode":
-        return _Letters().tokenize, _Letters().tokenize, True
+        return _Letters().tokenize, _Letters().tokenize, lambda text: compatible(text).lower()
     from rouge_score.tokenizers import DefaultTokenizer  # imports nltk: a second that nothing else should pay
 
     plain = DefaultTokenizer(use_stemmer=False).tokenize
-    return plain, DefaultTokenizer(use_stemmer=True).tokenize if evaluate.use_stemmer else plain, True
-
-
-def _runs(text: str) -> list[str]:
-    return re.findall(r"\w+", text)
+    return plain, DefaultTokenizer(use_stemmer=True).tokenize if evaluate.use_stemmer else plain, str.lower
 
 
 class _Rouge:
@@ -137,10 +142,13 @@ class _Rouge:
 
 
 class _Letters:
-    """ROUGE's tokens in any script: words of letters, marks and digits, or single characters in `WITHOUT_SPACES`."""
+    """ROUGE's tokens in any script: words of letters, marks and digits, or single characters in `WITHOUT_SPACES`.
+
+    They are those of the compatible form, so texts that read alike have the same tokens.
+    """
 
     def tokenize(self, text: str) -> list[str]:
-        return _pattern().findall(text.lower())  # type: ignore[no-any-return]
+        return _pattern().findall(compatible(text).lower())  # type: ignore[no-any-return]
 
 
 @cache
@@ -148,7 +156,7 @@ def _pattern() -> Any:
     import regex
 
     alone = WITHOUT_SPACES
-    return regex.compile(rf"(?V1)[{alone}]\p{{M}}*|[[\p{{L}}\p{{M}}\p{{N}}]--[{alone}]]+")
+    return regex.compile(rf"(?V1)[{alone}]\p{{M}}*|[[{LETTERS}]--[{alone}]]+")
 
 
 class _Counted:

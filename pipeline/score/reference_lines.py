@@ -5,9 +5,14 @@ A score means little unless it is ahead of them.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
+from itertools import islice
 
 from pipeline.core.records import Example
 from pipeline.core.text import words
+
+MOST_OTHERS = 20
+"""References of other aspects that a row is compared with at most. A group of n rows would have n² of them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,14 +31,10 @@ def texts(test: Sequence[Example], base: Sequence[str], metrics: Sequence[str]) 
     - lead: the first sentence of the source. In translation (if `metrics` has chrF or BLEU) it is copy instead: the
       whole source.
     - wrong_aspect: the references of the group's other aspects, whose scores are averaged. They are on topic and well
-      written, but answer another question.
+      written, but answer another question. In a group with more than `MOST_OTHERS` of them, the first ones count.
     - base_cut: base's output, cut to the number of words of its reference. No real system knows that length, so a gain
       over this line is more than a better length.
     """
-    members: dict[str, list[Example]] = {}
-    for row in test:
-        members.setdefault(row.group, []).append(row)
-    other = [[row.target for row in members[one.group] if row.aspect != one.aspect] for one in test]
     n_cut = sum(len(words(text)) > len(words(row.target)) for text, row in zip(base, test, strict=True))
     if {"chrf", "bleu"} & set(metrics):
         first = Texts("copy", "Copy", "the source as it is", [[row.source] for row in test])
@@ -41,7 +42,12 @@ def texts(test: Sequence[Example], base: Sequence[str], metrics: Sequence[str]) 
         first = Texts("lead", "Lead", "the first sentence of the source", [[row.lead] for row in test])
     return [
         first,
-        Texts("wrong_aspect", "Wrong aspect", "the references of the same source's other aspects, averaged", other),
+        Texts(
+            "wrong_aspect",
+            "Wrong aspect",
+            "the references of the same source's other aspects, averaged",
+            _of_other_aspects(test),
+        ),
         Texts(
             "base_cut",
             "Base, cut",
@@ -50,6 +56,19 @@ def texts(test: Sequence[Example], base: Sequence[str], metrics: Sequence[str]) 
             [[cut(text, row.target)] for text, row in zip(base, test, strict=True)],
         ),
     ]
+
+
+def _of_other_aspects(test: Sequence[Example]) -> list[list[str]]:
+    """For each row, the targets of the first `MOST_OTHERS` rows of its group with another aspect."""
+    members: dict[str, list[Example]] = {}
+    for row in test:
+        members.setdefault(row.group, []).append(row)
+
+    @cache
+    def others(group: str, aspect: str) -> list[str]:
+        return list(islice((row.target for row in members[group] if row.aspect != aspect), MOST_OTHERS))
+
+    return [others(row.group, row.aspect) for row in test]
 
 
 def cut(text: str, reference: str) -> str:

@@ -44,6 +44,15 @@ class Interval:
     high: float
 
 
+def require_groups(count: int) -> None:
+    """UserError unless the test examples have at least two groups, without which there is nothing to resample."""
+    if count < 2:
+        raise UserError(
+            "all test examples belong to one group, so there is nothing to resample: name more test data, raise "
+            "data.limits.test, or name a column that tells sources apart in data.columns.group"
+        )
+
+
 def resampled_sums(values_nxk: Floats, groups: NDArray[Any], samples: int, seed: int) -> tuple[Floats, Floats]:
     """Bootstrap over groups: draw as many groups as there are, `samples` times, and sum the k columns over their rows.
 
@@ -53,11 +62,7 @@ def resampled_sums(values_nxk: Floats, groups: NDArray[Any], samples: int, seed:
     # Sorted by name, so that the order of the rows does not decide which group a number means.
     names, member = np.unique(groups, return_inverse=True)
     g = len(names)
-    if g < 2:
-        raise UserError(
-            "all test examples belong to one group, so there is nothing to resample: raise data.limits.test, or name "
-            "a column that tells sources apart in data.columns.group"
-        )
+    require_groups(g)
     columns = np.column_stack([values_nxk, np.ones(len(values_nxk))])
     sums_gxk = np.zeros((g, columns.shape[1]))
     np.add.at(sums_gxk, member, columns)

@@ -2,19 +2,28 @@
 
 import random
 import re
+import unicodedata
 
 import pytest
 
+from pipeline.core import text as texts
 from pipeline.core.text import (
     _ABBREVIATION,
     _INITIAL,
+    alike,
+    canonical,
+    compatible,
     foreign_share,
     holds_thought,
+    is_nfc,
+    is_visible,
     lead,
     opens_thought,
+    runs,
     sentences,
     words,
 )
+from tests.limits import soon
 
 
 @pytest.mark.parametrize(
@@ -110,6 +119,8 @@ def test_the_sentences_are_those_of_the_plain_expression() -> None:
         ("кошка поёт.", ["кошка", "поёт."]),
         ("猫在 GPU上跑。", ["猫", "在", "GPU", "上", "跑", "。"]),
         ("한국어 문장", ["한국어", "문장"]),
+        ("ที่\u200bนี่", ["ที่\u200b", "นี่"]),  # a place for a line to break is no word
+        ("\u200bก a \u2060 b\xad", ["ก", "a", "b\xad"]),
         ("", []),
     ],
 )
@@ -152,3 +163,74 @@ def test_only_a_mark_at_the_end_begins_a_thought_there() -> None:
         True
     ] * 4
     assert not any(map(opens_thought, ("<think>a", "<think>\n\n</think>\n", "[/THINK]", "<|end_thinking|>")))
+
+
+# Forms in which texts are compared
+
+WRITTEN = (
+    "Le café crème, naïf.", "हिन्दी की किताब", "தமிழ் மொழி", "বাংলা কোন", "العَرَبِيَّةُ", "ภาษาที่นี่", "한국어 문장",
+    "Tiếng Việt ở", "がぎぐ", "É. Zola est né. Il écrit.", "İstanbul", "ΛΌΓΟΣ ᾴ", "Å",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("text", WRITTEN)
+def test_all_normal_forms_of_a_text_are_the_same_text(text: str) -> None:
+    composed, apart = unicodedata.normalize("NFC", text), unicodedata.normalize("NFD", text)
+    for form in (canonical, compatible, alike):
+        assert form(apart) == form(composed) == form(form(text))
+    assert canonical(apart) == composed
+    assert len(words(apart)) == len(words(composed))
+    assert foreign_share([apart]) == foreign_share([composed])
+    assert runs(alike(apart)) == runs(alike(composed))
+    assert [canonical(one) for one in sentences(apart)] == sentences(composed)
+    assert is_nfc(composed)
+    assert is_nfc(apart) == (apart == composed)
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "same", "reads_alike"),
+    [
+        ("Wör\xadter", "Wörter", True, True),
+        ("data\u200bbase\ufeff", "data\u2060base", True, True),
+        ("می\u200cخواهم", "میخواهم", False, True),  # part of the spelling, and often left out
+        ("क्\u200dष", "क्ष", False, True),
+        ("Ｆｕｌｌ１", "full1", False, True),
+        ("oﬃce", "Office", False, True),
+        ("Straße", "STRASSE", False, True),
+        ("کتاب", "كتاب", False, False),
+        ("की", "कि", False, False),  # vowels differ
+        ("résumé", "resume", False, False),
+        ("a b", "ab", False, False),
+    ],
+)
+def test_what_is_the_same_and_what_reads_alike(one: str, other: str, same: bool, reads_alike: bool) -> None:
+    assert (canonical(one) == canonical(other)) is same
+    assert (alike(one) == alike(other)) is reads_alike
+
+
+def test_plain_english_is_its_own_form() -> None:
+    text = "A plain  text.\n\tIt's 100 % ASCII, e.g. x_1."
+    assert canonical(text) == compatible(text) == text
+    assert alike(text) == text.lower()
+    assert runs(text) == re.findall(r"\w+", text)
+
+
+def test_marks_belong_to_the_words_of_their_letters() -> None:
+    for text in WRITTEN:
+        assert "".join(runs(text)) == "".join(character for character in text if character not in " ,."), text
+
+
+@pytest.mark.parametrize("text", ["", " \n", "\u200b", " \xad\u200d ", "\u3164", "\ufeff\u2028"])
+def test_what_cannot_be_seen(text: str) -> None:
+    assert not is_visible(text)
+    assert not words(text)
+    assert is_visible(f"{text}a")
+
+
+def test_marks_out_of_order_take_no_square_of_time() -> None:
+    """The standard order of a run of marks is a sort, which the interpreter does by insertion."""
+    with soon():
+        for unit in ("\u0301\u0327", "a\u0301\u0327", "\u0327", "\xad", "\u200b"):
+            text = unit * (1_000_000 // len(unit))
+            for read in (canonical, compatible, alike, is_nfc, is_visible, words, runs, texts.lead):
+                read(text)

@@ -3,10 +3,12 @@
 import json
 import re
 import reprlib
+import unicodedata
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from pipeline.core import contracts, params, paths
@@ -16,6 +18,7 @@ from pipeline.core.records import Example, read_rows, sha256_file, sha256_tree
 from pipeline.prepare import prepare as data
 from pipeline.prepare.leaks import Overlap
 from pipeline.prepare.prepare import write_splits
+from pipeline.prepare.splits import grouped
 from pipeline.prepare.splits import places as places_of
 from pipeline.score import significance
 from tests.limits import soon
@@ -106,7 +109,7 @@ def test_aclsum(run: Prepare, capsys: pytest.CaptureFixture[str]) -> None:
     files = {
         "set/train.jsonl": lines(paper("p1", 0), paper("p2", 100)),
         "set/val.jsonl": lines(paper("p3", 200)),
-        "set/test.jsonl": lines(paper("p4", 300)),
+        "set/test.jsonl": lines(paper("p4", 300), paper("p5", 500)),
     }
     names = {"train": "set/train.jsonl", "validation": "set/val.jsonl", "test": "set/test.jsonl"}
     card = run(files, format="aclsum", columns=None, files=names)
@@ -181,7 +184,10 @@ def test_every_table_format_gives_the_same_rows(run: Prepare) -> None:
             {"key": "1e5", "text": "Émile " * 3, "summary": "true", "of": "g", "kind": "null"},
         ],
         "validation": [{"key": "010", "text": "v", "summary": "3.10", "of": "h", "kind": "k"}],
-        "test": [{"key": "0x1", "text": "t\u2028t", "summary": "None", "of": "h", "kind": "k"}],
+        "test": [
+            {"key": "0x1", "text": "t\u2028t", "summary": "None", "of": "h", "kind": "k"},
+            {"key": "0x2", "text": "u", "summary": "nan", "of": "i", "kind": "k"},
+        ],
     }
     columns = {"source": "text", "target": "summary", "id": "key", "group": "of", "aspect": "kind"}
 
@@ -231,8 +237,8 @@ def test_integer_ids_are_names(run: Prepare) -> None:
 
 
 def test_a_long_csv_field_is_read(run: Prepare) -> None:
-    tables = {f"{split}.csv": f"text,summary\n{split} {'x' * 200_000},t\n" for split in paths.SPLITS}
-    assert run(tables, suffix="csv")["splits"]["test"]["rows"] == 1
+    tables = {f"{split}.csv": f"text,summary\n{split} {'x' * 200_000},t\n{split},t\n" for split in paths.SPLITS}
+    assert run(tables, suffix="csv")["splits"]["test"]["rows"] == 2
 
 
 # Mistakes in the input
@@ -296,15 +302,16 @@ def test_parquet_that_names_other_files_opens_none(run: Prepare, tmp_path: Path)
     features = {"text": {"dtype": "string", "_type": "Value"}, "summary": {"dtype": "string", "_type": "Value"}}
     features |= {"picture": {"_type": "Image"}}
     kind = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
-    picture = pa.array([{"bytes": None, "path": str(elsewhere)}], kind)
+    picture = pa.array([{"bytes": None, "path": str(elsewhere)}] * 2, kind)
     files = {}
     for split in paths.SPLITS:
-        table = pa.table({"text": [f"{split} text"], "summary": ["b"], "picture": picture})
+        texts = [f"{split} text", f"{split} more"]
+        table = pa.table({"text": texts, "summary": ["b", "c"], "picture": picture})
         metadata = {"huggingface": json.dumps({"info": {"features": features}})}
         file = pa.BufferOutputStream()
         parquet.write_table(table.replace_schema_metadata(metadata), file)
         files[f"{split}.parquet"] = file.getvalue().to_pybytes()
-    assert run(files, suffix="parquet")["splits"]["train"]["rows"] == 1
+    assert run(files, suffix="parquet")["splits"]["train"]["rows"] == 2
 
 
 def test_unknown_suffix(run: Prepare) -> None:
@@ -472,6 +479,110 @@ def test_full_stops_without_end_take_no_time(run: Prepare) -> None:
     assert rows_of("train")[1].lead == f"1 Introduction {'.' * 20_000}1 {words(100)}"
 
 
+@pytest.mark.parametrize(
+    ("test", "columns"),
+    [
+        ([row(words(2000))], {}),
+        ([row(words(2000)), row(words(2000), "another")], {}),
+        ([row(words(2000)), row(words(2000).replace("w", "\xadw"), "another")], {}),
+        ([row(words(2000), of="g"), row(words(2100), of="g")], {"group": "of"}),
+        ([row(words(2000)), row("")], {}),
+        ([row(words(2000), of="é"), row(words(2100), of="e\u0301")], {"group": "of"}),
+    ],
+)
+def test_a_test_split_of_one_group_is_refused_before_anything_is_trained(
+    run: Prepare, test: list[dict[str, Any]], columns: dict[str, Any]
+) -> None:
+    """With the words of the comparison, which could not resample it."""
+    files = {f"{split}.jsonl": lines(row(words(100 * n), of=f"{split} {n}")) for n, split in enumerate(paths.SPLITS)}
+    said = fails(run, "belong to one group", files | {"test.jsonl": lines(*test)}, columns={**COLUMNS, **columns})
+    with pytest.raises(UserError) as caught:
+        significance.resampled_sums(np.ones((2, 1)), np.array(["g", "g"]), 10, 0)
+    assert said == str(caught.value)
+
+
+def test_limits_and_holdout_may_leave_one_group_of_test(run: Prepare) -> None:
+    limits = {"train": None, "validation": None, "test": 1}
+    fails(run, "one group, .* raise data.limits.test", GOOD, limits=limits)
+
+
+@pytest.mark.parametrize("loss", [row(""), row(words(0), ""), row(words(0)), row(words(2000)), row("short")])
+def test_the_card_is_read_whatever_was_lost(run: Prepare, loss: dict[str, Any]) -> None:
+    """The comparison, the page and the record read it, hours later."""
+    written = run({**GOOD, "train.jsonl": lines(row(words(0)), loss)}, words={"min": 2, "max": None})
+    card = contracts.read(paths.DATA_CARD, contracts.DataCard)
+    assert contracts.content(card) == written
+    gone = card.splits["train"].filtered | card.splits["train"].dropped
+    assert [(one.rows, one.examples) for one in gone.values()] == [(1, ["train-2"])]
+
+
+# Groups in several splits
+
+
+def customers(start: int, *names: str, **more: Any) -> str:
+    return lines(*(row(words(start + 100 * n), by=name, **more) for n, name in enumerate(names)))
+
+
+def test_declared_groups_in_two_splits_are_counted_and_told(run: Prepare, capsys: pytest.CaptureFixture[str]) -> None:
+    files = {
+        "train.jsonl": customers(0, "a", "b", "b", "c", "\u00e9", "d", "e", "f"),
+        "validation.jsonl": customers(2000, "c", "v"),
+        "test.jsonl": customers(4000, *"abdefxv", "e\u0301", "a"),
+    }
+    card = run(files, columns={**COLUMNS, "group": "by"})
+    assert card["shared_groups"] == [
+        {"split": "test", "other": "train", "shared": 6, "groups": 8, "examples": ["a", "b", "d", "e", "f"]},
+        {"split": "validation", "other": "train", "shared": 1, "groups": 2, "examples": ["c"]},
+        {"split": "test", "other": "validation", "shared": 1, "groups": 8, "examples": ["v"]},
+    ]
+    said = capsys.readouterr().out
+    assert "6 of 8 test groups are in train as well: a, b, d, e, f, ...; data.holdout" in said
+    assert "1 of 2 validation groups is in train as well: c; data.holdout" in said
+    assert "1 of 8 test groups is in validation as well: v; data.holdout" in said
+    assert contracts.content(contracts.read(paths.DATA_CARD, contracts.DataCard)) == card
+
+
+def test_groups_of_conversations_and_papers_are_declared_too(run: Prepare) -> None:
+    files = {
+        f"{split}.jsonl": lines(*(chat(words(1000 * n + 100 * k), "t", group=by) for k, by in enumerate("ab")))
+        for n, split in enumerate(paths.SPLITS)
+    }
+    card = run(files, format="chat", columns=None)
+    assert [(one["split"], one["other"], one["shared"]) for one in card["shared_groups"]] == [
+        ("test", "train", 2), ("validation", "train", 2), ("test", "validation", 2),
+    ]  # fmt: skip
+
+
+def test_groups_that_nobody_declared_are_not_told(run: Prepare, capsys: pytest.CaptureFixture[str]) -> None:
+    """They are named after rows, whose ids may be the same in two splits."""
+    columns = {**COLUMNS, "id": "id"}
+    ids = {
+        f"{split}.jsonl": lines(*(row(words(1000 * n + 100 * k), id=k) for k in range(3)))
+        for n, split in enumerate(paths.SPLITS)
+    }
+    assert run(ids, columns=columns)["shared_groups"] == []
+    one = {"train.jsonl": customers(0, *(f"c{n}" for n in range(60)))}
+    files = {"train": "train.jsonl", "validation": None, "test": None}
+    card = run(one, files=files, holdout={"validation": 0.2, "test": 0.2}, columns={**COLUMNS, "group": "by"})
+    assert card["shared_groups"] == []
+    assert "as well" not in capsys.readouterr().out
+
+
+def test_a_group_that_is_gone_from_a_split_is_not_told(run: Prepare) -> None:
+    files = {**GOOD, "train.jsonl": customers(0, "a", "x")[:-1] + "\n" + lines(row(words(2000), by="t1"))}
+    files |= {"validation.jsonl": customers(1000, "v"), "test.jsonl": customers(2000, "t1", "t2")}
+    card = run(files, columns={**COLUMNS, "group": "by"})
+    assert card["splits"]["train"]["dropped"]["overlaps test"]["rows"] == 1
+    assert card["shared_groups"] == []
+
+
+def test_references_in_another_normal_form_are_told(run: Prepare, capsys: pytest.CaptureFixture[str]) -> None:
+    run({**GOOD, "test.jsonl": lines(row(words(2000), "cafe\u0301"), row(words(2100), "caf\u00e9"))})
+    assert "1 of 2 test rows have references that are not in the normal form NFC" in capsys.readouterr().out
+    run(GOOD)
+    assert "NFC" not in capsys.readouterr().out
+
+
 # Cleaning
 
 
@@ -544,7 +655,7 @@ def test_same_text_under_two_aspects_is_no_duplicate(run: Prepare) -> None:
             **GOOD,
             "train.jsonl": lines(row(words(0), a="x"), row(words(0), a="y")),
             **{
-                f"{split}.jsonl": lines(row(words(start), a="x"))
+                f"{split}.jsonl": lines(row(words(start), a="x"), row(words(start + 50), a="x"))
                 for split, start in [("validation", 500), ("test", 900)]
             },
         },
@@ -610,6 +721,83 @@ def test_leaked_rows_are_dropped_and_counted(run: Prepare) -> None:
     }
 
 
+INDIC = (
+    "भारत सरकार की किसानों के लिए सहायता योजना सोमवार को दिल्ली में शुरू हुई और छात्रों की परीक्षा",
+    "भारत सरकार का किसान को लाए सहायता योजना सोमवार की दिल्ला में शुरु हुआ और छात्रा का परीक्षा",
+)
+"""Sentences that differ in vowel signs: no run of eight words is the same, though their consonants are."""
+
+
+@pytest.mark.parametrize("form", ["NFC", "NFD"])
+def test_a_word_is_no_leak_of_one_with_other_vowel_signs(form: Any) -> None:
+    one, other = (unicodedata.normalize(form, text) for text in INDIC)
+    assert Overlap([one], 0.1).kind(other) is None
+    assert Overlap([one], 0.9).kind(f"{one} की") == "near"
+    shingles = Overlap([one], 0.1).hashes
+    assert len(shingles) == len(one.split()) - 7
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda text: unicodedata.normalize("NFD", text),
+        lambda text: text.replace("ö", "\xadö"),
+        lambda text: text.replace("e", "e\u200b"),
+        lambda text: "".join(chr(ord(one) + 0xFEE0) if "a" <= one <= "z" else one for one in text),
+        str.upper,
+    ],
+    ids=["NFD", "soft hyphens", "zero-width", "full-width", "capitals"],
+)
+def test_a_leak_is_found_however_it_is_written(run: Prepare, change: Callable[[str], str]) -> None:
+    text = "größere Städte wären möglich außer schönen Küsten über dem Meer öfter"
+    for suspect, kind in ((text, "exact"), (f"{text} und", "near")):
+        card = run(
+            {
+                **GOOD,
+                "train.jsonl": lines(row(words(0)), row(change(suspect))),
+                "test.jsonl": lines(row(text), row(words(2000))),
+            }
+        )
+        assert card["overlap"]["train in test"] == {"exact": 0, "near": 0} | {kind: 1}
+        assert [one.id for one in rows_of("train")] == ["train-1"]
+
+
+def test_one_row_in_several_normal_forms_is_a_duplicate(run: Prepare) -> None:
+    text, apart = "Ein schöner Tag", unicodedata.normalize("NFD", "Ein schöner Tag")
+    train = lines(row(words(0)), row(text, "größer"), row(apart, "größer"), row(text, "gro\xadßer"), row("\u200b"))
+    card = run({**GOOD, "train.jsonl": train})
+    assert card["splits"]["train"]["dropped"] == {
+        "duplicate": {"rows": 1, "examples": ["train-3"]},
+        "empty source": {"rows": 1, "examples": ["train-5"]},
+    }
+    assert [one.source for one in rows_of("train")] == [words(0), text, text]  # as they were
+    assert [one.target for one in rows_of("train")] == ["a target", "größer", "gro\xadßer"]
+
+
+def test_rows_of_one_source_in_several_normal_forms_belong_together(run: Prepare) -> None:
+    text, apart = "Ein schöner Tag", unicodedata.normalize("NFD", "Ein schöner Tag")
+    test = lines(
+        row(text, "größer"), row(apart, unicodedata.normalize("NFD", "größer")), row(apart, "kleiner"), row(words(0))
+    )
+    files = {**GOOD, "train.jsonl": lines(row(words(3000))), "test.jsonl": test}
+    run(files)
+    assert [one.group for one in rows_of("test")] == ["test-1", "test-1", "test-4"]  # the second is a duplicate
+    card = run(files, merge_references=True)
+    assert card["splits"]["test"]["merged"] == 2
+    assert [one.references for one in rows_of("test")] == [["größer", "kleiner"], ["a target"]]
+    many = [Example(str(i), "", "", one, "t", "") for i, one in enumerate((text, apart, text.upper()))]
+    assert len(set(places_of(many))) == 1
+    named = [Example(str(i), one, "", f"x{i}", "t", "") for i, one in enumerate((text, apart))]
+    assert len(set(places_of(named))) == 1
+    assert [one.group for one in grouped(named)] == [text, text]
+
+
+def test_a_copy_in_another_normal_form_is_a_copy(run: Prepare) -> None:
+    train = lines(row(words(0)), row("schön", unicodedata.normalize("NFD", "schön")), row("oﬃce", "office"))
+    card = run({**GOOD, "train.jsonl": train}, drop_copies=True)
+    assert card["splits"]["train"]["filtered"] == {"target equals source": {"rows": 1, "examples": ["train-2"]}}
+
+
 def test_threshold_is_met_by_equality_and_by_one_source_alone() -> None:
     held_out = [words(0, 11), words(100, 11)]  # 4 shingles each
     text = f"{words(0, 11)} {words(100, 11)}"  # 15 shingles, 4 of each held-out source
@@ -649,6 +837,25 @@ def test_shingles_agree_with_sets_of_words() -> None:
     assert compared == 3 * 4 * 12
 
 
+def test_a_template_that_all_rows_share_takes_no_square_of_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All texts own its shingles. Halves of two templates make rows that are near to nothing, and are no less work."""
+    counted, bincount = 0, np.bincount
+
+    def counting(owners: Any) -> Any:
+        nonlocal counted
+        counted += len(owners)
+        return bincount(owners)
+
+    monkeypatch.setattr(np, "bincount", counting)
+    one, other = words(0, 30), words(100, 30)
+    held_out = [f"{template} {number}" for number in range(2000) for template in (one, other)]
+    overlap = Overlap(held_out, 0.6)
+    assert {overlap.kind(f"{one} x{number}") for number in range(2000)} == {"near"}
+    assert {overlap.kind(f"{one} x{number} {other}") for number in range(2000)} == {None}
+    assert {overlap.kind(f"{one} {number}") for number in range(5)} == {"exact"}
+    assert 0 < counted < 10 * len(held_out) * 2 * 30
+
+
 # Limits
 
 
@@ -656,12 +863,13 @@ def test_limits_take_the_first_whole_groups(run: Prepare) -> None:
     groups = ["a", "b", "a", "c", "d", "d"]
     train = lines(*(row(words(100 * number), of=group) for number, group in enumerate(groups)))
     others = {
-        f"{split}.jsonl": lines(row(words(start), of="z")) for split, start in [("validation", 3000), ("test", 4000)]
+        f"{split}.jsonl": lines(*(row(words(start + 50 * number), of=of) for number, of in enumerate("xyz")))
+        for split, start in [("validation", 3000), ("test", 4000)]
     }
     columns = {**COLUMNS, "group": "of"}
 
     def kept(limit: int) -> str:
-        limits = {"train": limit, "validation": None, "test": 1}
+        limits = {"train": limit, "validation": None, "test": 2}
         card = run({**others, "train.jsonl": train}, columns=columns, limits=limits)
         assert card["splits"]["train"]["read"] <= limit
         return "".join(row.group for row in rows_of("train"))
@@ -714,7 +922,10 @@ def test_filters_are_counted_apart_from_losses_and_come_before_limits(
         row(words(600, 4), "one two three"),
         row(words(700, 4), "one two three"),
     )
-    others = {f"{split}.jsonl": lines(row(f"{split} in four words", "a b c")) for split in ("validation", "test")}
+    others = {
+        f"{split}.jsonl": lines(*(row(f"{split} {way} four words", "a b c") for way in ("in", "of")))
+        for split in ("validation", "test")
+    }
     card = run(
         {**others, "train.jsonl": train},
         words={"min": 3, "max": 4},
@@ -850,10 +1061,11 @@ def test_nothing_held_out(run: Prepare) -> None:
 def test_nested_columns(run: Prepare) -> None:
     import datasets
 
-    def pairs(start: int) -> list[dict[str, Any]]:
-        return [{"of": {"n": 7}, "translation": {"fr": words(start), "en": "target"}, "translation.en": "literal"}]
+    def pairs(start: int, group: int = 7) -> list[dict[str, Any]]:
+        return [{"of": {"n": group}, "translation": {"fr": words(start), "en": "target"}, "translation.en": "literal"}]
 
     files = {split: pairs(1000 * number) for number, split in enumerate(paths.SPLITS)}
+    files["test"] += pairs(5000, group=8)
     columns = {"source": "translation.fr", "target": "translation.en", "id": None, "group": "of.n", "aspect": None}
     run({f"{split}.jsonl": lines(*rows) for split, rows in files.items()}, columns=columns)
     assert rows_of("train") == [Example("train-1", "7", "default", words(0), "literal", words(0))]
@@ -876,8 +1088,11 @@ def test_nested_columns(run: Prepare) -> None:
 
 def test_file_and_source_are_columns_of_every_table(run: Prepare) -> None:
     columns = {**COLUMNS, "group": "__file__", "aspect": "__source__"}
-    run(GOOD, columns=columns)
-    assert {(row.group, row.aspect) for row in rows_of("test")} == {("test.jsonl", "data")}
+    names = {split: f"{split}*.jsonl" for split in paths.SPLITS}
+    run({**GOOD, "test-more.jsonl": lines(row(words(5000)))}, columns=columns, files=names)
+    assert {(row.group, row.aspect) for row in rows_of("test")} == {
+        (f"test{more}.jsonl", "data") for more in ("", "-more")
+    }
 
 
 def test_several_sources_are_folders_of_one_root(run: Prepare, tmp_path: Path) -> None:
@@ -934,19 +1149,24 @@ def test_rows_of_one_source_become_one_example_outside_of_training(run: Prepare)
         return lines(*(row(words(start), target, kind=kind) for target, kind in texts), row("", "t", kind="x"))
 
     files = {f"{split}.jsonl": repeated(1000 * number) for number, split in enumerate(paths.SPLITS)}
+    files["test.jsonl"] += lines(row(words(9000), "four", kind="x"))
     columns = {**COLUMNS, "aspect": "kind"}
-    limits = {"train": None, "validation": None, "test": 3}
+    limits = {"train": None, "validation": None, "test": 5}
     card = run(files, columns=columns, merge_references=True, limits=limits)
     assert [(row.id, row.target, row.references, row.group) for row in rows_of("test")] == [
         ("test-1", "one", ["one", "two"], "test-1"),
         ("test-4", "three", ["three"], "test-1"),
+        ("test-7", "four", ["four"], "test-7"),
     ]
     assert card["splits"]["test"]["merged"] == 2
-    assert card["splits"]["test"]["dropped"] == {"empty target": {"rows": 1, "examples": ["test-5"]}}
+    assert card["splits"]["test"]["dropped"] == {
+        "empty target": {"rows": 1, "examples": ["test-5"]},
+        "empty source": {"rows": 1, "examples": ["test-6"]},
+    }
     assert card["splits"]["validation"]["dropped"]["empty source"]["rows"] == 1
     assert [row.references for row in rows_of("train")] == [["one"], ["two"], ["three"]]
     assert card["splits"]["train"]["merged"] == 0
-    assert [len(row.references) for row in (run(files, columns=columns), rows_of("test"))[1]] == [1, 1, 1]
+    assert [len(row.references) for row in (run(files, columns=columns), rows_of("test"))[1]] == [1] * 4
 
 
 # Conversations
@@ -963,7 +1183,7 @@ CHATS = {
         chat(words(0), "an answer", "And then?", " the target ", system="Be brief."), chat(words(100), "hello")
     ),
     "validation.jsonl": lines(chat(words(1000), "v")),
-    "test.jsonl": lines(chat(words(2000), "t")),
+    "test.jsonl": lines(chat(words(2000), "t"), chat(words(2500), "u")),
 }
 
 
@@ -1056,10 +1276,12 @@ def test_a_conversation_leaks_by_what_was_said_not_by_its_last_message_or_its_sy
 
 def test_only_answers_to_the_same_conversation_are_merged(run: Prepare) -> None:
     test = [chat(words(2000), "t", "Go on", answer, system=system) for system in ("S", "T") for answer in "uv"]
+    test += [chat(words(3000), "t")]
     run({**CHATS, "test.jsonl": lines(*test)}, format="chat", columns=None, merge_references=True)
     assert [(row.id, row.references, row.group) for row in rows_of("test")] == [
         ("test-1", ["u", "v"], "test-1"),
         ("test-3", ["u", "v"], "test-1"),
+        ("test-5", ["t"], "test-5"),
     ]
 
 
@@ -1116,6 +1338,7 @@ def test_catalogues_give_pairs(run: Prepare) -> None:
 
     files = {f"{split}/fr.po": catalogue(1000 * number).encode("latin-1") for number, split in enumerate(paths.SPLITS)}
     columns = {"source": "msgstr", "target": "msgid", "id": None, "group": None, "aspect": "msgctxt"}
+    files["test/fr.po"] += f'\nmsgctxt "menu"\nmsgid "{words(5000)}"\nmsgstr "une"\n'.encode()
     names = {split: f"{split}/*.po" for split in paths.SPLITS}
     with pytest.raises(UserError, match="no row of train is left"):
         run(files, files=names, columns=columns)  # all three have one source, so train's and validation's are leaked
@@ -1124,7 +1347,9 @@ def test_catalogues_give_pairs(run: Prepare) -> None:
 
 
 def test_an_encoding_is_declared(run: Prepare) -> None:
-    files = {f"{split}.csv": f"text,summary\n{split} à la carte,t\n".encode("cp1252") for split in paths.SPLITS}
+    files = {
+        f"{split}.csv": f"text,summary\n{split} à la carte,t\n{split} à,t\n".encode("cp1252") for split in paths.SPLITS
+    }
     fails(run, r"train\.csv:2 is not UTF-8 \(byte 19\): set data\.encoding to", files, suffix="csv")
     run(files, suffix="csv", encoding="cp1252")
     assert rows_of("test")[0].source == "test à la carte"
@@ -1140,7 +1365,7 @@ def test_in_a_script_without_spaces_each_character_is_a_word(run: Prepare, capsy
     files = {
         "train.jsonl": lines(row(text(0), "猫狗跑"), row(text(100), "猫狗"), row(text(1005), "猫狗跑")),
         "validation.jsonl": lines(row(text(2000), "猫狗跑")),
-        "test.jsonl": lines(row(text(1000), "猫狗跑")),
+        "test.jsonl": lines(row(text(1000), "猫狗跑"), row(text(3000), "猫狗跑")),
     }
     card = run(files, words={"min": 3, "max": None}, max_dropped_share=0.5)
     assert [one.id for one in rows_of("train")] == ["train-1"]

@@ -11,6 +11,7 @@ import json
 import random
 import re
 import struct
+import unicodedata
 from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
@@ -459,7 +460,14 @@ UNITS = (
     "\x1c", "\u2028", "<", "<p", "<br ", "</a", "<!--", "&", "&a", "&#1", "&lt;", "&amp;amp;", "www.", "://", "//",
     "//a:", "@", "?a=", "&key=", "#", "_", "\\", "`", "a.a.", "A.", "A. ", "1", "1. ", "0", "[", "{", "] ", "-\n",
     "-", "a", "y", "ing ", "ab ", "some words. go on. ", "\u0301", "a\u0301", "\u0915\u094d", "\u732b", "\u732b. ",
-    "\u3002", "\U0001f600", "\u0130", "\ufffe", "\0",
+    "\u3002", "\U0001f600", "\u0130", "\ufffe", "\0", "\u0301\u0327", "\xad", "\u200b", "\u0e19\u0e35\u200b", "\uff26",
+)  # fmt: skip
+
+
+PARTS = (
+    "a", "E", "é", "Ö", "ở", "ß", "ς", "İ", "ffi", "x", "1", ".", "...", "?!", ",", "'", "-", "\xad", "\u200d",
+    "\u200c",
+    "की", "कि", "क्ष", "தொ", "কো", "عَ", "می", "ที่", "か\u3099", "が", "한국", "猫", "\u0301", "\u0327\u0301",
 )  # fmt: skip
 
 
@@ -515,6 +523,26 @@ class TestText:
         with soon():
             for unit in UNITS:
                 read("A." + unit * (10_000 // len(unit)) + ".x")
+
+    def test_a_text_is_the_same_in_every_normal_form(self) -> None:
+        """As a leak, as an answer, and in its marks; whatever marks, joiners and punctuation stand in it."""
+        draw = random.Random(9)
+        given = evaluation("rouge1", use_stemmer=False, rouge_tokenizer="unicode")
+        rouge, split = metrics.chosen(given)[0], overlap.splitter("rouge1", given)
+        differ = 0
+        for _ in range(300):
+            text = " ".join("".join(draw.choices(PARTS, k=draw.randrange(1, 5))) for _ in range(draw.randrange(1, 24)))
+            composed, apart = (unicodedata.normalize(form, text) for form in ("NFC", "NFD"))
+            differ += composed != apart
+            other = " ".join(draw.sample(composed.split(), len(composed.split())))
+            for one in (text, composed, apart, f"\u200b{composed}\xad"):
+                assert leaks.Overlap([text], 0.5).kind(one) == "exact"
+                assert leaks.Overlap([other], 0.1).kind(one) == leaks.Overlap([other], 0.1).kind(text)
+                assert rouge.statistics([one], [[other]]) == rouge.statistics([text], [[other]])
+                assert [word.key for word in split(one)] == [word.key for word in split(text)]
+            assert sentences.foreign_share([apart]) == sentences.foreign_share([composed])
+            assert len(sentences.words(apart)) == len(sentences.words(composed))
+        assert differ > 100
 
     def test_many_words_that_the_text_does_not_have(self) -> None:
         """BLEU's tokenizer takes out a hyphen at a line's end: no such word is found in the text."""

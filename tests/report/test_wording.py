@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from pipeline.core import paths
+from pipeline.core.contracts import SharedGroups
 from pipeline.core.errors import UserError
 from pipeline.core.params import Published
 from pipeline.record import track
@@ -277,6 +278,31 @@ def test_cut_prompts_and_thoughts_are_to_be_read_with_care() -> None:
     text = paths.COMPARISON_MD.read_text(encoding="utf-8")
     assert "- 290 of 300 outputs of base hold a thought" in text
     assert "prompt.thinking false" in text
+
+
+def test_what_the_data_shares_between_splits_is_to_be_read_with_care() -> None:
+    shared = [
+        SharedGroups("test", "train", 4, 4, ["<c0>", "c1"]),
+        SharedGroups("validation", "train", 1, 9, ["c1"]),
+        SharedGroups("test", "validation", 2, 4, ["c1"]),
+    ]
+    said = wording.caveats(comparison(shared_groups=shared))
+    assert [one for one in said if "as well" in one] == [
+        "4 of 4 test groups are in train as well: tuned may score by what it knows of them, so the gain on new groups "
+        "may be smaller.",
+        "1 of 9 validation groups is in train as well: the validation loss may be too low for new groups.",
+        "2 of 4 test groups are in validation as well: what was chosen by the validation loss was chosen on groups of "
+        "the test split.",
+    ]
+    wording.write(comparison(shared_groups=shared))
+    assert "- 4 of 4 test groups are in train as well: " in paths.COMPARISON_MD.read_text()
+    assert not any("as well" in one for one in wording.caveats(comparison()))
+
+
+def test_references_in_another_normal_form_are_to_be_read_with_care() -> None:
+    [said] = [one for one in wording.caveats(comparison(not_nfc=3)) if "NFC" in one]
+    assert said.startswith("3 of 300 test rows have references that are not in the normal form NFC.")
+    assert not any("NFC" in one for one in wording.caveats(comparison()))
 
 
 def test_the_chart_stands_alone_in_a_file() -> None:

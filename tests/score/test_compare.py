@@ -14,7 +14,7 @@ from pipeline.core import contracts, paths, records
 from pipeline.core.contracts import Gone
 from pipeline.core.errors import UserError
 from pipeline.core.records import Example, Prediction
-from pipeline.score import compare, reference_lines
+from pipeline.score import compare, metrics, reference_lines
 from pipeline.score.evaluate import score_variant
 from pipeline.score.significance import Interval
 from tests.made.experiment import ASPECTS, COMPARE, EVALUATE, GENERATION, compared, example, examples, plant, scores_of
@@ -44,6 +44,14 @@ def test_cut() -> None:
     assert reference_lines.cut("猫在跑", "狗叫") == "猫 在"  # no metric sees the space
 
 
+def test_one_giant_group_has_no_square_of_texts() -> None:
+    rows = [example(str(i), "g", ASPECTS[i % 2], "source text", f"t{i}", "") for i in range(2000)]
+    texts = reference_lines.texts(rows, [""] * len(rows), ["rouge1"])[1].texts
+    assert texts[0] == [f"t{i}" for i in range(1, 2 * reference_lines.MOST_OTHERS, 2)]
+    assert texts[1] == [f"t{i}" for i in range(0, 2 * reference_lines.MOST_OTHERS, 2)]
+    assert {len(some) for some in texts} == {reference_lines.MOST_OTHERS}
+
+
 # --- whole comparisons ---
 
 
@@ -67,6 +75,28 @@ def test_what_the_test_split_lost_is_part_of_the_comparison() -> None:
     # Held-out rows are of the training files.
     contracts.write(paths.DATA_CARD, replace(card, splits=splits | {"test": replace(test, held_out=1)}))
     assert compared().not_scored == {"fuzzy entries": 7, "duplicate": 3}
+
+
+@pytest.mark.usefixtures("project")
+def test_what_the_card_says_of_the_data_is_in_the_comparison() -> None:
+    rows = examples()
+    plant([replace(rows[0], references=["cafe\u0301", "caf\u00e9"]), *rows[1:]], KEEP)
+    assert (compared().shared_groups, compared().not_nfc) == ([], 1)
+    shared = [contracts.SharedGroups("test", "train", 1, 12, ["p1"])]
+    gone = {"duplicate": contracts.Gone(3, ["a", "b", "c"])}
+    card = data_card(shared_groups=shared)
+    splits = {name: replace(split, dropped=gone, filtered=gone) for name, split in card.splits.items()}
+    contracts.write(paths.DATA_CARD, replace(card, splits=splits))
+    assert compared().shared_groups == shared
+
+
+def test_a_normal_form_matters_to_metrics_of_code_points_alone() -> None:
+    unicode = EVALUATE.model_copy(update={"rouge_tokenizer": "unicode", "use_stemmer": False, "metrics": ["rouge1"]})
+    assert not metrics.sees_code_points(unicode)
+    assert metrics.sees_code_points(unicode.model_copy(update={"metrics": ["rouge1", "chrf"]}))
+    assert metrics.sees_code_points(unicode.model_copy(update={"metrics": ["bleu"]}))
+    assert metrics.sees_code_points(unicode.model_copy(update={"rouge_tokenizer": "latin"}))
+    assert not metrics.sees_code_points(unicode.model_copy(update={"metrics": []}))
 
 
 @pytest.mark.usefixtures("project")

@@ -92,6 +92,15 @@ def test_copies_of_the_source_are_counted(tmp_path: Path, monkeypatch: pytest.Mo
     assert scores_of("base").copied == 0.5
 
 
+def test_copies_and_empty_texts_are_counted_however_they_are_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    plant({"1": "sou\xadrce", "2": "\u200b\xad", "3": "source code"}, {"1": "a", "2": "b", "3": "c"})
+    score_variant("base", ALL.model_copy(update={"language": "en"}))
+    assert (scores_of("base").copied, scores_of("base").empty) == (1 / 3, 1 / 3)
+
+
 @pytest.mark.parametrize(
     ("predicted", "said"),
     [

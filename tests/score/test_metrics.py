@@ -1,10 +1,12 @@
 """Scores against the values of the papers and of the packages' public functions, in any script, with any references."""
 
+import unicodedata
 from typing import Any
 
 import numpy as np
 import pytest
 import sacrebleu
+from rouge_score.rouge_scorer import RougeScorer
 
 from pipeline.core.params import Evaluate
 from pipeline.score import metrics
@@ -110,6 +112,25 @@ def test_the_best_of_several_references_counts(name: str) -> None:
 )
 def test_words_of_other_scripts(text: str, reference: str, shared: float) -> None:
     assert score("rouge1", text, reference, rouge_tokenizer="unicode") == pytest.approx(shared)
+
+
+@pytest.mark.parametrize(
+    "text", ["café crème", "हिन्दी की किताब", "한국어 문장", "ﬁve Ｆｕｌｌ", "می\u200cخواهم", "Wör\xadter"]
+)
+def test_a_text_that_reads_as_its_reference_scores_in_full(text: str) -> None:
+    for form in ("NFC", "NFD", "NFKC", "NFKD"):
+        other = unicodedata.normalize(form, text)
+        for name in ("rouge1", "rougeLsum"):
+            assert score(name, other, text, rouge_tokenizer="unicode") == pytest.approx(100)
+    assert score("rouge1", "की", "कि", rouge_tokenizer="unicode") == 0
+
+
+def test_the_libraries_own_definitions_stay() -> None:
+    composed, apart = "un café crème", unicodedata.normalize("NFD", "un café crème")
+    assert score("chrf", apart, composed) == pytest.approx(sacrebleu.CHRF().sentence_score(apart, [composed]).score)
+    expected = RougeScorer(["rouge1"]).score(composed, apart)["rouge1"].fmeasure
+    assert score("rouge1", apart, composed) == pytest.approx(100 * expected)
+    assert expected < 1
 
 
 def test_bleu_tokenizes_as_asked() -> None:
