@@ -294,7 +294,7 @@ def test_without_a_source_nothing_is_measured_and_that_is_written(ready: params.
         ({"tokens": 10}, "gives 1 windows of text, too few for an interval"),
         ({"sha256": "0" * 64}, "forget.sha256 = '0000"),
         ({"source": "pip:nothing"}, "forget.source = 'pip:nothing': write pip:"),
-        ({"source": "nowhere"}, "forget.source = 'nowhere': no such file or folder here"),
+        ({"source": "nowhere"}, "forget.source = 'nowhere': no such file or folder in "),
     ],
 )
 def test_a_mistake_is_one_clear_error(ready: params.Params, change: dict[str, Any], told: str) -> None:

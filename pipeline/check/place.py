@@ -4,9 +4,9 @@ import sys
 from importlib.metadata import PackageNotFoundError, version
 
 from pipeline.check.report import Report
-from pipeline.core import params, stage
+from pipeline.core import params, paths, stage
 from pipeline.core.errors import UserError
-from pipeline.record import address, provenance
+from pipeline.record import address
 
 
 def examine(draft: params.Draft, report: Report) -> None:
@@ -21,7 +21,7 @@ def examine(draft: params.Draft, report: Report) -> None:
         with report.part():
             require_device(runtime)
     with report.part():
-        provenance.main_repository()
+        paths.main_repository()
         if (tracking := draft.get(params.Tracking)) is not None:
             address.require_reachable(tracking)
             report.seen.append("the MLflow store")

@@ -11,7 +11,6 @@ from pathlib import Path
 from pipeline.core import paths, yaml12
 from pipeline.core.errors import UserError
 from pipeline.core.progress import say
-from pipeline.record import provenance
 
 
 def remove_half_written() -> None:
@@ -19,7 +18,7 @@ def remove_half_written() -> None:
 
     Takes DVC's own locks, because a file that another process is just writing looks half-written, too.
     """
-    temporary = provenance.main_repository() / ".dvc" / "tmp"
+    temporary = paths.main_repository() / ".dvc" / "tmp"
     torn = {temporary / "rwlock": _torn_json, paths.DVC_LOCK: _torn_lock}
     suspects = [path for path, is_torn in torn.items() if path.is_file() and is_torn(path)]
     if not suspects:

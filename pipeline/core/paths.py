@@ -5,6 +5,7 @@
 because it also shows what differs between machines. `.scratch/` holds the leftovers of killed stages, never an output.
 """
 
+import os
 from pathlib import Path, PurePosixPath
 
 PARAMS = Path("params.yaml")
@@ -54,6 +55,26 @@ SWEEPS = Path(".sweeps")
 """Searches: Optuna's database, and the clones that trials run in."""
 
 SPLITS = ("train", "validation", "test")
+
+
+MAIN = "LORA_REPRO_MAIN"
+"""The environment variable that tells a trial of a search, which runs in a clone, the project it belongs to."""
+
+
+def main_repository() -> Path:
+    """The project that owns the records and the local sources: the one that an experiment in a copy came from.
+
+    DVC names it in DVC_ROOT to temporary experiments, a search in `MAIN` to its trials. Either counts only if it has a
+    `.dvc` and holds this folder: copies are under `<main>/.dvc/tmp` and `<main>/.sweeps`. Else it is the nearest folder
+    upwards with a `.dvc`, or the current folder.
+    """
+    here = Path.cwd().resolve()
+    upwards = [here, *here.parents]
+    for given in filter(None, map(os.environ.get, (MAIN, "DVC_ROOT"))):
+        root = Path(given).resolve()
+        if root in upwards and (root / ".dvc").is_dir():
+            return root
+    return next((folder for folder in upwards if (folder / ".dvc").is_dir()), here)
 
 
 def relative(name: str) -> str:

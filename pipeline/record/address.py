@@ -19,9 +19,8 @@ from typing import Any
 from urllib.parse import urljoin, urlsplit
 from urllib.request import url2pathname
 
-from pipeline.core import params
+from pipeline.core import params, paths
 from pipeline.core.errors import UserError, without_passwords
-from pipeline.record import provenance
 
 COMMAND = 'MLFLOW_TRACKING_URI="$(lora-repro store)" mlflow'
 """MLflow's command line on the project's store, for a shell."""
@@ -46,7 +45,7 @@ def tracking_uri(tracking: params.Tracking) -> str:
     Relative files are relative to the main repository, wherever an experiment runs. It may hold a password. UserError
     where `params.yaml` names a store that it may not name.
     """
-    root = provenance.main_repository()
+    root = paths.main_repository()
     own = os.environ.get("MLFLOW_TRACKING_URI")
     named = own or tracking.uri or "sqlite:///.mlflow/mlflow.db"
     if file := SQLITE.fullmatch(named):
@@ -78,7 +77,7 @@ def is_missing(tracking: params.Tracking) -> bool:
 def home(tracking: params.Tracking) -> Path:
     """The folder on this machine for what belongs to a store: beside its database, else `.mlflow`."""
     file = database(tracking)
-    return file.parent if file else provenance.main_repository() / ".mlflow"
+    return file.parent if file else paths.main_repository() / ".mlflow"
 
 
 def is_served(store: str) -> bool:

@@ -72,22 +72,6 @@ def experiment() -> str | None:
     return os.environ.get("DVC_EXP_NAME") or None
 
 
-def main_repository() -> Path:
-    """The project that owns the records. An experiment in a temporary copy belongs to the repository it came from.
-
-    DVC names that repository in DVC_ROOT, unless the user's environment has another value. DVC_ROOT counts only if it
-    has a `.dvc` and holds this folder (copies are under `<main>/.dvc/tmp`). Else it is the nearest folder upwards with
-    a `.dvc`, or the current folder.
-    """
-    here = Path.cwd().resolve()
-    upwards = [here, *here.parents]
-    if given := os.environ.get("DVC_ROOT"):
-        root = Path(given).resolve()
-        if root in upwards and (root / ".dvc").is_dir():
-            return root
-    return next((folder for folder in upwards if (folder / ".dvc").is_dir()), here)
-
-
 def platform_facts() -> dict[str, str | int]:
     """The machine: processor architecture, operating system, CPU model and number of cores."""
     return {

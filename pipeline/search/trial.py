@@ -260,6 +260,8 @@ def _environment(source: Source) -> dict[str, str]:
     programs = str(Path(sys.executable).parent)
     path = kept.get("PATH", "").split(os.pathsep)
     own = {"PATH": os.pathsep.join([programs, *path]), "DVC_NO_ANALYTICS": "1"}
+    if not source.remote:
+        own[paths.MAIN] = str(Path(source.url, source.within))
     return kept | own | {"MLFLOW_TRACKING_URI": str(source.tracking.uri)}
 
 

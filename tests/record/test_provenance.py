@@ -103,38 +103,6 @@ def test_experiment_is_dvcs_name_for_it(monkeypatch: pytest.MonkeyPatch) -> None
     assert provenance.experiment() == "lucid-noon"
 
 
-class TestMainRepository:
-    @pytest.fixture
-    def main(self, tmp_path: Path) -> Path:
-        (tmp_path / "main" / ".dvc" / "tmp" / "exps" / "standalone" / "copy" / ".dvc").mkdir(parents=True)
-        (tmp_path / "main" / "sub").mkdir()
-        (tmp_path / "other" / ".dvc").mkdir(parents=True)
-        return (tmp_path / "main").resolve()
-
-    @pytest.mark.parametrize("where", [".", "sub", ".dvc/tmp/exps/standalone/copy"])
-    def test_dvc_names_it(self, main: Path, where: str, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.chdir(main / where)
-        monkeypatch.setenv("DVC_ROOT", str(main))
-        assert provenance.main_repository() == main
-
-    @pytest.mark.parametrize("where", [".", "sub"])
-    def test_without_dvc_it_is_the_nearest_project(
-        self, main: Path, where: str, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        monkeypatch.chdir(main / where)
-        assert provenance.main_repository() == main
-
-    @pytest.mark.parametrize("stale", ["../other", "../gone", "sub"])
-    def test_a_stale_name_is_not_believed(self, main: Path, stale: str, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.chdir(main / "sub")
-        monkeypatch.setenv("DVC_ROOT", str(main / stale))
-        assert provenance.main_repository() == main
-
-    def test_outside_any_project_it_is_here(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.chdir(tmp_path)
-        assert provenance.main_repository() == tmp_path.resolve()
-
-
 def test_platform_facts_name_the_machine() -> None:
     facts = provenance.platform_facts()
     assert set(facts) == {"machine", "system", "cpu", "cores"}

@@ -3,6 +3,7 @@
 import contextlib
 import hashlib
 import os
+import re
 import shutil
 import stat
 import subprocess
@@ -676,8 +677,8 @@ def test_sources_of_one_name_are_refused_before_anything_is_downloaded(
 @pytest.mark.parametrize(
     ("written", "told"),
     [
-        ("no/such/place", "no such file or folder here"),
-        ("https://example.org/x", "no such file or folder here"),
+        ("no/such/place", "no such file or folder in "),
+        ("https://example.org/x", "no such file or folder in "),
         ("~nobody-of-this-name/x", "nobody-of-this-name|home"),
         (" ", "data.source is empty"),
         ("pip:demo/x", "one exact version"),
@@ -919,3 +920,38 @@ def test_a_pointer_of_git_lfs_is_named_before_its_digest_is_told(
         pass
     assert records.sha256_path(found) in str(error.value)
     assert ("and so are 1 more" in str(error.value)) == several
+
+
+class TestRelativePathsInACopy:
+    """`dvc exp run --temp`, the queue and a search run in copies of what git has: local data may not be in them."""
+
+    @pytest.fixture
+    def copy(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+        """A temporary copy, which is the working directory, of a project that has a folder `mine` of its own."""
+        main = tmp_path / "main"
+        copy = main / ".dvc" / "tmp" / "exps" / "standalone" / "tmp1"
+        (copy / ".dvc").mkdir(parents=True)
+        (main / "mine").mkdir()
+        (main / "mine" / "a.txt").write_text("of the project")
+        monkeypatch.setenv("DVC_ROOT", str(main))
+        monkeypatch.chdir(copy)
+        return copy
+
+    def read(self, folder: Path) -> str:
+        with resolved("mine", sha256_path(folder), kind="dataset", key="data") as place:
+            return (place / "a.txt").read_text()
+
+    def test_what_git_lacks_is_taken_from_the_project(self, copy: Path) -> None:
+        main = copy.parents[4]
+        assert self.read(main / "mine") == "of the project"
+
+    def test_what_git_has_is_the_experiment_s_own(self, copy: Path) -> None:
+        (copy / "mine").mkdir()
+        (copy / "mine" / "a.txt").write_text("of the experiment")
+        assert self.read(copy / "mine") == "of the experiment"
+
+    def test_what_is_nowhere_is_said_to_have_been_looked_for_in_both(self, copy: Path) -> None:
+        main = copy.parents[4]
+        said = f"data.source = 'gone': no such file or folder in {copy} or in {main}, which this is a copy of"
+        with pytest.raises(UserError, match=re.escape(said)):
+            check("gone", None, "data")
