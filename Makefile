@@ -49,9 +49,11 @@ bench: $(VENV)/installed-bench ## speed and memory beside TRL, transformers.gene
 	@python -m bench.speed
 
 ui: $(VENV)/installed ## every experiment's parameters, curves, tables and adapter in MLflow
-	@store="$$(lora-repro store)" && \
-	echo "runs with their scores: http://127.0.0.1:5000/$$(lora-repro store --view)" && \
-	MLFLOW_BACKEND_STORE_URI="$$store" mlflow ui --host 127.0.0.1
+	@store="$$(lora-repro store)" && view="$$(lora-repro store --view)" && case "$$store" in \
+	http://* | https://*) echo "runs with their scores: $$view" ;; \
+	databricks*) echo "runs with their scores: the pages of your workspace" ;; \
+	*) echo "runs with their scores: http://127.0.0.1:5000/$$view" && \
+	  MLFLOW_BACKEND_STORE_URI="$$store" mlflow ui --host 127.0.0.1 ;; esac
 
 experiments: $(VENV)/installed ## dvc exp show, as wide as a terminal: what differs, and the scores that decide
 	@dvc exp show --only-changed --drop '$(DROP)'

@@ -62,7 +62,7 @@ def show(run: RUN = None) -> None:
     """
     # Imported here: `--help` needs none of it.
     from pipeline.core import params
-    from pipeline.record import address, track
+    from pipeline.record import store, track
     from pipeline.report import page, wording
 
     given = params.load()
@@ -71,7 +71,7 @@ def show(run: RUN = None) -> None:
 
         show.print_run(run, given.tracking)
         return
-    say(wording.closing_lines(address.shown(given.tracking), page.describe(given.seeds)))
+    say(wording.closing_lines(store.shown(given.tracking), page.describe(given.seeds)))
     say(f"  run      {track.describe(given.seeds, given.tracking)}")
 
 
@@ -153,7 +153,7 @@ def promote(run: RUN = None, model: Model = None, dry_run: Preview = False) -> N
     promote.register_and_decide(run, model, params.load(), dry_run)
 
 
-View = Annotated[bool, typer.Option("--view", help="Print the path of the view with scores in MLflow's pages.")]
+View = Annotated[bool, typer.Option("--view", help="Print where MLflow's pages show the scores.")]
 
 
 @app.command()

@@ -16,7 +16,7 @@ from collections.abc import Mapping
 from contextlib import closing
 from pathlib import Path
 from typing import Any
-from urllib.parse import urljoin, urlsplit
+from urllib.parse import urljoin, urlsplit, urlunsplit
 from urllib.request import url2pathname
 
 from pipeline.core import params, paths
@@ -60,6 +60,14 @@ def tracking_uri(tracking: params.Tracking) -> str:
 def shown(tracking: params.Tracking) -> str:
     """The store's address without passwords, to be printed."""
     return without_passwords(tracking_uri(tracking))
+
+
+def server(tracking: params.Tracking) -> str | None:
+    """The address of an MLflow server without credentials, its pages' beginning; None for any other store."""
+    store = tracking_uri(tracking)
+    if scheme(store) not in WEB:
+        return None
+    return without_passwords(urlunsplit(urlsplit(store)._replace(query="", fragment=""))).rstrip("/")
 
 
 def database(tracking: params.Tracking) -> Path | None:

@@ -15,6 +15,7 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 from filelock import FileLock
 
@@ -247,14 +248,42 @@ def stored(tracking: params.Tracking, key: str = DIGEST) -> list[Stored]:
 
 
 def view(tracking: params.Tracking) -> str:
-    """The path in MLflow's pages that shows the runs with their scores; empty if nothing is recorded."""
+    """The path in MLflow's pages that shows the runs with their scores; empty if nothing is recorded.
+
+    Of a server it is the whole address of that page, without credentials, or of the list of experiments.
+    """
+    server = address.server(tracking)
     if address.is_missing(tracking):
         return ""
     with opened(tracking) as client:
         experiment = client.get_experiment_by_name(tracking.experiment)
-        if experiment is None or f"mlflow.sharedViewState.{VIEW}" not in experiment.tags:
-            return ""
-        return f"#/experiments/{experiment.experiment_id}/runs?viewStateShareKey={VIEW}"
+        if experiment is None:
+            path = "#/experiments" if server else ""
+        elif f"mlflow.sharedViewState.{VIEW}" in experiment.tags:
+            path = f"#/experiments/{_number(experiment)}/runs?viewStateShareKey={VIEW}"
+        else:
+            path = f"#/experiments/{_number(experiment)}" if server else ""
+    return f"{server}/{path}" if server else path
+
+
+def shown(tracking: params.Tracking) -> str:
+    """Where people see the store, without credentials: a server's page of the experiment, else the store's address.
+
+    If the server does not answer: its list of experiments.
+    """
+    server = address.server(tracking)
+    if server is None:
+        return address.shown(tracking)
+    with contextlib.suppress(UserError), opened(tracking) as client:
+        experiment = client.get_experiment_by_name(tracking.experiment)
+        if experiment is not None:
+            return f"{server}/#/experiments/{_number(experiment)}"
+    return f"{server}/#/experiments"
+
+
+def _number(experiment: Any) -> str:
+    """The experiment's id for an address. A server may say anything."""
+    return quote(str(experiment.experiment_id), safe="")
 
 
 @contextlib.contextmanager

@@ -279,7 +279,8 @@ def power(comparison: Comparison) -> str:
 def closing_lines(store: str, page: str) -> str:
     """The verdict of the last comparison and where to look next, for a terminal.
 
-    `store` is the address of the MLflow store without passwords, `page` the text of `page.describe`.
+    `store` is the text of `store.shown`: a server's page, or the address of another MLflow store. `page` is the text of
+    `page.describe`.
 
     UserError if there is no report yet.
     """
@@ -294,9 +295,18 @@ def closing_lines(store: str, page: str) -> str:
             "",
             f"  report   {page}  (or {text})",
             f"  numbers  {paths.METRICS}  (dvc metrics diff)",
-            f"  record   mlflow ui --host 127.0.0.1 --backend-store-uri {store}  (make ui)",
+            f"  record   {_viewer(store)}",
         ]
     )
+
+
+def _viewer(store: str) -> str:
+    """The page of an MLflow server, or the command that shows a store which has no server."""
+    if store.startswith(("http://", "https://")):
+        return f"{store}  (make ui)" if "#" in store else f"{store.rstrip('/')}/#/experiments  (make ui)"
+    if store.startswith("databricks"):
+        return f"{store}: the pages of your workspace"
+    return f"mlflow ui --host 127.0.0.1 --backend-store-uri {store}  (make ui)"
 
 
 def points(value: float) -> str:

@@ -58,6 +58,19 @@ def test_the_ui_is_for_this_machine_alone(here: Path) -> None:
     assert make(here, "ui") == (False, ["lora-repro store"])
 
 
+@pytest.mark.parametrize("scheme", ["http", "https"])
+def test_the_ui_of_a_server_is_its_own(here: Path, scheme: str) -> None:
+    program = here / ".venv/bin/lora-repro"
+    program.write_text(
+        '#!/bin/sh\necho "lora-repro $*" >> called\n'
+        f'[ "$*" = store ] && echo {scheme}://me:a-secret@host || echo {scheme}://host/#/experiments/1\n'
+    )
+    asked = ["lora-repro store", "lora-repro store --view"]
+    assert make(here, "ui") == (True, asked)
+    done = subprocess.run(["make", "ui"], cwd=here, capture_output=True, text=True, check=True)
+    assert done.stdout == f"runs with their scores: {scheme}://host/#/experiments/1\n"
+
+
 def test_nothing_is_pushed_that_does_not_agree(here: Path) -> None:
     assert make(here, "push") == (True, ["lora-repro verify", "dvc push"])
     (here / "code").write_text("1")

@@ -534,6 +534,25 @@ def test_mlflow_leaves_the_environment_as_it_is(server: Server, tmp_path: Path) 
     assert {name: value for name, value in os.environ.items() if name.endswith("_URI")} == before
 
 
+# Pages
+
+
+@pytest.mark.parametrize("path", ["", "/", "/in/a/folder/"])
+def test_a_server_is_shown_by_its_page_of_the_experiment(
+    server: Server, monkeypatch: pytest.MonkeyPatch, path: str
+) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", server.uri.replace("//", f"//me:{SECRET}@") + path)
+    expected = f"{server.uri}{path.rstrip('/')}/#/experiments/1"
+    assert store.shown(OWN) == store.view(OWN) == expected
+
+
+def test_a_server_that_does_not_answer_is_shown_by_its_address(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://me:{SECRET}@127.0.0.1:9")
+    assert store.shown(OWN) == "http://127.0.0.1:9/#/experiments"
+    monkeypatch.delenv("MLFLOW_TRACKING_URI")
+    assert store.shown(OWN) == address.shown(OWN)
+
+
 # What a store says of runs
 
 

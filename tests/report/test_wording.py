@@ -38,6 +38,24 @@ def test_the_first_line_is_the_verdict_everywhere() -> None:
     assert "  report   there/index.html  (or reports/comparison.md)" in printed
 
 
+@pytest.mark.parametrize(
+    ("store", "expected"),
+    [
+        ("http://host:5055", "  record   http://host:5055/#/experiments  (make ui)"),
+        ("https://host/mlflow/#/experiments/7", "  record   https://host/mlflow/#/experiments/7  (make ui)"),
+        ("databricks://profile", "  record   databricks://profile: the pages of your workspace"),
+        (
+            "postgresql://host/runs",
+            "  record   mlflow ui --host 127.0.0.1 --backend-store-uri postgresql://host/runs  (make ui)",
+        ),
+    ],
+)
+def test_a_server_is_shown_by_its_own_page_and_a_database_by_a_viewer(store: str, expected: str) -> None:
+    wording.write(comparison())
+    track.publish()
+    assert wording.closing_lines(store, "page").split("\n")[-1] == expected
+
+
 @pytest.mark.parametrize("verdict", sorted(wording.LEAD))
 def test_every_verdict_has_its_words(verdict: Any) -> None:
     wording.write(comparison(verdict=verdict))
