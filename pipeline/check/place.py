@@ -6,7 +6,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pipeline.check.report import Report
 from pipeline.core import params, paths, stage
 from pipeline.core.errors import UserError
-from pipeline.record import address
+from pipeline.record import reach
 
 
 def examine(draft: params.Draft, report: Report) -> None:
@@ -23,7 +23,7 @@ def examine(draft: params.Draft, report: Report) -> None:
     with report.part():
         paths.main_repository()
         if (tracking := draft.get(params.Tracking)) is not None:
-            address.require_reachable(tracking)
+            reach.require_reachable(tracking)
             report.seen.append("the MLflow store")
 
 

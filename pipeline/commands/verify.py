@@ -22,7 +22,7 @@ from pipeline.core.errors import UserError
 from pipeline.core.progress import say
 from pipeline.core.records import Decoding
 from pipeline.lora.adapter import ORIGIN
-from pipeline.record import address, current, identity, lockfile, seal, store, track
+from pipeline.record import address, current, identity, lockfile, provenance, seal, store, track
 from pipeline.record.current import Finding, Outcome
 from pipeline.record.runs import DIGEST, NOTE, Record, Stored, in_line, of_digest
 from pipeline.report import files
@@ -36,9 +36,10 @@ ABOVE = "# as for the errors above"
 def check_all() -> bool:
     """Run every check, and print what each compared and what it found. Returns whether there were no errors.
 
-    UserError if `params.yaml`, `dvc.yaml` or `dvc.lock` cannot be read.
+    UserError if `params.yaml`, `dvc.yaml`, `dvc.lock` or the git repository cannot be read.
     """
     project = lockfile.read()
+    provenance.commit(Path())  # a repository that git refuses is not one without a commit
     found = 0
     for check in (objects, current.outputs, current.pipeline, chain, reports, record, page, wheels):
         outcome = check(project)

@@ -21,7 +21,7 @@ from filelock import FileLock
 
 from pipeline.core import params, records
 from pipeline.core.errors import UserError
-from pipeline.record import address, provenance, runs, seal
+from pipeline.record import address, provenance, reach, runs, seal
 from pipeline.record.bounds import Bounds
 from pipeline.record.runs import DIGEST, FINISHED, Record, Stored
 
@@ -45,7 +45,7 @@ def opened(tracking: params.Tracking) -> Iterator[Any]:
     and two that look for one digest at once would both write it. UserError if the store refuses anything.
     """
     uri = address.tracking_uri(tracking)
-    address.require_reachable(tracking, SECONDS_TO_BEGIN)
+    reach.require_reachable(tracking, SECONDS_TO_BEGIN)
     home = address.home(tracking)
     home.mkdir(parents=True, exist_ok=True)
     with FileLock(home / ".lock"), warnings.catch_warnings():
@@ -72,7 +72,7 @@ def opened(tracking: params.Tracking) -> Iterator[Any]:
         except MlflowException as error:
             raise UserError(
                 f"the MLflow store {uri} refused: {str(error).partition(chr(10))[0]}\n"
-                f"Mend the store or its address. {address.KEPT}"
+                f"Mend the store or its address. {reach.KEPT}"
             ) from error
 
 
