@@ -10,6 +10,7 @@ from pipeline.core.records import Example
 from pipeline.model import prompt
 from pipeline.prepare import prepare
 from pipeline.prepare.splits import Split
+from pipeline.score import evaluate
 from pipeline.sources import source
 
 MOST = 32 * 2**20
@@ -17,7 +18,7 @@ MOST = 32 * 2**20
 
 
 def examine(draft: params.Draft, report: Report) -> None:
-    """Check the sections `data`, `prompt` and `forget` against the data and the general text, where they are here."""
+    """Check `data`, `prompt`, `evaluate` and `forget` against the data and the general text, where they are here."""
     data, general = draft.get(params.Data), draft.get(params.Forget)
     if data is not None and _readable(data.pinned, "data", "prepare", report):
         with report.part():
@@ -27,6 +28,9 @@ def examine(draft: params.Draft, report: Report) -> None:
             with report.part(), contextlib.redirect_stdout(io.StringIO()):
                 prepare.clean_splits(splits, data)
             _against_prompt(draft.get(params.Prompt), splits, report)
+            if (settings := draft.get(params.Evaluate)) is not None:
+                with report.part():
+                    evaluate.require_script([row.references for row in splits["test"].rows], settings)
     if (
         general is not None
         and general.source is not None

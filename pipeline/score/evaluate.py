@@ -24,8 +24,7 @@ def score_variant(variant: str, settings: Evaluate) -> None:
     predictions = records.read_rows(paths.predictions(variant), records.Prediction)
     side_by_side.require_same_rows(variant, [row.id for row in predictions], [row.id for row in examples])
     references = [row.references for row in examples]
-    if settings.rouge_tokenizer == "latin" and any(name.startswith("rouge") for name in settings.metrics):
-        _refuse_other_scripts([one for some in references for one in some])
+    require_script(references, settings)
     texts = [row.text for row in predictions]
     chosen = metrics.chosen(settings)
     statistics = {one.name: one.statistics(texts, references) for one in chosen}
@@ -60,6 +59,18 @@ def score_variant(variant: str, settings: Evaluate) -> None:
     contracts.write(paths.scores(variant), scores)
 
 
+def require_script(references: Sequence[Sequence[str]], settings: Evaluate) -> None:
+    """UserError if ROUGE's tokenizer does not know the script of the references, a list for each row."""
+    if settings.rouge_tokenizer != "latin" or not any(name.startswith("rouge") for name in settings.metrics):
+        return
+    foreign = foreign_share(one for some in references for one in some)
+    if foreign > MAX_FOREIGN_SHARE:
+        raise UserError(
+            f"{foreign:.0%} of the references' letters lie outside a-z, the only letters that rouge-score's "
+            "tokenizer keeps: ROUGE would be about 0 for every model; set evaluate.rouge_tokenizer to unicode"
+        )
+
+
 def _corpus(metric: metrics.Metric, statistics_nxk: metrics.Floats) -> float:
     sums_k = [math.fsum(column) for column in statistics_nxk.T.tolist()]
     return float(metric.corpus(np.array([sums_k]), np.array([len(statistics_nxk)], np.float64))[0])
@@ -72,12 +83,3 @@ def _share_in(language: str | None, texts: Sequence[str]) -> float | None:
     from py3langid import classify
 
     return sum(bool(is_visible(text) and classify(canonical(text))[0] == language) for text in texts) / len(texts)
-
-
-def _refuse_other_scripts(references: Sequence[str]) -> None:
-    foreign = foreign_share(references)
-    if foreign > MAX_FOREIGN_SHARE:
-        raise UserError(
-            f"{foreign:.0%} of the references' letters lie outside a-z, the only letters that rouge-score's "
-            "tokenizer keeps: ROUGE would be about 0 for every model; set evaluate.rouge_tokenizer to unicode"
-        )

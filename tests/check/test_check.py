@@ -1,5 +1,6 @@
 """`lora-repro check`: every mistake that can be known before the expensive work is named, all of them at once."""
 
+import json
 import shutil
 import socket
 import subprocess
@@ -182,6 +183,19 @@ class TestEachKind:
             place.require_device(runtime)
         monkeypatch.setattr(place, "version", lambda _: "2.13.0+cu130")
         place.require_device(runtime)
+
+    def test_references_of_a_script_that_the_metric_does_not_know(self, repository: params.Params) -> None:
+        """`evaluate` would say it behind hours of training."""
+        source = Path(str(repository.data.source))
+        rows_of = [json.loads(line) for line in (source / "test.jsonl").read_text().splitlines()]
+        for row in rows_of:
+            row |= {"target": "नमस्ते दुनिया", "references": ["नमस्ते दुनिया"]}
+        (source / "test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows_of))
+        edit(data={"sha256": records.sha256_tree(source)}, forget={"sha256": records.sha256_tree(source)})
+        (problem,) = mistakes()
+        assert "set evaluate.rouge_tokenizer to unicode" in problem
+        edit(evaluate={"rouge_tokenizer": "unicode", "use_stemmer": False})
+        check.require_sound()
 
 
 class TestWhatIsNotAtHand:

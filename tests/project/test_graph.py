@@ -87,7 +87,7 @@ MAY_IMPORT = {
     "score": {"core"},
     "record": {"core", "score"},
     "report": {"core", "score", "record"},
-    "check": {"core", "sources", "prepare", "fetch", "model", "forget", "record"},
+    "check": {"core", "sources", "prepare", "fetch", "model", "forget", "score", "record"},
     "search": {"core", "check", "record"},
     "export": {"core", "sources", "fetch", "model", "gguf", "lora", "infer", "score", "report", "record"},
     "commands": {
