@@ -134,6 +134,6 @@ def _outputs(lock: str) -> str:
     """`dvc checkout` if the cache has everything that a `dvc.lock` names, else `dvc pull`."""
     with tempfile.TemporaryDirectory(prefix="lora-repro-") as folder:
         path = Path(folder) / paths.DVC_LOCK
-        path.write_text(git.run("show", lock), encoding="utf-8")
+        path.write_text(git.run("show", lock), encoding="utf-8", errors="surrogateescape")
         missing = lockfile.missing(path)
     return "dvc checkout" if not missing else f"dvc pull   # {missing} objects are not in the cache; or: dvc repro"

@@ -253,6 +253,15 @@ class Forget(Section):
     tokens: Annotated[int, Field(ge=64, le=10_000_000)]
     window: Annotated[int, Field(ge=16, le=32768)]
 
+    @model_validator(mode="after")
+    def more_than_one_window_is_read(self) -> Self:
+        if self.source is not None and self.tokens < self.window:
+            raise ValueError(
+                f"tokens = {self.tokens} is below window = {self.window}: one window would hold all of them, and an "
+                "interval needs several; raise tokens, or lower window"
+            )
+        return self
+
     def require_context(self, context: int) -> None:
         """UserError if general text is read in windows that are longer than the model's `context`, in tokens."""
         if self.source is not None and self.window > context:

@@ -24,6 +24,8 @@ WITHOUT_SPACES = r"\p{Han}\p{Hiragana}\p{Katakana}\p{Thai}\p{Lao}\p{Khmer}\p{Mya
 LETTERS = r"\p{L}\p{M}\p{N}"
 """What words consist of, as members of a character class of `regex`. The `\\w` of `re` lacks marks, so it cuts
 words at the vowel signs of Hindi."""
+SOUND_MARKS = r"\uff9e\uff9f"
+"""Half-width marks of Japanese, which become combining marks under NFKC, as members of a character class."""
 MAX_FOREIGN_SHARE = 0.5
 """Above this share of letters outside a-z, ROUGE's own tokenizer sees too little of a text to score it."""
 
@@ -120,7 +122,8 @@ def _stream_safe(text: str) -> str:
 
     The cuts are those of the Stream-Safe Text Format (Annex 15, section 13). No word reaches its limit of 30 marks.
     """
-    return _compiled(r"(\p{M}{30})(?=\p{M})").sub("\\1\u034f", text)  # type: ignore[no-any-return]
+    marks = rf"[\p{{M}}{SOUND_MARKS}]"
+    return _compiled(rf"({marks}{{30}})(?={marks})").sub("\\1\u034f", text)  # type: ignore[no-any-return]
 
 
 def holds_thought(text: str) -> bool:

@@ -15,7 +15,7 @@ from typing import Any
 from pipeline.core import params
 from pipeline.core.errors import UserError
 from pipeline.core.records import Encoded, Example
-from pipeline.core.text import holds_thought, opens_thought
+from pipeline.core.text import canonical, holds_thought, opens_thought
 from pipeline.model import apart
 from pipeline.model.apart import TemplateError as TemplateError
 from pipeline.model.controls import Controls
@@ -327,7 +327,8 @@ def require_row(prompt: params.Prompt, example: Example) -> None:
 def instruction_of(prompt: params.Prompt, example: Example) -> str:
     """The instruction for the aspect of an example. UserError if there is none, and no default."""
     instructions = prompt.instructions
-    instruction = instructions.get(example.aspect, instructions.get("default"))
+    by_name = {canonical(name): text for name, text in instructions.items()}
+    instruction = by_name.get(canonical(example.aspect), by_name.get("default"))
     if instruction is None:
         raise UserError(
             f"prompt.instructions has no entry for {example.aspect!r} (example {example.id}) and no default; "

@@ -129,7 +129,9 @@ def places(rows: Sequence[Example]) -> list[float]:
             together.add(("text", text))
             together.merge(node, ("text", text))
         nodes.append(node)
-        digests.append(hashlib.blake2b(text.encode(), digest_size=16).digest())
+        # Of the composed text: a row keeps its place though likeness also folds ligatures and full-width letters.
+        composed = " ".join(canonical(context(row)).casefold().split())
+        digests.append(hashlib.blake2b(composed.encode(), digest_size=16).digest())
     least: dict[tuple[str, str], bytes] = {}
     for node, digest in zip(nodes, digests, strict=True):
         least[together[node]] = min(digest, least.get(together[node], digest))

@@ -49,13 +49,14 @@ def is_commit(text: str) -> bool:
 def commit(folder: Path) -> tuple[str | None, bool]:
     """The commit checked out at `folder`, and whether `folder` differs from it, apart from `RESULTS`.
 
-    `(None, False)` outside a git repository, and before its first commit. UserError for a repository that git refuses.
+    `(None, False)` outside a git repository and before its first commit. UserError where git cannot read it.
     """
     sha = git.ask("rev-parse", "--verify", "HEAD", cwd=folder)
     if sha is None:
         return None, False
     excluded = [f":(exclude){name}" for name in RESULTS]
-    return sha, git.run("status", "--porcelain", "--", ".", *excluded, cwd=folder) != ""
+    status = git.run("status", "--porcelain", "--", ".", *excluded, cwd=folder)
+    return sha, status != ""
 
 
 def changes(folder: Path) -> list[str]:
@@ -63,8 +64,9 @@ def changes(folder: Path) -> list[str]:
     excluded = [f":(exclude){name}" for name in RESULTS]
     listing = ("status", "--porcelain", "-z", "--no-renames", "--untracked-files=all", "--", ".", *excluded)
     prefix = git.ask("rev-parse", "--show-prefix", cwd=folder)
-    listed = "" if prefix is None else git.run(*listing, cwd=folder)
-    return sorted(entry[3:].removeprefix(prefix or "") for entry in listed.split("\0") if entry)
+    if prefix is None:
+        return []
+    return sorted(entry[3:].removeprefix(prefix) for entry in git.run(*listing, cwd=folder).split("\0") if entry)
 
 
 def experiment() -> str | None:

@@ -52,7 +52,7 @@ def _require_database(file: Path) -> None:
             opened.rollback()
     except sqlite3.Error as error:
         if getattr(error, "sqlite_errorcode", None) not in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED):
-            raise UserError(f"the MLflow store {file} cannot be used ({error}): mend or move the file") from None
+            raise UserError(f"the MLflow store {file} refused: {error}. Mend or move the file. {KEPT}") from None
 
 
 def _require_writable(folder: Path) -> None:

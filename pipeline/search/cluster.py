@@ -58,7 +58,8 @@ class Cluster:
         """Fetch the experiments that the tasks have pushed."""
         if outcome.commit is not None:
             ref = trial.reference(self.source.commit, "*")
-            git.ask("fetch", "-q", self.source.url, f"+{ref}:{ref}")  # if this fails, the next one fetches them all
+            with contextlib.suppress(UserError):  # the next one fetches them all
+                git.run("fetch", "-q", self.source.url, f"+{ref}:{ref}")
         return outcome
 
 
@@ -114,9 +115,13 @@ def shared(here: trial.Source) -> trial.Source:
     else:
         if Path(url).is_dir():
             url = str(Path(url).resolve())
-        git.ask("fetch", "-q", "origin")  # offline, what was fetched last decides
+        unknown = ""
+        try:
+            git.run("fetch", "-q", "origin")
+        except UserError as error:  # offline, what was fetched last decides
+            unknown = f" (what was fetched last says so: {error})"
         if not git.ask("branch", "-r", "--contains", here.commit):
-            problems.append("the commit is not at the git remote origin: `git push`")
+            problems.append(f"the commit is not at the git remote origin: `git push`{unknown}")
     with Repo() as repo:
         if not repo.config["core"].get("remote"):
             problems.append("DVC has no default remote: `dvc remote add --default <name> <url>`, commit, `dvc push`")

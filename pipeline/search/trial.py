@@ -27,11 +27,11 @@ from ruamel.yaml import YAML
 from pipeline.core import contracts, git, params, paths
 from pipeline.core.contracts import TrainingSummary, Validation
 from pipeline.core.errors import UserError
-from pipeline.core.progress import VALIDATIONS
+from pipeline.core.progress import VALIDATIONS, say
 from pipeline.record import identity, lockfile, store, track
 from pipeline.record.runs import Record
 from pipeline.search import leash
-from pipeline.search.printing import tail
+from pipeline.search.printing import quoted, tail
 
 SECONDS_BETWEEN_LOOKS = 0.2
 
@@ -336,8 +336,13 @@ def _restored(source: Source, folder: Path, project: Path, commit: str, targets:
     """
     git.run("checkout", "-q", "--force", commit, cwd=folder)
     command = ["dvc", "pull" if source.remote else "checkout", *targets]
-    if subprocess.run(command, cwd=project, env=_environment(source), capture_output=True, check=False).returncode == 0:
+    done = subprocess.run(
+        command, cwd=project, env=_environment(source), stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        encoding="utf-8", errors="replace", check=False,
+    )  # fmt: skip
+    if done.returncode == 0:
         return True
+    say(f"a finished trial is computed again, because `{' '.join(command)}` failed:\n{quoted(tail(done.stdout))}")
     ref = git.run("for-each-ref", "--format=%(refname)", "--points-at", commit, cwd=folder).split()[0]
     git.run("update-ref", "-d", ref, cwd=folder)
     git.run("checkout", "-q", "--force", source.commit, cwd=folder)

@@ -47,6 +47,44 @@ def test_every_mistake_is_named_at_once() -> None:
         assert part in text
 
 
+def test_mistakes_of_several_sections_are_named_beside_those_of_one() -> None:
+    """pydantic alone stops at the first rule across sections, and asks none if a value is wrong."""
+    content = default()
+    content["seeds"] = 17
+    content["compare"]["decide_by"] = ["bleu"]
+    content["runtime"] |= {"sharding": "fsdp", "processes": 1}
+    found = params.draft(content, "params.yaml").problems
+    assert [one.split(" = ")[0].split(" names")[0] for one in found] == [
+        "seeds",
+        "compare.decide_by",
+        "runtime.sharding",
+    ]
+    content["seeds"] = [1, 1]
+    with pytest.raises(UserError, match="3 errors"):
+        params.check(content, "params.yaml")
+
+
+def test_what_is_sound_of_a_draft_can_be_used() -> None:
+    content = default()
+    content["train"]["epochs"] = "three"
+    del content["model"]
+    draft = params.draft(content, "params.yaml")
+    assert draft.get(params.Train) is None
+    assert draft.get(params.Model) is None
+    assert draft.get(params.Lora) == params.load(ROOT / "params.yaml").lora
+    with pytest.raises(UserError, match="params.yaml must hold sections"):
+        params.draft([1], "params.yaml")
+
+
+def test_one_window_would_hold_all_the_general_text() -> None:
+    content = default()
+    content["forget"] |= {"tokens": 64, "window": 128}
+    with pytest.raises(UserError, match="forget: tokens = 64 is below window = 128"):
+        params.check(content, "params.yaml")
+    content["forget"]["source"] = None
+    params.check(content, "params.yaml")
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

@@ -230,7 +230,7 @@ def test_what_cannot_be_seen(text: str) -> None:
 def test_marks_out_of_order_take_no_square_of_time() -> None:
     """The standard order of a run of marks is a sort, which the interpreter does by insertion."""
     with soon():
-        for unit in ("\u0301\u0327", "a\u0301\u0327", "\u0327", "\xad", "\u200b"):
+        for unit in ("\u0301\u0327", "a\u0301\u0327", "\u0327", "\xad", "\u200b", "\uff9e\u0334"):
             text = unit * (1_000_000 // len(unit))
             for read in (canonical, compatible, alike, is_nfc, is_visible, words, runs, texts.lead):
                 read(text)

@@ -110,6 +110,12 @@ def test_an_aspect_without_instruction_is_named(tokenizer: Any) -> None:
         Encoder(tokenizer, section(instructions={"who": "x"}), 512).prompt(EXAMPLE)
 
 
+def test_an_aspect_has_its_instruction_in_any_normal_form(tokenizer: Any) -> None:
+    one = replace(EXAMPLE, aspect="cafe\u0301")
+    encoder = Encoder(tokenizer, section(instructions={"caf\u00e9": "Say it.", "default": "x"}), 512)
+    assert "\n\nSay it.<|end|>" in tokenizer.decode(encoder.prompt(one))
+
+
 def test_an_aspect_without_instruction_takes_the_default_one(tokenizer: Any) -> None:
     default = section(instructions={"who": "x", "default": "Say it."})
     assert "\n\nSay it.<|end|>" in tokenizer.decode(Encoder(tokenizer, default, 512).prompt(EXAMPLE))

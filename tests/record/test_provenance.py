@@ -53,6 +53,15 @@ def test_commit_of_a_clean_folder(repository: Path) -> None:
     assert provenance.commit(repository) == (git(repository, "rev-parse", "HEAD"), False)
 
 
+def test_a_repository_that_git_refuses_is_not_recorded_as_none(
+    repository: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("GIT_TEST_ASSUME_DIFFERENT_OWNER", "1")
+    for call in (provenance.commit, provenance.changes):
+        with pytest.raises(UserError, match=r"dubious ownership(?s:.*)--add safe\.directory"):
+            call(repository)
+
+
 @pytest.mark.parametrize("name", ["params.yaml", "new.py"])
 def test_changed_or_new_inputs_are_dirty(repository: Path, name: str) -> None:
     (repository / name).write_text("a: 2\n")
@@ -91,9 +100,13 @@ def test_no_commit_outside_a_repository_nor_before_the_first(tmp_path: Path, mon
     assert provenance.commit(tmp_path) == (None, False)
 
 
-def test_a_repository_without_git_is_not_taken_for_none(repository: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_git_a_repository_is_not_taken_for_none(
+    repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("PATH", "")
-    with pytest.raises(UserError, match="did not start"):
+    (tmp_path / "elsewhere").mkdir()
+    assert provenance.commit(tmp_path / "elsewhere") == (None, False)
+    with pytest.raises(UserError, match="install git"):
         provenance.commit(repository)
 
 

@@ -35,7 +35,7 @@
   const haystack = (one) => {
     if (one.hay === undefined) {
       const history = (one.h || []).map((message) => message[1]);
-      one.hay = [one.id, one.source, ...history, ...one.r, ...one.v.map((v) => v.t)].join("\n").toLowerCase();
+      one.hay = [one.id, one.source, ...history, ...one.r, ...one.v.map((v) => v.t)].join("\n").normalize("NFKC").toLowerCase();
     }
     return one.hay;
   };
@@ -60,7 +60,7 @@
   };
 
   function filter() {
-    const wanted = $("search").value.toLowerCase().split(/\s+/).filter(Boolean);
+    const wanted = $("search").value.normalize("NFKC").toLowerCase().split(/\s+/).filter(Boolean);
     const aspect = $("aspect") ? $("aspect").value : "";
     const of = $("of").value, least = $("least").value, most = $("most").value;
     const outcome = OUTCOMES[$("outcome").value];
