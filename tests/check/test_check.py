@@ -55,7 +55,7 @@ def plant_ten(project: params.Params, port: int) -> list[str]:
         train={"epochz": 3},
         prompt={"max_tokens": 100_000, "instructions": {"what": "Say what."}},
         compare={"decide_by": ["bleu"]},
-        forget={"column": "txet", "window": 30_000},
+        forget={"column": "txet", "tokens": 40_000, "window": 30_000},
         generation={"backend": "vllm"},
         runtime={"device": "mps" if sys.platform != "darwin" else "cuda"},
         tracking={"uri": f"http://127.0.0.1:{port}"},

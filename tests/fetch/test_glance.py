@@ -396,7 +396,7 @@ def test_a_folder_is_seen_without_its_weights_and_vocabulary(
 
 EARLY: dict[str, tuple[dict[str, Any], str]] = {
     "context": ({"prompt": {"max_tokens": 513}}, "prompt.max_tokens = 513, but the model's context is 512 tokens"),
-    "window": ({"forget": {"window": 513}}, "forget.window = 513, but the model's context is 512 tokens"),
+    "window": ({"forget": {"tokens": 513, "window": 513}}, "forget.window = 513, but the model's context is 512"),
     "template": ({"prompt": {"style": "chat"}}, "prompt.style = 'chat', but the model's tokenizer has no chat"),
     "no pin": ({"model": {"sha256": None}}, "model.sha256 is null: pin the content of"),
     "another pin": ({"model": {"sha256": "0" * 64}}, "If the change is meant, set model.sha256 to it"),
