@@ -67,7 +67,9 @@ def test_the_ui_of_a_server_is_its_own(here: Path, scheme: str) -> None:
     )
     asked = ["lora-repro store", "lora-repro store --view"]
     assert make(here, "ui") == (True, asked)
-    done = subprocess.run(["make", "ui"], cwd=here, capture_output=True, text=True, check=True)
+    # `make test` is a make itself, and would make this one print where it is.
+    command = ["make", "--no-print-directory", "ui"]
+    done = subprocess.run(command, cwd=here, capture_output=True, text=True, check=True)
     assert done.stdout == f"runs with their scores: {scheme}://host/#/experiments/1\n"
 
 
