@@ -1,5 +1,6 @@
 """The command `lora-repro`: what `dvc` has no command for. It replaces no command of `dvc`."""
 
+import os
 import sys
 from enum import StrEnum
 from importlib.metadata import PackageNotFoundError, version
@@ -163,7 +164,12 @@ def store(view: View = False) -> None:
     from pipeline.record import address, store
 
     tracking = params.load().tracking
-    print(store.view(tracking) if view else address.tracking_uri(tracking))
+    text = store.view(tracking) if view else address.tracking_uri(tracking)
+    # Its very bytes, whatever the locale: a shell takes it, and MLflow would make a store where another path says.
+    try:
+        typer.echo(os.fsencode(text))
+    except UnicodeEncodeError:  # params.yaml names a server with characters that this locale lacks
+        typer.echo(text.encode("utf-8", "surrogateescape"))
 
 
 @app.command()

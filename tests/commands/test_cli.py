@@ -1,5 +1,7 @@
 """The console command: quick, and a user's mistake is a sentence, not a traceback."""
 
+import os
+import re
 import subprocess
 import sys
 from importlib.metadata import PackageNotFoundError
@@ -14,6 +16,7 @@ from pipeline.core.errors import UserError
 from pipeline.record import track
 from pipeline.report import page, wording
 from tests import ROOT
+from tests.made.clone import environment
 
 PARAMS = ROOT / "params.yaml"
 
@@ -80,3 +83,33 @@ def test_help_imports_nothing_heavy() -> None:
     done = subprocess.run([sys.executable, "-c", code], cwd=PARAMS.parent, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert "show" in done.stdout
+
+
+@pytest.mark.parametrize(
+    "terminal",
+    [{"PYTHONIOENCODING": "iso-8859-1"}, {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}, {}],
+)
+@pytest.mark.parametrize("folder", [b"projekt-\xc3\xa9", b"caf\xe9", "世界 →".encode()])
+def test_the_address_of_the_store_has_the_bytes_of_its_path_in_any_locale(
+    terminal: dict[str, str], folder: bytes, tmp_path: Path
+) -> None:
+    """Shells and `make ui` take it: with a character replaced, MLflow would make a new store elsewhere."""
+    place = tmp_path / os.fsdecode(folder)
+    place.mkdir()
+    (place / "params.yaml").write_text(PARAMS.read_text(encoding="utf-8"), encoding="utf-8")
+    command = [sys.executable, "-c", "from pipeline.commands.cli import app; app()", "store"]
+    surroundings = environment() | {"PYTHONPATH": str(ROOT)} | terminal
+    done = subprocess.run(command, cwd=place, env=surroundings, capture_output=True, check=False)
+    expected = b"sqlite:///" + os.fsencode(tmp_path.resolve()) + b"/" + folder + b"/.mlflow/mlflow.db\n"
+    assert (done.stdout, done.returncode) == (expected, 0), done.stderr
+
+
+def test_a_server_whose_name_the_locale_lacks_is_printed(tmp_path: Path) -> None:
+    text = PARAMS.read_text(encoding="utf-8")
+    changed = re.sub(r"(?m)^  uri:.*$", "  uri: http://bücher.example:5000", text)
+    assert changed != text
+    (tmp_path / "params.yaml").write_text(changed, encoding="utf-8")
+    command = [sys.executable, "-c", "from pipeline.commands.cli import app; app()", "store"]
+    ascii_alone = {"PYTHONPATH": str(ROOT), "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    done = subprocess.run(command, cwd=tmp_path, env=environment() | ascii_alone, capture_output=True, check=False)
+    assert done.stdout == "http://bücher.example:5000\n".encode(), done.stderr
