@@ -156,7 +156,7 @@ def _queue(combinations: Sequence[Combination], overrides: Sequence[str]) -> Ite
     settings = itertools.chain.from_iterable(("-S", override) for override in overrides)
     command = ["dvc", "exp", "run", "--queue", *settings]
     with subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, encoding="utf-8"
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, encoding="utf-8", errors="replace"
     ) as process:
         assert process.stdout is not None
         printed, left = [], iter(combinations)
@@ -243,8 +243,8 @@ def _dvc(*arguments: str) -> str:
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         stdin=subprocess.DEVNULL,
-        text=True,
         encoding="utf-8",
+        errors="replace",
     )
     return done.stdout
 

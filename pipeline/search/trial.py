@@ -365,8 +365,8 @@ def _publish_cache(source: Source, project: Path, targets: Sequence[str]) -> Non
         env=_environment(source),
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
-        text=True,
         encoding="utf-8",
+        errors="replace",
     )
     if done.returncode:
         raise UserError(f"`{' '.join(command)}` failed:\n{tail(done.stdout)}")

@@ -1,5 +1,6 @@
 """A sweep: mistakes before anything is queued, the truth at the end, one whole run for each experiment."""
 
+import os
 import re
 import subprocess
 import time
@@ -66,6 +67,19 @@ def test_tools_that_are_missing_are_named(here: Path, monkeypatch: pytest.Monkey
         monkeypatch.setenv(f"GIT_COMMITTER_{name}", "a@example.org")
     with pytest.raises(UserError, match="there is no commit"):
         grid.sweep(["lora.r=4,8"], 1)
+
+
+def test_what_dvc_prints_in_another_encoding_is_still_its_message(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """DVC prints in the user's locale, such as ISO-8859-1."""
+    programs = here / "programs"
+    programs.mkdir()
+    dvc = programs / "dvc"
+    dvc.write_text("#!/bin/sh\nprintf 'ERROR: caf\\351 is locked\\n'\nexit 1\n")
+    dvc.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{programs}{os.pathsep}{os.environ['PATH']}")
+    with pytest.raises(UserError, match="dvc could not queue: ERROR: caf\ufffd is locked"):
+        list(grid._queue([], ["lora.r=4"]))
+    assert grid._dvc("queue", "status") == "ERROR: caf\ufffd is locked\n"
 
 
 @pytest.mark.slow
