@@ -70,6 +70,20 @@ def parse(source: str, key: str) -> Wheel | Repo | Path:
     return elsewhere if not path.exists() and elsewhere.exists() else path
 
 
+def pinned(source: str, sha256: str | None, key: str) -> Wheel | Repo | Path:
+    """As `parse`. Where a temporary copy and its project both have a local source: the one with the pinned content.
+
+    Git may have a part of a folder, which is then in the copy without the rest. If neither has the content, the
+    copy's path is absolute, so that a message says which of them it is about.
+    """
+    where = parse(source, key)
+    main = paths.main_repository()
+    if not isinstance(where, Path) or where.is_absolute() or sha256 is None or main == Path.cwd().resolve():
+        return where
+    places = [place for place in (Path.cwd() / where, main / where) if place.exists()]
+    return next((place for place in places if digest(place, key, source) == sha256), Path.cwd() / where)
+
+
 def looked_in(path: Path) -> str:
     """Where a path that does not exist was looked for, as messages say it; empty for an absolute one."""
     if path.is_absolute():

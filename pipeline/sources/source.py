@@ -48,7 +48,7 @@ def check(source: str, sha256: str | None, key: str) -> None:
 
 def size_here(source: str, sha256: str | None, key: str) -> int | None:
     """The bytes of a source that can be read without a network; None for any other. UserError as of `resolved`."""
-    where = address.parse(source, key)
+    where = address.pinned(source, sha256, key)
     if isinstance(where, Path):
         return sum(path.stat().st_size for path in _local(where, source, key).values())
     if isinstance(where, Wheel) and sha256 and (kept := wheels.cached(sha256, where)):
@@ -67,7 +67,7 @@ def resolved(source: str, sha256: str | None, *, kind: Literal["model", "dataset
     raised after the block if a model's files changed during it: then discard what was made of them.
     """
     check(source, sha256, key)
-    where = address.parse(source, key)
+    where = address.pinned(source, sha256, key)
     with TemporaryDirectory(prefix="lora-repro-") as name:
         scratch = Path(name)
         if isinstance(where, Wheel):
@@ -84,7 +84,8 @@ def resolved(source: str, sha256: str | None, *, kind: Literal["model", "dataset
             if (actual := address.digest(place, key, source)) != sha256:
                 if pointers := _pointers(found):
                     raise UserError(f"{key}.sha256 = '{sha256}': {pointers}; as it is, sha256 is {actual}")
-                raise address.mismatch(key, sha256, actual, source)
+                as_written = where == address.parse(source, key)
+                raise address.mismatch(key, sha256, actual, source if as_written else str(where))
         else:  # `check` allows this for the hub alone
             hub.require_announced(found, place, key, source)
         yield place

@@ -23,7 +23,7 @@ from pipeline.core.errors import UserError
 from pipeline.core.records import sha256_path
 from pipeline.sources import source, tables, wheels
 from pipeline.sources.hub import MODEL_FILES
-from pipeline.sources.source import check, mounted, resolved
+from pipeline.sources.source import check, mounted, resolved, size_here
 from tests.limits import soon
 
 REVISION = "0123456789abcdef0123456789abcdef01234567"
@@ -955,3 +955,23 @@ class TestRelativePathsInACopy:
         said = f"data.source = 'gone': no such file or folder in {copy} or in {main}, which this is a copy of"
         with pytest.raises(UserError, match=re.escape(said)):
             check("gone", None, "data")
+
+    def test_of_two_it_is_the_one_with_the_pinned_content(self, copy: Path) -> None:
+        """Git may have a part of a folder, such as a README beside rows that it ignores."""
+        main = copy.parents[4]
+        (copy / "mine").mkdir()
+        (copy / "mine" / "README").write_text("a part")
+        (main / "mine" / "README").write_text("a part")
+        assert self.read(main / "mine") == "of the project"
+        assert size_here("mine", sha256_path(main / "mine"), "data") == len("of the project" + "a part")
+        with mounted([("mine", sha256_path(main / "mine"))], kind="dataset", key="data") as places:
+            assert (places["mine"] / "a.txt").read_text() == "of the project"
+
+    def test_content_that_neither_has_is_told_with_its_place(self, copy: Path) -> None:
+        (copy / "mine").mkdir()
+        (copy / "mine" / "a.txt").write_text("of the experiment")
+        with (
+            pytest.raises(UserError, match=rf"the content of {re.escape(str(copy / 'mine'))} is [0-9a-f]{{64}}"),
+            resolved("mine", "0" * 64, kind="dataset", key="data"),
+        ):
+            pass
