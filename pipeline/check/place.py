@@ -2,6 +2,7 @@
 
 import sys
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 
 from pipeline.check.report import Report
 from pipeline.core import params, paths, stage
@@ -21,10 +22,19 @@ def examine(draft: params.Draft, report: Report) -> None:
         with report.part():
             require_device(runtime)
     with report.part():
-        paths.main_repository()
+        require_name(paths.main_repository())
         if (tracking := draft.get(params.Tracking)) is not None:
             reach.require_reachable(tracking)
             report.seen.append("the MLflow store")
+
+
+def require_name(project: Path) -> None:
+    """UserError for the path of a project that is not UTF-8. DVC and MLflow fail there, without naming it."""
+    if any("\ud800" <= character <= "\udfff" for character in str(project)):
+        raise UserError(
+            f"the project is in {str(project)!a}, whose name is not UTF-8 in this locale: rename it, or set "
+            "PYTHONUTF8=1 if it is UTF-8"
+        )
 
 
 def require_device(runtime: params.Runtime) -> None:

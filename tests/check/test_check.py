@@ -1,6 +1,7 @@
 """`lora-repro check`: every mistake that can be known before the expensive work is named, all of them at once."""
 
 import json
+import os
 import shutil
 import socket
 import subprocess
@@ -227,3 +228,13 @@ class TestWhatIsNotAtHand:
         (problem,) = mistakes()
         assert problem.startswith("prompt.max_tokens = 100000, but the model's context is")
         assert capsys.readouterr().out == ""
+
+
+@pytest.mark.usefixtures("repository")
+def test_a_project_in_a_folder_that_dvc_cannot_name_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """DVC and MLflow end with a traceback there, or with `surrogates not allowed`."""
+    check.require_sound()
+    folder = tmp_path / os.fsdecode(b"caf\xe9")
+    shutil.copytree(Path.cwd(), folder)
+    monkeypatch.chdir(folder)
+    assert [one for one in mistakes() if "whose name is not UTF-8" in one and "rename it" in one]

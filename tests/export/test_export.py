@@ -247,6 +247,19 @@ def test_a_place_that_cannot_be_written_is_named(tmp_path: Path) -> None:
             run("adapter", str(place))
 
 
+@pytest.mark.parametrize("what", ["adapter", "merged"])
+def test_a_place_whose_name_is_no_utf8_is_refused_before_anything_is_computed(
+    what: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """tokenizers opens no such path, neither here nor for whoever would load the export."""
+    monkeypatch.setattr(merge, "base", lambda: pytest.fail("it is refused before"))
+    for place in (tmp_path / os.fsdecode(b"caf\xe9"), tmp_path / os.fsdecode(b"caf\xe9") / "out"):
+        with pytest.raises(UserError, match=r"whose name is not UTF-8.*: rename it"):
+            run(what, str(place))
+        assert not place.exists()
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_what_is_not_the_run_s_is_not_exported(tmp_path: Path) -> None:
     lock = paths.DVC_LOCK.read_text()
     text = paths.PARAMS.read_text()
