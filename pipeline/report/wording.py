@@ -5,6 +5,7 @@ This module only chooses words; `pipeline.report.page` makes the page. The templ
 """
 
 import re
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -306,7 +307,7 @@ def _viewer(store: str) -> str:
         return f"{store}  (make ui)" if "#" in store else f"{store.rstrip('/')}/#/experiments  (make ui)"
     if store.startswith("databricks"):
         return f"{store}: the pages of your workspace"
-    return f"mlflow ui --host 127.0.0.1 --backend-store-uri {store}  (make ui)"
+    return f"mlflow ui --host 127.0.0.1 --backend-store-uri {shlex.quote(store)}  (make ui)"
 
 
 def points(value: float) -> str:

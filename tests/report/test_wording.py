@@ -48,6 +48,11 @@ def test_the_first_line_is_the_verdict_everywhere() -> None:
             "postgresql://host/runs",
             "  record   mlflow ui --host 127.0.0.1 --backend-store-uri postgresql://host/runs  (make ui)",
         ),
+        (
+            "sqlite:////home/me/my project/.mlflow/mlflow.db",
+            "  record   mlflow ui --host 127.0.0.1 --backend-store-uri "
+            "'sqlite:////home/me/my project/.mlflow/mlflow.db'  (make ui)",
+        ),
     ],
 )
 def test_a_server_is_shown_by_its_own_page_and_a_database_by_a_viewer(store: str, expected: str) -> None:
