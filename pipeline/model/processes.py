@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from pipeline.core import params, paths, records, stage
 from pipeline.core.errors import UserError, printable
-from pipeline.core.progress import VALIDATIONS, say
+from pipeline.core.progress import VALIDATIONS, print_in_any_locale, say
 
 if TYPE_CHECKING:
     import torch
@@ -68,6 +68,7 @@ def run(name: str, call: Callable[[params.Declared], None], result: Path, seed: 
         sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: PTH123, SIM115 - no path; open to the end
         os.environ.pop(VALIDATIONS, None)
     stage.set_environment()
+    print_in_any_locale()
     member(lambda: _take_part(params.read(name), call))
 
 

@@ -397,3 +397,20 @@ def test_the_stage_starts_its_members_and_notes_what_they_cost(quantized: params
     assert (cost["processes"], cost["threads"]) == (2, 1)
     assert cost["peak_memory_mb"] > 2 * 100
     assert cost["result_sha256"] == records.sha256_file(paths.training_summary(17))
+
+
+@pytest.mark.usefixtures("project")
+def test_a_member_prints_in_any_locale() -> None:
+    """Member 0 prints for all: as one process, it replaces what the terminal lacks."""
+    code = (
+        "from pathlib import Path; from pipeline.core.progress import say; from pipeline.model import processes;"
+        "processes.run('train', lambda _: say('a \\u2192 \\u4e16'), Path('x'), 17)"
+    )
+    launch = (
+        "import sys; from pathlib import Path; from pipeline.model import processes;"
+        f"processes.launch([sys.executable, '-c', {code!r}], 1, Path('members'))"
+    )
+    terminal = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", launch], env=environment() | terminal, capture_output=True)
+    assert b"UnicodeEncodeError" not in done.stderr
+    assert (done.returncode, done.stdout) == (0, b"a -> ?\n"), done.stderr
