@@ -7,7 +7,7 @@ from pathlib import Path
 from pipeline.check.report import Report
 from pipeline.core import params, paths, stage
 from pipeline.core.errors import UserError
-from pipeline.record import reach
+from pipeline.record import provenance, reach
 
 
 def examine(draft: params.Draft, report: Report) -> None:
@@ -23,6 +23,9 @@ def examine(draft: params.Draft, report: Report) -> None:
             require_device(runtime)
     with report.part():
         require_name(paths.main_repository())
+    with report.part():
+        provenance.commit(Path())  # stage track refuses what git refuses
+    with report.part():
         if (tracking := draft.get(params.Tracking)) is not None:
             reach.require_reachable(tracking)
             report.seen.append("the MLflow store")

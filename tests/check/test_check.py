@@ -238,3 +238,11 @@ def test_a_project_in_a_folder_that_dvc_cannot_name_is_found(tmp_path: Path, mon
     shutil.copytree(Path.cwd(), folder)
     monkeypatch.chdir(folder)
     assert [one for one in mistakes() if "whose name is not UTF-8" in one and "rename it" in one]
+
+
+@pytest.mark.usefixtures("repository")
+def test_a_repository_that_git_refuses_is_found_before_anything_is_computed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stage track would refuse it, after all the training."""
+    check.require_sound()
+    monkeypatch.setenv("GIT_TEST_ASSUME_DIFFERENT_OWNER", "1")  # git's own switch for its tests
+    assert [one for one in mistakes() if "git config --global --add safe.directory" in one]
