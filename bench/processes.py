@@ -28,7 +28,7 @@ from pipeline.core import contracts, params, paths, records, yaml12
 from pipeline.core.contracts import QuantizedFacts, TrainingSummary
 from pipeline.model import checkpoint, devices, load
 from pipeline.model import processes as distributed
-from pipeline.model.prompt import plain_ids, starts_with_bos
+from pipeline.model.prompt import text_ids
 
 ROOT = Path(__file__).parent.parent
 TOLERANCE = 1e-4
@@ -200,9 +200,7 @@ def _text() -> Any:
     import torch
 
     source = records.read_rows(paths.split("test"), records.Example)[0].source
-    tokenizer = checkpoint.tokenizer()
-    begin = [tokenizer.bos_token_id] if starts_with_bos(tokenizer) else []
-    return torch.tensor([[*begin, *plain_ids(tokenizer, source)]])
+    return torch.tensor([text_ids(checkpoint.tokenizer(), source)])
 
 
 def to_float32() -> None:

@@ -15,7 +15,7 @@ from pipeline.core import records
 from pipeline.core.records import Example
 from pipeline.infer import scheduler
 from pipeline.model import checkpoint, devices, fused
-from pipeline.model.prompt import plain_ids, starts_with_bos
+from pipeline.model.prompt import text_ids
 
 TEXTS = 3
 ROWS, CONTEXT = 8, 1024
@@ -36,12 +36,10 @@ def grouped_query() -> Evidence:
         values[f"parameters_{name}"] = checkpoint.architecture(model).parameters
         model.float()
     tokenizer = checkpoint.tokenizer(lab.BASE)
-    begin = [tokenizer.bos_token_id] if starts_with_bos(tokenizer) else []
     rows = records.read_rows(lab.data("default") / "test.jsonl", Example)
     texts = list(dict.fromkeys(row.source for row in rows))[:TEXTS]
     values["logit_difference"] = evidence.largest(
-        logit_difference(grouped, expanded, torch.tensor([[*begin, *plain_ids(tokenizer, text)]], device=device))
-        for text in texts
+        logit_difference(grouped, expanded, torch.tensor([text_ids(tokenizer, text)], device=device)) for text in texts
     )
     for model in (grouped, expanded):
         fused.apply(model)

@@ -22,22 +22,13 @@ def examine(draft: params.Draft, report: Report) -> None:
         with report.part():
             require_device(runtime)
     with report.part():
-        require_name(paths.main_repository())
+        paths.require_utf8(paths.main_repository(), "the project is in")
     with report.part():
         provenance.commit(Path())  # stage track refuses what git refuses
     with report.part():
         if (tracking := draft.get(params.Tracking)) is not None:
             reach.require_reachable(tracking)
             report.seen.append("the MLflow store")
-
-
-def require_name(project: Path) -> None:
-    """UserError for the path of a project that is not UTF-8. DVC and MLflow fail there, without naming it."""
-    if any("\ud800" <= character <= "\udfff" for character in str(project)):
-        raise UserError(
-            f"the project is in {str(project)!a}, whose name is not UTF-8 in this locale: rename it, or set "
-            "PYTHONUTF8=1 if it is UTF-8"
-        )
 
 
 def require_device(runtime: params.Runtime) -> None:

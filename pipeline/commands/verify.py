@@ -201,7 +201,7 @@ def reports(_: lockfile.Project) -> Outcome:
     count = 0
     with tempfile.TemporaryDirectory(prefix="lora-repro-") as folder:
         (Path(folder) / paths.OUT).mkdir()
-        for name in (*paths.OUT.iterdir(), paths.PARAMS, paths.DVC_YAML):
+        for name in (*paths.OUT.glob("*"), paths.PARAMS, paths.DVC_YAML):
             if name != paths.COMPARISON:
                 (Path(folder) / name).symlink_to(name.resolve())
         try:

@@ -8,6 +8,8 @@ because it also shows what differs between machines. `.scratch/` holds the lefto
 import os
 from pathlib import Path, PurePosixPath
 
+from pipeline.core.errors import UserError
+
 PARAMS = Path("params.yaml")
 DVC_YAML = Path("dvc.yaml")
 DVC_LOCK = Path("dvc.lock")
@@ -75,6 +77,15 @@ def main_repository() -> Path:
         if root in upwards and (root / ".dvc").is_dir():
             return root
     return next((folder for folder in upwards if (folder / ".dvc").is_dir()), here)
+
+
+def require_utf8(path: Path, doing: str) -> None:
+    """UserError, which begins with `doing`, for a path that is not UTF-8: DVC, MLflow and tokenizers open no such."""
+    if any("\ud800" <= character <= "\udfff" for character in str(path)):
+        raise UserError(
+            f"{doing} {str(path)!a}, whose name is not UTF-8 in this locale: rename it, or set PYTHONUTF8=1 if it is "
+            "UTF-8"
+        )
 
 
 def relative(name: str) -> str:

@@ -69,7 +69,7 @@ def write(asked: Asked, destination: Path, overwrite: bool) -> None:
     # 1. Whatever can be refused before anything is written.
     asked.check()
     if asked.what != "gguf":
-        _require_name(destination)
+        paths.require_utf8(destination.absolute(), "cannot export to")
     stage.set_environment()
     given = params.load()
     try:
@@ -126,16 +126,6 @@ def _record(content: card.Content, stored: str | None) -> dict[str, Any]:
         "difference": contracts.content(content.measured),
         "files": {name: {"bytes": size, "sha256": sha256} for name, (size, sha256) in content.files.items()},
     }
-
-
-def _require_name(destination: Path) -> None:
-    """UserError for a path that is not UTF-8: tokenizers writes no such file, and opens none."""
-    place = str(destination.absolute())
-    if any("\ud800" <= character <= "\udfff" for character in place):
-        raise UserError(
-            f"cannot export to {place!a}, whose name is not UTF-8 in this locale: rename it, or set PYTHONUTF8=1 if it "
-            "is UTF-8"
-        )
 
 
 def _require_room(destination: Path, overwrite: bool) -> None:

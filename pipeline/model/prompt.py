@@ -337,6 +337,16 @@ def instruction_of(prompt: params.Prompt, example: Example) -> str:
     return instruction
 
 
+def beginning(tokenizer: Any) -> list[int]:
+    """The token ids before a text without a chat template: BOS if the model's training put it there, else none."""
+    return [tokenizer.bos_token_id] if starts_with_bos(tokenizer) else []
+
+
+def text_ids(tokenizer: Any, text: str) -> list[int]:
+    """The token ids of a text without a chat template, whole. Control tokens in it are read as their characters."""
+    return [*beginning(tokenizer), *plain_ids(tokenizer, text)]
+
+
 def starts_with_bos(tokenizer: Any) -> bool:
     """Whether the tokenizer puts a BOS before plain text, as the model's training did."""
     bos = tokenizer.bos_token_id

@@ -37,7 +37,7 @@ def cut(tokenizer: Any, texts: Sequence[Text], tokens: int, length: int) -> list
     The first window of every text comes before the second of any: many texts tell more than much of one. Control
     tokens in a text are read as their characters.
     """
-    begin = [tokenizer.bos_token_id] if prompt.starts_with_bos(tokenizer) else []
+    begin = prompt.beginning(tokenizer)
     size = length - len(begin)
     ids: dict[str, list[int]] = {}
     chosen: list[Tokens] = []

@@ -5,6 +5,7 @@ inside functions: it takes seconds, and the command line should not pay them.
 """
 
 import contextlib
+import functools
 import json
 import logging
 import os
@@ -19,7 +20,7 @@ from urllib.parse import quote
 
 from filelock import FileLock
 
-from pipeline.core import params, records
+from pipeline.core import params, paths, records
 from pipeline.core.errors import UserError
 from pipeline.record import address, provenance, reach, runs, seal
 from pipeline.record.bounds import Bounds
@@ -44,8 +45,9 @@ def opened(tracking: params.Tracking) -> Iterator[Any]:
     The lock is held to the end: two processes that open a fresh SQLite store at once break its migrations for good,
     and two that look for one digest at once would both write it. UserError if the store refuses anything.
     """
+    paths.require_utf8(paths.main_repository(), "the project is in")
     uri = address.tracking_uri(tracking)
-    reach.require_reachable(tracking, SECONDS_TO_BEGIN)
+    _require_reachable(tracking, uri)
     home = address.home(tracking)
     home.mkdir(parents=True, exist_ok=True)
     with FileLock(home / ".lock"), warnings.catch_warnings():
@@ -74,6 +76,12 @@ def opened(tracking: params.Tracking) -> Iterator[Any]:
                 f"the MLflow store {uri} refused: {str(error).partition(chr(10))[0]}\n"
                 f"Mend the store or its address. {reach.KEPT}"
             ) from error
+
+
+@functools.cache
+def _require_reachable(tracking: params.Tracking, _uri: str) -> None:
+    """Asked once a process and address: whoever opens a store often would send as many questions again."""
+    reach.require_reachable(tracking, SECONDS_TO_BEGIN)
 
 
 # Writing

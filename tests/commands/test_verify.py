@@ -116,6 +116,16 @@ def test_an_intact_project(here: Path) -> None:
     assert lines[-1] == "all agreed"
 
 
+def test_a_clone_in_which_nothing_ran(capsys: pytest.CaptureFixture[str]) -> None:
+    paths.OUT.rename("kept")
+    try:
+        printed = checked(capsys)
+    finally:
+        Path("kept").rename(paths.OUT)
+    assert "they cannot be compared: " in printed
+    assert "mend: dvc repro" in printed
+
+
 def apart() -> str:
     """What verify prints in a process of its own, which ends without having imported torch."""
     code = "import sys\nfrom pipeline.commands import verify\nverify.check_all()\nassert 'torch' not in sys.modules"

@@ -1,6 +1,7 @@
 """Whether a store can be used is known within seconds, without MLflow, and without a password in the answer."""
 
 import base64
+import os
 import socket
 import sqlite3
 import subprocess
@@ -177,3 +178,28 @@ def test_recording_waits_for_a_silent_server_no_longer_than_it_says(monkeypatch:
         monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{silent.getsockname()[1]}")
         with pytest.raises(UserError, match="results are kept in out/"):
             store.stored(OWN)
+
+
+def test_a_process_asks_a_server_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+
+    def count(handler: BaseHTTPRequestHandler) -> tuple[int, dict[str, str]]:
+        asked.append(handler.path)
+        return 200, {"Content-Length": "0"}
+
+    with serving(count) as uri:
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+        for _ in range(3):
+            with store.opened(OWN):
+                pass
+    assert len(asked) == 1
+
+
+def test_a_store_in_a_folder_that_mlflow_cannot_name_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / os.fsdecode(b"caf\xe9")
+    (folder / ".dvc").mkdir(parents=True)
+    monkeypatch.chdir(folder)
+    with pytest.raises(UserError, match="the project is in .*whose name is not UTF-8"), store.opened(OWN):
+        pass
