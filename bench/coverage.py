@@ -17,7 +17,6 @@ from statistics import median
 import numpy as np
 
 from pipeline.core.progress import bar, say
-from pipeline.score import significance
 from pipeline.score.intervals import Studentized, with_seeds
 from pipeline.score.significance import Floats
 
@@ -54,9 +53,9 @@ def measured(groups: int, seeds: int, kind: str, spread: float, repetitions: int
             _, found = with_seeds(found, [of_seeds.mean(axis=0).tolist()], CONFIDENCE)
         held += found.low <= 0 <= found.high
         widths.append(found.high - found.low)
-        sums, rows = significance.resampled_sums(values, np.arange(groups), SAMPLES, number)
-        old = significance.percentiles(float(values.mean()), sums[:, 0] / rows, CONFIDENCE)
-        before += old.low <= 0 <= old.high
+        means_b = generator.choice(values[:, 0], (SAMPLES, groups)).mean(axis=1)
+        low, high = np.quantile(means_b, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
+        before += low <= 0 <= high
     return held / repetitions, before / repetitions, median(widths)
 
 

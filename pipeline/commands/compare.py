@@ -21,9 +21,11 @@ from pipeline.core.errors import UserError, listing
 from pipeline.record import identity, lockfile, store
 from pipeline.record.runs import Stored, in_line
 from pipeline.report import wording
-from pipeline.score import compare, metrics, significance
+from pipeline.score import metrics, significance
 from pipeline.score.comparison import Result
+from pipeline.score.contrast import contrast
 from pipeline.score.significance import Interval
+from pipeline.score.tables import Table
 
 TERMINAL = 80
 """Columns of a usual terminal."""
@@ -132,8 +134,8 @@ def _contrast(
     one: Experiment, before: Sequence[Scores], chosen: Sequence[metrics.Metric], settings: params.Compare
 ) -> dict[str, Result]:
     """The tuned models of `one` against those with the scores `before`, on the same test examples."""
-    there, here = ([compare.Table.of(scored, chosen) for scored in some] for some in (before, one.tuned))
-    return compare.contrast(there, here, np.array([row.group for row in one.base.examples]), settings)
+    there, here = ([Table.of(scored, chosen) for scored in some] for some in (before, one.tuned))
+    return contrast(there, here, np.array([row.group for row in one.base.examples]), settings)
 
 
 def page(found: Sequence[Experiment], ranking: Ranking, settings: params.Compare) -> str:
@@ -244,7 +246,9 @@ def _apart(first: Experiment, second: Experiment, metric: str, count: int) -> li
 
 
 def _verdict(pair: Pair, settings: params.Compare) -> str:
-    if pair.p_holm > 1 - settings.confidence:
+    if pair.result.direction == "few":
+        return "too few groups"
+    if pair.result.direction == "none" or pair.p_holm > 1 - settings.confidence:
         return "no difference shown"
     better = pair.second if pair.result.diff.value > 0 else pair.first
     return f"{wording.markdown(better)} is better"

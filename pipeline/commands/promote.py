@@ -25,8 +25,8 @@ from pipeline.core.progress import say
 from pipeline.record import address, identity, seal, store
 from pipeline.record.runs import DIGEST, NOTE, Stored, of_digest
 from pipeline.report import wording
-from pipeline.score import compare
 from pipeline.score.comparison import Result, Verdict
+from pipeline.score.contrast import verdict
 from pipeline.score.metrics import LABELS
 
 ALIAS = "champion"
@@ -34,6 +34,17 @@ SEED = "seed"
 TEST = "test_sha256"
 ADAPTER = "adapter_sha256"
 AGAINST = "against_champion"
+WORDS: dict[Verdict, str] = {
+    "better": "better",
+    "partly-better": "better in part of the metrics",
+    "unspecific": "not specific to the source",
+    "worse": "worse",
+    "partly-worse": "worse in part of the metrics",
+    "mixed": "the metrics disagree",
+    "equivalent": "equivalent",
+    "none": "no difference shown",
+    "few": "too few groups of test examples",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -203,8 +214,12 @@ def _decide(
     if _verdict(gained) == "better":
         return Decision(True, f"it is better than version {champion.version}", against)
     why = {
+        "few": f"its test examples have too few groups to compare it with version {champion.version}",
         "none": f"no difference from version {champion.version} is shown",
+        "equivalent": f"it is equivalent to version {champion.version}",
         "worse": f"it is worse than version {champion.version}",
+        "partly-better": f"not all metrics show it to be better than version {champion.version}",
+        "partly-worse": f"it is worse than version {champion.version} in one metric",
         "mixed": f"the metrics disagree about it and version {champion.version}",
     }
     return Decision(False, why[_verdict(gained)], against)
@@ -224,12 +239,11 @@ def _candidate_of(champion: Any, runs: list[Stored], tracking: params.Tracking) 
 
 
 def _verdict(results: Mapping[str, Result]) -> Verdict:
-    return compare.verdict([one.deciding for one in results.values()])
+    return verdict(list(results.values()))
 
 
 def _word(results: Mapping[str, Result]) -> str:
-    words = {"better": "better", "worse": "worse", "mixed": "the metrics disagree", "none": "no difference shown"}
-    return words[_verdict(results)]
+    return WORDS[_verdict(results)]
 
 
 def _figures(results: Mapping[str, Result]) -> str:

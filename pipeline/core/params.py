@@ -333,6 +333,7 @@ class Compare(Section):
     confidence: Annotated[float, Field(ge=0.5, le=0.999)]
     seed: Annotated[int, Field(ge=0, lt=2**32)]
     decide_by: Annotated[list[Metric], Field(min_length=1)]
+    margin: Annotated[float, Field(gt=0, le=100)] | None
     examples: Annotated[int, Field(ge=0, le=100)]
     explorer: Annotated[int, Field(ge=1, le=100_000)]
     published: list[Published]

@@ -31,6 +31,7 @@ def tables(comparison: Comparison) -> dict[str, Table]:
     found = {
         "scores": list(_scores(comparison)),
         "seeds": list(_seeds(comparison)),
+        "specific": list(_specific(comparison)),
         "lines": list(_lines(comparison)),
         "aspects": list(_aspects(comparison)),
         "published": [{"metric": one.metric, "value": one.value, "about": one.about} for one in comparison.published],
@@ -63,7 +64,10 @@ def _scores(comparison: Comparison) -> Iterable[dict[str, Any]]:
             "high": one.deciding.high,
             "confidence": comparison.confidence,
             "p": one.p,
+            "shown": one.direction,
+            "within_margin": one.within_margin,
             "effect": one.effect,
+            "effect_of_rows": one.effect_of_rows,
             "detectable": one.detectable,
             "wins": one.wins,
             "ties": one.ties,
@@ -80,6 +84,14 @@ def _seeds(comparison: Comparison) -> Iterable[dict[str, Any]]:
                 "sd_between_seeds": one.seeds.sd,
                 **_interval("both", one.seeds.both),
             }
+
+
+def _specific(comparison: Comparison) -> Iterable[dict[str, Any]]:
+    for part in comparison.specific:
+        for name, one in part.results.items():
+            scores = {key: value for key, value in asdict(one).items() if key.startswith(("base", "tuned"))}
+            gain = {**_interval("specific", one.gain), "p": one.p, "shown": one.direction}
+            yield {"aspect": part.aspect, "rows": part.n, "groups": part.groups, "metric": name, **scores, **gain}
 
 
 def _lines(comparison: Comparison) -> Iterable[dict[str, Any]]:

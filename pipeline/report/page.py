@@ -33,7 +33,17 @@ from pipeline.score.side_by_side import Row, Written
 SEAL = "<!-- sha256 of all lines above: {} -->\n"
 DIGEST = '<meta name="lora-repro-digest" content="{}">'
 
-SIGNS = {"better": "▲", "worse": "▼", "mixed": "◆", "none": "="}
+SIGNS = {
+    "better": "▲",
+    "partly-better": "△",
+    "unspecific": "△",
+    "worse": "▼",
+    "partly-worse": "▽",
+    "mixed": "◆",
+    "equivalent": "≈",
+    "none": "=",
+    "few": "?",
+}
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,9 +10,11 @@ from pipeline.core import contracts, params, paths
 from pipeline.core.records import Encoded
 from pipeline.score.guard_record import Guard
 from pipeline.score.side_effects import Cost
-from pipeline.score.significance import Interval
+from pipeline.score.significance import Direction, Interval
 
-Verdict = Literal["better", "worse", "mixed", "none"]
+Verdict = Literal[
+    "better", "partly-better", "unspecific", "worse", "partly-worse", "mixed", "equivalent", "none", "few"
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,8 +33,10 @@ class Spread:
 class Result:
     """One metric over all test rows, or over those of one aspect. `tuned` is the mean over seeds.
 
-    The interval of `diff` covers the choice of examples; `seeds` is None with a single seed. `p` is the two-sided
-    p-value of no difference, `effect` is Cohen's d over groups. `detectable` is the difference in points that such a
+    The interval of `diff` covers the choice of examples; `seeds` is None with a single seed. `direction` is what is
+    shown of the difference. `within_margin` says whether it is shown to be within `compare.margin`; None without one.
+    `p` is the two-sided p-value of no difference; `effect` and `effect_of_rows` are Cohen's d_z over groups and rows.
+    `detectable` is the difference in points that such a
     comparison finds in 80 % of repetitions. `wins`, `ties` and `losses` are the shares of examples on which tuned
     scores higher than, the same as, and lower than base.
     """
@@ -41,8 +45,11 @@ class Result:
     tuned: Interval
     diff: Interval
     seeds: Spread | None
+    direction: Direction
+    within_margin: bool | None
     p: float
     effect: float
+    effect_of_rows: float
     detectable: float
     wins: float
     ties: float
@@ -74,6 +81,34 @@ class Line:
     n: int
     scores: dict[str, float]
     ahead: dict[str, Interval]
+
+
+@dataclass(frozen=True, slots=True)
+class SpecificGain:
+    """How much of the gain in one metric is specific to the source (`pipeline.score.specific`).
+
+    The scores of base and tuned for their own sources, and as if their outputs were about others; means over seeds.
+    `gain` is (tuned_own - tuned_other) - (base_own - base_other), with the interval that decides. `p` is corrected over
+    all aspects if it belongs to one (Holm).
+    """
+
+    base_own: float
+    base_other: float
+    tuned_own: float
+    tuned_other: float
+    gain: Interval
+    direction: Direction
+    p: float
+
+
+@dataclass(frozen=True, slots=True)
+class Specific:
+    """The specific gain in each deciding metric over `n` rows of `groups` groups: all rows, or those of an aspect."""
+
+    aspect: str | None
+    n: int
+    groups: int
+    results: dict[str, SpecificGain]
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,6 +146,8 @@ class Pair:
 class Comparison:
     """Everything that the report shows. `tuned` has one entry a seed, in the order of params.
 
+    `quantization` is the base's `quantize.method`. `specific` begins with all rows; it is empty if aspects have too few
+    groups.
     `decoding` holds the conditions that base and tuned share (`compare.MUST_AGREE`). `best` and `worst` come from the
     first seed, since texts have no mean. `published` holds figures of papers, `guards` those of all stages, in order.
     `encoded` tells what became of the examples of each split as prompts.
@@ -121,6 +158,8 @@ class Comparison:
 
     verdict: Verdict
     decide_by: list[str]
+    margin: float | None
+    quantization: str
     confidence: float
     samples: int
     seed: int
@@ -130,6 +169,7 @@ class Comparison:
     decoding: dict[str, Any]
     results: dict[str, Result]
     aspects: list[Aspect]
+    specific: list[Specific]
     lines: list[Line]
     base: Output
     tuned: list[Output]

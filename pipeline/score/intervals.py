@@ -24,12 +24,18 @@ from numpy.typing import NDArray
 
 from pipeline.score.significance import TIE, Floats, Interval, require_groups
 
+MIN_GROUPS = 10
+"""With fewer groups nothing is decided: intervals are shown, but no verdict rests on them."""
+FEW = 5
+"""With fewer groups a resample has hardly a spread of its own, and intervals are Student's, with g - 1 degrees."""
 DRAWS_AT_ONCE = 2_000_000
 """Numbers drawn in one chunk, which take 16 MB."""
 EXACT = 16
 """Up to so many groups all sign flips are tried, 65,536 at most."""
 FLIPS = 100_000
 """Sign flips that are drawn for more groups; fewer above `MOST_FLIPS` signs in all."""
+LEAST_LEVEL = 1e-9
+"""The smallest p-value that an interval is asked for."""
 MOST_FLIPS = 200_000_000
 
 
@@ -82,8 +88,13 @@ class Studentized:
 
     def interval(self, k: int, value: float, confidence: float) -> Interval:
         """The interval of score `k`, around its `value`: that of all rows, of which the mean is an estimate."""
+        from scipy import stats
+
         if self.error_k[k] <= TIE:
             return Interval(value, value, value)
+        if self.groups < FEW:
+            half = float(stats.t.ppf((1 + confidence) / 2, self.groups - 1) * self.error_k[k])
+            return Interval(value, value - half, value + half)
         ends = self.error_k[k] * np.quantile(self.t_bxk[k], [(1 + confidence) / 2, (1 - confidence) / 2])
         return Interval(value, value - float(ends[0]), value - float(ends[1]))
 
@@ -138,3 +149,13 @@ def member_sums(values_nxk: Floats, groups: NDArray[Any]) -> tuple[Floats, Float
     sums_gxk = np.zeros((len(names), values_nxk.shape[1]))
     np.add.at(sums_gxk, member, values_nxk)
     return sums_gxk, np.bincount(member).astype(np.float64)
+
+
+def least_level(interval: Callable[[float], Interval]) -> float:
+    """The level alpha at which an interval of confidence 1 - alpha begins to hold zero: the p-value that it gives."""
+    low, high = np.log(LEAST_LEVEL), 0.0
+    for _ in range(40):
+        middle = (low + high) / 2
+        one = interval(1 - float(np.exp(middle)))
+        low, high = (middle, high) if one.low <= 0 <= one.high else (low, middle)
+    return float(np.exp(high))

@@ -3,10 +3,20 @@
 from dataclasses import replace
 from typing import Any
 
-from pipeline.score.comparison import Aspect, Comparison, Line, Output, Pair, Result, Spread
+from pipeline.score.comparison import (
+    Aspect,
+    Comparison,
+    Line,
+    Output,
+    Pair,
+    Result,
+    Specific,
+    SpecificGain,
+    Spread,
+)
 from pipeline.score.guard_record import Guard
 from pipeline.score.side_effects import Cost, Forgetting, Training
-from pipeline.score.significance import Interval
+from pipeline.score.significance import Direction, Interval
 from tests.made.records import encoded
 
 GUARDS = [Guard("a <doubled> BOS", "600 prompts | 1 BOS at most")]
@@ -23,8 +33,11 @@ def result(base: float, tuned: float, low: float, high: float) -> Result:
         tuned=Interval(tuned, tuned - 1, tuned + 1),
         diff=Interval(diff, low, high),
         seeds=None,
+        direction="higher" if low > 0 else "lower" if high < 0 else "none",
+        within_margin=None,
         p=0.0002,
         effect=0.41,
+        effect_of_rows=0.22,
         detectable=2.2,
         wins=0.7,
         ties=0.1,
@@ -63,14 +76,27 @@ FORGETTING = Forgetting(
 )
 
 
+SPECIFIC = {
+    "rouge1": SpecificGain(25.6, 14.1, 31.3, 16.1, Interval(3.7, 2.3, 5.2), "higher", 0.0002),
+    "rouge2": SpecificGain(7.8, 1.1, 10.5, 1.2, Interval(2.6, 1.2, 4.0), "higher", 0.0003),
+}
+NOT_SPECIFIC = {
+    "rouge1": SpecificGain(25.6, 14.1, 31.3, 19.6, Interval(0.2, -2.3, 2.9), "none", 0.8),
+    "rouge2": SpecificGain(7.8, 1.1, 10.5, 3.2, Interval(0.6, -1.2, 2.4), "none", 0.6),
+}
+
+
+PARTLY: dict[str, Direction] = {"rouge1": "higher", "rouge2": "none"}
+
+
 def several_seeds() -> Comparison:
     """Three seeds, whose spread makes the interval that decides wider."""
     spread = {"rouge1": Spread(0.3, Interval(5.7, 3.5, 7.9)), "rouge2": Spread(0.2, Interval(2.7, -0.1, 5.5))}
     one = comparison()
     return replace(
         one,
-        verdict="mixed",
-        results={name: replace(one.results[name], seeds=spread[name]) for name in one.results},
+        verdict="partly-better",
+        results={name: replace(one.results[name], seeds=spread[name], direction=PARTLY[name]) for name in one.results},
         tuned=[replace(one.tuned[0], variant=f"tuned-{i}") for i in range(3)],
     )
 
@@ -84,6 +110,8 @@ def comparison(**change: Any) -> Comparison:
         Comparison(
             verdict="better",
             decide_by=["rouge1", "rouge2"],
+            margin=None,
+            quantization="nf4",
             confidence=0.95,
             samples=10000,
             seed=17,
@@ -94,6 +122,7 @@ def comparison(**change: Any) -> Comparison:
             | {"thinking": False},
             results=results,
             aspects=[Aspect("approach", 100, results, {"rouge1": 0.0004, "rouge2": 0.2})],
+            specific=[Specific(None, 300, 100, SPECIFIC), Specific("approach", 100, 100, NOT_SPECIFIC)],
             lines=[Line("lead", "Lead", "the first sentence", 300, scores, ahead)],
             base=Output("base", 49.2, 0.01, 0.0, 0.0, None, {"rouge1": 25.6, "rouge2": 7.8}, 0),
             tuned=[Output("tuned-17", 21.0, 0.0, 0.0, 0.0, None, {"rouge1": 31.3, "rouge2": 10.5}, 0)],
@@ -112,6 +141,8 @@ def comparison(**change: Any) -> Comparison:
 
 
 FIRST = (
-    "**Fine-tuning made the model better**: ROUGE-1 25.6 → 31.3 (+5.7, 95 % interval +4.1 to +7.2), "
-    "ROUGE-2 7.8 → 10.5 (+2.7, +1.2 to +3.9), over 300 test examples of 100 groups."
+    "**Fine-tuning made the model better than the NF4 base**: ROUGE-1 25.6 → 31.3 (+5.7, 95 % interval +4.1 to +7.2), "
+    "ROUGE-2 7.8 → 10.5 (+2.7, +1.2 to +3.9), over 300 test examples of 100 groups. Specific to the source are +3.7 "
+    "(+2.3 to +5.2) in ROUGE-1 and +2.6 (+1.2 to +4.0) in ROUGE-2: that much is lost when each output is held against "
+    "the references of other sources. For approach no specific gain is shown."
 )

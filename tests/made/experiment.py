@@ -25,6 +25,7 @@ COMPARE = Compare(
     confidence=0.95,
     seed=17,
     decide_by=["rouge1", "rouge2"],
+    margin=None,
     examples=3,
     explorer=100,
     published=[],
@@ -50,6 +51,7 @@ def examples(n_groups: int = 12) -> list[Example]:
 def plant(rows: list[Example], keep: dict[str, float], evaluate: Evaluate = EVALUATE, **change: Any) -> None:
     """Score variants in the current folder that keep a share of each reference's words; `change` alters the tuned."""
     records.write_rows(paths.split("test"), rows)
+    records.write_rows(paths.split("train"), [replace(row, id=f"t-{row.id}", group=f"t-{row.group}") for row in rows])
     contracts.write(paths.DATA_CARD, data_card())
     contracts.write(paths.QUANTIZED_FACTS, quantized_facts())
     for seed, (variant, share) in enumerate(keep.items()):

@@ -498,7 +498,7 @@ def test_a_test_split_of_one_group_is_refused_before_anything_is_trained(
     files = {f"{split}.jsonl": lines(row(words(100 * n), of=f"{split} {n}")) for n, split in enumerate(paths.SPLITS)}
     said = fails(run, "belong to one group", files | {"test.jsonl": lines(*test)}, columns={**COLUMNS, **columns})
     with pytest.raises(UserError) as caught:
-        significance.resampled_sums(np.ones((2, 1)), np.array(["g", "g"]), 10, 0)
+        significance.require_groups(1)
     assert said == str(caught.value)
 
 

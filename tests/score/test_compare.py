@@ -14,42 +14,14 @@ from pipeline.core import contracts, paths, records
 from pipeline.core.contracts import Gone
 from pipeline.core.errors import UserError
 from pipeline.core.records import Example, Prediction
-from pipeline.score import compare, metrics, reference_lines
+from pipeline.score import compare, metrics
 from pipeline.score.evaluate import score_variant
 from pipeline.score.significance import Interval
-from tests.made.experiment import ASPECTS, COMPARE, EVALUATE, GENERATION, compared, example, examples, plant, scores_of
+from tests.made.experiment import ASPECTS, COMPARE, EVALUATE, GENERATION, compared, examples, plant, scores_of
 from tests.made.records import data_card
 
 TRANSLATION = EVALUATE.model_copy(update={"metrics": ["rouge1", "chrf", "bleu"]})
 KEEP = {"base": 0.3, "tuned-17": 0.8}
-
-
-@pytest.mark.parametrize(
-    ("bounds", "expected"),
-    [
-        ([(0.1, 2), (0.01, 1)], "better"),
-        ([(-2, -1), (-2, -0.1)], "worse"),
-        ([(-1, 1), (0, 1)], "none"),
-        ([(1, 2), (-1, 1)], "mixed"),
-        ([(1, 2), (-2, -1)], "mixed"),
-    ],
-)
-def test_verdict(bounds: list[tuple[float, float]], expected: str) -> None:
-    assert compare.verdict([Interval((low + high) / 2, low, high) for low, high in bounds]) == expected
-
-
-def test_cut() -> None:
-    assert reference_lines.cut("one two\nthree four", "a b c") == "one two three"
-    assert reference_lines.cut("one", "a b c") == "one"
-    assert reference_lines.cut("猫在跑", "狗叫") == "猫 在"  # no metric sees the space
-
-
-def test_one_giant_group_has_no_square_of_texts() -> None:
-    rows = [example(str(i), "g", ASPECTS[i % 2], "source text", f"t{i}", "") for i in range(2000)]
-    texts = reference_lines.texts(rows, [""] * len(rows), ["rouge1"])[1].texts
-    assert texts[0] == [f"t{i}" for i in range(1, 2 * reference_lines.MOST_OTHERS, 2)]
-    assert texts[1] == [f"t{i}" for i in range(0, 2 * reference_lines.MOST_OTHERS, 2)]
-    assert {len(some) for some in texts} == {reference_lines.MOST_OTHERS}
 
 
 # --- whole comparisons ---
@@ -188,8 +160,9 @@ def test_seeds_that_disagree_take_the_verdict_back() -> None:
     """By the examples alone it is better, and each seed is; two seeds that differ as much are no proof."""
     plant(examples(), {"base": 0.3, "tuned-1": 0.45, "tuned-2": 0.95})
     found = compared(1, 2)
-    assert compare.verdict([found.results[name].diff for name in COMPARE.decide_by]) == "better"
+    assert all(found.results[name].diff.low > 0 for name in COMPARE.decide_by)
     assert found.verdict == "none"
+    assert all(found.results[name].p > 0.05 for name in COMPARE.decide_by)
     plant(examples(), {"base": 0.3, "tuned-1": 0.85, "tuned-2": 0.9, "tuned-3": 0.87})
     assert compared(1, 2, 3).verdict == "better"
 
@@ -240,39 +213,10 @@ def test_extremes_are_ordered_and_disjoint() -> None:
 
 
 @pytest.mark.usefixtures("project")
-def test_reference_lines_by_hand() -> None:
-    rows = [
-        example("p/1", "p", "challenge", "s", "alpha beta gamma delta", "alpha beta gamma delta"),
-        example("p/2", "p", "approach", "s", "alpha beta kappa mu", "alpha zeta zeta zeta"),
-        example("q/1", "q", "challenge", "s", "pi rho", "sigma tau"),
-        example("q/2", "q", "approach", "s", "pi xi", "pi rho"),
-        example("r/1", "r", "challenge", "s", "nu", "nu"),
-    ]
-    plant(rows, {"base": 1.0, "tuned-17": 1.0})
-    texts = [f"{row.target} and words beyond" for row in rows]
-    records.write_rows(
-        paths.predictions("base"),
-        [Prediction(row.id, "", 1, text, 1, "stop") for row, text in zip(rows, texts, strict=True)],
-    )
-    score_variant("base", EVALUATE)
-    lines = {line.key: line for line in compared().lines}
-    assert lines["lead"].scores["rouge1"] == pytest.approx((100 + 25 + 0 + 50 + 100) / 5)
-    # r has one aspect, so no other aspect's reference
-    assert lines["wrong_aspect"].n == 4
-    assert lines["wrong_aspect"].scores["rouge1"] == pytest.approx(50)
-    assert lines["wrong_aspect"].scores["rouge2"] == pytest.approx((100 / 3 + 100 / 3) / 4)
-    assert lines["wrong_aspect"].ahead["rouge1"].value == pytest.approx(50)
-    # cut to the reference, base's outputs are the references
-    assert lines["base_cut"].scores["rouge1"] == pytest.approx(100)
-    assert lines["base_cut"].ahead["rouge1"] == Interval(0, 0, 0)
-    assert "100 % of them were longer" in lines["base_cut"].about
-
-
-@pytest.mark.usefixtures("project")
 def test_no_wrong_aspect_and_no_table_without_aspects() -> None:
     plant([replace(row, id=f"{i}", group=f"{i}", aspect="default") for i, row in enumerate(examples())], KEEP)
     found = compared()
-    assert [line.key for line in found.lines] == ["lead", "base_cut"]
+    assert [line.key for line in found.lines] == ["constant", "lead", "base_cut"]
     assert found.aspects == []
 
 

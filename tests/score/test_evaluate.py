@@ -12,8 +12,9 @@ from pipeline.core import contracts, paths, records
 from pipeline.core.errors import UserError
 from pipeline.core.params import Evaluate
 from pipeline.core.records import Decoding, Example, Prediction
-from pipeline.score import compare, metrics, side_by_side
+from pipeline.score import metrics, side_by_side
 from pipeline.score.evaluate import score_variant
+from pipeline.score.tables import Table
 from tests.made.experiment import scores_of
 from tests.made.records import encoded
 
@@ -67,7 +68,7 @@ def test_translation_is_counted_over_the_corpus(tmp_path: Path, monkeypatch: pyt
     assert found.corpus["bleu"] == pytest.approx(expected)
     assert found.corpus["bleu"] != pytest.approx(sum(row.scores["bleu"] for row in found.examples) / 2)
     chrf = next(metric for metric in metrics.chosen(TRANSLATION) if metric.name == "chrf")
-    assert compare.Table.of(found, [chrf]).statistics[0].shape == (2, chrf.width)
+    assert Table.of(found, [chrf]).statistics[0].shape == (2, chrf.width)
     assert (found.in_language, found.references_in_language) == (0.5, 1.0)
 
 
