@@ -3,7 +3,7 @@
     python -m bench.coverage
 
 Prints a Markdown table: for each number of groups, kind of scores and number of training seeds, the share of intervals
-(95 %) that hold zero, and their median width. docs/trust.md has it.
+(95 %) that hold zero, and their median width. docs/verdict.md has it.
 
 A simulated difference of a group is that of its texts, shared by all seeds, and a part of its own for each seed; each
 seed has an effect on all groups. In units of the texts' spread these have standard deviations of 1, 0.7 and 0.1, or 0.5

@@ -69,6 +69,7 @@ def of_both(comparison: Comparison) -> dict[str, Any]:
         "method": method(comparison),
         "caveats": caveats(comparison),
         "power": power(comparison),
+        "equal_length": equal_length(comparison),
         "labels": LABELS,
         "interval": f"{100 * comparison.confidence:g} % interval",
         "commands": COMMANDS,
@@ -381,6 +382,18 @@ def _price(comparison: Comparison) -> list[str]:
         if one.overfitted
     )
     return found
+
+
+def equal_length(comparison: Comparison) -> str:
+    """The gain at equal length, in a sentence; empty if it is not known."""
+    found = comparison.equal_length
+    if found is None:
+        return ""
+    gains = listed([f"{signed(one.value)} ({span(one)}) in {LABELS[name]}" for name, one in found.gains.items()])
+    return (
+        f"Tuned writes {found.ratio:.2g} times as many words as base, in the median. At equal length the difference is "
+        f"{gains}, by a line through the examples' differences over the logarithm of the ratio of lengths."
+    )
 
 
 def power(comparison: Comparison) -> str:

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from pipeline.core import contracts, params, paths, records
 from pipeline.core.contracts import DataCard, QuantizedFacts, Scores, TrainingSummary
@@ -15,7 +16,7 @@ from pipeline.core.errors import UserError, listing
 from pipeline.core.records import Decoding, Encoded, Example
 from pipeline.core.text import not_nfc
 from pipeline.score import guard_record, metrics, reference_lines, side_by_side, side_effects, significance, specific
-from pipeline.score.comparison import Aspect, Comparison, Line, Output, Pair, Result, Specific
+from pipeline.score.comparison import Aspect, Comparison, EqualLength, Line, Output, Pair, Result, Specific
 from pipeline.score.contrast import contrast, verdict
 from pipeline.score.estimates import Estimate, Judged
 from pipeline.score.side_by_side import Outputs, Row
@@ -73,6 +74,7 @@ def compare_variants(seeds: Sequence[int], evaluate: params.Evaluate, settings: 
         results=results,
         aspects=_aspects(test, tables, settings),
         specific=about_source,
+        equal_length=_equal_length(rows, tables, groups, settings),
         lines=_lines(rows, tables[1:], evaluate, settings),
         base=outputs[0],
         tuned=outputs[1:],
@@ -128,6 +130,26 @@ def _specific(rows: Sequence[Row], tables: Sequence[Table], settings: params.Com
         specific.Variant(some, table.only(settings.decide_by)) for some, table in zip(texts, tables, strict=True)
     )
     return specific.measured([row.example for row in rows], base, tuned, settings)
+
+
+def _equal_length(
+    rows: Sequence[Row], tables: Sequence[Table], groups: NDArray[Any], settings: params.Compare
+) -> EqualLength | None:
+    """The gain at equal length, in the deciding metrics; None where the line would have to be drawn beyond all rows."""
+    base, *tuned = (table.only(settings.decide_by).each().T for table in tables)
+    words = np.array([[one.words + 1 for one in (row.base, *row.tuned)] for row in rows], np.float64)
+    ratios = np.log(words[:, 1:] / words[:, :1])
+    if not (ratios.min(axis=0) <= 0).all() or not (ratios.max(axis=0) >= 0).all():
+        return None
+    found = Estimate.mean(
+        [Estimate.intercepts(here - base, ratio_n, groups) for here, ratio_n in zip(tuned, ratios.T, strict=True)]
+    )
+    if not np.isfinite(found.values_gxm).all():
+        return None
+    judged = Judged(found, settings)
+    names = [metric.name for metric in tables[0].only(settings.decide_by).metrics]
+    gains = {name: judged.deciding(m) for m, name in enumerate(names)}
+    return EqualLength(float(np.exp(np.median(ratios))), gains)
 
 
 def _lines(

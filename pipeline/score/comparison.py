@@ -112,6 +112,18 @@ class Specific:
 
 
 @dataclass(frozen=True, slots=True)
+class EqualLength:
+    """The gain in each deciding metric at outputs as long as base's.
+
+    It is that of a line through the rows' gains over the logarithm of tuned's words over base's (each plus one).
+    `ratio` is the median of that quotient.
+    """
+
+    ratio: float
+    gains: dict[str, Interval]
+
+
+@dataclass(frozen=True, slots=True)
 class Output:
     """The outputs of one variant: mean words, shares, scores, and how many hold a thought or its mark.
 
@@ -147,7 +159,7 @@ class Comparison:
     """Everything that the report shows. `tuned` has one entry a seed, in the order of params.
 
     `quantization` is the base's `quantize.method`. `specific` begins with all rows; it is empty if aspects have too few
-    groups.
+    groups. `equal_length` is None if no row has outputs as long as base's or longer, or none as long or shorter.
     `decoding` holds the conditions that base and tuned share (`compare.MUST_AGREE`). `best` and `worst` come from the
     first seed, since texts have no mean. `published` holds figures of papers, `guards` those of all stages, in order.
     `encoded` tells what became of the examples of each split as prompts.
@@ -170,6 +182,7 @@ class Comparison:
     results: dict[str, Result]
     aspects: list[Aspect]
     specific: list[Specific]
+    equal_length: EqualLength | None
     lines: list[Line]
     base: Output
     tuned: list[Output]

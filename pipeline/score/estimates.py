@@ -52,6 +52,23 @@ class Estimate:
         return cls.of(Corpus(whole_k[:-1] / whole_k[-1], rest_gxk[:, :-1] / rest_gxk[:, -1:]))
 
     @classmethod
+    def intercepts(cls, values_nxm: Floats, x_n: Floats, groups: Sequence[Any] | NDArray[Any]) -> "Estimate":
+        """The values of a least-squares line at x = 0. `groups` names the group of each row.
+
+        UserError for a single group. Values are not finite if x is the same in all rows, or without one group.
+        """
+        columns = [np.ones_like(x_n), x_n, x_n**2, *values_nxm.T, *(x_n[:, None] * values_nxm).T]
+        sums_gxk, _ = intervals.member_sums(np.column_stack(columns), np.array(groups))
+        significance.require_groups(len(sums_gxk))
+        whole_k = sums_gxk.sum(axis=0)
+        sums = np.concatenate([whole_k[None], whole_k - sums_gxk])  # of all rows, then without each group
+        n, x, xx = sums[:, 0:1], sums[:, 1:2], sums[:, 2:3]
+        y, xy = np.hsplit(sums[:, 3:], 2)
+        with np.errstate(divide="ignore", invalid="ignore"):
+            found = (y * xx - x * xy) / (n * xx - x**2)
+        return cls.of(Corpus(found[0], found[1:]))
+
+    @classmethod
     def mean(cls, several: Sequence["Estimate"]) -> "Estimate":
         """The mean over seeds."""
         scores_sxm = np.array([one.scores_m for one in several])

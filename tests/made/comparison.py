@@ -6,6 +6,7 @@ from typing import Any
 from pipeline.score.comparison import (
     Aspect,
     Comparison,
+    EqualLength,
     Line,
     Output,
     Pair,
@@ -123,6 +124,7 @@ def comparison(**change: Any) -> Comparison:
             results=results,
             aspects=[Aspect("approach", 100, results, {"rouge1": 0.0004, "rouge2": 0.2})],
             specific=[Specific(None, 300, 100, SPECIFIC), Specific("approach", 100, 100, NOT_SPECIFIC)],
+            equal_length=EqualLength(0.5, {"rouge1": Interval(5.1, 3.0, 7.2), "rouge2": Interval(2.2, -0.1, 4.5)}),
             lines=[Line("lead", "Lead", "the first sentence", 300, scores, ahead)],
             base=Output("base", 49.2, 0.01, 0.0, 0.0, None, {"rouge1": 25.6, "rouge2": 7.8}, 0),
             tuned=[Output("tuned-17", 21.0, 0.0, 0.0, 0.0, None, {"rouge1": 31.3, "rouge2": 10.5}, 0)],

@@ -71,7 +71,7 @@ def run(stage, seed=None):
         write("reports/metrics.json", {"examples": 2, "rouge1": {"base": 10.5, "tuned": 30.5, "ci_low": 19.0}})
         write("out/comparison/comparison.md", "**Better**: by 20.\n\nand so on")
         write("out/comparison/comparison.json", {})
-        for name in ("comparison.svg", "figures/scores.svg", "tables/scores.csv"):
+        for name in ("comparison.svg", "figures/ladder.svg", "tables/scores.csv"):
             write(f"out/comparison/{name}", name)
     elif stage == "track":
         from pipeline.core import params

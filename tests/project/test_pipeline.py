@@ -92,7 +92,7 @@ def test_one_command_runs_everything(finished: Finished) -> None:
     assert sorted(ran(finished.printed)) == sorted(EVERY)
     metrics = records.read_json(clone / paths.METRICS)
     assert metrics["rouge1"]["ci_low"] <= metrics["rouge1"]["diff"] <= metrics["rouge1"]["ci_high"]
-    for report in (paths.COMPARISON_MD, paths.COMPARISON_SVG, paths.FIGURES / "scores.svg"):
+    for report in (paths.COMPARISON_MD, paths.COMPARISON_SVG, paths.FIGURES / "ladder.svg"):
         assert (clone / report).stat().st_size > 500
         assert (clone / paths.published(report)).read_bytes() == (clone / report).read_bytes()
     lock = (clone / paths.DVC_LOCK).read_text()

@@ -251,7 +251,7 @@ class TestOneRun:
             f"reports/{name}": f"{'reports' if name in ('metrics.json', 'index.html') else 'out/comparison'}/{name}"
             for name in (
                 *("metrics.json", "comparison.json", "comparison.md", "index.html", "comparison.svg"),
-                *("figures/scores.svg", "tables/scores.csv"),
+                *("figures/ladder.svg", "tables/scores.csv"),
             )
         }
         assert files == {inside: (toy.folder / name).read_text() for inside, name in names.items()}

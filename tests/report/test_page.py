@@ -380,7 +380,7 @@ def test_tables_and_figures_are_the_same_bytes_each_time() -> None:
     csv_tables.write(made, rows, losses(17, 18, 18))
     assert {path: path.read_bytes() for path in paths.COMPARISON.rglob("*.*")} == files
     assert {path.name for path in files} == {
-        *("differences.svg", "scores.svg", "gains.svg", "aspects.svg", "training.svg", "lengths.svg", "endings.svg"),
+        *("differences.svg", "ladder.svg", "gains.svg", "aspects.svg", "training.svg", "lengths.svg", "endings.svg"),
         *("scores.csv", "seeds.csv", "specific.csv", "lines.csv", "aspects.csv", "outputs.csv", "guards.csv"),
         *("training.csv", "forgetting.csv"),
     }

@@ -424,7 +424,9 @@ def test_the_chart_stands_alone_in_a_file() -> None:
     drawing = paths.COMPARISON_SVG.read_text()
     assert drawing.startswith("<svg")
     assert "var(" not in drawing
-    assert all(label in drawing for label in ("ROUGE-1", "ROUGE-2", "base", "tuned", "lead", "95 % intervals"))
+    assert all(
+        label in drawing for label in ("ROUGE-1", "ROUGE-2", "Base", "Tuned", "Lead", "other sources", "95 % intervals")
+    )
 
 
 def test_inline_svg_drops_namespaces_and_height() -> None:

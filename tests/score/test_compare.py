@@ -17,7 +17,18 @@ from pipeline.core.records import Example, Prediction
 from pipeline.score import compare, metrics
 from pipeline.score.evaluate import score_variant
 from pipeline.score.significance import Interval
-from tests.made.experiment import ASPECTS, COMPARE, EVALUATE, GENERATION, compared, examples, plant, scores_of
+from tests.made.experiment import (
+    ASPECTS,
+    COMPARE,
+    EVALUATE,
+    GENERATION,
+    WORDS,
+    compared,
+    example,
+    examples,
+    plant,
+    scores_of,
+)
 from tests.made.records import data_card
 
 TRANSLATION = EVALUATE.model_copy(update={"metrics": ["rouge1", "chrf", "bleu"]})
@@ -86,6 +97,28 @@ def test_a_better_adapter_is_called_better_and_its_mirror_worse() -> None:
     assert [(aspect.name, aspect.n) for aspect in better.aspects] == [("challenge", 12), ("approach", 12)]
     halves = [aspect.results["rouge1"].diff.value for aspect in better.aspects]
     assert sum(halves) / 2 == pytest.approx(one.diff.value)
+
+
+@pytest.mark.usefixtures("project")
+def test_the_gain_at_equal_length() -> None:
+    """Every word of its own costs tuned as much as its length gains: at equal length nothing is left."""
+    rows = [example(f"{i}", f"{i}", "a", "s", " ".join(WORDS[:8]), "") for i in range(12)]
+    plant(rows, KEEP)
+    lengths = {"base": [4] * 12, "tuned-17": [3, 4, 5, 6] * 3}
+    for name, some in lengths.items():
+        texts = [Prediction(row.id, "", 9, " ".join(WORDS[:n]), 9, "stop") for row, n in zip(rows, some, strict=True)]
+        records.write_rows(paths.predictions(name), texts)
+        score_variant(name, EVALUATE)
+    found = compared()
+    assert found.equal_length is not None
+    assert found.results["rouge1"].diff.value > 3
+    assert found.equal_length.ratio == pytest.approx((5 * 6) ** 0.5 / 5)
+    assert found.equal_length.gains["rouge1"].value == pytest.approx(0, abs=0.5)
+    # Where all outputs are longer, the line would have to be drawn beyond them.
+    texts = [Prediction(row.id, "", 9, " ".join(WORDS[:n]), 9, "stop") for row, n in zip(rows, [5, 6] * 6, strict=True)]
+    records.write_rows(paths.predictions("tuned-17"), texts)
+    score_variant("tuned-17", EVALUATE)
+    assert compared().equal_length is None
 
 
 @pytest.mark.usefixtures("project")

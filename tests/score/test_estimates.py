@@ -79,6 +79,17 @@ class TestOverTexts:
         assert found.values_gxm[:, 0].tolist() == [-1, 3]
 
 
+def test_intercepts_are_those_of_least_squares() -> None:
+    draw, groups = generator(1), groups_of([2] * 15)
+    x, values = draw.normal(1, 1, size=30), draw.normal(size=(30, 2))
+    found = Estimate.intercepts(values, x, groups)
+    for m in range(2):
+        assert found.scores_m[m] == pytest.approx(stats.linregress(x, values[:, m]).intercept)
+        rest = groups != "g003"
+        left_out = stats.linregress(x[rest], values[rest, m]).intercept
+        assert found.values_gxm[3, m] == pytest.approx(15 * found.scores_m[m] - 14 * left_out)
+
+
 class TestDifferences:
     def test_pairing_cancels_what_both_share(self) -> None:
         shared, groups = generator(1).normal(0, 50, size=40), groups_of([1] * 40)
