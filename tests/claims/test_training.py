@@ -347,7 +347,7 @@ def test_a_mean_difference_holds_the_chance_of_seeds() -> None:
 
 
 def test_a_gap_has_an_interval_over_texts(evidence: dict[str, Evidence]) -> None:
-    """Two texts with losses a token of 2 and 1 units of 0.08, and of 1.25 together: the jackknife gives 0.04 and 0.12."""
+    """Two texts, with losses a token of 0.16 and 0.08, and of 0.1 together: the jackknife gives 0.12 and 0.04."""
     gap = adapters.difference(result(3.5, pairs=1), result(3.4, pairs=1), params.load(ROOT / "params.yaml").compare)
     assert (gap.value, gap.low, gap.high) == pytest.approx((0.1, 0.1 - 12.706 * 0.04, 0.1 + 12.706 * 0.04), rel=1e-4)
     excess = evidence["qlora-recovers"].values["excess"]
