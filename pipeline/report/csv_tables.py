@@ -11,7 +11,7 @@ from typing import Any
 from pipeline.core import paths, records
 from pipeline.report import figures
 from pipeline.report.curves import Curve
-from pipeline.score.comparison import Comparison
+from pipeline.score.comparison import Aspect, Comparison
 from pipeline.score.side_by_side import Row
 from pipeline.score.significance import Interval
 
@@ -33,7 +33,8 @@ def tables(comparison: Comparison) -> dict[str, Table]:
         "seeds": list(_seeds(comparison)),
         "specific": list(_specific(comparison)),
         "lines": list(_lines(comparison)),
-        "aspects": list(_aspects(comparison)),
+        "aspects": list(_parts("aspect", comparison.aspects)),
+        "slices": list(_parts("slice", comparison.slices)),
         "published": [{"metric": one.metric, "value": one.value, "about": one.about} for one in comparison.published],
         "outputs": list(_outputs(comparison)),
         "training": [asdict(one) for one in comparison.cost.training],
@@ -106,12 +107,12 @@ def _lines(comparison: Comparison) -> Iterable[dict[str, Any]]:
             }
 
 
-def _aspects(comparison: Comparison) -> Iterable[dict[str, Any]]:
-    for aspect in comparison.aspects:
-        for name, one in aspect.results.items():
+def _parts(kind: str, parts: Sequence[Aspect]) -> Iterable[dict[str, Any]]:
+    for part in parts:
+        for name, one in part.results.items():
             yield {
-                "aspect": aspect.name,
-                "rows": aspect.n,
+                kind: part.name,
+                "rows": part.n,
                 "metric": name,
                 "base": one.base.value,
                 "tuned": one.tuned.value,
@@ -119,7 +120,7 @@ def _aspects(comparison: Comparison) -> Iterable[dict[str, Any]]:
                 "low": one.deciding.low,
                 "high": one.deciding.high,
                 "p": one.p,
-                "p_holm": aspect.p_holm.get(name),
+                "p_holm": part.p_holm.get(name),
             }
 
 

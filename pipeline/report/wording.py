@@ -312,6 +312,16 @@ def caveats(comparison: Comparison) -> list[str]:
     )
     found.extend(_texts(comparison))
     found.extend(f"{one.counted}: {SHARED[one.split, one.other]}." for one in comparison.shared_groups)
+    if answers := comparison.known.answers:
+        found.append(
+            f"{answers:,} of {comparison.n:,} test rows have an answer that is a training answer as well: tuned may "
+            "know it by heart."
+        )
+    if sources := comparison.known.sources:
+        found.append(
+            f"{sources:,} of {comparison.n:,} test rows have a short source that is a training source as well, but for "
+            "its numbers."
+        )
     if comparison.not_nfc:
         found.append(
             f"{comparison.not_nfc:,} of {comparison.n:,} test rows have references that are not in the normal form "

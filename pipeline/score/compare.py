@@ -4,7 +4,7 @@
 too. Each aspect is a separate question, so p-values are corrected over all aspects.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -15,7 +15,17 @@ from pipeline.core.contracts import DataCard, QuantizedFacts, Scores, TrainingSu
 from pipeline.core.errors import UserError, listing
 from pipeline.core.records import Decoding, Encoded, Example
 from pipeline.core.text import not_nfc
-from pipeline.score import guard_record, metrics, reference_lines, side_by_side, side_effects, significance, specific
+from pipeline.score import (
+    guard_record,
+    known,
+    metrics,
+    reference_lines,
+    side_by_side,
+    side_effects,
+    significance,
+    slices,
+    specific,
+)
 from pipeline.score.comparison import Aspect, Comparison, EqualLength, Line, Output, Pair, Result, Specific
 from pipeline.score.contrast import contrast, verdict
 from pipeline.score.estimates import Estimate, Judged
@@ -49,6 +59,7 @@ def compare_variants(seeds: Sequence[int], evaluate: params.Evaluate, settings: 
 
     results = contrast(tables[:1], tables[1:], groups, settings)
     about_source = _specific(rows, tables, settings)
+    training = records.read_rows(paths.split("train"), Example)
     outputs = [
         Output(
             one.variant, one.words, one.stopped_by_cap, one.empty, one.copied, one.in_language, one.corpus, one.thoughts
@@ -73,9 +84,10 @@ def compare_variants(seeds: Sequence[int], evaluate: params.Evaluate, settings: 
         decoding={name: getattr(scored[0].decoding, name) for name in MUST_AGREE},
         results=results,
         aspects=_aspects(test, tables, settings),
+        slices=_parts(slices.of(test), test, [table.only(settings.decide_by) for table in tables], settings),
         specific=about_source,
         equal_length=_equal_length(rows, tables, groups, settings),
-        lines=_lines(rows, tables[1:], evaluate, settings),
+        lines=_lines(rows, tables[1:], training, evaluate, settings),
         base=outputs[0],
         tuned=outputs[1:],
         language=evaluate.language,
@@ -89,6 +101,7 @@ def compare_variants(seeds: Sequence[int], evaluate: params.Evaluate, settings: 
         encoded=_encoded(seeds[0], scored[0]),
         not_scored=guard_record.not_scored(),
         shared_groups=contracts.read(paths.DATA_CARD, DataCard).shared_groups,
+        known=known.counted(test, training),
         not_nfc=not_nfc(row.references for row in test) if metrics.sees_code_points(evaluate) else 0,
     )
 
@@ -100,17 +113,21 @@ def _encoded(seed: int, base: Scores) -> dict[str, Encoded]:
 
 
 def _aspects(test: Sequence[Example], tables: Sequence[Table], settings: params.Compare) -> list[Aspect]:
-    """The results of each aspect, in the order of the test split; none if there is only one aspect.
-
-    Aspects whose rows are all in one group have no interval and are left out.
-    """
+    """The results of each aspect, in the order of the test split; none if there is only one aspect."""
     rows_of: dict[str, list[int]] = {}
     for i, row in enumerate(test):
         rows_of.setdefault(row.aspect, []).append(i)
+    return _parts(rows_of if len(rows_of) > 1 else {}, test, tables, settings)
+
+
+def _parts(
+    rows_of: Mapping[str, Sequence[int]], test: Sequence[Example], tables: Sequence[Table], settings: params.Compare
+) -> list[Aspect]:
+    """The results of each part of the rows. Parts whose rows are all in one group have no interval and are left out."""
     found: dict[str, dict[str, Result]] = {}
     for name, rows in rows_of.items():
         groups = np.array([test[i].group for i in rows])
-        if len(rows_of) > 1 and len(set(groups)) > 1:
+        if len(set(groups)) > 1:
             here = [table.rows(rows) for table in tables]
             found[name] = contrast(here[:1], here[1:], groups, settings)
     keys = [(name, metric) for name in found for metric in settings.decide_by]
@@ -153,13 +170,16 @@ def _equal_length(
 
 
 def _lines(
-    rows: Sequence[Row], tuned: Sequence[Table], evaluate: params.Evaluate, settings: params.Compare
+    rows: Sequence[Row],
+    tuned: Sequence[Table],
+    training: Sequence[Example],
+    evaluate: params.Evaluate,
+    settings: params.Compare,
 ) -> list[Line]:
     """The scores of the reference lines. Lines with texts in fewer than two groups are left out."""
     lines = []
     chosen = tuned[0].metrics
     test = [row.example for row in rows]
-    training = records.read_rows(paths.split("train"), Example)
     for line in reference_lines.texts(test, [row.base.text for row in rows], training, evaluate):
         held = [i for i, some in enumerate(line.texts) if some]
         groups = np.array([test[i].group for i in held])

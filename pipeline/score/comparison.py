@@ -9,6 +9,7 @@ from typing import Any, Literal
 from pipeline.core import contracts, params, paths
 from pipeline.core.records import Encoded
 from pipeline.score.guard_record import Guard
+from pipeline.score.known import Known
 from pipeline.score.side_effects import Cost
 from pipeline.score.significance import Direction, Interval
 
@@ -63,7 +64,8 @@ class Result:
 
 @dataclass(frozen=True, slots=True)
 class Aspect:
-    """The results over one aspect's rows. `p_holm` has the deciding metrics' p-values, corrected over all aspects."""
+    """The results over the rows of one aspect, or of one slice. `p_holm` are the deciding metrics' p-values, corrected
+    over all aspects, or over all slices."""
 
     name: str
     n: int
@@ -164,8 +166,9 @@ class Comparison:
     first seed, since texts have no mean. `published` holds figures of papers, `guards` those of all stages, in order.
     `encoded` tells what became of the examples of each split as prompts.
     `not_scored` counts what the test split's files hold and no row of it has, by reason; None if there is nothing.
-    `shared_groups` are those of the data's card. `not_nfc` counts the test rows with a reference that is not in the
-    normal form NFC, if a metric compares code points.
+    `shared_groups` are those of the data's card. `known` counts what training knows of the test split. `not_nfc` counts
+    the test rows with a reference that is not in the normal form NFC, if a metric compares code points. `slices` are
+    thirds of the rows by length and novelty, in the deciding metrics.
     """
 
     verdict: Verdict
@@ -181,6 +184,7 @@ class Comparison:
     decoding: dict[str, Any]
     results: dict[str, Result]
     aspects: list[Aspect]
+    slices: list[Aspect]
     specific: list[Specific]
     equal_length: EqualLength | None
     lines: list[Line]
@@ -195,6 +199,7 @@ class Comparison:
     cost: Cost
     guards: list[Guard]
     encoded: dict[str, Encoded]
+    known: Known
     not_scored: dict[str, int] | None = None
     shared_groups: list[contracts.SharedGroups] = field(default_factory=list)
     not_nfc: int = 0

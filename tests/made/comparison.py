@@ -16,6 +16,7 @@ from pipeline.score.comparison import (
     Spread,
 )
 from pipeline.score.guard_record import Guard
+from pipeline.score.known import Known
 from pipeline.score.side_effects import Cost, Forgetting, Training
 from pipeline.score.significance import Direction, Interval
 from tests.made.records import encoded
@@ -123,6 +124,7 @@ def comparison(**change: Any) -> Comparison:
             | {"thinking": False},
             results=results,
             aspects=[Aspect("approach", 100, results, {"rouge1": 0.0004, "rouge2": 0.2})],
+            slices=[Aspect("sources of 9 to 80 words", 100, results, {"rouge1": 0.001, "rouge2": 0.3})],
             specific=[Specific(None, 300, 100, SPECIFIC), Specific("approach", 100, 100, NOT_SPECIFIC)],
             equal_length=EqualLength(0.5, {"rouge1": Interval(5.1, 3.0, 7.2), "rouge2": Interval(2.2, -0.1, 4.5)}),
             lines=[Line("lead", "Lead", "the first sentence", 300, scores, ahead)],
@@ -136,6 +138,7 @@ def comparison(**change: Any) -> Comparison:
             worst=[],
             cost=Cost(4_884_480, 19_600_000, [TRAINING], FORGETTING),
             guards=GUARDS,
+            known=Known(0, 0),
             encoded={"train": encoded(300), "validation": encoded(150), "test": encoded(300)},
         ),
         **change,

@@ -381,7 +381,16 @@ def test_tables_and_figures_are_the_same_bytes_each_time() -> None:
     assert {path: path.read_bytes() for path in paths.COMPARISON.rglob("*.*")} == files
     assert {path.name for path in files} == {
         *("differences.svg", "ladder.svg", "gains.svg", "aspects.svg", "training.svg", "lengths.svg", "endings.svg"),
-        *("scores.csv", "seeds.csv", "specific.csv", "lines.csv", "aspects.csv", "outputs.csv", "guards.csv"),
+        *(
+            "scores.csv",
+            "seeds.csv",
+            "specific.csv",
+            "lines.csv",
+            "aspects.csv",
+            "slices.csv",
+            "outputs.csv",
+            "guards.csv",
+        ),
         *("training.csv", "forgetting.csv"),
     }
     for path, drawing in files.items():

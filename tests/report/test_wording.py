@@ -305,7 +305,7 @@ def test_markdown_keeps_foreign_text_in_its_cell() -> None:
     )
     text = paths.COMPARISON_MD.read_text()
     tables = re.findall(r"(?:^\|.*\n)+", text, flags=re.M)
-    assert len(tables) == 10
+    assert len(tables) == 11
     for table in tables:
         # as GitHub splits rows: at bars that no backslash escapes
         assert len({len(re.findall(r"(?<!\\)\|", row)) for row in table.splitlines()}) == 1
