@@ -114,6 +114,24 @@ def compare(names: Names) -> None:
     say(compare.page(found, compare.rank(found, given.compare), given.compare))
 
 
+SHEET = Annotated[Path, typer.Argument(help="The sheet, a CSV file.")]
+Filled = Annotated[bool, typer.Option("--read", help="Read the filled sheet, and say who was preferred.")]
+Few = Annotated[int, typer.Option("--rows", min=1, help="Rows of the sheet.")]
+Order = Annotated[int, typer.Option("--seed", min=0, help="Decides which of A and B is the tuned model's output.")]
+
+
+@app.command()
+def blind(sheet: SHEET, filled: Filled = False, rows: Few = 50, seed: Order = 17) -> None:
+    """Write a sheet on which people judge outputs of base and tuned without knowing which is which; or read it."""
+    from pipeline.commands import blind
+    from pipeline.core import params
+
+    if filled:
+        blind.read(sheet, seed, params.load())
+    else:
+        blind.write(sheet, rows, seed, params.load())
+
+
 GgufTypes = Annotated[list[str] | None, typer.Option("--type", help="A GGUF type. [default: generation.gguf_type]")]
 FewRows = Annotated[
     int | None, typer.Option("--rows", min=2, help="Rows of each split, in whole groups. [default: all]")
