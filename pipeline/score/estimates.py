@@ -117,12 +117,9 @@ class Judged:
         With several seeds it is the larger one of two: that of the examples, and the level at which the interval for
         both would begin to hold zero.
         """
-        found = []
-        for m, values_g in enumerate(self.estimate.values_gxm.T):
-            p = intervals.flip_p_value(values_g, self.settings.seed)
-            if self._sides(m):
-                p = max(p, intervals.least_level(partial(self.deciding, m)))
-            found.append(p)
+        found = intervals.flip_p_values(self.estimate.values_gxm, self.settings.seed).tolist()
+        if self.estimate.sides:
+            found = [max(p, intervals.least_level(partial(self.deciding, m))) for m, p in enumerate(found)]
         return found
 
     def error(self, m: int) -> float:

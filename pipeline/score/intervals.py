@@ -99,28 +99,29 @@ class Studentized:
         return Interval(value, value - float(ends[0]), value - float(ends[1]))
 
 
-def flip_p_value(values_g: Floats, seed: int) -> float:
-    """The two-sided p-value of a mean of zero, by flipping the signs of the groups' values.
+def flip_p_values(values_gxk: Floats, seed: int) -> Floats:
+    """The two-sided p-values of k means of zero, by flipping the signs of the groups' values.
 
-    All flips are tried up to `EXACT` groups; else the share among the drawn ones, each with the unflipped one.
+    All flips are tried up to `EXACT` groups; else the share among the drawn ones, each with the unflipped one. All k
+    share the flips.
     """
-    g = len(values_g)
-    here = abs(values_g.sum()) - TIE * g
-    if here <= 0:
-        return 1.0
+    g = len(values_gxk)
+    here_k = np.abs(values_gxk.sum(axis=0)) - TIE * g
     if g <= EXACT:
         # The first sign stays: the other half of the flips has the same sizes.
         signs = 1.0 - 2.0 * (np.arange(2 ** (g - 1))[:, None] >> np.arange(g - 1) & 1)
-        return float(np.mean(np.abs(values_g[0] + signs @ values_g[1:]) >= here))
-    count = min(FLIPS, max(1000, MOST_FLIPS // g))
-    generator = np.random.Generator(np.random.PCG64(seed))
-    reached = 0
-    chunk = max(1, DRAWS_AT_ONCE // g)
-    for start in range(0, count, chunk):
-        size = min(chunk, count - start)
-        signs = 1.0 - 2.0 * generator.integers(2, size=(size, g), dtype=np.int8)
-        reached += int(np.sum(np.abs(signs @ values_g) >= here))
-    return (1 + reached) / (1 + count)
+        found_k = np.mean(np.abs(values_gxk[0] + signs @ values_gxk[1:]) >= here_k, axis=0)
+    else:
+        count = min(FLIPS, max(1000, MOST_FLIPS // g))
+        generator = np.random.Generator(np.random.PCG64(seed))
+        reached_k = np.zeros(values_gxk.shape[1])
+        chunk = max(1, DRAWS_AT_ONCE // g)
+        for start in range(0, count, chunk):
+            size = min(chunk, count - start)
+            signs = 1.0 - 2.0 * generator.integers(2, size=(size, g), dtype=np.int8)
+            reached_k += np.sum(np.abs(signs @ values_gxk) >= here_k, axis=0)
+        found_k = (1 + reached_k) / (1 + count)
+    return np.where(here_k <= 0, 1.0, found_k)
 
 
 def with_seeds(over_texts: Interval, seeds: Sequence[Sequence[float]], confidence: float) -> tuple[float, Interval]:

@@ -90,6 +90,10 @@ class TestStudentized:
         assert Studentized.of(np.hstack([values, -values]), 200, 0).interval(0, 1.0, 0.9) == alone
 
 
+def flipped(values_g: Floats) -> float:
+    return float(intervals.flip_p_values(values_g[:, None], 0)[0])
+
+
 class TestFlips:
     @pytest.mark.parametrize("groups", [2, 5, 10])
     def test_few_groups_are_exact(self, groups: int) -> None:
@@ -98,22 +102,27 @@ class TestFlips:
         expected = stats.permutation_test(
             (values, np.zeros(groups)), lambda a, b: np.mean(a - b), permutation_type="samples", n_resamples=np.inf
         ).pvalue
-        assert intervals.flip_p_value(values, 0) == pytest.approx(expected)
+        assert flipped(values) == pytest.approx(expected)
 
     def test_five_groups_cannot_be_surer_than_one_in_sixteen(self) -> None:
-        assert intervals.flip_p_value(np.arange(1.0, 6.0), 0) == 2 / 2**5
+        assert flipped(np.arange(1.0, 6.0)) == 2 / 2**5
 
     def test_many_groups_are_drawn(self) -> None:
         values = np.random.default_rng(4).normal(0.2, 1.0, size=100)
-        assert intervals.flip_p_value(values, 0) == pytest.approx(stats.ttest_1samp(values, 0).pvalue, abs=0.01)
+        assert flipped(values) == pytest.approx(stats.ttest_1samp(values, 0).pvalue, abs=0.01)
 
     def test_a_clear_difference_has_a_value_small_enough_for_many_comparisons(self) -> None:
         """Of 17 experiments there are 136 pairs, and Holm multiplies by as many."""
-        assert 136 * intervals.flip_p_value(np.random.default_rng(0).normal(3.0, 1.0, size=100), 0) < 0.01
+        assert 136 * flipped(np.random.default_rng(0).normal(3.0, 1.0, size=100)) < 0.01
+
+    @pytest.mark.parametrize("groups", [8, 50])
+    def test_several_scores_share_the_flips(self, groups: int) -> None:
+        values = np.random.default_rng(4).normal(0.2, 1.0, size=(groups, 3))
+        assert intervals.flip_p_values(values, 0).tolist() == [flipped(column) for column in values.T]
 
     def test_no_difference_is_certain(self) -> None:
-        assert intervals.flip_p_value(np.zeros(10), 0) == 1.0
-        assert intervals.flip_p_value(np.array([1.0, -1.0]), 0) == 1.0
+        assert flipped(np.zeros(10)) == 1.0
+        assert flipped(np.array([1.0, -1.0])) == 1.0
 
 
 class TestSeeds:
