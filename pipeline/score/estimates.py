@@ -117,7 +117,8 @@ class Judged:
         With several seeds it is the larger one of two: that of the examples, and the level at which the interval for
         both would begin to hold zero.
         """
-        found = intervals.flip_p_values(self.estimate.values_gxm, self.settings.seed).tolist()
+        flipped = intervals.flip_p_values(self.estimate.values_gxm, self.settings.seed)
+        found = [float(p) for p in flipped]
         if self.estimate.sides:
             found = [max(p, intervals.least_level(partial(self.deciding, m))) for m, p in enumerate(found)]
         return found
