@@ -71,11 +71,16 @@ class Pair:
 
 @dataclass(frozen=True)
 class Ranking:
-    """Experiments ordered by the first metric, best first; `results` are by name and metric."""
+    """Experiments ordered by the first metric, best first; `results` are by name and metric.
+
+    `best` are the results of the best one over its base, with intervals that allow for the choice among `candidates`.
+    """
 
     names: list[str]
     results: dict[str, dict[str, Result]]
     pairs: list[Pair]
+    best: dict[str, Result]
+    candidates: int
 
 
 def find(name: str, tracking: params.Tracking) -> Experiment:
@@ -91,8 +96,11 @@ def find(name: str, tracking: params.Tracking) -> Experiment:
     return _from_run(show.named(name, tracking), tracking)
 
 
-def rank(found: Sequence[Experiment], settings: params.Compare) -> Ranking:
+def rank(found: Sequence[Experiment], settings: params.Compare, seen: int = 0) -> Ranking:
     """Compare every experiment with its own base, and every two experiments with each other.
+
+    The best one was chosen among all that were `seen` on this test split, these at least: its own interval is also
+    given at the confidence that a choice among so many needs (Bonferroni).
 
     UserError unless all were scored on the same test set in the same way, in the metrics of `settings.decide_by`.
     """
@@ -108,7 +116,10 @@ def rank(found: Sequence[Experiment], settings: params.Compare) -> Ranking:
     keys = [(pair, metric.name) for pair in contrasts for metric in chosen]
     corrected = significance.holm([contrasts[pair][metric].p for pair, metric in keys])
     pairs = [Pair(*pair, metric, contrasts[pair][metric], p) for (pair, metric), p in zip(keys, corrected, strict=True)]
-    return Ranking(names, results, pairs)
+    candidates = max(len(found), seen)
+    chosen_at = settings.model_copy(update={"confidence": 1 - (1 - settings.confidence) / candidates})
+    best = by_name[names[0]]
+    return Ranking(names, results, pairs, _contrast(best, [best.base], chosen, chosen_at), candidates)
 
 
 def gain(one: Experiment, over: Experiment, settings: params.Compare) -> dict[str, Result]:
@@ -173,6 +184,16 @@ def page(found: Sequence[Experiment], ranking: Ranking, settings: params.Compare
             if pair.metric == metric
         ]
         lines += ["", *_table(["", "difference", "p", "d", f"verdict in {label}"], rows)]
+    gains = ", ".join(
+        f"{metrics.LABELS[name]} {wording.signed(one.diff.value)} ({wording.span(one.deciding)})"
+        for name, one in ranking.best.items()
+    )
+    level = 100 - 100 * (1 - settings.confidence) / ranking.candidates
+    lines += [
+        "",
+        f"#1 is the best of {ranking.candidates} that were scored on this test split. With intervals of {level:.4g} %, "
+        f"which allow for this choice, its gain over its base is {gains}.",
+    ]
     lines += [
         "",
         f"p is two-sided and corrected for all {len(ranking.pairs)} comparisons (Holm); d is the mean over "

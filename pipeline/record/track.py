@@ -15,12 +15,13 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.core import contracts, params, paths, records
-from pipeline.core.contracts import Cost, DataCard, QuantizedFacts, Receipt, TrainingSummary
+from pipeline.core.contracts import Cost, DataCard, QuantizedFacts, Receipt, Scores, TrainingSummary
 from pipeline.core.errors import UserError, listing
 from pipeline.core.progress import say
 from pipeline.core.records import Decoding
-from pipeline.record import costs, identity, provenance, runs, store
+from pipeline.record import costs, identity, looks, provenance, runs, store
 from pipeline.record.identity import Stages
+from pipeline.record.looks import Looks
 from pipeline.record.runs import Point, Record
 from pipeline.score import side_by_side
 
@@ -44,6 +45,14 @@ def record(seeds: Sequence[int], tracking: params.Tracking) -> None:
     [(run, word)] = store.write([made], tracking)
     contracts.write(paths.RECEIPT, Receipt(made.digest))
     say(f"{word}: {store.line(run, tracking)}")
+
+
+def looks_at_test(seeds: Sequence[int], tracking: params.Tracking) -> Looks | None:
+    """The looks at the test split, with this experiment; None without scores, or if the store cannot be used."""
+    scores = paths.scores(paths.variant(None))
+    if not scores.exists():
+        return None
+    return looks.read(identity.digest_here(seeds), contracts.read(scores, Scores).test_sha256, tracking)
 
 
 def publish() -> None:
@@ -98,6 +107,7 @@ def gather(seeds: Sequence[int]) -> Record:
         "mlflow.source.name": "dvc repro",
         runs.COMMIT: sha,
         "git.dirty": str(dirty).lower() if sha else None,
+        runs.TEST: contracts.read(paths.scores(paths.variant(None)), Scores).test_sha256,
         "device": contracts.read(paths.decoding(paths.variant(None)), Decoding).device,
         runs.NOTE: paths.COMPARISON_MD.read_text(encoding="utf-8").split("\n", 1)[0][: runs.MAX_TAG],
         "energy": _meters(spent),

@@ -11,7 +11,7 @@ import hashlib
 import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from pipeline.core.contracts import BaseFacts, Cost, DataCard, QuantizedFacts, T
 from pipeline.core.records import Example
 from pipeline.core.text import words
 from pipeline.record import costs, identity, track
+from pipeline.record.looks import Looks
 from pipeline.record.origin import Origin
 from pipeline.report import csv_tables, curves, figures, wording
 from pipeline.report.marks import Mark, Splitter, closest, shared, splitter
@@ -61,14 +62,15 @@ class Content:
     figures: dict[str, str] = field(default_factory=dict)
     claims: list[dict[str, Any]] = field(default_factory=list)
     """The content of `reports/claims.json`, which is about papers, not about this experiment."""
+    looks: Looks | None = None
 
 
-def write(seeds: Sequence[int], evaluate: params.Evaluate, explorer: int) -> None:
+def write(seeds: Sequence[int], evaluate: params.Evaluate, explorer: int, seen: Looks | None = None) -> None:
     """Write `paths.REPORT_HTML` for the experiment in the working directory. UserError for missing outputs.
 
-    The page contains at most `explorer` test examples.
+    The page contains at most `explorer` test examples. `seen` are the looks at the test split, if they are known.
     """
-    records.write_text(paths.REPORT_HTML, render(gather(seeds), evaluate, explorer))
+    records.write_text(paths.REPORT_HTML, render(replace(gather(seeds), looks=seen), evaluate, explorer))
 
 
 def gather(seeds: Sequence[int]) -> Content:

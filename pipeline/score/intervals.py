@@ -34,6 +34,8 @@ EXACT = 16
 """Up to so many groups all sign flips are tried, 65,536 at most."""
 FLIPS = 100_000
 """Sign flips that are drawn for more groups; fewer above `MOST_FLIPS` signs in all."""
+LEAST_P = 1 / (1 + FLIPS)
+"""The smallest p-value of many groups."""
 LEAST_LEVEL = 1e-9
 """The smallest p-value that an interval is asked for."""
 MOST_FLIPS = 200_000_000

@@ -72,6 +72,14 @@ def test_they_are_ranked_and_every_pair_is_compared_once(made: dict[str, Experim
         assert [row[-1] for row in pairs[2:]] == [words[name] for name in ranking.names[:2]]
     assert "corrected for all 6 comparisons (Holm)" in page
     assert "With one seed" in page
+    best = ranking.results[ranking.names[0]]["rouge1"]
+    assert "#1 is the best of 3 that were scored on this test split. With intervals of 98.33 %" in page
+    assert ranking.best["rouge1"].diff.value == best.diff.value
+    assert ranking.best["rouge1"].diff.low < best.diff.low < best.diff.high < ranking.best["rouge1"].diff.high
+    # More experiments that were scored on it were candidates too, whether they are named or not.
+    wider = compare.rank(list(made.values()), COMPARE, seen=40)
+    assert wider.candidates == 40
+    assert wider.best["rouge1"].diff.low < ranking.best["rouge1"].diff.low
 
 
 def tables(page: str) -> list[list[list[str]]]:
