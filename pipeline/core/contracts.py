@@ -141,6 +141,23 @@ class BaseFacts(Architecture):
     source: str
     sha256: str
 
+    # As `QuantizedFacts` has them, for what loads either.
+    @property
+    def method(self) -> str:
+        return "none"
+
+    @property
+    def double_quantization(self) -> bool:
+        return False
+
+    @property
+    def quantized_layers(self) -> int:
+        return 0
+
+    @property
+    def int8_threshold(self) -> None:
+        return None
+
 
 @dataclass(frozen=True, slots=True)
 class QuantizedFacts:
@@ -176,6 +193,10 @@ class QuantizedFacts:
         """How the text was read, in words."""
         read = windows_read(self.perplexity_window, self.perplexity_bos)
         return f"{self.perplexity_tokens:,} tokens of validation sources, {read}"
+
+
+Loadable = BaseFacts | QuantizedFacts
+"""The facts of a checkpoint that a stage loads."""
 
 
 # train
@@ -307,7 +328,19 @@ class Forgetting:
     measured: GeneralText | None = None
 
 
-# evaluate
+# infer and evaluate
+
+
+@dataclass(frozen=True, slots=True)
+class Skipped:
+    """Instead of a `Decoding` or `Scores`: the variant is not computed, because of the parameters that `off` names."""
+
+    variant: str
+    off: str
+
+
+Skippable: Any = Decoding | Skipped
+"""What `infer-unquantized` and `infer-shots` write."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -330,7 +363,7 @@ class Scores:
     `stopped_by_cap`, `empty` and `copied` (equal to the source) are shares of the predictions, and so is `in_language`
     if `evaluate.language` names a language. `references_in_language` is the same share of the references, since
     detection often mistakes the language of short texts. `examples` has one entry a row of the test split, in its
-    order. `statistics` maps chrF and BLEU to the counts of each row, which give the score over any set of rows.
+    order, or of those rows that the variant answered (`decoding.rows`). `statistics` maps chrF and BLEU to the counts of each row, which give the score over any set of rows.
     """
 
     variant: str
