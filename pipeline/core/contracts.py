@@ -339,10 +339,6 @@ class Skipped:
     off: str
 
 
-Skippable: Any = Decoding | Skipped
-"""What `infer-unquantized` and `infer-shots` write."""
-
-
 @dataclass(frozen=True, slots=True)
 class ScoredRow:
     """The scores of one test example alone: `scores` maps a metric to a score in [0, 100]."""
@@ -363,7 +359,8 @@ class Scores:
     `stopped_by_cap`, `empty` and `copied` (equal to the source) are shares of the predictions, and so is `in_language`
     if `evaluate.language` names a language. `references_in_language` is the same share of the references, since
     detection often mistakes the language of short texts. `examples` has one entry a row of the test split, in its
-    order, or of those rows that the variant answered (`decoding.rows`). `statistics` maps chrF and BLEU to the counts of each row, which give the score over any set of rows.
+    order, or of those rows that the variant answered (`decoding.rows`). `statistics` maps chrF and BLEU to the counts
+    of each row, which give the score over any set of rows.
     """
 
     variant: str
@@ -448,6 +445,13 @@ def read(path: Path, contract: type[T]) -> T:
     UserError if the file is missing, is not JSON, or holds no such record because another version wrote it.
     """
     return parse(records.read_json(path), contract, str(path))
+
+
+def read_or_skipped(path: Path, contract: type[T]) -> T | Skipped:
+    """The record in a JSON file of a variant that may be left out; otherwise as `read`."""
+    found = records.read_json(path)
+    skipped = isinstance(found, dict) and "off" in found
+    return parse(found, Skipped, str(path)) if skipped else parse(found, contract, str(path))
 
 
 def parse(found: Any, contract: type[T], name: str) -> T:

@@ -126,8 +126,8 @@ def _end(worker: "subprocess.Popen[str]") -> None:
 
 
 def _plain(base: Path, facts: Loadable) -> Path:
-    """A folder with the base in `base`, its 4-bit weights unpacked to the model's dtype. It stays in `.scratch/` for later
-    runs."""
+    """A folder with the model in `base`, its 4-bit weights unpacked to the model's dtype. It stays in `.scratch/` for
+    later runs."""
     if facts.method == "none":
         return base
     folder = paths.SCRATCH / f"vllm-{facts.sha256[:32]}"

@@ -45,6 +45,8 @@ class Task:
     encoded: Encoded
     rows: list[int] | None = None
     demonstrations: Demonstrations | None = None
+    share: int = 1
+    """One test row in so many is answered, and of `generation.recheck` one in so many decoded again."""
 
 
 def decode(
@@ -77,7 +79,7 @@ def decode_unquantized(
     test = records.read_rows(paths.split("test"), Example)
     rows = baseline.rows(test, most)
     task = _plain(paths.UNQUANTIZED, paths.BASE, facts, [test[row] for row in rows], prompt, generation)
-    return _decode(replace(task, rows=rows), prompt, generation, runtime)
+    return _decode(replace(task, rows=rows, share=len(test) // len(rows)), prompt, generation, runtime)
 
 
 def decode_shots(
@@ -97,10 +99,11 @@ def decode_shots(
     pool = demonstrations.Pool(records.read_rows(paths.split("train"), Example), test)
     made = [task.encoder.made(example) for example in examples]
     prompts, shown = demonstrations.prompts(task.encoder, examples, made, pool, asked, generation.max_new_tokens)
-    task = replace(task, prompts=prompts, rows=rows, demonstrations=shown)
+    task = replace(task, prompts=prompts, rows=rows, demonstrations=shown, share=len(test) // len(rows))
     if processes.rank() == 0:
         say(
-            f"infer {task.variant}: {shown.most} demonstrations, which add up to {max(shown.tokens):,} tokens to a prompt"
+            f"infer {task.variant}: {shown.most} demonstrations, which add up to {max(shown.tokens):,} tokens to a "
+            "prompt"
         )
     return _decode(task, prompt, generation, runtime)
 
@@ -177,7 +180,7 @@ def _decode(
         # 3. Decode them, and some examples again alone.
         written = Written(scratch / f"predictions-{processes.rank()}.jsonl")
         _decode_rounds(f"infer {variant}", own, loaded, written)
-        again = _recheck(loaded, generation.recheck)
+        again = _recheck(loaded, generation.recheck // task.share)
         # 4. Gather what all processes have, and write it.
         held: dict[str, Any] = {"rows": [asdict(row) for row in written.rows.values()], "again": again}
         everything = processes.gather(held)[: processes.shares()]

@@ -1,9 +1,9 @@
 """Greedy decoding of many prompts at once. Nothing is computed twice, and finished sequences make room for new ones.
 
 Each active sequence has a slot of one key-value cache. The common beginning of a family's prompts is computed once and
-copied, and so is a long beginning that all families share, such as demonstrations. A finished sequence leaves its slot at once, and the next ones in the queue take over. Each token sees the
-columns of its own slot, with the same order and positions as if it were alone. So the batch changes only rounding, and
-that only on some devices.
+copied, and so is a long beginning that all families share, such as demonstrations. A finished sequence leaves its slot
+at once, and the next ones in the queue take over. Each token sees the columns of its own slot, with the same order and
+positions as if it were alone. So the batch changes only rounding, and that only on some devices.
 
 Dimensions: R rows (slots in use), Q new tokens of a row, C columns of the cache, H key-value heads, D their size, V
 vocabulary.
@@ -29,8 +29,8 @@ REFILL = 4
 """New sequences start when 1/REFILL of the slots is free: computing few prompts at once would be slow."""
 
 COMMON = 256
-"""A beginning of at least so many tokens that all families share is computed once for all of them. The system message of
-a chat template, which is shorter, is computed with each family."""
+"""A beginning of at least so many tokens that all families share is computed once for all of them. The system message
+of a chat template, which is shorter, is computed with each family."""
 
 COLUMNS = 16
 """Attention covers a multiple of this many columns, so that sums run over whole vectors in any batch."""

@@ -32,8 +32,8 @@ def prompts(
     """The prompts of `questions` after demonstrations out of `pool`, by id, and what the demonstrations are.
 
     `made` holds the questions' own prompts, in order. A prompt and `new_tokens` of an answer stay within the model's
-    context: if they would not, there are fewer groups of demonstrations, for all prompts if all have the same. UserError
-    if no group fits.
+    context: if they would not, there are fewer groups of demonstrations, for all prompts if all have the same.
+    UserError if no group fits.
     """
     room = encoder.context - new_tokens
 

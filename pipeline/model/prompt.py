@@ -73,7 +73,8 @@ class Encoder:
         """
         require_row(self.params, example)
         controls = self._holds_controls(example)
-        history, source = example.history, example.source
+        history: Sequence[Message] = example.history
+        source = example.source
         ids = whole = self._encode(example, history, source, controls)
         if not self.fits(whole) and self.params.truncate_source:
             ids, history, source = self._shortened(example, whole, controls)

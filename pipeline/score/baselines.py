@@ -47,7 +47,7 @@ def read() -> list[Baseline]:
 
 def why_off(variant: str) -> str | None:
     """Why a variant of `VARIANTS` is not computed, by the parameter that says so; None if it is."""
-    scores = contracts.read(paths.scores(variant), Scores | Skipped)
+    scores = contracts.read_or_skipped(paths.scores(variant), Scores)
     return scores.off if isinstance(scores, Skipped) else None
 
 
@@ -55,7 +55,7 @@ VARIANTS = (paths.UNQUANTIZED, paths.SHOTS)
 
 
 def _read(variant: str, test_rows: int) -> Baseline | None:
-    scores = contracts.read(paths.scores(variant), Scores | Skipped)
+    scores = contracts.read_or_skipped(paths.scores(variant), Scores)
     if isinstance(scores, Skipped):
         return None
     rows = scores.decoding.rows

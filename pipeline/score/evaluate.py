@@ -29,9 +29,7 @@ def score_baseline(variant: str, settings: Evaluate, most: int | None) -> None:
 
     If the variant is not computed, that is written. UserError also if it answered other rows.
     """
-    decoding = contracts.parse(
-        records.read_json(paths.decoding(variant)), contracts.Skippable, str(paths.decoding(variant))
-    )
+    decoding = contracts.read_or_skipped(paths.decoding(variant), records.Decoding)
     if isinstance(decoding, contracts.Skipped):
         contracts.write(paths.scores(variant), decoding)
         return
