@@ -141,6 +141,23 @@ class BaseFacts(Architecture):
     source: str
     sha256: str
 
+    # As `QuantizedFacts` has them, for what loads either.
+    @property
+    def method(self) -> str:
+        return "none"
+
+    @property
+    def double_quantization(self) -> bool:
+        return False
+
+    @property
+    def quantized_layers(self) -> int:
+        return 0
+
+    @property
+    def int8_threshold(self) -> None:
+        return None
+
 
 @dataclass(frozen=True, slots=True)
 class QuantizedFacts:
@@ -176,6 +193,10 @@ class QuantizedFacts:
         """How the text was read, in words."""
         read = windows_read(self.perplexity_window, self.perplexity_bos)
         return f"{self.perplexity_tokens:,} tokens of validation sources, {read}"
+
+
+Loadable = BaseFacts | QuantizedFacts
+"""The facts of a checkpoint that a stage loads."""
 
 
 # train
@@ -307,7 +328,15 @@ class Forgetting:
     measured: GeneralText | None = None
 
 
-# evaluate
+# infer and evaluate
+
+
+@dataclass(frozen=True, slots=True)
+class Skipped:
+    """Instead of a `Decoding` or `Scores`: the variant is not computed, because of the parameters that `off` names."""
+
+    variant: str
+    off: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -330,7 +359,8 @@ class Scores:
     `stopped_by_cap`, `empty` and `copied` (equal to the source) are shares of the predictions, and so is `in_language`
     if `evaluate.language` names a language. `references_in_language` is the same share of the references, since
     detection often mistakes the language of short texts. `examples` has one entry a row of the test split, in its
-    order. `statistics` maps chrF and BLEU to the counts of each row, which give the score over any set of rows.
+    order, or of those rows that the variant answered (`decoding.rows`). `statistics` maps chrF and BLEU to the counts
+    of each row, which give the score over any set of rows.
     """
 
     variant: str
@@ -415,6 +445,13 @@ def read(path: Path, contract: type[T]) -> T:
     UserError if the file is missing, is not JSON, or holds no such record because another version wrote it.
     """
     return parse(records.read_json(path), contract, str(path))
+
+
+def read_or_skipped(path: Path, contract: type[T]) -> T | Skipped:
+    """The record in a JSON file of a variant that may be left out; otherwise as `read`."""
+    found = records.read_json(path)
+    skipped = isinstance(found, dict) and "off" in found
+    return parse(found, Skipped, str(path)) if skipped else parse(found, contract, str(path))
 
 
 def parse(found: Any, contract: type[T], name: str) -> T:

@@ -298,6 +298,15 @@ class Generation(Section):
         return self
 
 
+class Baseline(Section):
+    key = "baseline"
+    unquantized: bool
+    shots: Annotated[int, Field(ge=0, le=1000)]
+    choice: Literal["random", "nearest"]
+    seed: Annotated[int, Field(ge=0, lt=2**32)]
+    rows: Annotated[int, Field(ge=1)] | None
+
+
 class Evaluate(Section):
     key = "evaluate"
     metrics: Annotated[list[Metric], Field(min_length=1)]
@@ -376,6 +385,7 @@ class Params(Section):
     train: Train
     forget: Forget
     generation: Generation
+    baseline: Baseline
     evaluate: Evaluate
     compare: Compare
     runtime: Runtime
@@ -506,11 +516,15 @@ class Declared:
 
     def number(self, name: str) -> int:
         """A whole number that is declared alone, such as `generation.max_new_tokens`; LookupError if it is not."""
-        self._require(name)
-        section, _, key = name.partition(".")
-        value = getattr(getattr(self._params, section), key)
+        value = self.value(name)
         assert isinstance(value, int)
         return value
+
+    def value(self, name: str) -> Any:
+        """A value that is declared alone, such as `quantize.method`; LookupError if it is not."""
+        self._require(name)
+        section, _, key = name.partition(".")
+        return getattr(getattr(self._params, section), key)
 
     @property
     def seeds(self) -> list[int]:

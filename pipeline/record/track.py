@@ -23,7 +23,7 @@ from pipeline.record import costs, identity, looks, provenance, runs, store
 from pipeline.record.identity import Stages
 from pipeline.record.looks import Looks
 from pipeline.record.runs import Point, Record
-from pipeline.score import side_by_side
+from pipeline.score import baselines, side_by_side
 
 COMMAND = "dvc repro --force --single-item track"
 """Writes the page, the receipt, and the MLflow run of the working directory if it is not recorded yet."""
@@ -120,7 +120,7 @@ def gather(seeds: Sequence[int]) -> Record:
         name=experiment or at_commit or digest[:12],
         tags={key: value for key, value in tags.items() if value is not None},
         params=_params(identity.params_of(stages)),
-        metrics=[*_results(), *_training(seeds, Path()), *_costs(spent)],
+        metrics=[*_results(), *_baselines(), *_training(seeds, Path()), *_costs(spent)],
         predictions=_predictions(seeds),
         files=files,
     )
@@ -134,6 +134,8 @@ def _files(seeds: Sequence[int]) -> Files:
     files += [(path, "reports") for path in reports]
     files += [(folder, f"reports/{folder.name}") for folder in (paths.FIGURES, paths.TABLES)]
     files += [(paths.scores(variant), paths.SCORES.name) for variant in map(paths.variant, (None, *seeds))]
+    for variant in baselines.VARIANTS:
+        files += [(paths.scores(variant), paths.SCORES.name), (paths.predictions(variant), paths.PREDICTIONS.name)]
     for seed in seeds:
         files += [*_files_of_training(seed, Path()), (paths.forgetting(seed), paths.FORGETTING.name)]
     return files
@@ -196,6 +198,13 @@ def _results() -> Iterator[Point]:
         yield Point(f"data/{name}_rows", split.rows)
         yield Point(f"data/{name}_groups", split.groups)
     yield from _fields("quantize", contracts.read(paths.QUANTIZED_FACTS, QuantizedFacts))
+
+
+def _baselines() -> Iterator[Point]:
+    """The scores of the variants of the base, over the rows that they answered."""
+    for one in baselines.read():
+        yield Point(f"{one.name}/rows", one.scores.n)
+        yield from (Point(f"{one.name}/{metric}", value) for metric, value in one.scores.corpus.items())
 
 
 def _numbers(value: Any, name: str = "") -> Iterator[Point]:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from pipeline.core import contracts, paths, records
+from pipeline.core import baseline, contracts, paths, records
 from pipeline.core.contracts import ScoredRow, Scores
 from pipeline.core.errors import UserError
 from pipeline.core.params import Evaluate
@@ -20,7 +20,37 @@ def score_variant(variant: str, settings: Evaluate) -> None:
     UserError if predictions and test split are not the same rows in the same order, or if the tokenizer does not know
     the references' script.
     """
-    examples = records.read_rows(paths.split("test"), records.Example)
+    test = side_by_side.test_split()
+    _score(variant, settings, test, test, contracts.read(paths.decoding(variant), records.Decoding))
+
+
+def score_baseline(variant: str, settings: Evaluate, most: int | None) -> None:
+    """Score a variant of `baseline` against the test rows that `baseline.rows` (`most`) leaves; otherwise the same.
+
+    If the variant is not computed, that is written. UserError also if it answered other rows.
+    """
+    decoding = contracts.read_or_skipped(paths.decoding(variant), records.Decoding)
+    if isinstance(decoding, contracts.Skipped):
+        contracts.write(paths.scores(variant), decoding)
+        return
+    test = side_by_side.test_split()
+    rows = baseline.rows(test, most)
+    if decoding.rows != rows:
+        raise UserError(
+            f"{paths.decoding(variant)} is of {len(decoding.rows or test)} test rows, which are not the {len(rows)} of "
+            "baseline.rows: run `dvc repro`"
+        )
+    _score(variant, settings, test, [test[row] for row in rows], decoding)
+
+
+def _score(
+    variant: str,
+    settings: Evaluate,
+    test: Sequence[records.Example],
+    examples: Sequence[records.Example],
+    decoding: records.Decoding,
+) -> None:
+    """Score a variant that answered `examples` of the test split."""
     predictions = records.read_rows(paths.predictions(variant), records.Prediction)
     side_by_side.require_same_rows(variant, [row.id for row in predictions], [row.id for row in examples])
     references = [row.references for row in examples]
@@ -30,7 +60,7 @@ def score_variant(variant: str, settings: Evaluate) -> None:
     statistics = {one.name: one.statistics(texts, references) for one in chosen}
     each = {one.name: one.each(statistics[one.name]).tolist() for one in chosen}
     n = len(examples)
-    rows = [[row.id, row.group, row.aspect, row.references] for row in examples]
+    rows = [[row.id, row.group, row.aspect, row.references] for row in test]
     scores = Scores(
         variant=variant,
         signature=metrics.signature(settings),
@@ -49,7 +79,7 @@ def score_variant(variant: str, settings: Evaluate) -> None:
         thoughts=sum(map(holds_thought, texts)),
         in_language=_share_in(settings.language, texts),
         references_in_language=_share_in(settings.language, [row.target for row in examples]),
-        decoding=contracts.read(paths.decoding(variant), records.Decoding),
+        decoding=decoding,
         examples=[
             ScoredRow(row.id, row.group, row.aspect, {name: found[i] for name, found in each.items()})
             for i, row in enumerate(examples)

@@ -19,7 +19,7 @@ from pipeline.core import contracts, params, paths, records
 from pipeline.core.contracts import Validation
 from pipeline.core.errors import UserError
 from pipeline.core.records import Example, Prediction
-from pipeline.record import address, seal, store
+from pipeline.record import address, looks, seal, store
 from pipeline.record.bounds import Bounds
 from pipeline.record.looks import Looks
 from pipeline.record.runs import DIGEST, NOTE, TEST, Record
@@ -197,7 +197,7 @@ def test_after_very_many_looks_no_p_value_is_small_enough(
     project: Project, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     project.record("good", {1: 0.9})
-    monkeypatch.setattr(registry.looks, "among", lambda *_: Looks(80, 80, 0))
+    monkeypatch.setattr(looks, "among", lambda *_: Looks(80, 80, 0))
     project.promote("good", dry_run=True)
     assert "So small a p cannot be shown: take a new test split." in capsys.readouterr().out
 

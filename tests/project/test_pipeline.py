@@ -69,9 +69,10 @@ def finished_runs(clone: Path) -> list[Any]:
 
 EVERY = [
     "check", "prepare", "fetch", "prompts", "quantize", "infer@base", "evaluate@base",
+    "infer-unquantized", "evaluate-unquantized", "infer-shots", "evaluate-shots",
     "train@17", "infer-tuned@17", "evaluate-tuned@17", "forget@17", "compare", "track",
 ]  # fmt: skip
-OF_TRAINING = ["check", *EVERY[7:]]
+OF_TRAINING = ["check", *EVERY[11:]]
 
 
 def test_a_mistake_in_the_parameters_is_one_clear_error(tmp_path: Path, tiny_model: Path) -> None:
