@@ -11,13 +11,16 @@ from pipeline.record import provenance, reach
 
 
 def examine(draft: params.Draft, report: Report) -> None:
-    """Check the sections `generation`, `runtime` and `tracking` against this machine, and the installed packages."""
+    """Check `generation`, `runtime`, `evaluate` and `tracking` against this machine, and the installed packages."""
     with report.part():
         stage.require_pinned_versions()
         report.seen.append("the installed packages")
     if (generation := draft.get(params.Generation)) is not None:
         with report.part():
             params.require_backend(generation)
+    if (evaluate := draft.get(params.Evaluate)) is not None:
+        with report.part():
+            params.require_tokenizer(evaluate)
     if (runtime := draft.get(params.Runtime)) is not None:
         with report.part():
             require_device(runtime)

@@ -35,7 +35,8 @@ SOUND_MARKS = r"\uff9e\uff9f"
 SENTENCES = 2
 """The version of the rules for sentences, which scores by sentence depend on. A change of the rules raises it."""
 MAX_FOREIGN_SHARE = 0.5
-"""Above this share of letters outside a-z, ROUGE's own tokenizer sees too little of a text to score it."""
+"""Above this share of letters outside a-z, ROUGE's own tokenizer sees too little of a text to score it. BLEU's
+tokenizers have the same bound for scripts that they cannot cut into words."""
 
 # A run of full stops, then closing quotes and brackets, then white space. The quantifiers are possessive, which keeps
 # time linear; if no white space follows, `_ends` looks for an earlier end. Quotes that can also open a quotation count
@@ -130,6 +131,13 @@ def alike(text: str) -> str:
     return text.casefold() if text.isascii() else compatible(compatible(text).casefold())
 
 
+def in_form(text: str, form: Literal["NFC", "NFKC", "none"]) -> str:
+    """A text in a normal form; `none` leaves it as it is."""
+    if form == "none" or text.isascii() or (form == "NFC" and is_nfc(text)):
+        return text
+    return _normal(form, text)
+
+
 def is_visible(text: str) -> bool:
     """Whether `text` has more than white space and characters without a shape of their own."""
     return bool(compatible(text).strip())
@@ -175,6 +183,19 @@ def foreign_share(texts: Iterable[str]) -> float:
     """The share of the texts' letters that lie outside a-z, in whatever normal form; 0 if there are no letters."""
     letters = [letter for text in texts for letter in canonical(text).lower() if letter.isalpha()]
     return sum(not "a" <= letter <= "z" for letter in letters) / max(1, len(letters))
+
+
+def unspaced_share(texts: Iterable[str], known: str = "") -> float:
+    """The share of the texts' letters in scripts without spaces between words; 0 if there are no letters.
+
+    `known` names scripts that do not count, as members of a character class of `regex`.
+    """
+    counted = _compiled(rf"(?V1)[{WITHOUT_SPACES}--[{known}]]" if known else rf"[{WITHOUT_SPACES}]")
+    letters = found = 0
+    for text in texts:
+        letters += sum(map(str.isalpha, text))
+        found += 0 if text.isascii() else sum(one.isalpha() for one in counted.findall(text))
+    return found / max(1, letters)
 
 
 def sentences(text: str) -> list[str]:

@@ -22,6 +22,7 @@ ALL = Evaluate(
     use_stemmer=False,
     rouge_tokenizer="latin",
     bleu_tokenizer="13a",
+    normal_form="NFC",
     language=None,
 )
 TRANSLATION = ALL.model_copy(update={"metrics": ["rouge1", "chrf", "bleu"], "language": "en"})

@@ -13,7 +13,13 @@ from pipeline.score import metrics
 
 
 def chosen(*names: str, **changes: Any) -> Evaluate:
-    given = {"use_stemmer": False, "rouge_tokenizer": "latin", "bleu_tokenizer": "13a", "language": None}
+    given = {
+        "use_stemmer": False,
+        "rouge_tokenizer": "latin",
+        "bleu_tokenizer": "13a",
+        "normal_form": "NFC",
+        "language": None,
+    }
     return Evaluate.model_validate(given | {"metrics": list(names)} | changes)
 
 
