@@ -4,8 +4,8 @@ A number, a name or a word that stands nowhere in the source is not always wrong
 things. So the figures of the references stand beside, as a yardstick. What is wrong and stands in the source is not
 seen. Maynez et al. (2020) call such content extrinsic.
 
-- Numbers: digits of any script with their decimal and grouping marks, unless letters touch them ("BERT2", "5km").
-  "1,000" and "1000" are the same; "three" is no number, and "50" is not "half".
+- Numbers: digits of any script with their decimal and grouping marks, unless letters touch them ("BERT2", "5km") or
+  they number the items of a list. "1,000" and "1000" are the same; "three" is no number, and "50" is not "half".
 - Names: words with a capital first letter and at least two letters, not at the start of a sentence or of a quotation.
   Only scripts with case have them, and in German they are all nouns. Case does not count in the comparison.
 - Rare words: words that at most 1 % of the different sources of the test split hold (at least one source), as they are
@@ -54,13 +54,15 @@ class Sources:
 
 
 def _numbers(text: str, touched: bool = False) -> frozenset[str]:
-    """The different numbers of a text in ASCII digits; with `touched`, also those that letters touch."""
-    pattern = _patterns()["touched" if touched else "number"]
+    """The different numbers of a text in ASCII digits; with `touched`, also those that letters touch or number items."""
+    pattern, text = _patterns()["touched" if touched else "number"], compatible(text)
+    if not touched:
+        text = _patterns()["item"].sub("", text)
     return frozenset(
         "".join(str(unicodedata.digit(one)) if one.isdigit() else one for one in found if one not in ",٬'’").replace(
             "٫", "."
         )
-        for found in pattern.findall(compatible(text))
+        for found in pattern.findall(text)
     )
 
 
@@ -87,9 +89,10 @@ def _patterns() -> dict[str, Any]:
     number = r"\p{Nd}+(?:[.,٫٬'’]\p{Nd}+)*"
     return {
         "touched": regex.compile(number),
+        "item": regex.compile(r"(?m)^\s*\p{Nd}+[.)](?!\p{Nd})"),
         "number": regex.compile(rf"(?V1)(?<![{letter}\p{{M}}_\p{{Nd}}]|\p{{Nd}}[.,٫٬]){number}(?![{letter}\p{{Nd}}_])"),
         "word": regex.compile(rf"(?V1)[{WITHOUT_SPACES}]\p{{M}}*|(?:[[{LETTERS}]--[{WITHOUT_SPACES}\p{{N}}]])+"),
         "name": regex.compile(
-            rf"(?<=[{LETTERS}]\P{{L}}*)(?<![{LETTERS}])(?<![\"“„‘«»:]\s*)(?<![{LETTERS}]['’])[\p{{Lu}}\p{{Lt}}][{LETTERS}]+"
+            rf"(?<=[{LETTERS}]\P{{L}}*)(?<![{LETTERS}])(?<![\"“„‘«»:]\s*)[\p{{Lu}}\p{{Lt}}][{LETTERS}]+"
         ),
     }
