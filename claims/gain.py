@@ -43,7 +43,7 @@ def measure(task: str) -> Evidence:
                 values[f"{name}_over_{line.key}"] = result.deciding
     note = f"{len(test)} test rows in {len(set(groups))} groups, {len(seeds)} seeds"
     uses = [(variants.folder(task, name) / variants.PREDICTIONS).as_posix() for name in (variants.BASE, *seeds)]
-    return Evidence(values, [note, metrics.signature(experiment.evaluate)], uses)
+    return Evidence(values, [note, metrics.signature(experiment.evaluate, references)], uses)
 
 
 def answers(task: str, seeds: Sequence[str], test: Sequence[Example]) -> list[list[str]]:

@@ -315,7 +315,7 @@ def _evaluate(one: Experiment) -> params.Evaluate:
     given = {key.removeprefix("evaluate."): value for key, value in one.params.items() if key.startswith("evaluate.")}
     fields = params.Evaluate.model_fields
     content = {key: value if fields[key].annotation is str else _loaded(value) for key, value in given.items()}
-    return params.Evaluate.model_validate(content)
+    return params.Evaluate.model_validate({"normal_form": "none", **content})  # before there was a choice
 
 
 def _loaded(text: str) -> Any:

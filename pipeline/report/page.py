@@ -28,7 +28,7 @@ from pipeline.report import csv_tables, curves, figures, wording
 from pipeline.report.marks import Mark, Splitter, closest, shared, splitter
 from pipeline.score import side_by_side
 from pipeline.score.comparison import Comparison
-from pipeline.score.metrics import LABELS
+from pipeline.score.metrics import ANSWERS, LABELS
 from pipeline.score.side_by_side import Row, Written
 
 SEAL = "<!-- sha256 of all lines above: {} -->\n"
@@ -222,7 +222,7 @@ def _words(name: str, evaluate: params.Evaluate) -> str:
     """Which words are marked, for a sentence of the page."""
     if name == "chrf":
         return "words, as written, that both have; chrF itself counts characters"
-    label = "BLEU" if name == "bleu" else "ROUGE"
+    label = LABELS[name] if name in ("bleu", *ANSWERS) else "ROUGE"
     stemmed = evaluate.use_stemmer and label == "ROUGE"
     return f"words that {label} counts as shared" + (" (compared by their stems)" if stemmed else "")
 

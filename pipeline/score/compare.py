@@ -80,7 +80,7 @@ def compare_variants(seeds: Sequence[int], evaluate: params.Evaluate, settings: 
         seed=settings.seed,
         n=len(test),
         groups=len(set(groups)),
-        signature=metrics.signature(evaluate),
+        signature=metrics.signature(evaluate, [row.references for row in test]),
         decoding={name: getattr(scored[0].decoding, name) for name in MUST_AGREE},
         results=results,
         aspects=_aspects(test, tables, settings),
@@ -230,7 +230,7 @@ def _refuse_unequal(test: Sequence[Example], variants: Sequence[Outputs], evalua
     if len(variants) < 2:
         problems.append("there is no tuned variant: seeds is empty")
     base = variants[0].scores
-    expected = metrics.signature(evaluate)
+    expected = metrics.signature(evaluate, [row.references for row in test])
     for outputs in variants:
         one = outputs.scores
         if one.signature != expected:

@@ -14,13 +14,17 @@ import numpy as np
 
 from pipeline.core import params
 from pipeline.core.records import Example
-from pipeline.core.text import words
+from pipeline.core.text import canonical, words
 from pipeline.score import metrics
 
 Item = TypeVar("Item")
 
 MOST_OTHERS = 20
 """References of other aspects that a row is compared with at most. A group of n rows would have n² of them."""
+
+
+NEARLY_ALL = 0.95
+"""From this share of sources that are one sentence, their lead is the whole source, and no line of its own."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,17 +50,19 @@ def texts(
     - constant: for each aspect, the one training target that shares most words with the others (`constants`): what a
       model can write that has read no source.
     - lead: the first sentence of the source. In translation (if `evaluate.metrics` has chrF or BLEU) it is copy
-      instead: the whole source.
+      instead: the whole source. There is no lead where `lead_is_source` is `NEARLY_ALL` or more.
     - wrong_aspect: the references of the group's other aspects, whose scores are averaged. They are on topic and well
       written, but answer another question. In a group with more than `MOST_OTHERS` of them, the first ones count.
     - base_cut: base's output, cut to the number of words of its reference. No real system knows that length, so a gain
       over this line is more than a better length.
     """
     n_cut = sum(len(words(text)) > len(words(row.target)) for text, row in zip(base, test, strict=True))
-    if {"chrf", "bleu"} & set(evaluate.metrics):
-        first = Texts("copy", "Copy", "the source as it is", [[row.source] for row in test])
+    if is_translation(evaluate.metrics):
+        first = [Texts("copy", "Copy", "the source as it is", [[row.source] for row in test])]
+    elif lead_is_source(test) >= NEARLY_ALL:
+        first = []
     else:
-        first = Texts("lead", "Lead", "the first sentence of the source", [[row.lead] for row in test])
+        first = [Texts("lead", "Lead", "the first sentence of the source", [[row.lead] for row in test])]
     constant = constants(training, evaluate)
     return [
         Texts(
@@ -65,7 +71,7 @@ def texts(
             "one training target for all sources" + (" of an aspect" if len(constant) > 1 else ""),
             [[constant[row.aspect]] if row.aspect in constant else [] for row in test],
         ),
-        first,
+        *first,
         Texts(
             "wrong_aspect",
             "Wrong aspect",
@@ -121,6 +127,17 @@ def spread(items: Sequence[Item], most: int) -> list[Item]:
     """All items, or `most` of them, evenly spread."""
     count = min(most, len(items))
     return [items[i * len(items) // count] for i in range(count)]
+
+
+def is_translation(metrics: Sequence[str]) -> bool:
+    """Whether the task counts as translation, by its metrics."""
+    return bool({"chrf", "bleu"} & set(metrics))
+
+
+def lead_is_source(test: Sequence[Example]) -> float:
+    """The share of rows whose source has no second sentence."""
+    whole = sum(canonical(row.lead).split() == canonical(row.source).split() for row in test)
+    return whole / max(1, len(test))
 
 
 def _of_other_aspects(test: Sequence[Example]) -> list[list[str]]:

@@ -139,7 +139,7 @@ def test_a_pair_has_the_difference_that_its_rows_have(made: dict[str, Experiment
 def test_what_was_tested_or_scored_otherwise_is_refused(made: dict[str, Experiment], tmp_path: Path) -> None:
     weak, strong = made["weak"], made["strong"]
     scored = replace(weak, base=replace(weak.base, signature="x"), tuned=[replace(weak.tuned[0], signature="x")])
-    with pytest.raises(UserError, match="weak is scored as x, strong as rouge-score"):
+    with pytest.raises(UserError, match=r"weak is scored as x, strong as form:NFC\|rouge-score"):
         compare.rank([strong, scored], COMPARE)
     (tmp_path / "other").mkdir()
     rows = [replace(row, target=random.Random(1).choice(["a b", "c d"]), references=[]) for row in examples(40)]

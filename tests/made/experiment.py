@@ -18,6 +18,7 @@ EVALUATE = Evaluate(
     use_stemmer=False,
     rouge_tokenizer="latin",
     bleu_tokenizer="13a",
+    normal_form="NFC",
     language=None,
 )
 COMPARE = Compare(

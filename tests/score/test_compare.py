@@ -64,7 +64,11 @@ def test_what_the_test_split_lost_is_part_of_the_comparison() -> None:
 def test_what_the_card_says_of_the_data_is_in_the_comparison() -> None:
     rows = examples()
     plant([replace(rows[0], references=["cafe\u0301", "caf\u00e9"]), *rows[1:]], KEEP)
-    assert (compared().shared_groups, compared().not_nfc) == ([], 1)
+    assert (compared().shared_groups, compared().not_nfc) == ([], 0)
+    as_written = EVALUATE.model_copy(update={"normal_form": "none"})
+    plant([replace(rows[0], references=["cafe\u0301", "caf\u00e9"]), *rows[1:]], KEEP, as_written)
+    assert compare.compare_variants((17,), as_written, COMPARE).not_nfc == 1
+    plant(rows, KEEP)
     shared = [contracts.SharedGroups("test", "train", 1, 12, ["p1"])]
     gone = {"duplicate": contracts.Gone(3, ["a", "b", "c"])}
     card = data_card(shared_groups=shared)
@@ -74,12 +78,18 @@ def test_what_the_card_says_of_the_data_is_in_the_comparison() -> None:
 
 
 def test_a_normal_form_matters_to_metrics_of_code_points_alone() -> None:
-    unicode = EVALUATE.model_copy(update={"rouge_tokenizer": "unicode", "use_stemmer": False, "metrics": ["rouge1"]})
+    change = {"rouge_tokenizer": "unicode", "use_stemmer": False, "metrics": ["rouge1"], "normal_form": "none"}
+    unicode = EVALUATE.model_copy(update=change)
     assert not metrics.sees_code_points(unicode)
     assert metrics.sees_code_points(unicode.model_copy(update={"metrics": ["rouge1", "chrf"]}))
     assert metrics.sees_code_points(unicode.model_copy(update={"metrics": ["bleu"]}))
     assert metrics.sees_code_points(unicode.model_copy(update={"rouge_tokenizer": "latin"}))
     assert not metrics.sees_code_points(unicode.model_copy(update={"metrics": []}))
+    answers = {"metrics": ["exact_match", "token_f1"], "rouge_tokenizer": "latin"}
+    assert not metrics.sees_code_points(unicode.model_copy(update=answers))
+    for form in ("NFC", "NFKC"):
+        changed = {"metrics": ["rouge1", "chrf", "bleu"], "rouge_tokenizer": "latin", "normal_form": form}
+        assert not metrics.sees_code_points(unicode.model_copy(update=changed))
 
 
 @pytest.mark.usefixtures("project")
@@ -251,6 +261,17 @@ def test_no_wrong_aspect_and_no_table_without_aspects() -> None:
     found = compared()
     assert [line.key for line in found.lines] == ["constant", "lead", "base_cut"]
     assert found.aspects == []
+
+
+@pytest.mark.usefixtures("project")
+def test_a_lead_that_is_the_whole_source_is_no_line() -> None:
+    rows = [replace(row, source="แมวกำลังนอน อยู่", lead="แมวกำลังนอน  อยู่") for row in examples()]
+    plant(rows, KEEP)
+    assert [line.key for line in compared().lines] == ["wrong_aspect", "base_cut"]
+    assert any("no reference line “Lead”" in one for one in scores_of("base").notices)
+    two = [replace(row, source="One. Two.", lead="One.") for row in rows[:2]]
+    plant([*two, *rows[2:]], KEEP)
+    assert [line.key for line in compared().lines] == ["lead", "wrong_aspect", "base_cut"]
 
 
 @pytest.mark.usefixtures("project")

@@ -28,7 +28,12 @@ class TestPseudoValues:
         from sacrebleu import BLEU
 
         evaluate = params.Evaluate(
-            metrics=["bleu"], use_stemmer=False, rouge_tokenizer="latin", bleu_tokenizer="13a", language=None
+            metrics=["bleu"],
+            use_stemmer=False,
+            rouge_tokenizer="latin",
+            bleu_tokenizer="13a",
+            normal_form="NFC",
+            language=None,
         )
         (bleu,) = metrics.chosen(evaluate)
         texts = ["the cat sat on the mat", "a dog runs in the park now", "red birds sing very loud today"]
