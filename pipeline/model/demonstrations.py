@@ -86,14 +86,14 @@ class Pool:
     def drawn(self, rows: int, seed: int) -> list[Group]:
         """Groups of `rows` rows together at most, drawn by `seed`. The other groups do not matter for the order of two.
 
-        UserError if every group has more rows.
+        If every group has more rows, the first rows of one.
         """
         return self._taken(sorted(self.groups, key=lambda name: records.sha256_text(f"{seed} {name}")), rows)
 
     def nearest(self, source: str, rows: int) -> list[Group]:
         """Groups of `rows` rows together at most, those most similar to `source` first; equal ones by name.
 
-        UserError as `drawn`.
+        If every group has more rows, the first rows of one.
         """
         if self._scores is None:
             sources = {name: dict.fromkeys(row.source for row in group) for name, group in self.groups.items()}
@@ -102,6 +102,7 @@ class Pool:
         return self._taken(sorted(self.groups, key=lambda name: (-scores.get(name, 0.0), name)), rows)
 
     def _taken(self, order: Sequence[str], rows: int) -> list[Group]:
+        """The first groups of `order` that have `rows` rows together at most; if each has more, a part of the first."""
         taken: list[Group] = []
         for name in order:
             group = self.groups[name]
@@ -110,13 +111,7 @@ class Pool:
                 rows -= len(group)
             if not rows:
                 break
-        if not taken:
-            least = min(map(len, self.groups.values()))
-            raise UserError(
-                f"baseline.shots = {rows}, but the smallest training group has {least} rows, and groups are shown "
-                f"whole: set it to {least} or more, or to 0"
-            )
-        return taken
+        return taken or [self.groups[order[0]][:rows]]
 
 
 def bm25(texts: Mapping[str, str]) -> Callable[[str], dict[str, float]]:

@@ -115,9 +115,12 @@ def test_groups_that_do_not_fit_are_left_out_and_none_is_refused(tiny_model: Pat
         made(one, TEST, TRAIN, asked)
 
 
-def test_fewer_shots_than_a_group_has_rows_are_refused() -> None:
-    with pytest.raises(UserError, match=r"baseline.shots = 1, but the smallest training group has 2 rows"):
-        Pool(TRAIN, TEST).drawn(1, 17)
+def test_of_groups_with_more_rows_than_shots_the_first_rows_of_one_are_shown() -> None:
+    pool = Pool(TRAIN, TEST)
+    [group] = pool.drawn(1, 17)
+    assert [one.aspect for one in group] == ["what"]
+    [group] = pool.nearest("red c", 1)
+    assert [one.id for one in group] == ["c/what"]
 
 
 def test_demonstrations_stand_after_system_messages_and_before_the_history(
