@@ -40,9 +40,10 @@ def _name_download(evaluate: params.Evaluate, report: Report) -> None:
     name = evaluate.bleu_tokenizer
     if "bleu" not in evaluate.metrics or not name.startswith("flores"):
         return
-    from sacrebleu.tokenizers import tokenizer_spm  # a second that nothing else should pay
+    from sacrebleu.tokenizers.tokenizer_spm import SPM_MODELS  # a second that nothing else should pay
+    from sacrebleu.utils import SACREBLEU_DIR
 
-    model = Path(tokenizer_spm.SACREBLEU_DIR, "models", Path(tokenizer_spm.SPM_MODELS[name]["url"]).name)
+    model = Path(SACREBLEU_DIR, "models", Path(SPM_MODELS[name]["url"]).name)
     if not model.exists():
         report.left.append(f"the model of evaluate.bleu_tokenizer {name} is not here; stage evaluate downloads it")
 

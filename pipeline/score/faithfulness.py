@@ -54,7 +54,7 @@ class Sources:
 
 
 def _numbers(text: str, touched: bool = False) -> frozenset[str]:
-    """The different numbers of a text in ASCII digits; with `touched`, also those that letters touch or number items."""
+    """The different numbers of a text in ASCII digits; with `touched`, those that letters touch or number items too."""
     pattern, text = _patterns()["touched" if touched else "number"], compatible(text)
     if not touched:
         text = _patterns()["item"].sub("", text)

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from sacrebleu.tokenizers import tokenizer_spm
+import sacrebleu.utils
 
 from pipeline.check import check, place, rows
 from pipeline.core import params, paths, records, yaml12
@@ -215,15 +215,16 @@ class TestEachKind:
         assert "set it to another (zh cuts Chinese, ja-mecab Japanese, ko-mecab Korean, char and flores200" in problem
         edit(evaluate={"bleu_tokenizer": "char"})
         check.require_sound()
-        monkeypatch.setattr(tokenizer_spm, "SACREBLEU_DIR", str(tmp_path))
+        monkeypatch.setattr(sacrebleu.utils, "SACREBLEU_DIR", str(tmp_path))
         edit(evaluate={"bleu_tokenizer": "flores200"})
         check.require_sound()
         left = "not checked: the model of evaluate.bleu_tokenizer flores200 is not here; stage evaluate downloads it"
         assert left in capsys.readouterr().out
 
+    @pytest.mark.usefixtures("repository")
     @pytest.mark.parametrize(("name", "extra"), [("ja-mecab", "ja"), ("ko-mecab", "ko")])
     def test_a_tokenizer_of_bleu_whose_packages_are_missing(
-        self, repository: params.Params, name: str, extra: str, monkeypatch: pytest.MonkeyPatch
+        self, name: str, extra: str, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         found = importlib.util.find_spec
         missing = {module for _, modules in params.TOKENIZER_PACKAGES.values() for module in modules}

@@ -141,6 +141,11 @@ def test_sentences_of_other_scripts(name: str, form: Literal["NFC", "NFD"]) -> N
         assert lead(text) == expected[0]
 
 
+def test_a_text_without_marks_of_sentences_is_its_own_lead() -> None:
+    assert lead("แมวกำลังนอน หมากำลังวิ่ง") == "แมวกำลังนอน หมากำลังวิ่ง"
+    assert lead("แมวกำลังนอน\nหมากำลังวิ่ง") == "แมวกำลังนอน"
+
+
 @pytest.mark.parametrize("mark", "。｡！？।॥؟۔።։။។՞")
 def test_a_mark_ends_a_sentence_only_behind_its_letters(mark: str) -> None:
     """Neither at the end of the text nor behind a mere number."""
