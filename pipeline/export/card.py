@@ -85,6 +85,7 @@ def render(content: Content) -> str:
         labels=LABELS,
         lead=wording.lead(comparison),
         specific=wording.specific(comparison),
+        over_baselines=wording.over_baselines(comparison),
         basis=wording.basis(comparison),
         caveats=wording.caveats(comparison),
         interval=f"{100 * comparison.confidence:g} % interval",

@@ -32,6 +32,8 @@ def tables(comparison: Comparison) -> dict[str, Table]:
         "scores": list(_scores(comparison)),
         "seeds": list(_seeds(comparison)),
         "specific": list(_specific(comparison)),
+        "baselines": list(_baselines(comparison)),
+        "beyond_source": list(_beyond(comparison)),
         "lines": list(_lines(comparison)),
         "aspects": list(_parts("aspect", comparison.aspects)),
         "slices": list(_parts("slice", comparison.slices)),
@@ -95,6 +97,30 @@ def _specific(comparison: Comparison) -> Iterable[dict[str, Any]]:
             yield {"aspect": part.aspect, "rows": part.n, "groups": part.groups, "metric": name, **scores, **gain}
 
 
+def _baselines(comparison: Comparison) -> Iterable[dict[str, Any]]:
+    for part in comparison.baselines:
+        for name, one in part.tuned.items():
+            yield {
+                "variant": part.output.variant,
+                "rows": part.n,
+                "groups": part.groups,
+                "metric": name,
+                **_interval("score", one.base),
+                **_interval("over_base", part.gain[name].deciding),
+                **_interval("tuned_ahead", one.deciding),
+                "p": one.p,
+                "shown": one.direction,
+            }
+
+
+def _beyond(comparison: Comparison) -> Iterable[dict[str, Any]]:
+    outputs = [comparison.base, *(one.output for one in comparison.baselines), *comparison.tuned]
+    texts = [("references", comparison.references_not_in_source)]
+    for name, one in [*texts, *((one.variant, one.not_in_source) for one in outputs)]:
+        for what, part in asdict(one).items() if one else ():
+            yield {"texts": name, "what": what, **part}
+
+
 def _lines(comparison: Comparison) -> Iterable[dict[str, Any]]:
     for line in comparison.lines:
         for name, score in line.scores.items():
@@ -151,7 +177,8 @@ def _outputs(comparison: Comparison) -> Iterable[dict[str, Any]]:
         "in_language": comparison.references_in_language,
         **dict.fromkeys(comparison.results),
     }
-    for one in (comparison.base, *comparison.tuned):
+    for one in (comparison.base, *(one.output for one in comparison.baselines), *comparison.tuned):
         row = asdict(one)
+        del row["not_in_source"]
         scores = row.pop("scores")
         yield {**row, **scores}

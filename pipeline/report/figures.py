@@ -191,6 +191,11 @@ def _steps(comparison: Comparison, metric: str) -> Iterator[dict[str, Any]]:
             yield {"step": line.label, "kind": "not the task", "value": line.scores[metric]}
     result, whole = comparison.results[metric], comparison.specific[:1]
     for kind, one in (("base", result.base), ("tuned", result.tuned)):
+        if kind == "tuned":
+            for baseline in comparison.baselines:
+                score, name = baseline.tuned[metric].base, baseline.label.removeprefix("the ")
+                own = {"value": score.value, "low": score.low, "high": score.high}
+                yield {"step": f"{name[0].upper()}{name[1:]}", "kind": "base", **own}
         row = {"step": kind.capitalize(), "kind": kind, "value": one.value, "low": one.low, "high": one.high}
         if whole and metric in whole[0].results:
             found = whole[0].results[metric]

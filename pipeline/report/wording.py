@@ -14,6 +14,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup, escape
 
 from pipeline.core import paths, records
+from pipeline.core.contracts import Absent
 from pipeline.core.errors import CONTROLS, UserError
 from pipeline.report import figures
 from pipeline.score import intervals, significance
@@ -65,11 +66,14 @@ def of_both(comparison: Comparison) -> dict[str, Any]:
         "lead": lead(comparison),
         "basis": basis(comparison),
         "specific": specific(comparison),
+        "over_baselines": over_baselines(comparison),
         "shown_words": SHOWN,
         "method": method(comparison),
         "caveats": caveats(comparison),
         "power": power(comparison),
         "equal_length": equal_length(comparison),
+        "outputs_of_baselines": [one.output for one in comparison.baselines],
+        "beyond": beyond(comparison),
         "labels": LABELS,
         "interval": f"{100 * comparison.confidence:g} % interval",
         "commands": COMMANDS,
@@ -107,6 +111,18 @@ def metrics(comparison: Comparison) -> dict[str, Any]:
                 "ci_high": one.gain.high,
                 "p": one.p,
             }
+    content["baselines"] = {
+        one.output.variant: {
+            name: {
+                "score": one.tuned[name].base.value,
+                "tuned_diff": one.tuned[name].diff.value,
+                "tuned_ci_low": one.tuned[name].deciding.low,
+                "tuned_ci_high": one.tuned[name].deciding.high,
+            }
+            for name in comparison.decide_by
+        }
+        for one in comparison.baselines
+    }
     content["lines"] = {}
     for line in comparison.lines:
         content["lines"][line.key] = dict(line.scores)
@@ -270,6 +286,22 @@ def method(comparison: Comparison) -> list[str]:
     return found
 
 
+def over_baselines(comparison: Comparison) -> str:
+    """What the difference is to the untrained variants of the base, a sentence each; empty if there are none."""
+    if comparison.verdict == "few":
+        return ""
+    found = []
+    for one in comparison.baselines:
+        over = f", over {one.n} of these examples," if one.n < comparison.n else ""
+        parts = [
+            f"{signed(result.diff.value)} ({span(result.deciding)}) in {LABELS[name]}"
+            for name, result in one.tuned.items()
+            if name in comparison.decide_by
+        ]
+        found.append(f"Against {one.label}{over} the difference is {listed(parts)}.")
+    return " ".join(found)
+
+
 def listed(items: Sequence[str]) -> str:
     """`a`, `a and b`, `a, b and c`."""
     return " and ".join(filter(None, (", ".join(items[:-1]), *items[-1:])))
@@ -304,6 +336,14 @@ def caveats(comparison: Comparison) -> list[str]:
             for name in comparison.decide_by
             if line.ahead[name].low <= 0
         )
+        found.extend(
+            f"Tuned is not shown to be better than {one.label} in {LABELS[name]}: "
+            f"{signed(one.tuned[name].diff.value)} ({span(one.tuned[name].deciding)}), over {one.groups} groups."
+            for one in comparison.baselines
+            for name in comparison.decide_by
+            if one.tuned[name].direction != "higher"
+        )
+    found.extend(comparison.notices)
     found.extend(
         f"{share(one.stopped_by_cap)} of the outputs of {one.variant} were stopped by the token cap, so its scores "
         "depend on generation.max_new_tokens."
@@ -404,6 +444,22 @@ def equal_length(comparison: Comparison) -> str:
         f"Tuned writes {found.ratio:.2g} times as many words as base, in the median. At equal length the difference is "
         f"{gains}, by a line through the examples' differences over the logarithm of the ratio of lengths."
     )
+
+
+def beyond(comparison: Comparison) -> list[tuple[str, list[str]]]:
+    """What references and outputs say beyond their sources, in the order numbers, names, rare words; may be empty."""
+    outputs = [comparison.base, *(one.output for one in comparison.baselines), *comparison.tuned]
+    texts = [("references", comparison.references_not_in_source)]
+    texts += [(one.variant, one.not_in_source) for one in outputs]
+    return [
+        (name, [_absent(part) for part in (one.numbers, one.names, one.rare_words)])
+        for name, one in texts
+        if one is not None
+    ]
+
+
+def _absent(one: Absent) -> str:
+    return "none" if one.share is None else f"{one.absent:,} of {one.found:,} ({share(one.share)})"
 
 
 def power(comparison: Comparison) -> str:

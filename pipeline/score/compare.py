@@ -16,6 +16,7 @@ from pipeline.core.errors import UserError, listing
 from pipeline.core.records import Decoding, Encoded, Example
 from pipeline.core.text import not_nfc
 from pipeline.score import (
+    baselines,
     guard_record,
     known,
     metrics,
@@ -26,7 +27,7 @@ from pipeline.score import (
     slices,
     specific,
 )
-from pipeline.score.comparison import Aspect, Comparison, EqualLength, Line, Output, Pair, Result, Specific
+from pipeline.score.comparison import Aspect, Baseline, Comparison, EqualLength, Line, Output, Pair, Result, Specific
 from pipeline.score.contrast import contrast, verdict
 from pipeline.score.estimates import Estimate, Judged
 from pipeline.score.side_by_side import Outputs, Row
@@ -60,12 +61,7 @@ def compare_variants(seeds: Sequence[int], evaluate: params.Evaluate, settings: 
     results = contrast(tables[:1], tables[1:], groups, settings)
     about_source = _specific(rows, tables, settings)
     training = records.read_rows(paths.split("train"), Example)
-    outputs = [
-        Output(
-            one.variant, one.words, one.stopped_by_cap, one.empty, one.copied, one.in_language, one.corpus, one.thoughts
-        )
-        for one in scored
-    ]
+    outputs = [_output(one) for one in scored]
     best, worst = _extremes(rows, settings)
     return Comparison(
         verdict=verdict(
@@ -88,6 +84,7 @@ def compare_variants(seeds: Sequence[int], evaluate: params.Evaluate, settings: 
         specific=about_source,
         equal_length=_equal_length(rows, tables, groups, settings),
         lines=_lines(rows, tables[1:], training, evaluate, settings),
+        baselines=_baselines(tables, groups, settings),
         base=outputs[0],
         tuned=outputs[1:],
         language=evaluate.language,
@@ -102,6 +99,8 @@ def compare_variants(seeds: Sequence[int], evaluate: params.Evaluate, settings: 
         not_scored=guard_record.not_scored(),
         shared_groups=contracts.read(paths.DATA_CARD, DataCard).shared_groups,
         known=known.counted(test, training),
+        notices=scored[0].notices,
+        references_not_in_source=scored[0].references_not_in_source,
         not_nfc=not_nfc(row.references for row in test) if metrics.sees_code_points(evaluate) else 0,
     )
 
@@ -201,6 +200,36 @@ def _lines(
             )
         )
     return lines
+
+
+def _baselines(tables: Sequence[Table], groups: NDArray[Any], settings: params.Compare) -> list[Baseline]:
+    """The variants of the base that were not trained, against base and tuned on their rows.
+
+    One whose rows are all in one group has no interval and is left out.
+    """
+    found = []
+    for one in baselines.read():
+        here = groups[one.rows]
+        if len(set(here)) > 1:
+            base, *tuned = (table.rows(one.rows) for table in tables)
+            own = Table.of(one.scores, base.metrics)
+            over, gain = contrast([own], tuned, here, settings), contrast([base], [own], here, settings)
+            found.append(Baseline(one.label, len(one.rows), len(set(here)), over, gain, _output(one.scores)))
+    return found
+
+
+def _output(one: Scores) -> Output:
+    return Output(
+        one.variant,
+        one.words,
+        one.stopped_by_cap,
+        one.empty,
+        one.copied,
+        one.in_language,
+        one.corpus,
+        one.thoughts,
+        one.not_in_source,
+    )
 
 
 def _extremes(rows: Sequence[Row], settings: params.Compare) -> tuple[list[Pair], list[Pair]]:

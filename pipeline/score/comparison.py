@@ -141,6 +141,22 @@ class Output:
     in_language: float | None
     scores: dict[str, float]
     thoughts: int
+    not_in_source: contracts.NotInSource | None
+
+
+@dataclass(frozen=True, slots=True)
+class Baseline:
+    """What the base does without training, over `n` rows of `groups` groups (`pipeline.score.baselines`).
+
+    `label` names it. `tuned` are the results of the tuned model over it, `gain` are its own over the base, on its rows.
+    """
+
+    label: str
+    n: int
+    groups: int
+    tuned: dict[str, Result]
+    gain: dict[str, Result]
+    output: Output
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,7 +182,8 @@ class Comparison:
     first seed, since texts have no mean. `published` holds figures of papers, `guards` those of all stages, in order.
     `encoded` tells what became of the examples of each split as prompts.
     `not_scored` counts what the test split's files hold and no row of it has, by reason; None if there is nothing.
-    `shared_groups` are those of the data's card. `known` counts what training knows of the test split. `not_nfc` counts
+    `shared_groups` are those of the data's card. `known` counts what training knows of the test split.
+    `notices` and `references_not_in_source` are those of the scores. `not_nfc` counts
     the test rows with a reference that is not in the normal form NFC, if a metric compares code points. `slices` are
     thirds of the rows by length and novelty, in the deciding metrics.
     """
@@ -188,6 +205,7 @@ class Comparison:
     specific: list[Specific]
     equal_length: EqualLength | None
     lines: list[Line]
+    baselines: list[Baseline]
     base: Output
     tuned: list[Output]
     language: str | None
@@ -200,6 +218,8 @@ class Comparison:
     guards: list[Guard]
     encoded: dict[str, Encoded]
     known: Known
+    notices: list[str]
+    references_not_in_source: contracts.NotInSource | None
     not_scored: dict[str, int] | None = None
     shared_groups: list[contracts.SharedGroups] = field(default_factory=list)
     not_nfc: int = 0

@@ -15,7 +15,7 @@ Dimensions: n rows, k statistics of a row, b sums of rows.
 import string
 from collections import Counter
 from collections.abc import Callable, Sequence
-from functools import cache
+from functools import cache, lru_cache
 from importlib.metadata import version
 from typing import Any, Protocol
 
@@ -149,8 +149,7 @@ class _Rouge:
 
         scorer = RougeScorer(
             [self.name],
-            use_stemmer=self.evaluate.use_stemmer,
-            tokenizer=_Letters() if self.evaluate.rouge_tokenizer == "unicode" else None,
+            tokenizer=_Once(self.evaluate),
         )
         found = [
             scorer.score_multi([self._prepared(one) for one in some], self._prepared(text))[self.name].fmeasure
@@ -167,6 +166,28 @@ class _Rouge:
     def _prepared(self, text: str) -> str:
         text = in_form(text, self.evaluate.normal_form)
         return "\n".join(sentences(text)) if self.name == "rougeLsum" else text
+
+
+class _Once:
+    """ROUGE's tokens of each text, made once: stemming takes nearly all the time, and texts are compared many times."""
+
+    def __init__(self, evaluate: Evaluate) -> None:
+        self.kind = evaluate.rouge_tokenizer, evaluate.use_stemmer
+
+    def tokenize(self, text: str) -> list[str]:
+        return list(_rouge_tokens(*self.kind, text))
+
+
+@lru_cache(200_000)
+def _rouge_tokens(tokenizer: str, stemmed: bool, text: str) -> tuple[str, ...]:
+    return tuple(_rouge_tokenizer(tokenizer, stemmed).tokenize(text))
+
+
+@cache
+def _rouge_tokenizer(tokenizer: str, stemmed: bool) -> Any:
+    from rouge_score.tokenizers import DefaultTokenizer  # imports nltk: a second that nothing else should pay
+
+    return _Letters() if tokenizer == "unicode" else DefaultTokenizer(use_stemmer=stemmed)
 
 
 class _Letters:

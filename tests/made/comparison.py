@@ -3,8 +3,10 @@
 from dataclasses import replace
 from typing import Any
 
+from pipeline.core.contracts import Absent, NotInSource
 from pipeline.score.comparison import (
     Aspect,
+    Baseline,
     Comparison,
     EqualLength,
     Line,
@@ -88,6 +90,7 @@ NOT_SPECIFIC = {
 }
 
 
+BEYOND = NotInSource(Absent(20, 5), Absent(1000, 300), Absent(50, 40))
 PARTLY: dict[str, Direction] = {"rouge1": "higher", "rouge2": "none"}
 
 
@@ -128,8 +131,20 @@ def comparison(**change: Any) -> Comparison:
             specific=[Specific(None, 300, 100, SPECIFIC), Specific("approach", 100, 100, NOT_SPECIFIC)],
             equal_length=EqualLength(0.5, {"rouge1": Interval(5.1, 3.0, 7.2), "rouge2": Interval(2.2, -0.1, 4.5)}),
             lines=[Line("lead", "Lead", "the first sentence", 300, scores, ahead)],
-            base=Output("base", 49.2, 0.01, 0.0, 0.0, None, {"rouge1": 25.6, "rouge2": 7.8}, 0),
-            tuned=[Output("tuned-17", 21.0, 0.0, 0.0, 0.0, None, {"rouge1": 31.3, "rouge2": 10.5}, 0)],
+            baselines=[
+                Baseline(
+                    label="the base without quantization",
+                    n=150,
+                    groups=50,
+                    tuned={"rouge1": result(26.7, 32.8, 3.8, 8.4), "rouge2": result(7.3, 12.8, 3.5, 7.6)},
+                    gain={"rouge1": result(24.9, 26.7, 0.3, 3.3), "rouge2": result(7.5, 7.3, -1.3, 0.9)},
+                    output=Output(
+                        "base-unquantized", 44.1, 0.05, 0.0, 0.0, None, {"rouge1": 26.7, "rouge2": 7.3}, 0, BEYOND
+                    ),
+                )
+            ],
+            base=Output("base", 49.2, 0.01, 0.0, 0.0, None, {"rouge1": 25.6, "rouge2": 7.8}, 0, BEYOND),
+            tuned=[Output("tuned-17", 21.0, 0.0, 0.0, 0.0, None, {"rouge1": 31.3, "rouge2": 10.5}, 0, BEYOND)],
             language=None,
             references_in_language=None,
             published=[],
@@ -139,6 +154,8 @@ def comparison(**change: Any) -> Comparison:
             cost=Cost(4_884_480, 19_600_000, [TRAINING], FORGETTING),
             guards=GUARDS,
             known=Known(0, 0),
+            notices=[],
+            references_not_in_source=NotInSource(Absent(0, 0), Absent(1200, 400), Absent(80, 20)),
             encoded={"train": encoded(300), "validation": encoded(150), "test": encoded(300)},
         ),
         **change,
@@ -149,5 +166,6 @@ FIRST = (
     "**Fine-tuning made the model better than the NF4 base**: ROUGE-1 25.6 → 31.3 (+5.7, 95 % interval +4.1 to +7.2), "
     "ROUGE-2 7.8 → 10.5 (+2.7, +1.2 to +3.9), over 300 test examples of 100 groups. Specific to the source are +3.7 "
     "(+2.3 to +5.2) in ROUGE-1 and +2.6 (+1.2 to +4.0) in ROUGE-2: that much is lost when each output is held against "
-    "the references of other sources. For approach no specific gain is shown."
+    "the references of other sources. For approach no specific gain is shown. Against the base without quantization, "
+    "over 150 of these examples, the difference is +6.1 (+3.8 to +8.4) in ROUGE-1 and +5.5 (+3.5 to +7.6) in ROUGE-2."
 )

@@ -126,7 +126,7 @@ class TestSpecific:
     """How much of the gain is specific to the source is told in the second sentence."""
 
     def test_of_all_rows_and_of_aspects(self) -> None:
-        assert wording.specific(comparison()) == FIRST.split("groups. ")[1]
+        assert wording.specific(comparison()) == FIRST.split("groups. ")[1].partition(" Against")[0]
 
     def test_of_one_metric_alone(self) -> None:
         part = Specific(None, 300, 100, {"rouge1": SPECIFIC["rouge1"], "rouge2": NOT_SPECIFIC["rouge2"]})
@@ -203,6 +203,7 @@ def test_outputs_in_another_language_are_told() -> None:
     found = comparison(
         language="en",
         references_in_language=0.8,
+        baselines=[],
         base=replace(one.base, in_language=0.3),
         tuned=[replace(one.tuned[0], in_language=0.75)],
     )
@@ -210,6 +211,32 @@ def test_outputs_in_another_language_are_told() -> None:
     assert not any("tuned-17 are identified" in caveat for caveat in wording.caveats(found))
     wording.write(found)
     assert "| base | 49.2 | 1 % | 0 % | 0 % | 30 % |" in paths.COMPARISON_MD.read_text()
+
+
+def test_a_gain_that_an_untrained_base_has_too_is_told() -> None:
+    one = comparison()
+    shots = replace(one.baselines[0], label="the base with 3 demonstrations", n=300, groups=100)
+    shots = replace(shots, tuned={"rouge1": result(31.0, 31.3, -1, 2), "rouge2": result(7.0, 10.5, 1, 6)})
+    found = comparison(baselines=[*one.baselines, shots])
+    assert wording.over_baselines(found).endswith(
+        "Against the base with 3 demonstrations the difference is +0.3 (−1.0 to +2.0) in ROUGE-1 and +3.5 (+1.0 to "
+        "+6.0) in ROUGE-2."
+    )
+    said = [one for one in wording.caveats(found) if "demonstrations" in one]
+    assert said == [
+        "Tuned is not shown to be better than the base with 3 demonstrations in ROUGE-1: +0.3 (−1.0 to +2.0), over 100 "
+        "groups."
+    ]
+    wording.write(found)
+    text = paths.COMPARISON_MD.read_text()
+    row = "| the base without quantization | 150 | ROUGE-1 | 24.9 | 26.7 | +1.8 (+0.3 to +3.3) | +6.1 | +3.8 to +8.4 |"
+    assert row in text
+    assert "| tuned-17 | 5 of 20 (25 %) | 300 of 1,000 (30 %) | 40 of 50 (80 %) |" in text
+    assert "| references | none | 400 of 1,200 (33 %) |" in text
+
+
+def test_notices_of_the_scores_are_to_be_read_with_care() -> None:
+    assert "Seven per cent are foreign." in wording.caveats(comparison(notices=["Seven per cent are foreign."]))
 
 
 def test_guards_stand_in_the_report_with_what_they_measured() -> None:
@@ -305,7 +332,7 @@ def test_markdown_keeps_foreign_text_in_its_cell() -> None:
     )
     text = paths.COMPARISON_MD.read_text()
     tables = re.findall(r"(?:^\|.*\n)+", text, flags=re.M)
-    assert len(tables) == 11
+    assert len(tables) == 13
     for table in tables:
         # as GitHub splits rows: at bars that no backslash escapes
         assert len({len(re.findall(r"(?<!\\)\|", row)) for row in table.splitlines()}) == 1

@@ -11,7 +11,8 @@ from pipeline.core.errors import UserError
 from pipeline.core.records import Decoding, Demonstrations, Prediction
 from pipeline.score import baselines
 from pipeline.score.evaluate import score_baseline
-from tests.made.experiment import EVALUATE, examples, plant, scores_of
+from pipeline.score.significance import Interval
+from tests.made.experiment import EVALUATE, compared, examples, plant, scores_of
 from tests.made.records import base_facts
 
 MOST = 8
@@ -111,3 +112,22 @@ def test_predictions_of_other_rows_are_refused() -> None:
             baselines.read()
         with pytest.raises(UserError, match="base-shots"):
             score_baseline(paths.SHOTS, EVALUATE, MOST)
+
+
+@pytest.mark.usefixtures("project")
+def test_the_comparison_holds_each_against_base_and_tuned_on_its_rows() -> None:
+    for variant in baselines.VARIANTS:
+        write(variant)
+    found = compared()
+    assert [(one.label, one.n, one.groups) for one in found.baselines] == [
+        ("the base without quantization", 8, 4),
+        ("the base with 3 demonstrations", 8, 4),
+    ]
+    one, rows = found.baselines[0], baseline.rows(examples(), MOST)
+    base, tuned = (scores_of(name).examples for name in ("base", "tuned-17"))
+    # Its answers are those of the base.
+    assert one.gain["rouge1"].diff == Interval(0, 0, 0)
+    ahead = [tuned[row].scores["rouge1"] - base[row].scores["rouge1"] for row in rows]
+    assert one.tuned["rouge1"].diff.value == pytest.approx(sum(ahead) / 8)
+    assert one.tuned["rouge1"].direction == "few"
+    assert one.output.variant == "base-unquantized"

@@ -267,11 +267,11 @@ def test_no_wrong_aspect_and_no_table_without_aspects() -> None:
 def test_a_lead_that_is_the_whole_source_is_no_line() -> None:
     rows = [replace(row, source="แมวกำลังนอน อยู่", lead="แมวกำลังนอน  อยู่") for row in examples()]
     plant(rows, KEEP)
-    assert [line.key for line in compared().lines] == ["wrong_aspect", "base_cut"]
+    assert [line.key for line in compared().lines] == ["constant", "wrong_aspect", "base_cut"]
     assert any("no reference line “Lead”" in one for one in scores_of("base").notices)
     two = [replace(row, source="One. Two.", lead="One.") for row in rows[:2]]
     plant([*two, *rows[2:]], KEEP)
-    assert [line.key for line in compared().lines] == ["lead", "wrong_aspect", "base_cut"]
+    assert [line.key for line in compared().lines] == ["constant", "lead", "wrong_aspect", "base_cut"]
 
 
 @pytest.mark.usefixtures("project")
