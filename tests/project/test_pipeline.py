@@ -200,7 +200,7 @@ def test_any_two_experiments_are_compared_wherever_their_scores_are(two_ranks: P
     by_name = lora_repro("compare", "rank-2", run.info.run_id[:8], cwd=clone)
     assert by_name.returncode == 0, by_name.stdout
     assert "2 experiments, 8 test examples of 4 groups.\n" in by_name.stdout
-    assert "Signature: `rouge-score" in by_name.stdout
+    assert "Signature: `form:NFC|rouge-score" in by_name.stdout
     header, _, *rows = [line for line in by_name.stdout.splitlines() if line.startswith("|")]
     assert "lora.r" in header
     assert max(len(line) for line in by_name.stdout.splitlines() if line.startswith("|")) <= 80
