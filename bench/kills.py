@@ -33,6 +33,7 @@ from tests.made.models import tiny_llama
 
 STAGES = [
     "prepare", "fetch", "prompts", "quantize", "infer@base", "evaluate@base",
+    "infer-unquantized", "evaluate-unquantized", "infer-shots", "evaluate-shots",
     "train@17", "infer-tuned@17", "forget@17", "evaluate-tuned@17", "compare", "track",
 ]  # fmt: skip
 EVERY_MINUTE, EVERY_STEP = "SECONDS_BETWEEN_CHECKPOINTS = 60.0\n", "SECONDS_BETWEEN_CHECKPOINTS = 0.0\n"

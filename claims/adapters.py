@@ -14,7 +14,7 @@ from claims import evidence, lab, resampling, results
 from claims.evidence import Evidence, Value
 from claims.results import UNTUNED, Look, Result
 from pipeline.core import params
-from pipeline.score import significance
+from pipeline.score.estimates import Estimate, Judged
 from pipeline.score.significance import Interval
 
 
@@ -130,18 +130,15 @@ def difference(here: Result, there: Result, compare: params.Compare) -> Interval
 
 def mean_difference(here: Result, there: Result, compare: params.Compare) -> Interval:
     """One arm's loss minus another's, as the mean over seeds, with an interval that covers the choice of texts and of
-    seeds (`pipeline.score.significance.over_seeds`). Both are paired: all models read the same texts, and two models of
-    one seed have seen the same rows in the same order."""
-    sums_n, other_n = (np.mean([run.sums for run in result.runs.values()], axis=0) for result in (here, there))
-    sums_bx2, _ = significance.resampled_sums(
-        np.column_stack([sums_n - other_n, here.tokens]), np.array(here.groups), compare.bootstrap_samples, compare.seed
-    )
-    by_seed = [one - other for one, other in zip(here.losses(), there.losses(), strict=True)]
-    resampled_b = sums_bx2[:, 0] / sums_bx2[:, 1]
-    _, interval, _ = significance.over_seeds(
-        fmean(by_seed), [by_seed], resampled_b, len(here.groups), compare.confidence
-    )
-    return interval
+    seeds (`pipeline.score.estimates`). Both are paired: all models read the same texts, and two models of one seed have
+    seen the same rows in the same order."""
+    tokens = np.array(here.tokens, np.float64)
+    by_seed = [
+        Estimate.ratios(np.array(one.sums)[:, None], tokens, here.groups)
+        - Estimate.ratios(np.array(other.sums)[:, None], tokens, here.groups)
+        for one, other in zip(here.runs.values(), there.runs.values(), strict=True)
+    ]
+    return Judged(Estimate.mean(by_seed), compare).deciding(0)
 
 
 def parameters(result: Result) -> int:

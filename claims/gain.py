@@ -1,6 +1,6 @@
 """Claims about the gain by tuning: answers of the base and of the tuned models, scored and compared by the pipeline.
 
-Intervals cover the choice of test examples and of training seeds (`pipeline.score.significance.over_seeds`).
+Intervals cover the choice of test examples and of training seeds (`pipeline.score.intervals`).
 """
 
 from collections.abc import Callable, Sequence
@@ -14,12 +14,13 @@ from pipeline.core import contracts, records
 from pipeline.core.errors import listing
 from pipeline.core.records import Decoding, Example, Prediction
 from pipeline.score import compare, metrics, reference_lines, side_by_side
-from pipeline.score.compare import Table
+from pipeline.score.contrast import contrast
+from pipeline.score.tables import Table
 
 
 def measure(task: str) -> Evidence:
     """`<metric>_base`, `<metric>_tuned` and `<metric>_gain`, in points, and tuned minus each reference line as
-    `<metric>_over_<line>`. The lines are those of the report: lead or copy, wrong_aspect, base_cut."""
+    `<metric>_over_<line>`. The lines are those of the report: constant, lead or copy, wrong_aspect, base_cut."""
     experiment = lab.experiment(task)
     test = variants.rows(task, "test")
     seeds = [str(seed) for seed in training.load().training_seeds]
@@ -31,18 +32,18 @@ def measure(task: str) -> Evidence:
         Table(chosen, [metric.statistics(texts, references) for metric in chosen]) for texts in (base, *tuned)
     )
     values: dict[str, Value] = {}
-    for name, result in compare.contrast([base_table], tuned_tables, groups, experiment.compare).items():
+    for name, result in contrast([base_table], tuned_tables, groups, experiment.compare).items():
         values |= {f"{name}_base": result.base, f"{name}_tuned": result.tuned, f"{name}_gain": result.deciding}
-    for line in reference_lines.texts(test, base, experiment.evaluate.metrics):
+    for line in reference_lines.texts(test, base, variants.rows(task, "train"), experiment.evaluate):
         kept = [i for i, some in enumerate(line.texts) if some]
         if len(set(groups[kept])) > 1:  # else there is nothing to resample
-            table = compare.mean_table([line.texts[i] for i in kept], [test[i] for i in kept], chosen)
+            table = Table.mean([line.texts[i] for i in kept], [test[i] for i in kept], chosen)
             there = [one.rows(kept) for one in tuned_tables]
-            for name, result in compare.contrast([table], there, groups[kept], experiment.compare).items():
+            for name, result in contrast([table], there, groups[kept], experiment.compare).items():
                 values[f"{name}_over_{line.key}"] = result.deciding
     note = f"{len(test)} test rows in {len(set(groups))} groups, {len(seeds)} seeds"
     uses = [(variants.folder(task, name) / variants.PREDICTIONS).as_posix() for name in (variants.BASE, *seeds)]
-    return Evidence(values, [note, metrics.signature(experiment.evaluate)], uses)
+    return Evidence(values, [note, metrics.signature(experiment.evaluate, references)], uses)
 
 
 def answers(task: str, seeds: Sequence[str], test: Sequence[Example]) -> list[list[str]]:

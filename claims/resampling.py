@@ -1,6 +1,6 @@
-"""Intervals for the choice of texts, by the pipeline's bootstrap (`pipeline.score.significance`).
+"""Intervals for the choice of texts, by the pipeline's own method (`pipeline.score.intervals`).
 
-Dimensions: n rows, k columns, b resamples.
+Dimensions: n rows, k columns, b corpora.
 """
 
 from collections.abc import Callable, Sequence
@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.core import params
-from pipeline.score import significance
+from pipeline.score import intervals
 from pipeline.score.significance import Floats, Interval
 
 
@@ -23,10 +23,9 @@ def over_texts(
 ) -> Interval:
     """`value` with its interval.
 
-    `texts` names the text of each row. A resample takes all rows and columns of a text together, so that comparisons
-    are paired. `of` computes the value of each resample from the bxk sums of its columns and its b numbers of rows.
+    `texts` names the text of each row. All rows and columns of a text belong together, so that comparisons are paired.
+    `of` computes the values of b corpora from the bxk sums of their columns and their b numbers of rows.
     """
-    sums_bxk, rows_b = significance.resampled_sums(
-        columns_nxk, np.array(texts), compare.bootstrap_samples, compare.seed
-    )
-    return significance.percentiles(value, of(sums_bxk, rows_b), compare.confidence)
+    values_g = intervals.pseudo_values(of, *intervals.member_sums(columns_nxk, np.array(texts)))
+    found = intervals.Studentized.of(values_g[:, None], compare.bootstrap_samples, compare.seed)
+    return found.interval(0, value, compare.confidence)

@@ -5,7 +5,6 @@ from collections.abc import Callable, Mapping
 
 import numpy as np
 
-from pipeline.score import significance
 from pipeline.score.significance import Interval
 
 RESAMPLES = 2000
@@ -34,4 +33,5 @@ def ratio(one: list[float], other: list[float], seed: int) -> Interval:
     ratios = np.array(one) / np.array(other)
     draw = np.random.Generator(np.random.PCG64(seed))
     resampled_bxn = draw.choice(ratios, (RESAMPLES, len(ratios)))
-    return significance.percentiles(float(np.median(ratios)), np.median(resampled_bxn, axis=1), CONFIDENCE)
+    low, high = np.quantile(np.median(resampled_bxn, axis=1), [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
+    return Interval(float(np.median(ratios)), float(low), float(high))

@@ -5,19 +5,22 @@ chat template refuses, would else be found after training, and its remedy would 
 prompts are left to `train`, which encodes them before it loads the model.
 """
 
-from pipeline.core import contracts, params, paths, records
+from collections.abc import Sequence
+
+from pipeline.core import baseline, contracts, params, paths, records
 from pipeline.core.contracts import BaseFacts
 from pipeline.core.progress import say
 from pipeline.core.records import Example
-from pipeline.model import checkpoint
+from pipeline.model import checkpoint, demonstrations
 from pipeline.model.prompt import Encoder, notices, require_model
 
 
-def require_fitting(prompt: params.Prompt, new_tokens: int) -> None:
+def require_fitting(prompt: params.Prompt, new_tokens: int, asked: params.Baseline) -> None:
     """Write `paths.FITTING`, on which the stages that compute depend. Its content is always the same, so a change of
     the test split alone trains nothing again.
 
-    `new_tokens` is the room for an answer to a test prompt. UserError for prompts that cannot be made or do not fit.
+    `new_tokens` is the room for an answer to a test prompt. UserError for prompts that cannot be made or do not fit,
+    and if no demonstrations of `baseline.shots` (`asked`) fit.
     """
     facts = contracts.read(paths.BASE_FACTS, BaseFacts)
     require_model(prompt, facts.context, None)  # before the tokenizer is read, which may take long
@@ -25,7 +28,8 @@ def require_fitting(prompt: params.Prompt, new_tokens: int) -> None:
     validation, of_validation = encoder.rows(records.read_rows(paths.split("validation"), Example))
     longest_answer = max(len(row.completion) for row in validation)
     encoder.require_fit({row.id: row.prompt for row in validation}, "validation", longest_answer)
-    test, of_test = encoder.prompts(records.read_rows(paths.split("test"), Example))
+    examples = records.read_rows(paths.split("test"), Example)
+    test, of_test = encoder.prompts(examples)
     encoder.require_fit(test, "test", new_tokens)
     for split, encoded in {"validation": of_validation, "test": of_test}.items():
         for notice in notices(split, encoded):
@@ -34,4 +38,19 @@ def require_fitting(prompt: params.Prompt, new_tokens: int) -> None:
         f"prompts: {len(validation)} validation and {len(test)} test prompts fit, the longest has "
         f"{max(len(ids) for ids in [*test.values(), *(row.prompt for row in validation)])} tokens"
     )
+    if asked.shots:
+        _require_demonstrations(encoder, examples, asked, new_tokens)
     records.write_json(paths.FITTING, {"prompts": "fit"})
+
+
+def _require_demonstrations(encoder: Encoder, test: Sequence[Example], asked: params.Baseline, new_tokens: int) -> None:
+    """UserError if the prompts of `base-shots` cannot be made."""
+    pool = demonstrations.Pool(records.read_rows(paths.split("train"), Example), test)
+    questions = [test[row] for row in baseline.rows(test, asked.rows)]
+    made = [encoder.made(example) for example in questions]
+    prompts, shown = demonstrations.prompts(encoder, questions, made, pool, asked, new_tokens)
+    fewer = "" if shown.most == asked.shots else f" (baseline.shots = {asked.shots}, groups are shown whole)"
+    say(
+        f"prompts: {len(prompts)} test prompts fit with {shown.most} demonstrations{fewer}, the longest has "
+        f"{max(map(len, prompts.values()))} tokens"
+    )

@@ -5,7 +5,8 @@ from pipeline.core import params, stage
 
 
 def main(declared: params.Declared) -> None:
-    prompts.require_fitting(declared[params.Prompt], declared.number("generation.max_new_tokens"))
+    new_tokens = declared.number("generation.max_new_tokens")
+    prompts.require_fitting(declared[params.Prompt], new_tokens, declared[params.Baseline])
 
 
 if __name__ == "__main__":

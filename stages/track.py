@@ -1,13 +1,17 @@
 """Stage track: the report becomes a page, and the whole experiment one MLflow run."""
 
 from pipeline.core import params, stage
+from pipeline.core.progress import say
 from pipeline.record import track
 from pipeline.report import page
 
 
 def main(declared: params.Declared) -> None:
-    page.write(declared.seeds, declared[params.Evaluate], declared[params.Compare].explorer)
+    seen = track.looks_at_test(declared.seeds, declared[params.Tracking])
+    page.write(declared.seeds, declared[params.Evaluate], declared[params.Compare].explorer, seen)
     track.record(declared.seeds, declared[params.Tracking])
+    if seen is not None:
+        say(seen.told())
 
 
 if __name__ == "__main__":

@@ -24,7 +24,8 @@ def fetched(project: params.Params, tiny_model: Any) -> params.Params:
 
 
 def check(given: params.Params, **change: Any) -> None:
-    prompts.require_fitting(given.prompt.model_copy(update=change), given.generation.max_new_tokens)
+    settings, asked = given.prompt.model_copy(update=change), given.baseline
+    prompts.require_fitting(settings, given.generation.max_new_tokens, asked)
 
 
 def plant(split: str, **change: Any) -> None:
@@ -73,7 +74,7 @@ def test_a_test_prompt_without_room_for_an_answer_is_found(fetched: params.Param
     contracts.write(paths.BASE_FACTS, base_facts(context=200))
     plant("test", source="red cat runs " * 35)
     with pytest.raises(UserError, match=r"the longest test prompt \(1.. tokens\) and 80 tokens of answer exceed"):
-        prompts.require_fitting(fetched.prompt, 80)
+        prompts.require_fitting(fetched.prompt, 80, fetched.baseline)
 
 
 def test_limits_above_the_context_are_found_before_the_tokenizer_is_read(

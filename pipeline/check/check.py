@@ -13,7 +13,7 @@ from pipeline.record import lockfile
 PARTS: dict[Callable[[Draft, Report], None], tuple[type[Section], ...]] = {
     rows.examine: (Data, Prompt, Evaluate, Forget),
     base.examine: (Model, Prompt, Forget),
-    place.examine: (Generation, Runtime, Tracking),
+    place.examine: (Generation, Runtime, Evaluate, Tracking),
 }
 """Each check that looks beyond the file, with the sections that decide its outcome."""
 

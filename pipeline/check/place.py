@@ -11,13 +11,17 @@ from pipeline.record import provenance, reach
 
 
 def examine(draft: params.Draft, report: Report) -> None:
-    """Check the sections `generation`, `runtime` and `tracking` against this machine, and the installed packages."""
+    """Check `generation`, `runtime`, `evaluate` and `tracking` against this machine, and the installed packages."""
     with report.part():
         stage.require_pinned_versions()
         report.seen.append("the installed packages")
     if (generation := draft.get(params.Generation)) is not None:
         with report.part():
             params.require_backend(generation)
+    if (evaluate := draft.get(params.Evaluate)) is not None:
+        with report.part():
+            params.require_tokenizer(evaluate)
+            _name_download(evaluate, report)
     if (runtime := draft.get(params.Runtime)) is not None:
         with report.part():
             require_device(runtime)
@@ -29,6 +33,19 @@ def examine(draft: params.Draft, report: Report) -> None:
         if (tracking := draft.get(params.Tracking)) is not None:
             reach.require_reachable(tracking)
             report.seen.append("the MLflow store")
+
+
+def _name_download(evaluate: params.Evaluate, report: Report) -> None:
+    """Name the model of BLEU's tokenizer as unchecked if sacrebleu has yet to download it."""
+    name = evaluate.bleu_tokenizer
+    if "bleu" not in evaluate.metrics or not name.startswith("flores"):
+        return
+    from sacrebleu.tokenizers.tokenizer_spm import SPM_MODELS  # a second that nothing else should pay
+    from sacrebleu.utils import SACREBLEU_DIR
+
+    model = Path(SACREBLEU_DIR, "models", Path(SPM_MODELS[name]["url"]).name)
+    if not model.exists():
+        report.left.append(f"the model of evaluate.bleu_tokenizer {name} is not here; stage evaluate downloads it")
 
 
 def require_device(runtime: params.Runtime) -> None:

@@ -74,6 +74,8 @@ def show(run: RUN = None) -> None:
         return
     say(wording.closing_lines(store.shown(given.tracking), page.describe(given.seeds)))
     say(f"  run      {track.describe(given.seeds, given.tracking)}")
+    if (seen := track.looks_at_test(given.seeds, given.tracking)) is not None:
+        say(f"  looks    {seen.told()}")
 
 
 Recompute = Annotated[bool, typer.Option("--recompute", help="Compute everything again in a copy, and compare.")]
@@ -106,12 +108,33 @@ def compare(names: Names) -> None:
     """
     from pipeline.commands import compare
     from pipeline.core import params
+    from pipeline.record import looks
 
     given = params.load()
     if len(names) < 2:
         raise UserError(f"compare needs at least two experiments, such as: lora-repro compare workspace {names[0]}")
     found = [compare.find(name, given.tracking) for name in names]
-    say(compare.page(found, compare.rank(found, given.compare), given.compare))
+    seen = looks.read("", found[0].base.test_sha256, given.tracking)
+    ranking = compare.rank(found, given.compare, seen.total - 1 if seen else 0)
+    say(compare.page(found, ranking, given.compare))
+
+
+SHEET = Annotated[Path, typer.Argument(help="The sheet, a CSV file.")]
+Filled = Annotated[bool, typer.Option("--read", help="Read the filled sheet, and say who was preferred.")]
+Few = Annotated[int, typer.Option("--rows", min=1, help="Rows of the sheet.")]
+Order = Annotated[int, typer.Option("--seed", min=0, help="Decides which of A and B is the tuned model's output.")]
+
+
+@app.command()
+def blind(sheet: SHEET, filled: Filled = False, rows: Few = 50, seed: Order = 17) -> None:
+    """Write a sheet on which people judge outputs of base and tuned without knowing which is which; or read it."""
+    from pipeline.commands import blind
+    from pipeline.core import params
+
+    if filled:
+        blind.read(sheet, seed, params.load())
+    else:
+        blind.write(sheet, rows, seed, params.load())
 
 
 GgufTypes = Annotated[list[str] | None, typer.Option("--type", help="A GGUF type. [default: generation.gguf_type]")]

@@ -21,9 +21,11 @@ from pipeline.core.errors import UserError, listing
 from pipeline.record import identity, lockfile, store
 from pipeline.record.runs import Stored, in_line
 from pipeline.report import wording
-from pipeline.score import compare, metrics, significance
+from pipeline.score import metrics, significance
 from pipeline.score.comparison import Result
+from pipeline.score.contrast import contrast
 from pipeline.score.significance import Interval
+from pipeline.score.tables import Table
 
 TERMINAL = 80
 """Columns of a usual terminal."""
@@ -69,11 +71,16 @@ class Pair:
 
 @dataclass(frozen=True)
 class Ranking:
-    """Experiments ordered by the first metric, best first; `results` are by name and metric."""
+    """Experiments ordered by the first metric, best first; `results` are by name and metric.
+
+    `best` are the results of the best one over its base, with intervals that allow for the choice among `candidates`.
+    """
 
     names: list[str]
     results: dict[str, dict[str, Result]]
     pairs: list[Pair]
+    best: dict[str, Result]
+    candidates: int
 
 
 def find(name: str, tracking: params.Tracking) -> Experiment:
@@ -89,8 +96,11 @@ def find(name: str, tracking: params.Tracking) -> Experiment:
     return _from_run(show.named(name, tracking), tracking)
 
 
-def rank(found: Sequence[Experiment], settings: params.Compare) -> Ranking:
+def rank(found: Sequence[Experiment], settings: params.Compare, seen: int = 0) -> Ranking:
     """Compare every experiment with its own base, and every two experiments with each other.
+
+    The best one was chosen among all that were `seen` on this test split, these at least: its own interval is also
+    given at the confidence that a choice among so many needs (Bonferroni).
 
     UserError unless all were scored on the same test set in the same way, in the metrics of `settings.decide_by`.
     """
@@ -106,7 +116,10 @@ def rank(found: Sequence[Experiment], settings: params.Compare) -> Ranking:
     keys = [(pair, metric.name) for pair in contrasts for metric in chosen]
     corrected = significance.holm([contrasts[pair][metric].p for pair, metric in keys])
     pairs = [Pair(*pair, metric, contrasts[pair][metric], p) for (pair, metric), p in zip(keys, corrected, strict=True)]
-    return Ranking(names, results, pairs)
+    candidates = max(len(found), seen)
+    chosen_at = settings.model_copy(update={"confidence": 1 - (1 - settings.confidence) / candidates})
+    best = by_name[names[0]]
+    return Ranking(names, results, pairs, _contrast(best, [best.base], chosen, chosen_at), candidates)
 
 
 def gain(one: Experiment, over: Experiment, settings: params.Compare) -> dict[str, Result]:
@@ -132,8 +145,8 @@ def _contrast(
     one: Experiment, before: Sequence[Scores], chosen: Sequence[metrics.Metric], settings: params.Compare
 ) -> dict[str, Result]:
     """The tuned models of `one` against those with the scores `before`, on the same test examples."""
-    there, here = ([compare.Table.of(scored, chosen) for scored in some] for some in (before, one.tuned))
-    return compare.contrast(there, here, np.array([row.group for row in one.base.examples]), settings)
+    there, here = ([Table.of(scored, chosen) for scored in some] for some in (before, one.tuned))
+    return contrast(there, here, np.array([row.group for row in one.base.examples]), settings)
 
 
 def page(found: Sequence[Experiment], ranking: Ranking, settings: params.Compare) -> str:
@@ -171,6 +184,16 @@ def page(found: Sequence[Experiment], ranking: Ranking, settings: params.Compare
             if pair.metric == metric
         ]
         lines += ["", *_table(["", "difference", "p", "d", f"verdict in {label}"], rows)]
+    gains = ", ".join(
+        f"{metrics.LABELS[name]} {wording.signed(one.diff.value)} ({wording.span(one.deciding)})"
+        for name, one in ranking.best.items()
+    )
+    level = 100 - 100 * (1 - settings.confidence) / ranking.candidates
+    lines += [
+        "",
+        f"#1 is the best of {ranking.candidates} that were scored on this test split. With intervals of {level:.4g} %, "
+        f"which allow for this choice, its gain over its base is {gains}.",
+    ]
     lines += [
         "",
         f"p is two-sided and corrected for all {len(ranking.pairs)} comparisons (Holm); d is the mean over "
@@ -244,7 +267,9 @@ def _apart(first: Experiment, second: Experiment, metric: str, count: int) -> li
 
 
 def _verdict(pair: Pair, settings: params.Compare) -> str:
-    if pair.p_holm > 1 - settings.confidence:
+    if pair.result.direction == "few":
+        return "too few groups"
+    if pair.result.direction == "none" or pair.p_holm > 1 - settings.confidence:
         return "no difference shown"
     better = pair.second if pair.result.diff.value > 0 else pair.first
     return f"{wording.markdown(better)} is better"
@@ -290,7 +315,7 @@ def _evaluate(one: Experiment) -> params.Evaluate:
     given = {key.removeprefix("evaluate."): value for key, value in one.params.items() if key.startswith("evaluate.")}
     fields = params.Evaluate.model_fields
     content = {key: value if fields[key].annotation is str else _loaded(value) for key, value in given.items()}
-    return params.Evaluate.model_validate(content)
+    return params.Evaluate.model_validate({"normal_form": "none", **content})  # before there was a choice
 
 
 def _loaded(text: str) -> Any:

@@ -7,12 +7,12 @@ instruction an answer of `generation.max_new_tokens`. A stage counts its own row
 import json
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from pipeline import forget as reading
 from pipeline.commands import use
-from pipeline.core import params, paths
+from pipeline.core import baseline, params, paths
 from pipeline.core.errors import UserError
 from pipeline.core.progress import say
 from pipeline.fetch import glance
@@ -78,6 +78,16 @@ class Plan:
             limits = limits.model_copy(update={"batch_tokens": batch_tokens})
         return memory.inference(self.base, limits, self.prompt, self._added, self.device)
 
+    def infer_unquantized(self) -> Parts:
+        dense = replace(self.base, method="none", double_quantization=False)
+        return memory.inference(dense, self.given.generation, self.prompt, 0, self.device)
+
+    def infer_shots(self) -> Parts:
+        """With demonstrations as long as the longest prompt, or as the model's context has room for."""
+        limits = self.given.generation
+        longest = min(self.prompt * (1 + self.given.baseline.shots), self.shape.context - limits.max_new_tokens)
+        return memory.inference(self.base, limits, max(self.prompt, longest), 0, self.device)
+
     def forget(self) -> Parts:
         tokens = max(reading.TOGETHER, self.given.forget.window)
         return memory.reading(self.base, tokens, self._added, self.device)
@@ -88,7 +98,13 @@ class Plan:
         return memory.adapter_parameters(self.shape, self.given.lora)
 
     def stages(self) -> dict[str, Parts]:
+        """The stages that load a model; `unquantized` and `shots` are infer-unquantized and infer-shots."""
         stages = {"quantize": self.quantize(), "train": self.train(), "infer": self.infer()}
+        asked = self.given.baseline
+        if baseline.unquantized_off(asked.unquantized, self.given.quantize.method) is None:
+            stages["unquantized"] = self.infer_unquantized()
+        if baseline.shots_off(asked.shots) is None:
+            stages["shots"] = self.infer_shots()
         return stages if self.given.forget.source is None else {**stages, "forget": self.forget()}
 
 
@@ -143,11 +159,11 @@ def lines(name: str, given: params.Params, shape: Shape) -> Iterator[str]:
     yield ""
     stages = plan.stages()
     names = list(dict.fromkeys(part for parts in stages.values() for part in parts))
-    yield f"{'predicted peak on CUDA':30}" + "".join(f"{stage:>10}" for stage in stages)
+    yield f"{'predicted peak on CUDA':30}" + "".join(f"{stage:>13}" for stage in stages)
     for part in names:
         cells = (f"{parts[part] / GB:.2f}" if part in parts else "" for parts in stages.values())
-        yield f"{part:30}" + "".join(f"{cell:>10}" for cell in cells)
-    yield f"{'total':30}" + "".join(f"{total(parts) / GB:>10.2f}" for parts in stages.values())
+        yield f"{part:30}" + "".join(f"{cell:>13}" for cell in cells)
+    yield f"{'total':30}" + "".join(f"{total(parts) / GB:>13.2f}" for parts in stages.values())
     yield ""
     here = memory.main_memory() + memory.LIBRARIES["cpu"]
     cards: list[tuple[str, float, Device]] = [(f"{card} GB", card * GB, "cuda") for card in CARDS]

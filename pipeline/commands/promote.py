@@ -3,7 +3,8 @@
 A version is one adapter. Of several seeds it is the one with the lowest validation loss, since a choice by test scores
 would flatter it. So `promote` compares adapters, and `lora-repro compare` ways to make them. The alias moves only to an
 adapter that is shown to be better than its own base and than the champion, paired on the same test examples, in every
-metric of `compare.decide_by`.
+metric of `compare.decide_by`. Each experiment that was scored on this test split is a look at it, and has its own level
+of significance (`pipeline.record.looks`): else the best of many equal adapters would become the champion by chance.
 
 The files of a version are those of its run (`adapter/<seed>`), which are sealed and which `lora-repro verify` checks.
 `mlflow.register_model` is not used: it needs an `MLmodel` file beside them, which PEFT does not write.
@@ -22,18 +23,29 @@ from pipeline.core import contracts, params, paths, records
 from pipeline.core.contracts import TrainingSummary
 from pipeline.core.errors import UserError, listing
 from pipeline.core.progress import say
-from pipeline.record import address, identity, seal, store
-from pipeline.record.runs import DIGEST, NOTE, Stored, of_digest
+from pipeline.record import address, identity, looks, seal, store
+from pipeline.record.runs import DIGEST, NOTE, TEST, Stored, of_digest
 from pipeline.report import wording
-from pipeline.score import compare
+from pipeline.score import intervals
 from pipeline.score.comparison import Result, Verdict
+from pipeline.score.contrast import verdict
 from pipeline.score.metrics import LABELS
 
 ALIAS = "champion"
 SEED = "seed"
-TEST = "test_sha256"
 ADAPTER = "adapter_sha256"
 AGAINST = "against_champion"
+WORDS: dict[Verdict, str] = {
+    "better": "better",
+    "partly-better": "better in part of the metrics",
+    "unspecific": "not specific to the source",
+    "worse": "worse",
+    "partly-worse": "worse in part of the metrics",
+    "mixed": "the metrics disagree",
+    "equivalent": "equivalent",
+    "none": "no difference shown",
+    "few": "too few groups of test examples",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,12 +89,30 @@ def register_and_decide(name: str | None, model: str | None, given: params.Param
     model = _named(tracking.experiment if model is None else model)
     runs = store.stored(tracking)
     one = _candidate(_run(name, given, runs), tracking)
+    seen = looks.among(runs, one.run.tags[DIGEST], one.test)
+    given = _at_level(given, seen)
     base = gain_over_base(one.scored, given.compare)
     settle = _planned if dry_run else _settled
     say(f"adapter   {one}")
-    say(f"base      {_figures(base)}: {_word(base)} ({100 * given.compare.confidence:g} % intervals)")
+    say(f"looks     {seen.told()} {_levels(given, seen)}")
+    say(f"base      {_figures(base)}: {_word(base)}")
     for line in settle(one, base, model, runs, given):
         say(line)
+
+
+def _at_level(given: params.Params, seen: looks.Looks) -> params.Params:
+    """The parameters with the confidence that the experiment needs, as one look of several."""
+    needed = looks.level(seen.place, given.compare.confidence)
+    return given.model_copy(update={"compare": given.compare.model_copy(update={"confidence": needed})})
+
+
+def _levels(given: params.Params, seen: looks.Looks) -> str:
+    """Which level the experiment has, and why."""
+    alpha = 100 * (1 - given.compare.confidence)
+    text = f"This is look {seen.place}: intervals of {100 - alpha:.6g} %, p up to {alpha / 100:.2g}."
+    if alpha / 100 < intervals.LEAST_P:
+        text += " So small a p cannot be shown: take a new test split."
+    return text
 
 
 def _planned(
@@ -124,9 +154,6 @@ def _settled(
                 break
     yield from _against(decision)
     yield f"version   {version.version} of {model}, {'new' if new else 'registered before'}"
-    tried = {known.tags.get(DIGEST) for known in [*versions, version] if known.tags.get(TEST) == one.test}
-    if len(tried) > 1:
-        yield f"tried     {len(tried)} experiments on this test set: the more, the likelier is a gain by chance"
     yield _result(decision, champion, f"moves to version {version.version}")
     if champion or decision.moves:
         uri = shlex.quote(f"models:/{model}@{ALIAS}")
@@ -203,8 +230,12 @@ def _decide(
     if _verdict(gained) == "better":
         return Decision(True, f"it is better than version {champion.version}", against)
     why = {
+        "few": f"its test examples have too few groups to compare it with version {champion.version}",
         "none": f"no difference from version {champion.version} is shown",
+        "equivalent": f"it is equivalent to version {champion.version}",
         "worse": f"it is worse than version {champion.version}",
+        "partly-better": f"not all metrics show it to be better than version {champion.version}",
+        "partly-worse": f"it is worse than version {champion.version} in one metric",
         "mixed": f"the metrics disagree about it and version {champion.version}",
     }
     return Decision(False, why[_verdict(gained)], against)
@@ -224,12 +255,11 @@ def _candidate_of(champion: Any, runs: list[Stored], tracking: params.Tracking) 
 
 
 def _verdict(results: Mapping[str, Result]) -> Verdict:
-    return compare.verdict([one.deciding for one in results.values()])
+    return verdict(list(results.values()))
 
 
 def _word(results: Mapping[str, Result]) -> str:
-    words = {"better": "better", "worse": "worse", "mixed": "the metrics disagree", "none": "no difference shown"}
-    return words[_verdict(results)]
+    return WORDS[_verdict(results)]
 
 
 def _figures(results: Mapping[str, Result]) -> str:

@@ -27,7 +27,7 @@ from pipeline.record.current import Finding, Outcome
 from pipeline.record.runs import DIGEST, NOTE, Record, Stored, in_line, of_digest
 from pipeline.report import files
 from pipeline.report.page import faults
-from pipeline.score import compare
+from pipeline.score import baselines, compare
 from pipeline.sources import source
 
 ABOVE = "# as for the errors above"
@@ -172,23 +172,28 @@ def _links(seeds: Sequence[int]) -> Iterator[Link]:
     quantized = partial(tree, paths.QUANTIZED)
     yield Link("fetch", paths.BASE_FACTS, BaseFacts, "sha256", "base", partial(tree, paths.BASE))
     yield Link("quantize", paths.QUANTIZED_FACTS, QuantizedFacts, "sha256", "quantized model", quantized)
-    yield from _links_of_variant(None, "infer@base", "evaluate@base", quantized, lambda: None)
+    yield from _links_of_variant(paths.variant(None), "infer@base", "evaluate@base", quantized, lambda: None)
+    for variant, model in ((paths.UNQUANTIZED, partial(tree, paths.BASE)), (paths.SHOTS, quantized)):
+        if baselines.why_off(variant) is None:
+            kind = variant.removeprefix("base-")
+            yield from _links_of_variant(variant, f"infer-{kind}", f"evaluate-{kind}", model, lambda: None)
     for seed in seeds:
         adapter = partial(tree, paths.adapter(seed))
         origin, forgetting, forget = paths.adapter(seed) / ORIGIN, paths.forgetting(seed), f"forget@{seed}"
         yield Link(f"train@{seed}", origin, AdapterOrigin, "model_sha256", "quantized model", quantized)
         yield Link(forget, forgetting, Forgetting, "model_sha256", "quantized model", quantized)
         yield Link(forget, forgetting, Forgetting, "adapter_sha256", "adapter", adapter)
-        yield from _links_of_variant(seed, f"infer-tuned@{seed}", f"evaluate-tuned@{seed}", quantized, adapter)
+        yield from _links_of_variant(
+            paths.variant(seed), f"infer-tuned@{seed}", f"evaluate-tuned@{seed}", quantized, adapter
+        )
     yield Link("track", paths.RECEIPT, Receipt, "digest", "experiment", partial(identity.digest_here, seeds))
 
 
 def _links_of_variant(
-    seed: int | None, infer: str, evaluate: str, quantized: Callable[[], str], adapter: Callable[[], str | None]
+    variant: str, infer: str, evaluate: str, model: Callable[[], str], adapter: Callable[[], str | None]
 ) -> Iterator[Link]:
-    variant = paths.variant(seed)
     decoding = paths.decoding(variant)
-    yield Link(infer, decoding, Decoding, "model_sha256", "quantized model", quantized)
+    yield Link(infer, decoding, Decoding, "model_sha256", "model", model)
     yield Link(infer, decoding, Decoding, "adapter_sha256", "adapter", adapter)
     conditions = partial(contracts.read, decoding, Decoding)
     yield Link(evaluate, paths.scores(variant), Scores, "decoding", "decoding", conditions)

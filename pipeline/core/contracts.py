@@ -141,6 +141,23 @@ class BaseFacts(Architecture):
     source: str
     sha256: str
 
+    # As `QuantizedFacts` has them, for what loads either.
+    @property
+    def method(self) -> str:
+        return "none"
+
+    @property
+    def double_quantization(self) -> bool:
+        return False
+
+    @property
+    def quantized_layers(self) -> int:
+        return 0
+
+    @property
+    def int8_threshold(self) -> None:
+        return None
+
 
 @dataclass(frozen=True, slots=True)
 class QuantizedFacts:
@@ -176,6 +193,10 @@ class QuantizedFacts:
         """How the text was read, in words."""
         read = windows_read(self.perplexity_window, self.perplexity_bos)
         return f"{self.perplexity_tokens:,} tokens of validation sources, {read}"
+
+
+Loadable = BaseFacts | QuantizedFacts
+"""The facts of a checkpoint that a stage loads."""
 
 
 # train
@@ -307,7 +328,15 @@ class Forgetting:
     measured: GeneralText | None = None
 
 
-# evaluate
+# infer and evaluate
+
+
+@dataclass(frozen=True, slots=True)
+class Skipped:
+    """Instead of a `Decoding` or `Scores`: the variant is not computed, because of the parameters that `off` names."""
+
+    variant: str
+    off: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -321,6 +350,28 @@ class ScoredRow:
 
 
 @dataclass(frozen=True, slots=True)
+class Absent:
+    """Of the `found` numbers, names or words in some texts, `absent` do not stand in the source of their text."""
+
+    found: int
+    absent: int
+
+    @property
+    def share(self) -> float | None:
+        """The share that is absent; None if nothing was found."""
+        return self.absent / self.found if self.found else None
+
+
+@dataclass(frozen=True, slots=True)
+class NotInSource:
+    """What texts say that their sources do not, counted without a model (`pipeline.score.faithfulness`)."""
+
+    numbers: Absent
+    names: Absent
+    rare_words: Absent
+
+
+@dataclass(frozen=True, slots=True)
 class Scores:
     """The scores of one variant.
 
@@ -330,7 +381,10 @@ class Scores:
     `stopped_by_cap`, `empty` and `copied` (equal to the source) are shares of the predictions, and so is `in_language`
     if `evaluate.language` names a language. `references_in_language` is the same share of the references, since
     detection often mistakes the language of short texts. `examples` has one entry a row of the test split, in its
-    order. `statistics` maps chrF and BLEU to the counts of each row, which give the score over any set of rows.
+    order, or of those rows that the variant answered (`decoding.rows`). `statistics` maps chrF and BLEU to the counts
+    of each row, which give the score over any set of rows. `notices` are what a reader of the scores must know of
+    references and settings, a sentence each, equal for all variants. `not_in_source` counts what the outputs say beyond
+    their sources, `references_not_in_source` the same of the first references, as a yardstick.
     """
 
     variant: str
@@ -350,6 +404,9 @@ class Scores:
     decoding: Decoding
     examples: list[ScoredRow]
     statistics: dict[str, list[list[float]]] = field(repr=False)
+    notices: list[str] = field(default_factory=list)
+    not_in_source: NotInSource | None = None
+    references_not_in_source: NotInSource | None = None
 
 
 # track, and what a stage cost
@@ -415,6 +472,13 @@ def read(path: Path, contract: type[T]) -> T:
     UserError if the file is missing, is not JSON, or holds no such record because another version wrote it.
     """
     return parse(records.read_json(path), contract, str(path))
+
+
+def read_or_skipped(path: Path, contract: type[T]) -> T | Skipped:
+    """The record in a JSON file of a variant that may be left out; otherwise as `read`."""
+    found = records.read_json(path)
+    skipped = isinstance(found, dict) and "off" in found
+    return parse(found, Skipped, str(path)) if skipped else parse(found, contract, str(path))
 
 
 def parse(found: Any, contract: type[T], name: str) -> T:

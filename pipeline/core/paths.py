@@ -133,6 +133,10 @@ def variant(seed: int | None) -> str:
     return "base" if seed is None else f"tuned-{seed}"
 
 
+UNQUANTIZED, SHOTS = "base-unquantized", "base-shots"
+"""The variants of the base that `baseline` asks for: without quantization, and with demonstrations in its prompt."""
+
+
 def predictions(variant: str) -> Path:
     """One `records.Prediction` a line, in the order of the test split."""
     return PREDICTIONS / f"{variant}.jsonl"

@@ -81,6 +81,26 @@ class Encoded:
 
 
 @dataclass(frozen=True, slots=True)
+class Demonstrations:
+    """The training rows that stand before the questions in the prompts of a variant (`baseline.shots`).
+
+    `ids` holds a list of row ids for each prompt, in order; one list if all prompts have the same. `tokens` counts what
+    they add to each prompt. `asked` is `baseline.shots`.
+    """
+
+    asked: int
+    choice: str
+    seed: int
+    ids: list[list[str]]
+    tokens: list[int]
+
+    @property
+    def most(self) -> int:
+        """The number of demonstrations in the prompt that has most of them."""
+        return max(map(len, self.ids))
+
+
+@dataclass(frozen=True, slots=True)
 class Decoding:
     """How a variant's predictions were made. Base and tuned must agree in everything but the adapter.
 
@@ -88,7 +108,8 @@ class Decoding:
     the files of the quantized base and of the adapter. `generation` holds transformers' whole GenerationConfig, the
     batching, and the backend with its versions. `threads` is 0 if the CPU does not compute. `recheck` counts the
     examples that were decoded again alone ("examples"), and those with the same text ("identical"). `thinking` is
-    `prompt.thinking`, and `encoded` what became of the test examples.
+    `prompt.thinking`, and `encoded` what became of the test examples. `rows` holds the places of the answered rows in
+    the test split, from 0, if they are not all of it. `demonstrations` are those of `base-shots`.
     """
 
     variant: str
@@ -102,6 +123,8 @@ class Decoding:
     recheck: dict[str, int]
     thinking: bool
     encoded: Encoded
+    rows: list[int] | None = None
+    demonstrations: Demonstrations | None = None
 
 
 def write_json(path: Path, content: Any) -> None:

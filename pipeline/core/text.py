@@ -2,11 +2,17 @@
 
 Sentences serve the lead of a source and ROUGE-Lsum, words serve lengths and cuts.
 
-A sentence ends at a line break. It also ends at [.!?…], with any closing quotes and brackets, if white space follows
-and the next character is neither a lower-case letter nor punctuation. It never ends after a common abbreviation, an
-initial ("J. Smith"), or a bare number that opens the sentence ("1. Introduction"). The same holds for text whose tokens
-are separated already ("a word . Next"). Nothing is trained or downloaded, so the split of a text never changes. A rule
-this small misses sentences that need a dictionary, and scripts without a space between sentences.
+A sentence ends at a line break. It also ends at [.!?…] and the marks that Unicode calls `Sentence_Terminal`, with any
+closing quotes and brackets, if white space follows and the next character is neither a lower-case letter nor
+punctuation. It never ends after a common abbreviation, an initial ("J. Smith"), or a bare number that opens the
+sentence ("1. Introduction"). The same holds for text whose tokens are separated already ("a word . Next").
+
+Marks that stand nowhere within a word, such as 。 । ؟ ።, need no white space behind them, and neither do ! and ? behind
+scripts without spaces, nor a full stop between two characters of Chinese or Japanese. Thai and Lao have no marks: their
+spaces part sentences, clauses and names alike, so only line breaks end a sentence there.
+
+Nothing is trained or downloaded, so the split of a text never changes. A rule this small misses sentences that need a
+dictionary.
 
 The same text can be written in several ways (Unicode Standard Annex 15): é as one character or as two, a word with soft
 hyphens or without. Whoever asks whether texts are the same compares their `canonical` forms; whoever asks whether they
@@ -26,13 +32,34 @@ LETTERS = r"\p{L}\p{M}\p{N}"
 words at the vowel signs of Hindi."""
 SOUND_MARKS = r"\uff9e\uff9f"
 """Half-width marks of Japanese, which become combining marks under NFKC, as members of a character class."""
+SENTENCES = 2
+"""The version of the rules for sentences, which scores by sentence depend on. A change of the rules raises it."""
 MAX_FOREIGN_SHARE = 0.5
-"""Above this share of letters outside a-z, ROUGE's own tokenizer sees too little of a text to score it."""
+"""Above this share of letters outside a-z, ROUGE's own tokenizer sees too little of a text to score it. BLEU's
+tokenizers have the same bound for scripts that they cannot cut into words."""
 
 # A run of full stops, then closing quotes and brackets, then white space. The quantifiers are possessive, which keeps
 # time linear; if no white space follows, `_ends` looks for an earlier end. Quotes that can also open a quotation count
 # as closing only if they touch the full stop.
-_STOPS = re.compile(r"""[.!?…](?:\s?[.!?…])*+["']*+(?:\s?(?:''|[”’»)\]]))*+\s*+""")
+_STOPS = re.compile(r"""([.!?](?:\s?[.!?])*+)["']*+(?:\s?(?:''|[)\]]))*+\s*+""")
+# The same in any script. The white space of `re` has four controls more than that of `regex`. The comma of Burmese is
+# no end although Unicode counts it, and the question mark of Greek is one although its normal form is a semicolon.
+# Brackets of titles close no sentence.
+_WHITE = r"[\s\x1c-\x1f]"
+_MARK = r"(?:[\p{Sentence_Terminal}…\u037e--\u104a]|(?<=\p{Greek}\p{M}?\p{Greek}\p{M}?);)[\ufe0e\ufe0f]?"
+_ANY_STOPS = (
+    rf"""(?V1)({_MARK}(?:{_WHITE}?{_MARK})*+)["'＂＇]*+"""
+    rf"""(?:{_WHITE}?(?:''|[\p{{Pe}}\p{{Pf}}--[}}》〉]]))*+{_WHITE}*+"""
+)
+_WITHIN_WORDS = r".…!?․．﹒։۔‼⁇⁈⁉‽⸮⸼⹓⹔;\u037e"
+"""Marks that also stand within words and numbers, or in scripts where a space follows every end."""
+_NEED_NO_SPACE = rf"(?V1)[\p{{Sentence_Terminal}}--[{_WITHIN_WORDS}]]"
+_BEHIND = rf"[{WITHOUT_SPACES}]\p{{M}}*$"
+_CALLED = r"[!?‼⁇⁈⁉‽]"
+_DOT_BEHIND, _DOT_BEFORE = r"[\p{Han}\p{Hiragana}\p{Katakana}]\p{M}*$", r"[\p{Han}\p{Hiragana}\p{Katakana}「『“‘（《]"
+_QUOTED = r"(?:と|って)(?!\p{M})"
+"""Japanese goes on behind a quotation with the particle of what is said or thought."""
+_GOES_ON = r"(?V1)[[\p{Terminal_Punctuation}\p{Pe}--\p{Sentence_Terminal}]--\p{ASCII}]"
 _ABBREVIATION = re.compile(
     r"""(?:^|[^\w.])
         (?:e\.\s?g|i\.\s?e|et\s?al|cf|vs|approx|resp|ca|viz|pp|figs?|eqs?|secs?|sects?|tabs?|refs?|chap|vol
@@ -41,6 +68,12 @@ _ABBREVIATION = re.compile(
     re.IGNORECASE | re.VERBOSE,
 )
 _INITIAL = re.compile(r"(?:^|[^\w'’-])(?:[^\W\d_]\.)+$")
+# Initials of scripts without case, titles of Hindi, and the full stop of Thai and its neighbours, which marks
+# abbreviations alone.
+_OTHER_ABBREVIATION = rf"""(?V1)(?:^|[^{LETTERS}_'’-])
+        (?:(?:[\p{{Lo}}--[\p{{Latin}}\p{{Han}}\p{{Hiragana}}\p{{Katakana}}\p{{Hangul}}\p{{Ethiopic}}]]\.)+
+          |(?:डॉ|प्रो|पं|श्री|श्रीमती|सुश्री)\s?\.)$
+        |[\p{{Thai}}\p{{Lao}}\p{{Khmer}}\p{{Myanmar}}]\p{{M}}*\s?\.$"""
 # Qwen, SmolLM, DeepSeek and others write tags, Mistral [THINK], Kimi triangles, gpt-oss and Gemma channels.
 _THOUGHT = re.compile(
     r"""(?i:<\|?/?(?:seed:)?(?:begin_of_|end_of_|start_|end_)?(?:think(?:ing)?|thoughts?|reasoning|reflection)\|?>)
@@ -70,10 +103,10 @@ def runs(text: str) -> list[str]:
 
 
 @cache
-def _compiled(pattern: str) -> Any:
+def _compiled(pattern: str, verbose: bool = False) -> Any:
     import regex  # plain English does not need it, and should not pay for the import
 
-    return regex.compile(pattern)
+    return regex.compile(pattern, regex.VERBOSE if verbose else 0)
 
 
 def canonical(text: str) -> str:
@@ -96,6 +129,13 @@ def compatible(text: str) -> str:
 def alike(text: str) -> str:
     """`compatible`, without case."""
     return text.casefold() if text.isascii() else compatible(compatible(text).casefold())
+
+
+def in_form(text: str, form: Literal["NFC", "NFKC", "none"]) -> str:
+    """A text in a normal form; `none` leaves it as it is."""
+    if form == "none" or text.isascii() or (form == "NFC" and is_nfc(text)):
+        return text
+    return _normal(form, text)
 
 
 def is_visible(text: str) -> bool:
@@ -145,6 +185,19 @@ def foreign_share(texts: Iterable[str]) -> float:
     return sum(not "a" <= letter <= "z" for letter in letters) / max(1, len(letters))
 
 
+def unspaced_share(texts: Iterable[str], known: str = "") -> float:
+    """The share of the texts' letters in scripts without spaces between words; 0 if there are no letters.
+
+    `known` names scripts that do not count, as members of a character class of `regex`.
+    """
+    counted = _compiled(rf"(?V1)[{WITHOUT_SPACES}--[{known}]]" if known else rf"[{WITHOUT_SPACES}]")
+    letters = found = 0
+    for text in texts:
+        letters += sum(map(str.isalpha, text))
+        found += 0 if text.isascii() else sum(one.isalpha() for one in counted.findall(text))
+    return found / max(1, letters)
+
+
 def sentences(text: str) -> list[str]:
     """The sentences of `text` in order, stripped, none empty. Only white space between them is lost."""
     return list(_each(text))
@@ -160,8 +213,7 @@ def _each(text: str) -> Iterator[str]:
         start = seen = 0  # the part of the sentence before `seen` has been searched for letters
         letters = False
         for stop, end in _ends(line):
-            following = line[end : end + 1]
-            if not following or following.islower() or following in ",;:)]}":
+            if _goes_on(line[end : end + 1]):
                 continue
             letters = letters or any(map(str.isalpha, line[seen:stop]))
             seen = stop
@@ -176,21 +228,48 @@ def _each(text: str) -> Iterator[str]:
 def _ends(line: str) -> Iterator[tuple[int, int]]:
     """Where sentences may end: the places before and after the white space behind the closing marks.
 
-    If no white space follows a run of marks, the last white space inside it counts: "a . .b" may end after the first
-    full stop.
+    If no white space follows a run of marks that needs some, the last white space inside it counts: "a . .b" may end
+    after the first full stop.
     """
+    stops = _STOPS if line.isascii() else _compiled(_ANY_STOPS)
     position = 0
-    while found := _STOPS.search(line, position):
+    while found := stops.search(line, position):
         text = found[0]
-        end = found.end() if text[-1].isspace() else found.end() - len(text.split()[-1])
+        spaced = text[-1].isspace() or (not line.isascii() and _needs_no_space(line, found))
+        end = found.end() if spaced else found.end() - len(text.split()[-1])
         position = found.end()
         if end > found.start():
             yield found.start() + len(line[found.start() : end].rstrip()), end
             position = end
 
 
+def _needs_no_space(line: str, found: Any) -> bool:
+    """Whether a run of marks and what closes behind it can end a sentence although no white space follows."""
+    marks, end = found[1], found.end()
+    if found.end(1) < end and _compiled(_QUOTED).match(line, end):
+        return False
+    if _compiled(_NEED_NO_SPACE).search(marks):
+        return True
+    before = line[max(0, found.start() - _LONGEST_ABBREVIATION) : found.start()]
+    if _compiled(_CALLED).search(marks):
+        return _compiled(_BEHIND).search(before) is not None
+    stop = (
+        marks in (".", "．", "﹒") and _compiled(_DOT_BEHIND).search(before) and _compiled(_DOT_BEFORE).match(line, end)
+    )
+    return bool(stop)
+
+
+def _goes_on(following: str) -> bool:
+    """Whether a sentence cannot end before this character, the first behind the marks, or the end of the line."""
+    if not following or following.islower() or following in ",;:)]}":
+        return True
+    return not following.isascii() and _compiled(_GOES_ON).match(following) is not None
+
+
 def _is_open(tail: str) -> bool:
     """Whether the sentence goes on after the full stop at the end of `tail`, its last characters."""
     tail = canonical(tail)
     initial = _INITIAL.search(tail) and tail[-2].isupper()
-    return bool(initial or _ABBREVIATION.search(tail))
+    if initial or _ABBREVIATION.search(tail):
+        return True
+    return not tail.isascii() and bool(_compiled(_OTHER_ABBREVIATION, verbose=True).search(tail))

@@ -27,9 +27,10 @@ from pipeline.infer import backend, backend_llamacpp, choice, infer
 from pipeline.lora import adapter
 from pipeline.model import checkpoint, loss, pack
 from pipeline.model.prompt import Encoder, Row
-from pipeline.score import compare, metrics
-from pipeline.score.compare import Table
+from pipeline.score import metrics
+from pipeline.score.contrast import contrast
 from pipeline.score.significance import Interval
+from pipeline.score.tables import Table
 
 
 @dataclass(frozen=True)
@@ -133,7 +134,7 @@ def measure(given: params.Params, types: Sequence[str], rows: int | None, merged
         "merged": merged,
         "max_rise": max_rise,
         "confidence": given.compare.confidence,
-        "signature": metrics.signature(given.evaluate),
+        "signature": metrics.signature(given.evaluate, [row.references for row in chosen.test]),
         "transformers": _summed(sides[None], chosen, given),
         "llama.cpp": of_types,
         "conditions": conditions,
@@ -327,7 +328,7 @@ def _figures(side: Side, tokens: int) -> dict[str, Any]:
 
 def _contrast(one: Side, other: Side, groups: Any, given: params.Params) -> dict[str, Any]:
     """`other` minus `one`: each metric's difference with its paired interval."""
-    results = compare.contrast([one.table], [other.table], groups, given.compare)
+    results = contrast([one.table], [other.table], groups, given.compare)
     return {name: asdict(result.diff) for name, result in results.items()}
 
 

@@ -16,8 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from pipeline.core import params
-from pipeline.core.contracts import QuantizedFacts
+from pipeline.core import params, paths
+from pipeline.core.contracts import Loadable
 
 Families = Sequence[Sequence[tuple[str, list[int]]]]
 """Names with prompts (token ids). The prompts of a family may begin alike."""
@@ -45,17 +45,19 @@ class Adapter(Protocol):
 
 @dataclass(frozen=True)
 class Setup:
-    """What a backend loads: the quantized base of `facts`, with `adapter` if there is one.
+    """What a backend loads: the base in `folder`, with its `facts`, and `adapter` if there is one.
 
-    `config` is transformers' whole GenerationConfig. `tokens` is the longest prompt's length with its answer.
+    `config` is transformers' whole GenerationConfig. `tokens` is the longest prompt's length with its answer. The base
+    is the quantized one unless `folder` says otherwise.
     """
 
-    facts: QuantizedFacts
+    facts: Loadable
     config: Any
     generation: params.Generation
     runtime: params.Runtime
     adapter: Adapter | None
     tokens: int
+    folder: Path = paths.QUANTIZED
 
     @property
     def slots(self) -> int:

@@ -67,21 +67,21 @@ def load(setup: Setup, merged: bool = False) -> Engine:
     is not as its stage wrote it, or if the adapter belongs to another base or has no effect.
     """
     devices.quieten()
-    gguf.refuse(paths.QUANTIZED)
+    gguf.refuse(setup.folder)
     device = _device(setup.runtime)
     if setup.adapter is not None:
         setup.adapter.require_of(setup.facts.sha256)
-    checkpoint.require_intact(paths.QUANTIZED, setup.facts.sha256)
+    checkpoint.require_intact(setup.folder, setup.facts.sha256)
     kind = setup.generation.gguf_type
     threads = setup.runtime.threads or os.cpu_count() or 1
-    with _files(setup.adapter, merged, kind) as (base, adapter):
+    with _files(setup.folder, setup.adapter, merged, kind) as (base, adapter):
         server = serve(base, adapter, kind, setup.slots, setup.tokens, threads, device)
     say(f"device: {device} of llama.cpp, {threads} threads, {setup.slots} slots, {kind}")
     engine = Engine(
         server=server,
         stops=frozenset(setup.config.eos_token_id),
         new_tokens=setup.generation.max_new_tokens,
-        tokenizer=checkpoint.tokenizer(),
+        tokenizer=checkpoint.tokenizer(setup.folder),
         device=device,
         threads=threads if device == "cpu" else 0,
         conditions={"gguf_type": kind, "xllamacpp": version("xllamacpp")},
@@ -92,7 +92,7 @@ def load(setup: Setup, merged: bool = False) -> Engine:
 
 
 @contextmanager
-def _files(adapter: Adapter | None, merged: bool, kind: str) -> Iterator[tuple[Path, Path | None]]:
+def _files(folder: Path, adapter: Adapter | None, merged: bool, kind: str) -> Iterator[tuple[Path, Path | None]]:
     """Yield GGUF files of the base and of the adapter, unless that is merged. They are removed after the block.
 
     llama.cpp has read them into memory by then. The next stage removes those of a killed run
@@ -102,14 +102,14 @@ def _files(adapter: Adapter | None, merged: bool, kind: str) -> Iterator[tuple[P
     base_file, adapter_file = (paths.SCRATCH / f".{name}.gguf.{os.getpid()}.part" for name in ("base", "adapter"))
     try:
         if adapter is None:
-            gguf.write_base(paths.QUANTIZED, base_file, kind)
+            gguf.write_base(folder, base_file, kind)
             yield base_file, None
         elif merged:
-            gguf.write_merged(paths.QUANTIZED, adapter.folder, base_file, kind)
+            gguf.write_merged(folder, adapter.folder, base_file, kind)
             yield base_file, None
         else:
-            gguf.write_base(paths.QUANTIZED, base_file, kind)
-            gguf.write_adapter(adapter.folder, paths.QUANTIZED, adapter_file, "F32")
+            gguf.write_base(folder, base_file, kind)
+            gguf.write_adapter(adapter.folder, folder, adapter_file, "F32")
             yield base_file, adapter_file
     finally:
         base_file.unlink(missing_ok=True)

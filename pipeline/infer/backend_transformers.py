@@ -8,7 +8,7 @@ from typing import Any
 from pipeline.core import params
 from pipeline.infer.backend import Families, Setup, until_stop
 from pipeline.model import devices, memory, processes, shard
-from pipeline.model.load import quantized
+from pipeline.model.load import base as load_base
 
 
 @dataclass(frozen=True)
@@ -34,11 +34,11 @@ def load(setup: Setup) -> Engine:
     """Load the base, and the adapter with the proof that it acts; as `pipeline.infer.backend.Backend`."""
     device = devices.choose(setup.runtime)
     devices.require(device, setup.facts.dtype)
-    base = memory.held(memory.Base.quantized(setup.facts), setup.runtime, device)
+    base = memory.held(memory.Base.stored(setup.folder, setup.facts), setup.runtime, device)
     added = 0 if setup.adapter is None else setup.adapter.parameters
     memory.require_inference(device, base, setup.generation, setup.tokens - setup.generation.max_new_tokens, added)
     processes.gather(None)  # wait until all processes have measured the free memory
-    model = quantized(device, setup.runtime.keep_dequantized, setup.runtime.sharding)
+    model = load_base(setup.folder, setup.facts, device, setup.runtime.keep_dequantized, setup.runtime.sharding)
     if setup.adapter is not None:
         model = setup.adapter.load(model, setup.facts.sha256)
     rounding = {"tensor_parallel": processes.count()} if setup.runtime.sharding == "tensor" else {}

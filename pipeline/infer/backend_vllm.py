@@ -17,7 +17,7 @@ from typing import Any
 
 from pipeline import gguf
 from pipeline.core import params, paths, records
-from pipeline.core.contracts import QuantizedFacts
+from pipeline.core.contracts import Loadable
 from pipeline.core.errors import UserError
 from pipeline.infer import vllm_worker
 from pipeline.infer.backend import PROBE, Families, Setup, until_stop
@@ -54,9 +54,9 @@ def load(setup: Setup) -> Engine:
     if setup.adapter is not None:
         setup.adapter.require_of(setup.facts.sha256)
     rank = 0 if setup.adapter is None else _rank(setup.adapter.folder)
-    checkpoint.require_intact(paths.QUANTIZED, setup.facts.sha256)
+    checkpoint.require_intact(setup.folder, setup.facts.sha256)
     wanted = {
-        "model": str(_plain(setup.facts).resolve()),
+        "model": str(_plain(setup.folder, setup.facts).resolve()),
         "dtype": setup.facts.dtype,
         "adapter": None if setup.adapter is None else str(setup.adapter.folder.resolve()),
         "rank": rank,
@@ -64,7 +64,7 @@ def load(setup: Setup) -> Engine:
         "rows": setup.slots,
         "new_tokens": setup.generation.max_new_tokens,
         "stops": sorted(setup.config.eos_token_id),
-        "probe": [one % records.read_json(paths.QUANTIZED / "config.json")["vocab_size"] for one in PROBE],
+        "probe": [one % records.read_json(setup.folder / "config.json")["vocab_size"] for one in PROBE],
     }
     worker = subprocess.Popen(
         [python, vllm_worker.__file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, encoding="utf-8"
@@ -125,19 +125,19 @@ def _end(worker: "subprocess.Popen[str]") -> None:
     worker.wait()
 
 
-def _plain(facts: QuantizedFacts) -> Path:
-    """A folder with the base, its 4-bit weights unpacked to the model's dtype. It stays in `.scratch/` for later
-    runs."""
+def _plain(base: Path, facts: Loadable) -> Path:
+    """A folder with the model in `base`, its 4-bit weights unpacked to the model's dtype. It stays in `.scratch/` for
+    later runs."""
     if facts.method == "none":
-        return paths.QUANTIZED
+        return base
     folder = paths.SCRATCH / f"vllm-{facts.sha256[:32]}"
     if not (folder / "config.json").is_file():
         from safetensors.torch import save_file
 
         folder.mkdir(parents=True, exist_ok=True)
-        tensors = {name: tensor.contiguous() for name, tensor in gguf.weights(paths.QUANTIZED).items()}
+        tensors = {name: tensor.contiguous() for name, tensor in gguf.weights(base).items()}
         save_file(tensors, folder / "model.safetensors", {"format": "pt"})
-        config = records.read_json(paths.QUANTIZED / "config.json")
+        config = records.read_json(base / "config.json")
         del config["quantization_config"]
         records.write_json(folder / "config.json", config)  # last, as a sign that the folder is complete
     return folder

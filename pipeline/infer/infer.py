@@ -1,4 +1,5 @@
-"""Inference: the answers of base and tuned to the test split, under one explicit decoding configuration.
+"""Inference: the answers of base and tuned to the test split, under one explicit decoding configuration; and what the
+base answers without quantization, or with demonstrations in its prompt.
 
 One of the backends computes them (`pipeline.infer.backend`), in rounds. The prompts alone decide which examples share a
 round. A killed run continues after its last whole round, so it writes the same as an uninterrupted one. Several
@@ -13,19 +14,39 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from pipeline.core import contracts, params, paths, records
-from pipeline.core.contracts import QuantizedFacts
+from pipeline.core import baseline, contracts, params, paths, records
+from pipeline.core.contracts import BaseFacts, Loadable, QuantizedFacts, Skipped
 from pipeline.core.progress import bar, say
-from pipeline.core.records import Decoding, Example, Prediction
+from pipeline.core.records import Decoding, Demonstrations, Encoded, Example, Prediction
 from pipeline.core.text import holds_thought
 from pipeline.infer import choice
 from pipeline.infer.backend import Adapter, Backend, Setup
-from pipeline.model import checkpoint, processes, resume
+from pipeline.model import checkpoint, demonstrations, processes, resume
 from pipeline.model.prompt import Encoder, notices
 
 ROUND = 4
 """Examples of a round, in multiples of `generation.batch_size`. In a small round a kill loses little; in a large one
 the batch is full most of the time."""
+
+
+@dataclass(frozen=True)
+class Task:
+    """What a variant decodes: prompts by the ids of their examples, with the checkpoint in `folder`.
+
+    `rows` and `demonstrations` are as in `Decoding`.
+    """
+
+    variant: str
+    folder: Path
+    facts: Loadable
+    encoder: Encoder
+    examples: list[Example]
+    prompts: dict[str, list[int]]
+    encoded: Encoded
+    rows: list[int] | None = None
+    demonstrations: Demonstrations | None = None
+    share: int = 1
+    """One test row in so many is answered, and of `generation.recheck` one in so many decoded again."""
 
 
 def decode(
@@ -40,20 +61,93 @@ def decode(
     UserError if prompts do not fit, if the backend cannot honour a setting, or if the adapter belongs to another base
     or does not act.
     """
-    # 1. Encode the prompts and load the model.
     facts = contracts.read(paths.QUANTIZED_FACTS, QuantizedFacts)
-    tokenizer = checkpoint.tokenizer()
-    encoder = Encoder(tokenizer, prompt, facts.context)
     examples = records.read_rows(paths.split("test"), Example)
+    _decode(_plain(variant, paths.QUANTIZED, facts, examples, prompt, generation), prompt, generation, runtime, adapter)
+
+
+def decode_unquantized(
+    off: str | None, most: int | None, prompt: params.Prompt, generation: params.Generation, runtime: params.Runtime
+) -> None:
+    """Write what the base without quantization answers to the rows that `baseline.rows` (`most`) leaves.
+
+    With `off`, which says why there is no such variant, that is written instead. UserError as of `decode`.
+    """
+    if off is not None:
+        return _skip(paths.UNQUANTIZED, off)
+    facts = contracts.read(paths.BASE_FACTS, BaseFacts)
+    test = records.read_rows(paths.split("test"), Example)
+    rows = baseline.rows(test, most)
+    task = _plain(paths.UNQUANTIZED, paths.BASE, facts, [test[row] for row in rows], prompt, generation)
+    return _decode(replace(task, rows=rows, share=len(test) // len(rows)), prompt, generation, runtime)
+
+
+def decode_shots(
+    asked: params.Baseline, prompt: params.Prompt, generation: params.Generation, runtime: params.Runtime
+) -> None:
+    """Write what the base answers to the same rows with demonstrations in its prompts.
+
+    With `baseline.shots` 0 that is written instead. UserError as of `decode`, and if no demonstrations fit.
+    """
+    if (off := baseline.shots_off(asked.shots)) is not None:
+        return _skip(paths.SHOTS, off)
+    facts = contracts.read(paths.QUANTIZED_FACTS, QuantizedFacts)
+    test = records.read_rows(paths.split("test"), Example)
+    rows = baseline.rows(test, asked.rows)
+    examples = [test[row] for row in rows]
+    task = _plain(paths.SHOTS, paths.QUANTIZED, facts, examples, prompt, generation)
+    pool = demonstrations.Pool(records.read_rows(paths.split("train"), Example), test)
+    made = [task.encoder.made(example) for example in examples]
+    prompts, shown = demonstrations.prompts(task.encoder, examples, made, pool, asked, generation.max_new_tokens)
+    task = replace(task, prompts=prompts, rows=rows, demonstrations=shown, share=len(test) // len(rows))
+    if processes.rank() == 0:
+        say(
+            f"infer {task.variant}: {shown.most} demonstrations, which add up to {max(shown.tokens):,} tokens to a "
+            "prompt"
+        )
+    return _decode(task, prompt, generation, runtime)
+
+
+def _skip(variant: str, off: str) -> None:
+    """Write that a variant is not computed."""
+    if processes.rank() == 0:
+        say(f"infer {variant}: left out, {off}")
+        records.write_rows(paths.predictions(variant), [])
+        contracts.write(paths.decoding(variant), Skipped(variant, off))
+
+
+def _plain(
+    variant: str,
+    folder: Path,
+    facts: Loadable,
+    examples: list[Example],
+    prompt: params.Prompt,
+    generation: params.Generation,
+) -> Task:
+    """The task of answering `examples` without demonstrations. UserError if a prompt does not fit."""
+    encoder = Encoder(checkpoint.tokenizer(folder), prompt, facts.context)
     prompts, encoded = encoder.prompts(examples)
     encoder.require_fit(prompts, "test", generation.max_new_tokens)
     if processes.rank() == 0:
         for notice in notices("test", encoded):
             say(f"infer {variant}: {notice}")
-    config = configuration(generation, sorted({encoder.end, *facts.stop_ids}), tokenizer)
+    return Task(variant, folder, facts, encoder, examples, prompts, encoded)
+
+
+def _decode(
+    task: Task,
+    prompt: params.Prompt,
+    generation: params.Generation,
+    runtime: params.Runtime,
+    adapter: Adapter | None = None,
+) -> None:
+    """Decode a task, and write its predictions and how they were made. UserError as of `decode`."""
+    # 1. Load the model.
+    variant, facts, prompts, tokenizer = task.variant, task.facts, task.prompts, task.encoder.tokenizer
+    config = configuration(generation, sorted({task.encoder.end, *facts.stop_ids}), tokenizer)
     tokens = max(map(len, prompts.values())) + generation.max_new_tokens
     backend = choice.chosen(generation.backend)
-    engine = backend.load(Setup(facts, config, generation, runtime, adapter, tokens))
+    engine = backend.load(Setup(facts, config, generation, runtime, adapter, tokens, task.folder))
     loaded = Loaded(backend, engine, tokenizer, frozenset(config.eos_token_id), prompts)
 
     # 2. Plan the rounds of this process.
@@ -74,17 +168,19 @@ def decode(
         dtype=facts.dtype,
         recheck={},
         thinking=prompt.thinking,
-        encoded=encoded,
+        encoded=task.encoded,
+        rows=task.rows,
+        demonstrations=task.demonstrations,
     )
     identity = [asdict(decoding), runtime.model_dump(mode="json")]
     processes.require_same(resume.key("infer", identity), "experiment")
-    own = _own_rounds(f"infer {variant}", rounds(examples, prompts, generation.batch_size), prompts)
+    own = _own_rounds(f"infer {variant}", rounds(task.examples, prompts, generation.batch_size), prompts)
 
     with resume.folder(f"infer-{variant}", identity) as scratch:
         # 3. Decode them, and some examples again alone.
         written = Written(scratch / f"predictions-{processes.rank()}.jsonl")
         _decode_rounds(f"infer {variant}", own, loaded, written)
-        again = _recheck(loaded, generation.recheck)
+        again = _recheck(loaded, generation.recheck // task.share)
         # 4. Gather what all processes have, and write it.
         held: dict[str, Any] = {"rows": [asdict(row) for row in written.rows.values()], "again": again}
         everything = processes.gather(held)[: processes.shares()]
@@ -93,7 +189,7 @@ def decode(
         predicted = {row["id"]: Prediction(**row) for one in everything for row in one["rows"]}
         same = [predicted[name].text == said for one in everything for name, said in one["again"].items()]
         decoding = replace(decoding, recheck={"examples": len(same), "identical": sum(same)})
-        records.write_rows(paths.predictions(variant), [predicted[example.id] for example in examples])
+        records.write_rows(paths.predictions(variant), [predicted[example.id] for example in task.examples])
         contracts.write(paths.decoding(variant), decoding)
 
 

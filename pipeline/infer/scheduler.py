@@ -1,9 +1,9 @@
 """Greedy decoding of many prompts at once. Nothing is computed twice, and finished sequences make room for new ones.
 
 Each active sequence has a slot of one key-value cache. The common beginning of a family's prompts is computed once and
-copied. A finished sequence leaves its slot at once, and the next ones in the queue take over. Each token sees the
-columns of its own slot, with the same order and positions as if it were alone. So the batch changes only rounding, and
-that only on some devices.
+copied, and so is a long beginning that all families share, such as demonstrations. A finished sequence leaves its slot
+at once, and the next ones in the queue take over. Each token sees the columns of its own slot, with the same order and
+positions as if it were alone. So the batch changes only rounding, and that only on some devices.
 
 Dimensions: R rows (slots in use), Q new tokens of a row, C columns of the cache, H key-value heads, D their size, V
 vocabulary.
@@ -27,6 +27,10 @@ PREFILL_TOKENS = 1024
 
 REFILL = 4
 """New sequences start when 1/REFILL of the slots is free: computing few prompts at once would be slow."""
+
+COMMON = 256
+"""A beginning of at least so many tokens that all families share is computed once for all of them. The system message
+of a chat template, which is shorter, is computed with each family."""
 
 COLUMNS = 16
 """Attention covers a multiple of this many columns, so that sums run over whole vectors in any batch."""
@@ -88,6 +92,14 @@ class Slots(Cache):  # type: ignore[misc]
         for held in self.held.values():
             held[target, :, :length] = held[source, :, :length]
 
+    def paste(self, source: "Slots", target: int, length: int) -> None:
+        """Copy the first `length` columns of the first slot of `source` to the slot `target`."""
+        for name, given in source.held.items():
+            if name not in self.held:
+                _, heads, _, size = given.shape
+                self.held[name] = given.new_zeros(self.rows, heads, self.columns, size)
+            self.held[name][target, :, :length] = given[0, :, :length]
+
     def move(self, rows: int, larger: "Slots") -> "Slots":
         """Move the first `rows` slots to `larger`, which may have more rows and fewer columns, and return it."""
         columns = min(self.columns, larger.columns)
@@ -108,9 +120,12 @@ class _Scheduler:
         # The longest first: that needs little padding, and memory runs out at once or never.
         self.queue = deque(sorted(families, key=lambda family: -max(len(request.prompt) for request in family)))
         self.active: list[Request] = []  # the request in slot 0, 1, ...
-        self.slots = Slots(0, 0)
+        self.slots = self.beginning = Slots(0, 0)
+        self.common = _common(families)
 
     def run(self) -> Iterator[Request]:
+        with torch.inference_mode():
+            self._begin()
         while self.queue or self.active:
             # Not around the whole loop: inference mode must not cover the caller's code between two requests.
             with torch.inference_mode():
@@ -120,6 +135,13 @@ class _Scheduler:
                         self._admit()
                 finished = self._step()
             yield from finished
+
+    def _begin(self) -> None:
+        """Compute what all prompts begin with."""
+        if self.common:
+            self.slots = self.beginning = Slots(1, _whole(self.common + 1))
+            self._fill(0, [self.queue[0][0].prompt[: self.common]], [0])
+            self.slots = Slots(0, 0)
 
     def _make_room(self) -> None:
         """When only shorter sequences remain, make more slots out of the same memory."""
@@ -148,8 +170,10 @@ class _Scheduler:
         # 2. Compute their shared prefixes: that of the n-th family in slot first + n.
         first = len(self.active)
         shared = [_shared(family) for family in families]
-        prefixes = [family[0].prompt[:length] for family, length in zip(families, shared, strict=True)]
-        self._fill(first, prefixes, [0] * len(families))
+        for slot in range(first, first + len(families)):
+            self.slots.paste(self.beginning, slot, self.common)
+        prefixes = [family[0].prompt[self.common : length] for family, length in zip(families, shared, strict=True)]
+        self._fill(first, prefixes, [self.common] * len(families))
         # 3. Copy each prefix to its family's slots, in reverse order, so that none is overwritten before it is copied.
         end = first + sum(map(len, families))
         for number in reversed(range(len(families))):
@@ -240,6 +264,13 @@ def _shared(family: Family) -> int:
         (at for at in range(length) if any(request.prompt[at] != first[at] for request in family)),
         length,
     )
+
+
+def _common(families: Sequence[Family]) -> int:
+    """The length of the longest beginning that the prompts of all families share; 0 if it is shorter than `COMMON`."""
+    everything = [request for family in families for request in family]
+    length = _shared(everything) if len(families) > 1 else 0
+    return length if length >= COMMON else 0
 
 
 def _processors(config: Any) -> Any:

@@ -1,9 +1,10 @@
-"""The base as every stage that computes loads it: quantized, frozen, unpacked or shared as `runtime` says."""
+"""The base as every stage that computes loads it: quantized or not, frozen, unpacked or shared as `runtime` says."""
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline.core import contracts, paths
-from pipeline.core.contracts import QuantizedFacts
+from pipeline.core.contracts import Loadable, QuantizedFacts
 from pipeline.model import checkpoint, packed
 
 if TYPE_CHECKING:
@@ -11,7 +12,13 @@ if TYPE_CHECKING:
 
 
 def quantized(device: "torch.device", keep_dequantized: bool, sharding: str = "none") -> Any:
-    """Load the base as `quantize` left it: frozen, in evaluation mode, on `device`; with `sharding` a part of it.
+    """Load the base as `quantize` left it; otherwise as `base`."""
+    facts = contracts.read(paths.QUANTIZED_FACTS, QuantizedFacts)
+    return base(paths.QUANTIZED, facts, device, keep_dequantized, sharding)
+
+
+def base(folder: Path, facts: Loadable, device: "torch.device", keep_dequantized: bool, sharding: str = "none") -> Any:
+    """Load the checkpoint in `folder`: frozen, in evaluation mode, on `device`; with `sharding` a part of it.
 
     With `keep_dequantized`, 4-bit layers are unpacked once into plain ones; without it, in every forward pass. Both
     give the same numbers. 8-bit layers stay as they are. The base's own dropout is switched off, since it is frozen.
@@ -21,8 +28,7 @@ def quantized(device: "torch.device", keep_dequantized: bool, sharding: str = "n
 
     from pipeline.model import fused, shard
 
-    facts = contracts.read(paths.QUANTIZED_FACTS, QuantizedFacts)
-    checkpoint.require_intact(paths.QUANTIZED, facts.sha256)
+    checkpoint.require_intact(folder, facts.sha256)
 
     def prepared(model: Any) -> Any:
         packed.require_effective(model, facts)
@@ -38,12 +44,12 @@ def quantized(device: "torch.device", keep_dequantized: bool, sharding: str = "n
     if sharding == "fsdp":
         mesh = shard.mesh(device)
         with shard.in_turn():
-            model = prepared(checkpoint.pretrained(paths.QUANTIZED, torch.device("cpu")))
+            model = prepared(checkpoint.pretrained(folder, torch.device("cpu")))
             shard.apply(model, device, mesh)
         shard.rehearse(model)
     elif sharding == "tensor":
-        model = prepared(shard.split(paths.QUANTIZED, device))
+        model = prepared(shard.split(folder, device))
     else:
-        model = prepared(checkpoint.pretrained(paths.QUANTIZED, device))
+        model = prepared(checkpoint.pretrained(folder, device))
     fused.apply(model)
     return model

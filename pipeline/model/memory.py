@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from pipeline.core import params, paths
-from pipeline.core.contracts import QuantizedFacts
+from pipeline.core.contracts import Loadable, QuantizedFacts
 from pipeline.core.errors import UserError
 from pipeline.model import pack, processes
 from pipeline.model.shape import Shape
@@ -88,9 +88,14 @@ class Base:
         return cls(Shape.read(folder), dtype, method, double_quantization, False)
 
     @classmethod
+    def stored(cls, folder: Path, facts: Loadable) -> "Base":
+        """The checkpoint in `folder`, with its facts, packed and on one device."""
+        return cls.of(folder, facts.dtype, facts.method, facts.double_quantization)
+
+    @classmethod
     def quantized(cls, facts: QuantizedFacts) -> "Base":
         """The quantized base of the working directory, packed and on one device."""
-        return cls.of(paths.QUANTIZED, facts.dtype, facts.method, facts.double_quantization)
+        return cls.stored(paths.QUANTIZED, facts)
 
     @property
     def packed_bytes(self) -> float:

@@ -2,11 +2,11 @@
 
 from typing import Any
 
-from pipeline.core.contracts import QuantizedFacts
+from pipeline.core.contracts import Loadable
 from pipeline.core.errors import UserError
 
 
-def require_effective(model: Any, facts: QuantizedFacts) -> None:
+def require_effective(model: Any, facts: Loadable) -> None:
     """UserError unless the loaded model is quantized as its facts say."""
     methods = [
         *(str(layer.weight.quant_type) for _, layer in linear4bit(model)),

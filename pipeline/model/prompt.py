@@ -40,11 +40,13 @@ class Row:
 @dataclass(frozen=True, slots=True)
 class Prompt:
     """The token ids of a prompt, how many tokens it lost to `prompt.max_tokens`, and whether texts of its example hold
-    names of control tokens."""
+    names of control tokens. `history` and `source` are what it holds of its example's."""
 
     ids: list[int]
     lost: int
     controls: bool
+    history: Sequence[Message]
+    source: str
 
 
 class Encoder:
@@ -70,18 +72,62 @@ class Encoder:
         messages.
         """
         require_row(self.params, example)
-        texts = (example.source, example.target, *(message["content"] for message in example.history))
-        controls = any(map(self.controls.found_in, texts))
-        ids = whole = self._encode(example, example.history, example.source, controls)
+        controls = self._holds_controls(example)
+        history: Sequence[Message] = example.history
+        source = example.source
+        ids = whole = self._encode(example, history, source, controls)
         if not self.fits(whole) and self.params.truncate_source:
-            ids = self._shortened(example, whole, controls)
+            ids, history, source = self._shortened(example, whole, controls)
         bos = self.tokenizer.bos_token_id
         if bos is not None and ids[:2] == [bos, bos]:
             raise UserError(
                 f"the prompt of {example.id} starts with two BOS tokens ({self.tokenizer.bos_token}): "
                 f"remove the one in prompt.template or in the chat template"
             )
-        return Prompt(ids, len(whole) - len(ids) if self.fits(ids) else 0, controls)
+        return Prompt(ids, len(whole) - len(ids) if self.fits(ids) else 0, controls, history, source)
+
+    def after(self, shown: Sequence[Example], example: Example, prompt: Prompt) -> list[int]:
+        """The token ids of `prompt`, which is that of `example`, after demonstrations: `shown`, each with its answer.
+
+        In style chat these are turns of the conversation before the example's own, after its system messages. In style
+        plain they are rows as training has them, whose EOS shows where an answer ends. What was cut from the prompt
+        stays cut; `prompt.max_tokens` limits the prompt alone. UserError as `made`.
+        """
+        if not shown:
+            return prompt.ids
+        for one in shown:
+            require_row(self.params, one)
+        if self.params.style == "plain":
+            start = 1 if starts_with_bos(self.tokenizer) else 0
+            rows = [self._row(one, self._whole(one)) for one in shown]
+            before = [token for row in rows for token in [*row.prompt[start:], *row.completion]]
+            return [*prompt.ids[:start], *before, *prompt.ids[start:]]
+        controls = prompt.controls or any(map(self._holds_controls, shown))
+        turns = [message for one in shown for message in self._turns(one, controls)]
+        return self._encode(example, prompt.history, prompt.source, controls, turns)
+
+    def _whole(self, example: Example) -> Prompt:
+        """The prompt of an example, however long it is."""
+        controls = self._holds_controls(example)
+        ids = self._encode(example, example.history, example.source, controls)
+        return Prompt(ids, 0, controls, example.history, example.source)
+
+    def _turns(self, example: Example, controls: bool) -> list[Message]:
+        """An example with its answer as messages, marked if `controls` says so; without its system messages."""
+
+        def marked(text: str) -> str:
+            return self.controls.marked(text) if controls else text
+
+        earlier = [message | {"content": marked(message["content"])} for message in example.history]
+        return [
+            *earlier[_systems(earlier) :],
+            {"role": "user", "content": self._fill(example, marked(example.source))},
+            {"role": "assistant", "content": marked(example.target)},
+        ]
+
+    def _holds_controls(self, example: Example) -> bool:
+        texts = (example.source, example.target, *(message["content"] for message in example.history))
+        return any(map(self.controls.found_in, texts))
 
     def prompts(self, examples: Sequence[Example]) -> tuple[dict[str, list[int]], Encoded]:
         """The token ids of the prompts by example id, and what became of the examples. UserError as `made`."""
@@ -150,14 +196,20 @@ class Encoder:
             before, after = (part.replace("{instruction}", instruction) for part in (before, after))
         return before + source + after
 
-    def _encode(self, example: Example, history: Sequence[Message], source: str, controls: bool) -> list[int]:
-        """The token ids of a prompt with this much of its history and source. `controls` as in `Prompt`."""
+    def _encode(
+        self, example: Example, history: Sequence[Message], source: str, controls: bool, turns: Sequence[Message] = ()
+    ) -> list[int]:
+        """The token ids of a prompt with this much of its history and source. `controls` as in `Prompt`.
+
+        `turns` stand before the history, after its system messages, and are marked already.
+        """
         if controls:
             history = [message | {"content": self.controls.marked(message["content"])} for message in history]
             source = self.controls.marked(source)
         text = self._fill(example, source)
         if self.params.style == "chat":
-            text = self._rendered(example, [*history, {"role": "user", "content": text}])
+            at = _systems(history)
+            text = self._rendered(example, [*history[:at], *turns, *history[at:], {"role": "user", "content": text}])
         ids: list[int]
         ids = self.controls.mixed(text) if controls else self.tokenizer(text, add_special_tokens=False).input_ids
         if self.params.style == "plain" and starts_with_bos(self.tokenizer):
@@ -174,9 +226,12 @@ class Encoder:
                 "the data, or take another model"
             ) from None
 
-    def _shortened(self, example: Example, whole: list[int], controls: bool) -> list[int]:
+    def _shortened(
+        self, example: Example, whole: list[int], controls: bool
+    ) -> tuple[list[int], Sequence[Message], str]:
         """A prompt that fits, without its oldest turns, and if that is not enough, without the end of its source.
 
+        Returned with what it holds of history and source.
         If it has room for no character of the source, it does not fit. `whole` is the uncut prompt.
         """
         left = _later(example.history)
@@ -186,10 +241,14 @@ class Encoder:
 
         without = bisect_left(range(len(left)), True, key=lambda turns: self.fits(encoded(turns)))
         if 0 < without < len(left):
-            return encoded(without)
-        return self._cut(example, left[-1], encoded(len(left) - 1) if len(left) > 1 else whole, controls)
+            return encoded(without), left[without], example.source
+        ids = encoded(len(left) - 1) if len(left) > 1 else whole
+        ids, source = self._cut(example, left[-1], ids, controls)
+        return ids, left[-1], source
 
-    def _cut(self, example: Example, history: Sequence[Message], ids: list[int], controls: bool) -> list[int]:
+    def _cut(
+        self, example: Example, history: Sequence[Message], ids: list[int], controls: bool
+    ) -> tuple[list[int], str]:
         """The prompt with the beginning of the source that fits, or with its first character. `ids` has all of it.
 
         A character is what a reader takes for one (a grapheme cluster, Unicode's annex 29). Text may be tokenized
@@ -208,7 +267,7 @@ class Encoder:
             factor *= 2
             kept = max(1, min(kept - 1, bisect_right(ends, starts[tokens] if tokens else 0)))
             ids = self._encode(example, history, source[: ends[kept - 1]], controls)
-        return ids
+        return ids, source[: ends[kept - 1]] if ends else source
 
     def _end_of_completion(self) -> int:
         """The token that closes an answer: the special one that the chat template puts behind it, else EOS."""
@@ -285,12 +344,17 @@ def notices(split: str, found: Encoded) -> list[str]:
     return told
 
 
+def _systems(history: Sequence[Message]) -> int:
+    """The number of system messages at the beginning of a conversation."""
+    return next((at for at, message in enumerate(history) if message["role"] != "system"), len(history))
+
+
 def _later(history: Sequence[Message]) -> list[list[Message]]:
     """A conversation without its first turns: none, one, two and so on. System messages at its beginning stay.
 
     A turn begins with a message of the user, so that what is left is a conversation too.
     """
-    first = next((at for at, message in enumerate(history) if message["role"] != "system"), len(history))
+    first = _systems(history)
     begins = [at for at in range(first + 1, len(history)) if history[at]["role"] == "user"]
     ends = [len(history)] if first < len(history) else []
     return [list(history), *([*history[:first], *history[at:]] for at in [*begins, *ends])]

@@ -15,7 +15,7 @@ from pipeline.core import contracts, params, paths, progress, records
 from pipeline.core.contracts import DataCard, Gone, Overlap, SharedGroups, Words
 from pipeline.core.errors import UserError, label_fault, listing
 from pipeline.core.records import Example
-from pipeline.core.text import MAX_FOREIGN_SHARE, foreign_share, not_nfc, words
+from pipeline.core.text import MAX_FOREIGN_SHARE, foreign_share, not_nfc, unspaced_share, words
 from pipeline.prepare import chats, formats, leaks
 from pipeline.prepare.cells import LONGEST_ID
 from pipeline.prepare.splits import (
@@ -102,14 +102,20 @@ def _say_what_was_made(splits: Mapping[str, Split], shared: Sequence[SharedGroup
     test = splits["test"].rows
     if apart := not_nfc(row.references for row in test):
         progress.say(
-            f"{apart:,} of {len(test):,} test rows have references that are not in the normal form NFC: chrF, BLEU and "
-            "evaluate.rouge_tokenizer: latin take é in two forms for two letters"
+            f"{apart:,} of {len(test):,} test rows have references that are not in the normal form NFC: with "
+            "evaluate.normal_form none, metrics take é in two forms for two letters"
         )
     foreign = foreign_share(text for row in test for text in row.references)
     if foreign > MAX_FOREIGN_SHARE:
         progress.say(
             f"{foreign:.0%} of the test references' letters lie outside a-z: ROUGE then needs "
             "evaluate.rouge_tokenizer: unicode"
+        )
+    unspaced = unspaced_share(text for row in test for text in row.references)
+    if unspaced > MAX_FOREIGN_SHARE:
+        progress.say(
+            f"{unspaced:.0%} of the test references' letters are in scripts without spaces between words: BLEU then "
+            "needs evaluate.bleu_tokenizer zh, ja-mecab, char or flores200"
         )
     progress.say(
         f"{len(test)} test rows are likely to show a difference of {significance.planned(len(test)):.1f} points in "

@@ -16,6 +16,9 @@ from pipeline.record import lockfile
 UPSTREAM = ("prepare", "fetch", "quantize")
 """The stages that training depends on."""
 
+BASELINES = ("infer-unquantized", "infer-shots", "evaluate-unquantized", "evaluate-shots")
+"""The stages of the variants of the base that section `baseline` asks for. They depend on no adapter."""
+
 
 @dataclass(frozen=True, slots=True)
 class Locked:
@@ -36,7 +39,7 @@ def here(seeds: Sequence[int]) -> Stages:
 def stages_of(lock: str, seeds: Sequence[int]) -> Stages:
     """The stages of a complete experiment, without `track`, in the text of a `dvc.lock`; UserError as of `chosen`."""
     of_seeds = ("train", "infer-tuned", "forget", "evaluate-tuned")
-    names = [*UPSTREAM, "infer@base", "evaluate@base", "compare"]
+    names = [*UPSTREAM, "infer@base", "evaluate@base", *BASELINES, "compare"]
     return chosen(lock, names + [f"{stage}@{seed}" for seed in seeds for stage in of_seeds])
 
 

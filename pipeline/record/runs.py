@@ -22,6 +22,8 @@ SWEEP, WINNER = "sweep", "sweep.winner"
 """The sweeps that a trial belongs to, and those that a complete experiment won."""
 EXPERIMENTS = "dvc.experiments"
 COMMITS = "dvc.commits"
+TEST = "test_sha256"
+"""The digest of the test split that an experiment was scored on (`contracts.Scores`)."""
 NOTE = "mlflow.note.content"
 COMMIT = "mlflow.source.git.commit"
 

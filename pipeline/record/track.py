@@ -15,14 +15,15 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.core import contracts, params, paths, records
-from pipeline.core.contracts import Cost, DataCard, QuantizedFacts, Receipt, TrainingSummary
+from pipeline.core.contracts import Cost, DataCard, QuantizedFacts, Receipt, Scores, TrainingSummary
 from pipeline.core.errors import UserError, listing
 from pipeline.core.progress import say
 from pipeline.core.records import Decoding
-from pipeline.record import costs, identity, provenance, runs, store
+from pipeline.record import costs, identity, looks, provenance, runs, store
 from pipeline.record.identity import Stages
+from pipeline.record.looks import Looks
 from pipeline.record.runs import Point, Record
-from pipeline.score import side_by_side
+from pipeline.score import baselines, side_by_side
 
 COMMAND = "dvc repro --force --single-item track"
 """Writes the page, the receipt, and the MLflow run of the working directory if it is not recorded yet."""
@@ -44,6 +45,14 @@ def record(seeds: Sequence[int], tracking: params.Tracking) -> None:
     [(run, word)] = store.write([made], tracking)
     contracts.write(paths.RECEIPT, Receipt(made.digest))
     say(f"{word}: {store.line(run, tracking)}")
+
+
+def looks_at_test(seeds: Sequence[int], tracking: params.Tracking) -> Looks | None:
+    """The looks at the test split, with this experiment; None without scores, or if the store cannot be used."""
+    scores = paths.scores(paths.variant(None))
+    if not scores.exists():
+        return None
+    return looks.read(identity.digest_here(seeds), contracts.read(scores, Scores).test_sha256, tracking)
 
 
 def publish() -> None:
@@ -98,6 +107,7 @@ def gather(seeds: Sequence[int]) -> Record:
         "mlflow.source.name": "dvc repro",
         runs.COMMIT: sha,
         "git.dirty": str(dirty).lower() if sha else None,
+        runs.TEST: contracts.read(paths.scores(paths.variant(None)), Scores).test_sha256,
         "device": contracts.read(paths.decoding(paths.variant(None)), Decoding).device,
         runs.NOTE: paths.COMPARISON_MD.read_text(encoding="utf-8").split("\n", 1)[0][: runs.MAX_TAG],
         "energy": _meters(spent),
@@ -110,7 +120,7 @@ def gather(seeds: Sequence[int]) -> Record:
         name=experiment or at_commit or digest[:12],
         tags={key: value for key, value in tags.items() if value is not None},
         params=_params(identity.params_of(stages)),
-        metrics=[*_results(), *_training(seeds, Path()), *_costs(spent)],
+        metrics=[*_results(), *_baselines(), *_training(seeds, Path()), *_costs(spent)],
         predictions=_predictions(seeds),
         files=files,
     )
@@ -124,6 +134,8 @@ def _files(seeds: Sequence[int]) -> Files:
     files += [(path, "reports") for path in reports]
     files += [(folder, f"reports/{folder.name}") for folder in (paths.FIGURES, paths.TABLES)]
     files += [(paths.scores(variant), paths.SCORES.name) for variant in map(paths.variant, (None, *seeds))]
+    for variant in baselines.VARIANTS:
+        files += [(paths.scores(variant), paths.SCORES.name), (paths.predictions(variant), paths.PREDICTIONS.name)]
     for seed in seeds:
         files += [*_files_of_training(seed, Path()), (paths.forgetting(seed), paths.FORGETTING.name)]
     return files
@@ -186,6 +198,13 @@ def _results() -> Iterator[Point]:
         yield Point(f"data/{name}_rows", split.rows)
         yield Point(f"data/{name}_groups", split.groups)
     yield from _fields("quantize", contracts.read(paths.QUANTIZED_FACTS, QuantizedFacts))
+
+
+def _baselines() -> Iterator[Point]:
+    """The scores of the variants of the base, over the rows that they answered."""
+    for one in baselines.read():
+        yield Point(f"{one.name}/rows", one.scores.n)
+        yield from (Point(f"{one.name}/{metric}", value) for metric, value in one.scores.corpus.items())
 
 
 def _numbers(value: Any, name: str = "") -> Iterator[Point]:

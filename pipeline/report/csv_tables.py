@@ -11,7 +11,7 @@ from typing import Any
 from pipeline.core import paths, records
 from pipeline.report import figures
 from pipeline.report.curves import Curve
-from pipeline.score.comparison import Comparison
+from pipeline.score.comparison import Aspect, Comparison
 from pipeline.score.side_by_side import Row
 from pipeline.score.significance import Interval
 
@@ -31,8 +31,12 @@ def tables(comparison: Comparison) -> dict[str, Table]:
     found = {
         "scores": list(_scores(comparison)),
         "seeds": list(_seeds(comparison)),
+        "specific": list(_specific(comparison)),
+        "baselines": list(_baselines(comparison)),
+        "beyond_source": list(_beyond(comparison)),
         "lines": list(_lines(comparison)),
-        "aspects": list(_aspects(comparison)),
+        "aspects": list(_parts("aspect", comparison.aspects)),
+        "slices": list(_parts("slice", comparison.slices)),
         "published": [{"metric": one.metric, "value": one.value, "about": one.about} for one in comparison.published],
         "outputs": list(_outputs(comparison)),
         "training": [asdict(one) for one in comparison.cost.training],
@@ -63,7 +67,10 @@ def _scores(comparison: Comparison) -> Iterable[dict[str, Any]]:
             "high": one.deciding.high,
             "confidence": comparison.confidence,
             "p": one.p,
+            "shown": one.direction,
+            "within_margin": one.within_margin,
             "effect": one.effect,
+            "effect_of_rows": one.effect_of_rows,
             "detectable": one.detectable,
             "wins": one.wins,
             "ties": one.ties,
@@ -82,6 +89,38 @@ def _seeds(comparison: Comparison) -> Iterable[dict[str, Any]]:
             }
 
 
+def _specific(comparison: Comparison) -> Iterable[dict[str, Any]]:
+    for part in comparison.specific:
+        for name, one in part.results.items():
+            scores = {key: value for key, value in asdict(one).items() if key.startswith(("base", "tuned"))}
+            gain = {**_interval("specific", one.gain), "p": one.p, "shown": one.direction}
+            yield {"aspect": part.aspect, "rows": part.n, "groups": part.groups, "metric": name, **scores, **gain}
+
+
+def _baselines(comparison: Comparison) -> Iterable[dict[str, Any]]:
+    for part in comparison.baselines:
+        for name, one in part.tuned.items():
+            yield {
+                "variant": part.output.variant,
+                "rows": part.n,
+                "groups": part.groups,
+                "metric": name,
+                **_interval("score", one.base),
+                **_interval("over_base", part.gain[name].deciding),
+                **_interval("tuned_ahead", one.deciding),
+                "p": one.p,
+                "shown": one.direction,
+            }
+
+
+def _beyond(comparison: Comparison) -> Iterable[dict[str, Any]]:
+    outputs = [comparison.base, *(one.output for one in comparison.baselines), *comparison.tuned]
+    texts = [("references", comparison.references_not_in_source)]
+    for name, one in [*texts, *((one.variant, one.not_in_source) for one in outputs)]:
+        for what, part in asdict(one).items() if one else ():
+            yield {"texts": name, "what": what, **part}
+
+
 def _lines(comparison: Comparison) -> Iterable[dict[str, Any]]:
     for line in comparison.lines:
         for name, score in line.scores.items():
@@ -94,12 +133,12 @@ def _lines(comparison: Comparison) -> Iterable[dict[str, Any]]:
             }
 
 
-def _aspects(comparison: Comparison) -> Iterable[dict[str, Any]]:
-    for aspect in comparison.aspects:
-        for name, one in aspect.results.items():
+def _parts(kind: str, parts: Sequence[Aspect]) -> Iterable[dict[str, Any]]:
+    for part in parts:
+        for name, one in part.results.items():
             yield {
-                "aspect": aspect.name,
-                "rows": aspect.n,
+                kind: part.name,
+                "rows": part.n,
                 "metric": name,
                 "base": one.base.value,
                 "tuned": one.tuned.value,
@@ -107,7 +146,7 @@ def _aspects(comparison: Comparison) -> Iterable[dict[str, Any]]:
                 "low": one.deciding.low,
                 "high": one.deciding.high,
                 "p": one.p,
-                "p_holm": aspect.p_holm.get(name),
+                "p_holm": part.p_holm.get(name),
             }
 
 
@@ -138,7 +177,8 @@ def _outputs(comparison: Comparison) -> Iterable[dict[str, Any]]:
         "in_language": comparison.references_in_language,
         **dict.fromkeys(comparison.results),
     }
-    for one in (comparison.base, *comparison.tuned):
+    for one in (comparison.base, *(one.output for one in comparison.baselines), *comparison.tuned):
         row = asdict(one)
+        del row["not_in_source"]
         scores = row.pop("scores")
         yield {**row, **scores}

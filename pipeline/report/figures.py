@@ -1,11 +1,11 @@
-"""The comparison as pictures: scores, differences, gains, aspects, training curves, lengths and ends of outputs.
+"""The comparison as pictures: a ladder of scores, differences, gains, aspects, training curves, lengths, and endings.
 
 Vega-Lite draws them inside `vl-convert`, which needs no browser and no network. Equal numbers give equal bytes.
 """
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -77,20 +77,20 @@ BINS = 40
 
 
 def svg(comparison: Comparison, look: Look) -> str:
-    """The figure of `comparison.md`, scores above differences, as an SVG document."""
+    """The figure of `comparison.md`, the ladder above the differences, as an SVG document."""
     import altair
 
     metrics = [LABELS[name] for name in comparison.results]
-    parts = _scores(comparison, look, metrics), _differences(comparison, look, metrics)
-    return drawn(altair.vconcat(*parts, spacing=28), look)
+    parts = _ladder(comparison, look), _differences(comparison, look, metrics)
+    return drawn(altair.vconcat(*parts, spacing=28).resolve_scale(color="independent"), look)
 
 
 def all_of(comparison: Comparison, rows: Sequence[Row], curves: Sequence[Curve], look: Look) -> dict[str, str]:
     """Every figure by name, as an SVG document. `aspects` is left out if the comparison has none."""
     metrics = [LABELS[name] for name in comparison.results]
     charts = {
+        "ladder": _ladder(comparison, look),
         "differences": _differences(comparison, look, metrics),
-        "scores": _scores(comparison, look, metrics),
         "gains": _gains(comparison, rows, look),
         "aspects": _aspects(comparison, look),
         "training": _training(curves, look),
@@ -148,33 +148,60 @@ def _colour(field: str, colours: Mapping[str, str], orient: str = "top", **legen
     )
 
 
-def _scores(comparison: Comparison, look: Look, metrics: list[str]) -> Any:
+def _ladder(comparison: Comparison, look: Look) -> Any:
+    """What each step reaches, from a constant text to the tuned model, with a panel for each deciding metric.
+
+    A mark in a bar tells what the same outputs score when they are held against other sources.
+    """
     import altair
 
-    bars = [
-        {"metric": LABELS[name], "model": model, "value": one.value, "low": one.low, "high": one.high}
-        for name, result in comparison.results.items()
-        for model, one in (("base", result.base), ("tuned", result.tuned))
-    ]
-    ticks = [
-        {"metric": LABELS[name], "line": line.label.lower(), "value": value}
-        for line in comparison.lines
-        for name, value in line.scores.items()
-    ]
-    y = altair.Y("metric:N", sort=metrics, title=None, scale=altair.Scale(paddingInner=0.3))
-    bar = _chart(bars).encode(y=y, yOffset=altair.YOffset("model:N", sort=["base", "tuned"]))
-    models = _colour("model", {"base": look.base, "tuned": look.tuned})
-    colours = {line.label.lower(): colour for line, colour in zip(comparison.lines, look.lines, strict=False)}
-    kinds = _colour("line", colours, "bottom", symbolType=UPRIGHT, symbolSize=220)
-    return (
-        altair.layer(
-            bar.mark_bar().encode(x=altair.X("value:Q", title=None), color=models),
-            _chart(ticks).mark_tick(thickness=2.5, size=BAND * 0.78, opacity=1).encode(y=y, x="value:Q", color=kinds),
-            bar.mark_rule(color=look.text, strokeWidth=1.5).encode(x="low:Q", x2="high:Q"),
+    kinds = {"not the task": look.lines[0], "base": look.base, "tuned": look.tuned}
+    panels = []
+    for number, metric in enumerate(comparison.decide_by, start=1):
+        first, last = number == 1, number == len(comparison.decide_by)
+        rows = [*_steps(comparison, metric)]
+        y = altair.Y("step:N", sort=[row["step"] for row in rows], title=None, axis=altair.Axis(labelLimit=150))
+        bar = _chart(rows).encode(y=y)
+        layers = [
+            bar.mark_bar().encode(
+                x=altair.X("value:Q", title=None, axis=altair.Axis(tickCount=8)),
+                color=_colour("kind", kinds) if first else _colour("kind", kinds).legend(None),
+            ),
+            _chart([row for row in rows if "low" in row])
+            .mark_rule(color=look.text, strokeWidth=1.5)
+            .encode(y=y, x="low:Q", x2="high:Q"),
+        ]
+        if elsewhere := [row for row in rows if "other" in row]:
+            mark = _chart(elsewhere).mark_tick(thickness=2.5, size=20, opacity=1)
+            same = {"same outputs, other sources": look.lines[1]}
+            colour = _colour("mark", same, "bottom", symbolType=UPRIGHT, symbolSize=220)
+            layers.append(mark.encode(y=y, x="other:Q", color=colour if last else colour.legend(None)))
+        panels.append(
+            altair.layer(*layers)
+            .resolve_scale(color="independent")
+            .properties(width=look.width, height=28 * len(rows), title=f"{LABELS[metric]} with {_interval(comparison)}")
         )
-        .resolve_scale(color="independent")
-        .properties(width=look.width, height=BAND * len(metrics), title=f"Scores with {_interval(comparison)}")
-    )
+    return altair.vconcat(*panels, spacing=20).resolve_scale(x="shared", color="independent")
+
+
+def _steps(comparison: Comparison, metric: str) -> Iterator[dict[str, Any]]:
+    """The bars of the ladder in one metric, the lowest step first."""
+    for line in comparison.lines:
+        if line.key in ("constant", "lead", "copy"):
+            yield {"step": line.label, "kind": "not the task", "value": line.scores[metric]}
+    result, whole = comparison.results[metric], comparison.specific[:1]
+    for kind, one in (("base", result.base), ("tuned", result.tuned)):
+        if kind == "tuned":
+            for baseline in comparison.baselines:
+                score, name = baseline.tuned[metric].base, baseline.label.removeprefix("the ")
+                own = {"value": score.value, "low": score.low, "high": score.high}
+                yield {"step": f"{name[0].upper()}{name[1:]}", "kind": "base", **own}
+        row = {"step": kind.capitalize(), "kind": kind, "value": one.value, "low": one.low, "high": one.high}
+        if whole and metric in whole[0].results:
+            found = whole[0].results[metric]
+            other = found.base_other if kind == "base" else found.tuned_other
+            row |= {"other": other, "mark": "same outputs, other sources"}
+        yield row
 
 
 def _differences(comparison: Comparison, look: Look, metrics: list[str]) -> Any:

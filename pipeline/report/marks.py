@@ -126,7 +126,7 @@ def _places(text: str, tokens: Sequence[str], form: Callable[[str], str]) -> lis
 
 def _origins(text: str, form: Callable[[str], str]) -> list[tuple[int, int]]:
     """For each character of `form(text)`, the start and end in `text` of the character that it comes from."""
-    if text.isascii():
+    if text.isascii() and len(form(text)) == len(text):
         return [(i, i + 1) for i in range(len(text))]
     import regex
 

@@ -11,7 +11,7 @@ import hashlib
 import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,18 +22,29 @@ from pipeline.core.contracts import BaseFacts, Cost, DataCard, QuantizedFacts, T
 from pipeline.core.records import Example
 from pipeline.core.text import words
 from pipeline.record import costs, identity, track
+from pipeline.record.looks import Looks
 from pipeline.record.origin import Origin
 from pipeline.report import csv_tables, curves, figures, wording
 from pipeline.report.marks import Mark, Splitter, closest, shared, splitter
 from pipeline.score import side_by_side
 from pipeline.score.comparison import Comparison
-from pipeline.score.metrics import LABELS
+from pipeline.score.metrics import ANSWERS, LABELS
 from pipeline.score.side_by_side import Row, Written
 
 SEAL = "<!-- sha256 of all lines above: {} -->\n"
 DIGEST = '<meta name="lora-repro-digest" content="{}">'
 
-SIGNS = {"better": "▲", "worse": "▼", "mixed": "◆", "none": "="}
+SIGNS = {
+    "better": "▲",
+    "partly-better": "△",
+    "unspecific": "△",
+    "worse": "▼",
+    "partly-worse": "▽",
+    "mixed": "◆",
+    "equivalent": "≈",
+    "none": "=",
+    "few": "?",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,14 +62,15 @@ class Content:
     figures: dict[str, str] = field(default_factory=dict)
     claims: list[dict[str, Any]] = field(default_factory=list)
     """The content of `reports/claims.json`, which is about papers, not about this experiment."""
+    looks: Looks | None = None
 
 
-def write(seeds: Sequence[int], evaluate: params.Evaluate, explorer: int) -> None:
+def write(seeds: Sequence[int], evaluate: params.Evaluate, explorer: int, seen: Looks | None = None) -> None:
     """Write `paths.REPORT_HTML` for the experiment in the working directory. UserError for missing outputs.
 
-    The page contains at most `explorer` test examples.
+    The page contains at most `explorer` test examples. `seen` are the looks at the test split, if they are known.
     """
-    records.write_text(paths.REPORT_HTML, render(gather(seeds), evaluate, explorer))
+    records.write_text(paths.REPORT_HTML, render(replace(gather(seeds), looks=seen), evaluate, explorer))
 
 
 def gather(seeds: Sequence[int]) -> Content:
@@ -210,7 +222,7 @@ def _words(name: str, evaluate: params.Evaluate) -> str:
     """Which words are marked, for a sentence of the page."""
     if name == "chrf":
         return "words, as written, that both have; chrF itself counts characters"
-    label = "BLEU" if name == "bleu" else "ROUGE"
+    label = LABELS[name] if name in ("bleu", *ANSWERS) else "ROUGE"
     stemmed = evaluate.use_stemmer and label == "ROUGE"
     return f"words that {label} counts as shared" + (" (compared by their stems)" if stemmed else "")
 

@@ -14,24 +14,23 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup, escape
 
 from pipeline.core import paths, records
+from pipeline.core.contracts import Absent
 from pipeline.core.errors import CONTROLS, UserError
 from pipeline.report import figures
-from pipeline.score import significance
+from pipeline.score import intervals, significance
 from pipeline.score.comparison import Comparison
 from pipeline.score.metrics import LABELS
 from pipeline.score.side_effects import Cost
-from pipeline.score.significance import Interval
+from pipeline.score.significance import Direction, Interval
 
 TEMPLATES = Path(__file__).parent / "templates"
 
-LEAD = {
-    "better": "Fine-tuning made the model better",
-    "worse": "Fine-tuning made the model worse",
-    "mixed": "The metrics disagree about fine-tuning",
-    "none": "No difference between base and tuned was shown",
-}
+BASES = {"none": "base", "nf4": "NF4 base", "fp4": "FP4 base", "int8": "int8 base"}
+"""What the adapter is compared with, by `quantize.method`."""
 FEW_GROUPS = 30
-"""With fewer groups a percentile interval is noticeably too narrow, and the report says so."""
+"""With fewer groups of test examples the verdict's first sentence says so."""
+MANY_ASPECTS = 6
+"""Of more aspects without a specific gain the report gives the number instead of the names."""
 MANY_CAPPED = 0.05
 """The report says so if a larger share of outputs was stopped by the token cap."""
 OTHER_LANGUAGE = 0.1
@@ -64,10 +63,17 @@ def of_both(comparison: Comparison) -> dict[str, Any]:
     """The names that the templates of Markdown and page have in common."""
     return {
         "c": comparison,
-        "lead": LEAD[comparison.verdict],
+        "lead": lead(comparison),
         "basis": basis(comparison),
+        "specific": specific(comparison),
+        "over_baselines": over_baselines(comparison),
+        "shown_words": SHOWN,
+        "method": method(comparison),
         "caveats": caveats(comparison),
         "power": power(comparison),
+        "equal_length": equal_length(comparison),
+        "outputs_of_baselines": [one.output for one in comparison.baselines],
+        "beyond": beyond(comparison),
         "labels": LABELS,
         "interval": f"{100 * comparison.confidence:g} % interval",
         "commands": COMMANDS,
@@ -89,6 +95,7 @@ def metrics(comparison: Comparison) -> dict[str, Any]:
             "ci_high": result.deciding.high,
             "p": result.p,
             "effect": result.effect,
+            "effect_of_rows": result.effect_of_rows,
             "detectable": result.detectable,
             "wins": result.wins,
             "ties": result.ties,
@@ -96,6 +103,26 @@ def metrics(comparison: Comparison) -> dict[str, Any]:
         }
         if result.seeds:
             content[name]["seed_sd"] = result.seeds.sd
+    if comparison.specific:
+        for name, one in comparison.specific[0].results.items():
+            content[name]["specific"] = {
+                "diff": one.gain.value,
+                "ci_low": one.gain.low,
+                "ci_high": one.gain.high,
+                "p": one.p,
+            }
+    content["baselines"] = {
+        one.output.variant: {
+            name: {
+                "score": one.tuned[name].base.value,
+                "tuned_diff": one.tuned[name].diff.value,
+                "tuned_ci_low": one.tuned[name].deciding.low,
+                "tuned_ci_high": one.tuned[name].deciding.high,
+            }
+            for name in comparison.decide_by
+        }
+        for one in comparison.baselines
+    }
     content["lines"] = {}
     for line in comparison.lines:
         content["lines"][line.key] = dict(line.scores)
@@ -152,6 +179,134 @@ def _mean(values: Sequence[float]) -> float:
     return sum(values) / len(values)
 
 
+SHOWN: dict[Direction, str] = {
+    "higher": "tuned higher",
+    "lower": "tuned lower",
+    "none": "no difference shown",
+    "few": "too few groups",
+}
+
+
+def lead(comparison: Comparison) -> str:
+    """The verdict in words, with what the tuned model is compared with."""
+    base = BASES[comparison.quantization]
+    if comparison.verdict == "few":
+        return (
+            f"No verdict: {comparison.groups} groups of test examples are too few, and a verdict takes "
+            f"{intervals.MIN_GROUPS}"
+        )
+    text = _lead(comparison, base)
+    return text if comparison.groups >= FEW_GROUPS else f"{text} (on only {comparison.groups} groups of test examples)"
+
+
+def _lead(comparison: Comparison, base: str) -> str:
+    verdict, margin = comparison.verdict, comparison.margin
+    if verdict == "none":
+        return f"No difference between the {base} and the tuned model is shown"
+    if verdict == "equivalent":
+        return f"The tuned model is equivalent to the {base}, within ±{margin:g} points"
+    if verdict == "unspecific":
+        names = [LABELS[name] for name in comparison.decide_by if comparison.results[name].direction == "higher"]
+        return f"Fine-tuning raised {listed(names)} over the {base}, but not what is specific to the source"
+    if verdict in ("better", "worse"):
+        least = min(abs(_nearest(comparison.results[name].deciding)) for name in comparison.decide_by)
+        by = f", by at least {margin:g} points" if margin is not None and least > margin else ""
+        return f"Fine-tuning made the model {verdict} than the {base}{by}"
+    parts: list[str] = []
+    for direction, words in (("higher", "better"), ("lower", "worse"), ("none", "no difference is shown")):
+        if names := [LABELS[name] for name in comparison.decide_by if comparison.results[name].direction == direction]:
+            than = "" if parts or direction == "none" else f" than the {base}"
+            parts.append(f"{words}{than} in {listed(names)}")
+    if verdict == "mixed":
+        return f"The metrics disagree about fine-tuning: {'; '.join(parts)}"
+    return f"Fine-tuning made the model {'; '.join(parts)}"
+
+
+def _nearest(one: Interval) -> float:
+    """The end of an interval that is nearest to zero."""
+    return one.low if abs(one.low) < abs(one.high) else one.high
+
+
+def specific(comparison: Comparison) -> str:
+    """How much of the difference is specific to the source, in one or more sentences; empty if it is not known."""
+    if comparison.verdict == "few" or not comparison.specific:
+        return ""
+    whole, *aspects = comparison.specific
+    of: dict[str, list[str]] = {"higher": [], "none": [], "lower": []}
+    for name in comparison.decide_by:
+        one = whole.results[name]
+        if one.direction in of:
+            of[one.direction].append(f"{signed(one.gain.value)} ({span(one.gain)}) in {LABELS[name]}")
+    found = []
+    if of["higher"]:
+        found.append(
+            f"Specific to the source {'is' if len(of['higher']) == 1 else 'are'} {listed(of['higher'])}: that much is "
+            "lost when each output is held against the references of other sources."
+        )
+        without = [
+            one.aspect or ""
+            for one in aspects
+            if not any(one.results[name].direction == "higher" for name in comparison.decide_by)
+        ]
+        if without:
+            names = listed(without) if len(without) <= MANY_ASPECTS else f"{len(without)} of {len(aspects)} aspects"
+            found.append(f"For {names} no specific gain is shown.")
+    if of["none"]:
+        found.append(f"No gain is shown to be specific to the source: {listed(of['none'])}.")
+    if of["lower"]:
+        found.append(f"Less is specific to the source than before: {listed(of['lower'])}.")
+    return " ".join(found)
+
+
+def method(comparison: Comparison) -> list[str]:
+    """How verdict, intervals and p-values come about: one or more sentences each."""
+    names = listed([LABELS[name] for name in comparison.decide_by])
+    several = len(comparison.decide_by) > 1
+    found = [
+        f"“Better” needs {names} above zero{', all of them' if several else ''}, by interval and by p, with "
+        f"{intervals.MIN_GROUPS} groups of test examples at least; “worse” needs {'them' if several else 'it'} below.",
+        f"Intervals: a studentized bootstrap (bootstrap-t) of the jackknife values of {comparison.groups} groups, "
+        f"{comparison.samples:,} resamples, PCG64 seed {comparison.seed}"
+        + (f"; with fewer than {intervals.FEW} groups Student's t." if comparison.groups < intervals.FEW else "."),
+        "p: two-sided, of no difference, by flipping the signs of the groups' values"
+        + (", in all ways." if comparison.groups <= intervals.EXACT else ".")
+        + " d_z: mean over standard deviation of the differences, of groups and of rows.",
+    ]
+    if comparison.margin is not None:
+        found.append(
+            f"“Equivalent” needs the {100 * (2 * comparison.confidence - 1):g} % interval{'s' if several else ''} "
+            f"within ±{comparison.margin:g} points (two one-sided tests)."
+        )
+    if len(comparison.tuned) > 1:
+        found.append(
+            f"Tuned scores are means over the {len(comparison.tuned)} seeds. The interval that decides covers them "
+            "too: at each end, the distances by examples and by seeds (Student's t) are added as the sides of a right "
+            "angle (MOVER)."
+        )
+    return found
+
+
+def over_baselines(comparison: Comparison) -> str:
+    """What the difference is to the untrained variants of the base, a sentence each; empty if there are none."""
+    if comparison.verdict == "few":
+        return ""
+    found = []
+    for one in comparison.baselines:
+        over = f", over {one.n} of these examples," if one.n < comparison.n else ""
+        parts = [
+            f"{signed(result.diff.value)} ({span(result.deciding)}) in {LABELS[name]}"
+            for name, result in one.tuned.items()
+            if name in comparison.decide_by
+        ]
+        found.append(f"Against {one.label}{over} the difference is {listed(parts)}.")
+    return " ".join(found)
+
+
+def listed(items: Sequence[str]) -> str:
+    """`a`, `a and b`, `a, b and c`."""
+    return " and ".join(filter(None, (", ".join(items[:-1]), *items[-1:])))
+
+
 def basis(comparison: Comparison) -> str:
     """The numbers behind the verdict, for the report's first sentence."""
     parts = []
@@ -173,7 +328,7 @@ def basis(comparison: Comparison) -> str:
 def caveats(comparison: Comparison) -> list[str]:
     """The objections of a careful reader to this comparison, one or more sentences each; may be empty."""
     found: list[str] = []
-    if comparison.verdict == "better":
+    if comparison.verdict in ("better", "partly-better"):
         found.extend(
             f"Tuned is not shown to be ahead of the reference line “{line.label}” ({line.about}) in "
             f"{LABELS[name]}: {signed(line.ahead[name].value)} ({span(line.ahead[name])})."
@@ -181,6 +336,14 @@ def caveats(comparison: Comparison) -> list[str]:
             for name in comparison.decide_by
             if line.ahead[name].low <= 0
         )
+        found.extend(
+            f"Tuned is not shown to be better than {one.label} in {LABELS[name]}: "
+            f"{signed(one.tuned[name].diff.value)} ({span(one.tuned[name].deciding)}), over {one.groups} groups."
+            for one in comparison.baselines
+            for name in comparison.decide_by
+            if one.tuned[name].direction != "higher"
+        )
+    found.extend(comparison.notices)
     found.extend(
         f"{share(one.stopped_by_cap)} of the outputs of {one.variant} were stopped by the token cap, so its scores "
         "depend on generation.max_new_tokens."
@@ -189,6 +352,16 @@ def caveats(comparison: Comparison) -> list[str]:
     )
     found.extend(_texts(comparison))
     found.extend(f"{one.counted}: {SHARED[one.split, one.other]}." for one in comparison.shared_groups)
+    if answers := comparison.known.answers:
+        found.append(
+            f"{answers:,} of {comparison.n:,} test rows have an answer that is a training answer as well: tuned may "
+            "know it by heart."
+        )
+    if sources := comparison.known.sources:
+        found.append(
+            f"{sources:,} of {comparison.n:,} test rows have a short source that is a training source as well, but for "
+            "its numbers."
+        )
     if comparison.not_nfc:
         found.append(
             f"{comparison.not_nfc:,} of {comparison.n:,} test rows have references that are not in the normal form "
@@ -198,8 +371,6 @@ def caveats(comparison: Comparison) -> list[str]:
     if comparison.not_scored:
         parts = ", ".join(f"{why} ({count:,})" for why, count in sorted(comparison.not_scored.items()))
         found.append(f"Not all that the files of the test split hold was scored. Left out are: {parts}.")
-    if comparison.groups < FEW_GROUPS:
-        found.append(f"With only {comparison.groups} groups of examples the intervals are too narrow.")
     for one in (comparison.base, *comparison.tuned):
         expected = comparison.references_in_language
         if one.in_language is not None and expected is not None and one.in_language < expected - OTHER_LANGUAGE:
@@ -209,6 +380,8 @@ def caveats(comparison: Comparison) -> list[str]:
             )
     if len(comparison.tuned) == 1:
         found.append("One training seed: the intervals cover the choice of test examples, not that of the seed.")
+    if len(comparison.tuned) == 2:
+        found.append("Two training seeds say little about their spread, which makes the intervals wide.")
     return found
 
 
@@ -261,20 +434,47 @@ def _price(comparison: Comparison) -> list[str]:
     return found
 
 
+def equal_length(comparison: Comparison) -> str:
+    """The gain at equal length, in a sentence; empty if it is not known."""
+    found = comparison.equal_length
+    if found is None:
+        return ""
+    gains = listed([f"{signed(one.value)} ({span(one)}) in {LABELS[name]}" for name, one in found.gains.items()])
+    return (
+        f"Tuned writes {found.ratio:.2g} times as many words as base, in the median. At equal length the difference is "
+        f"{gains}, by a line through the examples' differences over the logarithm of the ratio of lengths."
+    )
+
+
+def beyond(comparison: Comparison) -> list[tuple[str, list[str]]]:
+    """What references and outputs say beyond their sources, in the order numbers, names, rare words; may be empty."""
+    outputs = [comparison.base, *(one.output for one in comparison.baselines), *comparison.tuned]
+    texts = [("references", comparison.references_not_in_source)]
+    texts += [(one.variant, one.not_in_source) for one in outputs]
+    return [
+        (name, [_absent(part) for part in (one.numbers, one.names, one.rare_words)])
+        for name, one in texts
+        if one is not None
+    ]
+
+
+def _absent(one: Absent) -> str:
+    return "none" if one.share is None else f"{one.absent:,} of {one.found:,} ({share(one.share)})"
+
+
 def power(comparison: Comparison) -> str:
     """The size of the difference that this test set shows, and the size of a test set that shows one point."""
-    name = comparison.decide_by[0]
-    found = comparison.results[name].detectable
-    if found <= significance.TIE:
+    found = {name: comparison.results[name].detectable for name in comparison.decide_by}
+    most = max(found.values())
+    if most <= significance.TIE:
         return "All differences are the same, so nothing can be said about the size of the test set."
-    text = (
-        f"A true difference of {points(found)} points in {LABELS[name]} is found by such a comparison in "
-        f"{share(significance.POWER)} of repetitions"
-    )
+    differences = listed([f"{points(value)} points in {LABELS[name]}" for name, value in found.items()])
+    text = f"Such a comparison finds a true difference of {differences} in {share(significance.POWER)} of repetitions"
     if len(comparison.tuned) > 1:
         return f"{text}."
-    needed = significance.groups_needed(1.0, found, comparison.groups)
-    return f"{text}; to find one of 1 point takes about {needed:,} groups of examples (here {comparison.groups:,})."
+    needed = significance.groups_needed(1.0, most, comparison.groups)
+    each = " in each of them" if len(found) > 1 else ""
+    return f"{text}; to find 1 point{each} takes about {needed:,} groups of examples (here {comparison.groups:,})."
 
 
 def closing_lines(store: str, page: str) -> str:

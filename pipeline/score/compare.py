@@ -1,31 +1,37 @@
-"""Base against tuned: is the difference in the scores larger than chance can explain?
+"""Base against tuned: is the difference in the scores larger than chance can explain, and is it about the source?
 
-Intervals come from a paired bootstrap over groups of test examples. With several training seeds, the deciding interval
-also covers the spread between seeds (`pipeline.score.significance`). "Better" needs the intervals of all metrics in
-`decide_by` above zero. Demanding all of them only makes that verdict rarer, so it needs no correction for several
-metrics. Each aspect is a separate question, so p-values are corrected over all aspects.
-
-Dimensions: v variants, m metrics, n rows, b resamples, k statistics of a row.
+`pipeline.score.contrast` compares two sides, `pipeline.score.specific` says how much of a gain other sources would show
+too. Each aspect is a separate question, so p-values are corrected over all aspects.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from statistics import NormalDist
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.core import contracts, params, paths
-from pipeline.core.contracts import DataCard, Scores, TrainingSummary
+from pipeline.core import contracts, params, paths, records
+from pipeline.core.contracts import DataCard, QuantizedFacts, Scores, TrainingSummary
 from pipeline.core.errors import UserError, listing
 from pipeline.core.records import Decoding, Encoded, Example
 from pipeline.core.text import not_nfc
-from pipeline.score import guard_record, metrics, reference_lines, side_by_side, side_effects, significance
-from pipeline.score.comparison import Aspect, Comparison, Line, Output, Pair, Result, Spread, Verdict
-from pipeline.score.metrics import Floats, Metric
+from pipeline.score import (
+    baselines,
+    guard_record,
+    known,
+    metrics,
+    reference_lines,
+    side_by_side,
+    side_effects,
+    significance,
+    slices,
+    specific,
+)
+from pipeline.score.comparison import Aspect, Baseline, Comparison, EqualLength, Line, Output, Pair, Result, Specific
+from pipeline.score.contrast import contrast, verdict
+from pipeline.score.estimates import Estimate, Judged
 from pipeline.score.side_by_side import Outputs, Row
-from pipeline.score.significance import Interval
+from pipeline.score.tables import Corpus, Table
 
 MUST_AGREE = ("prompts_sha256", "model_sha256", "generation", "device", "threads", "dtype", "thinking")
 """Fields of `records.Decoding` in which base and tuned must agree, so that only the adapter is compared."""
@@ -53,26 +59,32 @@ def compare_variants(seeds: Sequence[int], evaluate: params.Evaluate, settings: 
         raise UserError("a score is not a finite number: remove out/scores and run `dvc repro`")
 
     results = contrast(tables[:1], tables[1:], groups, settings)
-    outputs = [
-        Output(
-            one.variant, one.words, one.stopped_by_cap, one.empty, one.copied, one.in_language, one.corpus, one.thoughts
-        )
-        for one in scored
-    ]
+    about_source = _specific(rows, tables, settings)
+    training = records.read_rows(paths.split("train"), Example)
+    outputs = [_output(one) for one in scored]
     best, worst = _extremes(rows, settings)
     return Comparison(
-        verdict=verdict([results[name].deciding for name in settings.decide_by]),
+        verdict=verdict(
+            [results[name] for name in settings.decide_by],
+            list(about_source[0].results.values()) if about_source else [],
+        ),
         decide_by=list(settings.decide_by),
+        margin=settings.margin,
+        quantization=contracts.read(paths.QUANTIZED_FACTS, QuantizedFacts).method,
         confidence=settings.confidence,
         samples=settings.bootstrap_samples,
         seed=settings.seed,
         n=len(test),
         groups=len(set(groups)),
-        signature=metrics.signature(evaluate),
+        signature=metrics.signature(evaluate, [row.references for row in test]),
         decoding={name: getattr(scored[0].decoding, name) for name in MUST_AGREE},
         results=results,
         aspects=_aspects(test, tables, settings),
-        lines=_lines(rows, tables[1:], settings),
+        slices=_parts(slices.of(test), test, [table.only(settings.decide_by) for table in tables], settings),
+        specific=about_source,
+        equal_length=_equal_length(rows, tables, groups, settings),
+        lines=_lines(rows, tables[1:], training, evaluate, settings),
+        baselines=_baselines(tables, groups, settings),
         base=outputs[0],
         tuned=outputs[1:],
         language=evaluate.language,
@@ -86,6 +98,9 @@ def compare_variants(seeds: Sequence[int], evaluate: params.Evaluate, settings: 
         encoded=_encoded(seeds[0], scored[0]),
         not_scored=guard_record.not_scored(),
         shared_groups=contracts.read(paths.DATA_CARD, DataCard).shared_groups,
+        known=known.counted(test, training),
+        notices=scored[0].notices,
+        references_not_in_source=scored[0].references_not_in_source,
         not_nfc=not_nfc(row.references for row in test) if metrics.sees_code_points(evaluate) else 0,
     )
 
@@ -96,110 +111,22 @@ def _encoded(seed: int, base: Scores) -> dict[str, Encoded]:
     return {**training.encoded, "test": base.decoding.encoded}
 
 
-@dataclass(frozen=True)
-class Table:
-    """The statistics of one variant's texts: an nxk array for each metric."""
-
-    metrics: Sequence[Metric]
-    statistics: list[Floats]
-
-    @classmethod
-    def of(cls, scores: Scores, chosen: Sequence[Metric]) -> "Table":
-        """The statistics of a scored variant for the metrics `chosen`."""
-        rows = [
-            scores.statistics[one.name] if one.counted else [[row.scores[one.name]] for row in scores.examples]
-            for one in chosen
-        ]
-        found = [np.array(table, np.float64) for table in rows]
-        return cls(chosen, [table.reshape(-1, one.width) for table, one in zip(found, chosen, strict=True)])
-
-    def rows(self, chosen: Sequence[int]) -> "Table":
-        """The table of the rows with these numbers."""
-        return Table(self.metrics, [columns[list(chosen)] for columns in self.statistics])
-
-    def each(self) -> Floats:
-        """The score of each row by itself, mxn."""
-        return np.array([metric.each(table) for metric, table in zip(self.metrics, self.statistics, strict=True)])
-
-
-def resampled(tables: Sequence[Table], groups: NDArray[Any], settings: params.Compare) -> tuple[Floats, Floats]:
-    """The scores over all rows (vxm), and over each resample (vxmxb). All variants share the resamples."""
-    everything_nxk = np.concatenate([columns for table in tables for columns in table.statistics], axis=1)
-    sums_bxk, rows_b = significance.resampled_sums(everything_nxk, groups, settings.bootstrap_samples, settings.seed)
-    # Row 0 is the sum over all rows; the resamples follow.
-    sums_bxk = np.concatenate([everything_nxk.sum(axis=0, keepdims=True), sums_bxk])
-    rows_b = np.concatenate([[len(groups)], rows_b])
-    start, found = 0, []
-    for table in tables:
-        row = []
-        for metric in table.metrics:
-            row.append(metric.corpus(sums_bxk[:, start : start + metric.width], rows_b))
-            start += metric.width
-        found.append(row)
-    scores_vxmxb = np.array(found)
-    return scores_vxmxb[:, :, 0], scores_vxmxb[:, :, 1:]
-
-
-def contrast(
-    base: Sequence[Table], tuned: Sequence[Table], groups: NDArray[Any], settings: params.Compare
-) -> dict[str, Result]:
-    """Each metric's result: the mean over the seeds of `tuned` against that over `base`, paired by rows.
-
-    `groups` names the group of each row. UserError with a single group.
-    """
-    chosen = tuned[0].metrics
-    score_vxm, resample_vxmxb = resampled([*base, *tuned], groups, settings)
-    one, other = (np.mean([table.each() for table in tables], axis=0) for tables in (base, tuned))
-    gain_mxn = significance.difference(other, one)
-    cut = len(base)
-    results = {}
-    for m, metric in enumerate(chosen):
-        here, there = resample_vxmxb[:cut, m].mean(axis=0), resample_vxmxb[cut:, m].mean(axis=0)
-        diff_b = significance.difference(there, here)
-        value = float(significance.difference(score_vxm[cut:, m].mean(), score_vxm[:cut, m].mean()))
-        diff = significance.percentiles(value, diff_b, settings.confidence)
-        p, seeds, error = significance.p_value(diff_b), None, float(np.std(diff_b))
-        if max(len(base), len(tuned)) > 1:
-            sides = [score_vxm[:cut, m].tolist(), score_vxm[cut:, m].tolist()]
-            sd, both, p = significance.over_seeds(value, sides, diff_b, len(set(groups)), settings.confidence)
-            seeds = Spread(sd, both)
-            error = (both.high - both.low) / 2 / NormalDist().inv_cdf((1 + settings.confidence) / 2)
-        results[metric.name] = Result(
-            base=significance.percentiles(score_vxm[:cut, m].mean(), here, settings.confidence),
-            tuned=significance.percentiles(score_vxm[cut:, m].mean(), there, settings.confidence),
-            diff=diff,
-            seeds=seeds,
-            p=p,
-            effect=significance.effect_size(gain_mxn[m], groups),
-            detectable=significance.detectable(error, settings.confidence),
-            wins=float(np.mean(gain_mxn[m] > 0)),
-            ties=float(np.mean(gain_mxn[m] == 0)),
-            losses=float(np.mean(gain_mxn[m] < 0)),
-        )
-    return results
-
-
-def verdict(differences: Sequence[Interval]) -> Verdict:
-    """`better` or `worse` if all intervals lie on that side of zero, `none` if all contain zero, else `mixed`."""
-    if all(one.low > 0 for one in differences):
-        return "better"
-    if all(one.high < 0 for one in differences):
-        return "worse"
-    return "none" if all(one.low <= 0 <= one.high for one in differences) else "mixed"
-
-
 def _aspects(test: Sequence[Example], tables: Sequence[Table], settings: params.Compare) -> list[Aspect]:
-    """The results of each aspect, in the order of the test split; none if there is only one aspect.
-
-    Aspects whose rows are all in one group have no interval and are left out.
-    """
+    """The results of each aspect, in the order of the test split; none if there is only one aspect."""
     rows_of: dict[str, list[int]] = {}
     for i, row in enumerate(test):
         rows_of.setdefault(row.aspect, []).append(i)
+    return _parts(rows_of if len(rows_of) > 1 else {}, test, tables, settings)
+
+
+def _parts(
+    rows_of: Mapping[str, Sequence[int]], test: Sequence[Example], tables: Sequence[Table], settings: params.Compare
+) -> list[Aspect]:
+    """The results of each part of the rows. Parts whose rows are all in one group have no interval and are left out."""
     found: dict[str, dict[str, Result]] = {}
     for name, rows in rows_of.items():
         groups = np.array([test[i].group for i in rows])
-        if len(rows_of) > 1 and len(set(groups)) > 1:
+        if len(set(groups)) > 1:
             here = [table.rows(rows) for table in tables]
             found[name] = contrast(here[:1], here[1:], groups, settings)
     keys = [(name, metric) for name in found for metric in settings.decide_by]
@@ -211,46 +138,98 @@ def _aspects(test: Sequence[Example], tables: Sequence[Table], settings: params.
     ]
 
 
-def _lines(rows: Sequence[Row], tuned: Sequence[Table], settings: params.Compare) -> list[Line]:
+def _specific(rows: Sequence[Row], tables: Sequence[Table], settings: params.Compare) -> list[Specific]:
+    """How much of the gain is specific to the source, in the deciding metrics. `tables` begin with base's."""
+    written = [[row.base, *row.tuned] for row in rows]
+    texts = [[one.text for one in some] for some in zip(*written, strict=True)]
+    base, *tuned = (
+        specific.Variant(some, table.only(settings.decide_by)) for some, table in zip(texts, tables, strict=True)
+    )
+    return specific.measured([row.example for row in rows], base, tuned, settings)
+
+
+def _equal_length(
+    rows: Sequence[Row], tables: Sequence[Table], groups: NDArray[Any], settings: params.Compare
+) -> EqualLength | None:
+    """The gain at equal length, in the deciding metrics; None where the line would have to be drawn beyond all rows."""
+    base, *tuned = (table.only(settings.decide_by).each().T for table in tables)
+    words = np.array([[one.words + 1 for one in (row.base, *row.tuned)] for row in rows], np.float64)
+    ratios = np.log(words[:, 1:] / words[:, :1])
+    if not (ratios.min(axis=0) <= 0).all() or not (ratios.max(axis=0) >= 0).all():
+        return None
+    found = Estimate.mean(
+        [Estimate.intercepts(here - base, ratio_n, groups) for here, ratio_n in zip(tuned, ratios.T, strict=True)]
+    )
+    if not np.isfinite(found.values_gxm).all():
+        return None
+    judged = Judged(found, settings)
+    names = [metric.name for metric in tables[0].only(settings.decide_by).metrics]
+    gains = {name: judged.deciding(m) for m, name in enumerate(names)}
+    return EqualLength(float(np.exp(np.median(ratios))), gains)
+
+
+def _lines(
+    rows: Sequence[Row],
+    tuned: Sequence[Table],
+    training: Sequence[Example],
+    evaluate: params.Evaluate,
+    settings: params.Compare,
+) -> list[Line]:
     """The scores of the reference lines. Lines with texts in fewer than two groups are left out."""
     lines = []
     chosen = tuned[0].metrics
-    test, names = [row.example for row in rows], [metric.name for metric in chosen]
-    for line in reference_lines.texts(test, [row.base.text for row in rows], names):
+    test = [row.example for row in rows]
+    for line in reference_lines.texts(test, [row.base.text for row in rows], training, evaluate):
         held = [i for i, some in enumerate(line.texts) if some]
         groups = np.array([test[i].group for i in held])
         if len(set(groups)) < 2:
             continue
-        table = mean_table([line.texts[i] for i in held], [test[i] for i in held], chosen)
-        score_vxm, resample_vxmxb = resampled([table, *(one.rows(held) for one in tuned)], groups, settings)
-        ahead_m = significance.difference(score_vxm[1:].mean(axis=0), score_vxm[0])
-        ahead_mxb = significance.difference(resample_vxmxb[1:].mean(axis=0), resample_vxmxb[0])
+        table = Table.mean([line.texts[i] for i in held], [test[i] for i in held], chosen)
+        here = Estimate.of(Corpus.of(table, groups))
+        judged = Judged(
+            Estimate.mean([Estimate.of(Corpus.of(one.rows(held), groups)) for one in tuned]) - here, settings
+        )
         lines.append(
             Line(
                 key=line.key,
                 label=line.label,
                 about=line.about,
                 n=len(held),
-                scores={metric.name: float(score) for metric, score in zip(chosen, score_vxm[0], strict=True)},
-                ahead={
-                    metric.name: significance.percentiles(ahead_m[m], ahead_mxb[m], settings.confidence)
-                    for m, metric in enumerate(chosen)
-                },
+                scores={metric.name: float(score) for metric, score in zip(chosen, here.scores_m, strict=True)},
+                ahead={metric.name: judged.deciding(m) for m, metric in enumerate(chosen)},
             )
         )
     return lines
 
 
-def mean_table(texts: Sequence[Sequence[str]], rows: Sequence[Example], chosen: Sequence[Metric]) -> Table:
-    """The statistics of each row, as the mean over its texts, against the row's references."""
-    flat = [text for some in texts for text in some]
-    references = [row.references for some, row in zip(texts, rows, strict=True) for _ in some]
-    ends = np.cumsum([len(some) for some in texts])[:-1]
+def _baselines(tables: Sequence[Table], groups: NDArray[Any], settings: params.Compare) -> list[Baseline]:
+    """The variants of the base that were not trained, against base and tuned on their rows.
+
+    One whose rows are all in one group has no interval and is left out.
+    """
     found = []
-    for metric in chosen:
-        parts = np.split(metric.statistics(flat, references), ends)
-        found.append(np.array([part.mean(axis=0) for part in parts]))
-    return Table(chosen, found)
+    for one in baselines.read():
+        here = groups[one.rows]
+        if len(set(here)) > 1:
+            base, *tuned = (table.rows(one.rows) for table in tables)
+            own = Table.of(one.scores, base.metrics)
+            over, gain = contrast([own], tuned, here, settings), contrast([base], [own], here, settings)
+            found.append(Baseline(one.label, len(one.rows), len(set(here)), over, gain, _output(one.scores)))
+    return found
+
+
+def _output(one: Scores) -> Output:
+    return Output(
+        one.variant,
+        one.words,
+        one.stopped_by_cap,
+        one.empty,
+        one.copied,
+        one.in_language,
+        one.corpus,
+        one.thoughts,
+        one.not_in_source,
+    )
 
 
 def _extremes(rows: Sequence[Row], settings: params.Compare) -> tuple[list[Pair], list[Pair]]:
@@ -280,7 +259,7 @@ def _refuse_unequal(test: Sequence[Example], variants: Sequence[Outputs], evalua
     if len(variants) < 2:
         problems.append("there is no tuned variant: seeds is empty")
     base = variants[0].scores
-    expected = metrics.signature(evaluate)
+    expected = metrics.signature(evaluate, [row.references for row in test])
     for outputs in variants:
         one = outputs.scores
         if one.signature != expected:

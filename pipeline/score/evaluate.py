@@ -6,12 +6,36 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from pipeline.core import contracts, paths, records
+from pipeline.core import baseline, contracts, paths, records
 from pipeline.core.contracts import ScoredRow, Scores
 from pipeline.core.errors import UserError
 from pipeline.core.params import Evaluate
-from pipeline.core.text import MAX_FOREIGN_SHARE, canonical, foreign_share, holds_thought, is_visible, words
-from pipeline.score import metrics, side_by_side
+from pipeline.core.progress import say
+from pipeline.core.records import Example
+from pipeline.core.text import (
+    MAX_FOREIGN_SHARE,
+    canonical,
+    foreign_share,
+    holds_thought,
+    is_visible,
+    unspaced_share,
+    words,
+)
+from pipeline.score import faithfulness, metrics, reference_lines, side_by_side
+
+FEW_FOREIGN = 0.05
+"""Up to this share of letters that a tokenizer drops or cannot cut, nothing is said of them."""
+CUT_BY_BLEU = {
+    "13a": "",
+    "intl": "",
+    "zh": r"\p{Han}",
+    "ja-mecab": r"\p{Han}\p{Hiragana}\p{Katakana}",
+    "ko-mecab": r"\p{Han}",
+}
+"""The scripts without spaces that BLEU's tokenizers cut into words; the others cut all."""
+TO_CUT = "zh cuts Chinese, ja-mecab Japanese, ko-mecab Korean, char and flores200 any script"
+ENOUGH_TO_NAME = 500
+"""Letters from which the language of a text can be named."""
 
 
 def score_variant(variant: str, settings: Evaluate) -> None:
@@ -20,20 +44,54 @@ def score_variant(variant: str, settings: Evaluate) -> None:
     UserError if predictions and test split are not the same rows in the same order, or if the tokenizer does not know
     the references' script.
     """
-    examples = records.read_rows(paths.split("test"), records.Example)
+    test = side_by_side.test_split()
+    _score(variant, settings, test, test, contracts.read(paths.decoding(variant), records.Decoding))
+
+
+def score_baseline(variant: str, settings: Evaluate, most: int | None) -> None:
+    """Score a variant of `baseline` against the test rows that `baseline.rows` (`most`) leaves; otherwise the same.
+
+    If the variant is not computed, that is written. UserError also if it answered other rows.
+    """
+    decoding = contracts.read_or_skipped(paths.decoding(variant), records.Decoding)
+    if isinstance(decoding, contracts.Skipped):
+        contracts.write(paths.scores(variant), decoding)
+        return
+    test = side_by_side.test_split()
+    rows = baseline.rows(test, most)
+    if decoding.rows != rows:
+        raise UserError(
+            f"{paths.decoding(variant)} is of {len(decoding.rows or test)} test rows, which are not the {len(rows)} of "
+            "baseline.rows: run `dvc repro`"
+        )
+    _score(variant, settings, test, [test[row] for row in rows], decoding)
+
+
+def _score(
+    variant: str,
+    settings: Evaluate,
+    test: Sequence[records.Example],
+    examples: Sequence[records.Example],
+    decoding: records.Decoding,
+) -> None:
+    """Score a variant that answered `examples` of the test split."""
     predictions = records.read_rows(paths.predictions(variant), records.Prediction)
     side_by_side.require_same_rows(variant, [row.id for row in predictions], [row.id for row in examples])
     references = [row.references for row in examples]
     require_script(references, settings)
+    notices = noticed(examples, settings)
+    for one in notices:
+        say(one)
+    sources = faithfulness.Sources(examples)
     texts = [row.text for row in predictions]
     chosen = metrics.chosen(settings)
     statistics = {one.name: one.statistics(texts, references) for one in chosen}
     each = {one.name: one.each(statistics[one.name]).tolist() for one in chosen}
     n = len(examples)
-    rows = [[row.id, row.group, row.aspect, row.references] for row in examples]
+    rows = [[row.id, row.group, row.aspect, row.references] for row in test]
     scores = Scores(
         variant=variant,
-        signature=metrics.signature(settings),
+        signature=metrics.signature(settings, references),
         test_sha256=records.sha256_text(json.dumps(rows)),
         n=n,
         groups=len({row.group for row in examples}),
@@ -49,26 +107,95 @@ def score_variant(variant: str, settings: Evaluate) -> None:
         thoughts=sum(map(holds_thought, texts)),
         in_language=_share_in(settings.language, texts),
         references_in_language=_share_in(settings.language, [row.target for row in examples]),
-        decoding=contracts.read(paths.decoding(variant), records.Decoding),
+        decoding=decoding,
         examples=[
             ScoredRow(row.id, row.group, row.aspect, {name: found[i] for name, found in each.items()})
             for i, row in enumerate(examples)
         ],
         statistics={one.name: statistics[one.name].tolist() for one in chosen if one.counted},
+        notices=notices,
+        not_in_source=sources.beyond(texts),
+        references_not_in_source=sources.beyond([row.target for row in examples]),
     )
     contracts.write(paths.scores(variant), scores)
 
 
 def require_script(references: Sequence[Sequence[str]], settings: Evaluate) -> None:
-    """UserError if ROUGE's tokenizer does not know the script of the references, a list for each row."""
-    if settings.rouge_tokenizer != "latin" or not any(name.startswith("rouge") for name in settings.metrics):
-        return
-    foreign = foreign_share(one for some in references for one in some)
-    if foreign > MAX_FOREIGN_SHARE:
-        raise UserError(
+    """UserError if ROUGE's or BLEU's tokenizer does not know the script of the references, a list for each row."""
+    texts = [one for some in references for one in some]
+    problems = []
+    if (foreign := _dropped_by_rouge(texts, settings)) > MAX_FOREIGN_SHARE:
+        problems.append(
             f"{foreign:.0%} of the references' letters lie outside a-z, the only letters that rouge-score's "
             "tokenizer keeps: ROUGE would be about 0 for every model; set evaluate.rouge_tokenizer to unicode"
         )
+    if (whole := _uncut_by_bleu(texts, settings)) > MAX_FOREIGN_SHARE:
+        problems.append(
+            f"{whole:.0%} of the references' letters are in scripts without spaces between words, which "
+            f"evaluate.bleu_tokenizer = {settings.bleu_tokenizer!r} does not cut: BLEU would take whole sentences for "
+            f"words; set it to another ({TO_CUT})"
+        )
+    if problems:
+        raise UserError("\n".join(problems))
+
+
+def noticed(test: Sequence[Example], settings: Evaluate) -> list[str]:
+    """What a reader of the scores must know of the test split and the settings, a sentence each."""
+    references = [one for row in test for one in row.references]
+    found = []
+    if (foreign := _dropped_by_rouge(references, settings)) > FEW_FOREIGN:
+        found.append(
+            f"{foreign:.0%} of the references' letters lie outside a-z, and ROUGE's tokenizer latin drops them: words "
+            "with them are cut in pieces. evaluate.rouge_tokenizer unicode keeps them."
+        )
+    if (whole := _uncut_by_bleu(references, settings)) > FEW_FOREIGN:
+        found.append(
+            f"{whole:.0%} of the references' letters are in scripts without spaces, which BLEU's tokenizer "
+            f"{settings.bleu_tokenizer} does not cut into words: {TO_CUT}."
+        )
+    if settings.use_stemmer and _has_rouge(settings):
+        language = settings.language or _language_of(references)
+        if language not in (None, "en"):
+            given = "evaluate.language is" if settings.language else "the references seem to be in"
+            found.append(
+                f"ROUGE compares stems by Porter's rules, which are for English, and {given} {language!r}: unrelated "
+                "words may count as equal. evaluate.use_stemmer false compares whole words."
+            )
+    whole_leads = reference_lines.lead_is_source(test)
+    if whole_leads >= reference_lines.NEARLY_ALL and not reference_lines.is_translation(settings.metrics):
+        found.append(
+            f"There is no reference line “Lead”: {whole_leads:.0%} of the sources have no second sentence that marks "
+            "tell apart, so their first sentence is the whole source."
+        )
+    return found
+
+
+def _has_rouge(settings: Evaluate) -> bool:
+    return any(name.startswith("rouge") for name in settings.metrics)
+
+
+def _dropped_by_rouge(texts: Sequence[str], settings: Evaluate) -> float:
+    """The share of letters that ROUGE does not see."""
+    return foreign_share(texts) if _has_rouge(settings) and settings.rouge_tokenizer == "latin" else 0.0
+
+
+def _uncut_by_bleu(texts: Sequence[str], settings: Evaluate) -> float:
+    """The share of letters that stand in scripts without spaces and are not cut into words for BLEU."""
+    if "bleu" not in settings.metrics or settings.bleu_tokenizer not in CUT_BY_BLEU:
+        return 0.0
+    return unspaced_share(texts, CUT_BY_BLEU[settings.bleu_tokenizer])
+
+
+def _language_of(texts: Sequence[str]) -> str | None:
+    """The language of some texts (ISO 639-1), if they are long enough, and the whole and most of them show the same."""
+    from py3langid import classify
+
+    some = [canonical(text) for text in texts[:: max(1, len(texts) // 100)] if is_visible(text)]
+    together = " ".join(some)[:20_000]
+    if sum(map(str.isalpha, together)) < ENOUGH_TO_NAME:
+        return None
+    language = str(classify(together)[0])
+    return language if sum(classify(text)[0] == language for text in some) > len(some) / 2 else None
 
 
 def _corpus(metric: metrics.Metric, statistics_nxk: metrics.Floats) -> float:

@@ -1,26 +1,30 @@
 """Scores of texts against references, in points, [0, 100].
 
 ROUGE-1, -2, -L and -Lsum (Lin 2004, sections 2, 3.1 and 3.2) come from `rouge-score`; chrF (Popović 2015) and BLEU
-(Papineni et al. 2002) come from `sacrebleu`.
+(Papineni et al. 2002) come from `sacrebleu`. Exact match and token F1 are those of answers to questions (Rajpurkar et
+al. 2016, section 6.1).
 
-A corpus' score follows from sums over its rows: of each row's F1 for ROUGE, of n-gram counts for chrF and BLEU. So a
-resample of the rows is scored by addition. With several references ROUGE takes the best one's F1, chrF the best one's
-counts, and BLEU the n-grams of all. rouge-score's own bootstrap draws from NumPy's global, unseeded generator and is
-never used.
+Both texts of a pair are brought to the normal form `evaluate.normal_form` first. A corpus' score follows from sums over
+its rows: of n-gram counts for chrF and BLEU, of each row's score for all others. So a resample of the rows is scored by
+addition. With several references BLEU takes the n-grams of all, chrF the best one's counts, and the others the best
+one's score. rouge-score's own bootstrap draws from NumPy's global, unseeded generator and is never used.
 
 Dimensions: n rows, k statistics of a row, b sums of rows.
 """
 
+import string
+from collections import Counter
 from collections.abc import Callable, Sequence
-from functools import cache
+from functools import cache, lru_cache
 from importlib.metadata import version
 from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
+from pipeline.core.errors import UserError
 from pipeline.core.params import Evaluate
-from pipeline.core.text import LETTERS, WITHOUT_SPACES, compatible, runs, sentences
+from pipeline.core.text import LETTERS, SENTENCES, WITHOUT_SPACES, compatible, in_form, runs, sentences
 
 Floats = NDArray[np.float64]
 Tokenize = Callable[[str], list[str]]
@@ -32,7 +36,11 @@ LABELS = {
     "rougeLsum": "ROUGE-Lsum",
     "chrf": "chrF",
     "bleu": "BLEU",
+    "exact_match": "Exact match",
+    "token_f1": "Token F1",
 }
+ANSWERS = ("exact_match", "token_f1")
+ARTICLES = ("a", "an", "the")
 
 
 class Metric(Protocol):
@@ -54,14 +62,24 @@ class Metric(Protocol):
 
 def chosen(evaluate: Evaluate) -> list[Metric]:
     """The metrics of `evaluate`, in its order."""
-    return [
-        _Rouge(name, evaluate) if name.startswith("rouge") else _Counted(name, evaluate) for name in evaluate.metrics
-    ]
+    return [_metric(name, evaluate) for name in evaluate.metrics]
 
 
-def signature(evaluate: Evaluate) -> str:
-    """Everything besides the texts that scores depend on, in the format of sacrebleu's signatures."""
-    parts = []
+def _metric(name: str, evaluate: Evaluate) -> Metric:
+    if name.startswith("rouge"):
+        return _Rouge(name, evaluate)
+    return _Answer(name, evaluate) if name in ANSWERS else _Counted(name, evaluate)
+
+
+def signature(evaluate: Evaluate, references: Sequence[Sequence[str]]) -> str:
+    """Everything besides the texts that scores depend on, in the format of sacrebleu's signatures.
+
+    `references` are those of each row, of which the number counts.
+    """
+    numbers = {len(some) for some in references}
+    nrefs = numbers.pop() if len(numbers) == 1 else None
+    best = [f"nrefs:{nrefs or 'var'}", "refs:max", "mean:examples"]
+    parts = [f"form:{evaluate.normal_form}"]
     if rouge := [name for name in evaluate.metrics if name.startswith("rouge")]:
         tokenizer = (
             "default [a-z0-9]"
@@ -74,17 +92,21 @@ def signature(evaluate: Evaluate) -> str:
             "F1x100",
             f"stem:{'yes' if evaluate.use_stemmer else 'no'}",
             f"tokenizer:{tokenizer}",
-            "split:regex",
-            "mean:examples",
+            *([f"sentences:rules {SENTENCES}"] if "rougeLsum" in rouge else []),
+            *best,
         ]
+    if answers := [name for name in ANSWERS if name in evaluate.metrics]:
+        parts += ["SQuAD", "+".join(answers), "x100", "case:lower", "no punctuation, no articles"]
+        parts += ["tokenizer:letters, marks and digits of any script in NFKC", *best]
     counted = [name for name in ("chrf", "bleu") if name in evaluate.metrics]
-    return "|".join([*parts, *(_Counted(name, evaluate).signature() for name in counted)])
+    return "|".join([*parts, *(_Counted(name, evaluate).signature(nrefs) for name in counted)])
 
 
 def sees_code_points(evaluate: Evaluate) -> bool:
     """Whether a metric takes é in one normal form and é in another for different letters."""
     latin = evaluate.rouge_tokenizer == "latin"
-    return any(name in ("chrf", "bleu") or latin for name in evaluate.metrics)
+    seen = [name in ("chrf", "bleu") or (latin and name.startswith("rouge")) for name in evaluate.metrics]
+    return evaluate.normal_form == "none" and any(seen)
 
 
 def tokenizers(name: str, evaluate: Evaluate) -> tuple[Tokenize, Tokenize, Callable[[str], str]]:
@@ -93,20 +115,25 @@ def tokenizers(name: str, evaluate: Evaluate) -> tuple[Tokenize, Tokenize, Calla
     Returns a function to the tokens, one to the tokens as they are compared (for example stemmed), and one to the form
     of the text in which the tokens stand as they are. chrF has no tokens, so runs of letters and digits stand in.
     """
-    if name == "chrf":
-        return runs, runs, str
-    if name == "bleu":
-        from sacrebleu import BLEU
 
-        bleu: Any = BLEU(tokenize=evaluate.bleu_tokenizer)
-        split: Tokenize = lambda text: bleu.tokenizer(text.rstrip()).split()  # noqa: E731
-        return split, split, str
+    def formed(text: str) -> str:
+        return in_form(text, evaluate.normal_form)
+
+    if name == "chrf":
+        return lambda text: runs(formed(text)), lambda text: runs(formed(text)), formed
+    if name == "bleu":
+        bleu = _bleu(evaluate, effective_order=False)
+        split: Tokenize = lambda text: bleu.tokenizer(formed(text).rstrip()).split()  # noqa: E731
+        return split, split, formed
+    if name in ANSWERS:
+        return answer_tokens, answer_tokens, lambda text: compatible(_unpunctuated(text)).lower()
     if evaluate.rouge_tokenizer == "unicode":
         return _Letters().tokenize, _Letters().tokenize, lambda text: compatible(text).lower()
     from rouge_score.tokenizers import DefaultTokenizer  # imports nltk: a second that nothing else should pay
 
-    plain = DefaultTokenizer(use_stemmer=False).tokenize
-    return plain, DefaultTokenizer(use_stemmer=True).tokenize if evaluate.use_stemmer else plain, str.lower
+    plain, stemmed = (DefaultTokenizer(use_stemmer=stem).tokenize for stem in (False, True))
+    keys = stemmed if evaluate.use_stemmer else plain
+    return lambda text: plain(formed(text)), lambda text: keys(formed(text)), lambda text: formed(text).lower()
 
 
 class _Rouge:
@@ -122,8 +149,7 @@ class _Rouge:
 
         scorer = RougeScorer(
             [self.name],
-            use_stemmer=self.evaluate.use_stemmer,
-            tokenizer=_Letters() if self.evaluate.rouge_tokenizer == "unicode" else None,
+            tokenizer=_Once(self.evaluate),
         )
         found = [
             scorer.score_multi([self._prepared(one) for one in some], self._prepared(text))[self.name].fmeasure
@@ -138,7 +164,30 @@ class _Rouge:
         return statistics_nxk[:, 0]
 
     def _prepared(self, text: str) -> str:
+        text = in_form(text, self.evaluate.normal_form)
         return "\n".join(sentences(text)) if self.name == "rougeLsum" else text
+
+
+class _Once:
+    """ROUGE's tokens of each text, made once: stemming takes nearly all the time, and texts are compared many times."""
+
+    def __init__(self, evaluate: Evaluate) -> None:
+        self.kind = evaluate.rouge_tokenizer, evaluate.use_stemmer
+
+    def tokenize(self, text: str) -> list[str]:
+        return list(_rouge_tokens(*self.kind, text))
+
+
+@lru_cache(200_000)
+def _rouge_tokens(tokenizer: str, stemmed: bool, text: str) -> tuple[str, ...]:
+    return tuple(_rouge_tokenizer(tokenizer, stemmed).tokenize(text))
+
+
+@cache
+def _rouge_tokenizer(tokenizer: str, stemmed: bool) -> Any:
+    from rouge_score.tokenizers import DefaultTokenizer  # imports nltk: a second that nothing else should pay
+
+    return _Letters() if tokenizer == "unicode" else DefaultTokenizer(use_stemmer=stemmed)
 
 
 class _Letters:
@@ -159,6 +208,70 @@ def _pattern() -> Any:
     return regex.compile(rf"(?V1)[{alone}]\p{{M}}*|[[{LETTERS}]--[{alone}]]+")
 
 
+class _Answer:
+    """Whether an answer's tokens equal a reference's, or the F1 of the tokens that both have."""
+
+    width, counted = 1, False
+
+    def __init__(self, name: str, evaluate: Evaluate) -> None:
+        self.name, self.evaluate = name, evaluate
+
+    def statistics(self, texts: Sequence[str], references: Sequence[Sequence[str]]) -> Floats:
+        score = _same if self.name == "exact_match" else _f1
+        found = [
+            max(score(self._tokens(text), self._tokens(one)) for one in some)
+            for text, some in zip(texts, references, strict=True)
+        ]
+        return 100.0 * np.array(found, np.float64).reshape(-1, 1)
+
+    def corpus(self, sums_bxk: Floats, rows_b: Floats) -> Floats:
+        return sums_bxk[:, 0] / rows_b
+
+    def each(self, statistics_nxk: Floats) -> Floats:
+        return statistics_nxk[:, 0]
+
+    def _tokens(self, text: str) -> list[str]:
+        return answer_tokens(in_form(text, self.evaluate.normal_form))
+
+
+def answer_tokens(text: str) -> list[str]:
+    """The tokens of an answer as SQuAD's evaluation has them (v1.1): lower case, no punctuation, no articles.
+
+    For ASCII text they are exactly those, except that an answer of articles or punctuation alone ("A", "!") keeps
+    them, and equals no empty one. Other scripts have the tokens of the unicode tokenizer, all of Unicode's punctuation
+    goes (as in MLQA, Lewis et al. 2020), and marks that end a clause part words although no space follows.
+    """
+    tokens = _Letters().tokenize(_unpunctuated(text))
+    return [one for one in tokens if one not in ARTICLES] or tokens or compatible(text).lower().split()
+
+
+def _unpunctuated(text: str) -> str:
+    if text.isascii():
+        return text.translate(_NO_PUNCTUATION)
+    ends, marks = _punctuation()
+    return str(marks.sub("", ends.sub(" ", text)))
+
+
+_NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
+
+
+@cache
+def _punctuation() -> tuple[Any, Any]:
+    import regex
+
+    ends = regex.compile(r"(?V1)[\p{Terminal_Punctuation}--\p{ASCII}]")
+    return ends, regex.compile(rf"[\p{{P}}{regex.escape(string.punctuation)}]")
+
+
+def _same(tokens: Sequence[str], others: Sequence[str]) -> float:
+    return float(tokens == others)
+
+
+def _f1(tokens: Sequence[str], others: Sequence[str]) -> float:
+    common = (Counter(tokens) & Counter(others)).total()
+    return 2 * common / (len(tokens) + len(others)) if common else 0.0
+
+
 class _Counted:
     """chrF or BLEU.
 
@@ -169,30 +282,28 @@ class _Counted:
     counted = True
 
     def __init__(self, name: str, evaluate: Evaluate) -> None:
-        from sacrebleu import BLEU, CHRF
+        from sacrebleu import CHRF
 
-        self.name = name
+        self.name, self.evaluate = name, evaluate
         self.whole: Any
         self.alone: Any
         if name == "bleu":
-            self.whole, self.alone = (
-                BLEU(tokenize=evaluate.bleu_tokenizer, effective_order=alone) for alone in (False, True)
-            )
+            self.whole, self.alone = (_bleu(evaluate, effective_order=alone) for alone in (False, True))
             self.width = 2 + 2 * self.whole.max_ngram_order
         else:
             self.whole = self.alone = CHRF()
             self.width = 3 * self.whole.order
 
-    def signature(self) -> str:
-        """sacrebleu's own, with its version first and without the number of references, which differs between rows."""
-        name = self.whole.corpus_score(["a"], [["a"]]).name  # it has no signature before its first score
-        parts = str(self.whole.get_signature()).split("|")
-        kept = [part for part in parts if part.partition(":")[0] not in ("nrefs", "version")]
-        return "|".join([f"sacrebleu {version('sacrebleu')}", name, *kept])
+    def signature(self, nrefs: int | None) -> str:
+        """sacrebleu's own, behind the name of the metric. `nrefs` is the number of references; None if it varies."""
+        # It has no signature before its first score, from which it takes the number of references.
+        streams: list[list[str | None]] = [["a", "a"]] * nrefs if nrefs else [["a", "a"], ["a", None]]
+        name = self.whole.corpus_score(["a", "a"], streams).name
+        return f"{name}|{self.whole.get_signature()}"
 
     def statistics(self, texts: Sequence[str], references: Sequence[Sequence[str]]) -> Floats:
         rows = [
-            self.whole._extract_corpus_statistics([text], [[one] for one in some])[0]
+            self.whole._extract_corpus_statistics([self._formed(text)], [[self._formed(one)] for one in some])[0]
             for text, some in zip(texts, references, strict=True)
         ]
         return np.array(rows, np.float64).reshape(-1, self.width)
@@ -203,6 +314,32 @@ class _Counted:
     def each(self, statistics_nxk: Floats) -> Floats:
         return self._scores(self.alone, statistics_nxk)
 
+    def _formed(self, text: str) -> str:
+        return in_form(text, self.evaluate.normal_form)
+
     @staticmethod
     def _scores(scorer: Any, sums_bxk: Floats) -> Floats:
         return np.array([scorer._compute_score_from_stats(sums).score for sums in sums_bxk.tolist()], np.float64)
+
+
+def _bleu(evaluate: Evaluate, effective_order: bool) -> Any:
+    """sacrebleu's BLEU. UserError if its tokenizer cannot be made, such as one whose model cannot be downloaded."""
+    from sacrebleu import BLEU
+
+    try:
+        return BLEU(tokenize=evaluate.bleu_tokenizer, effective_order=effective_order)
+    # sacrebleu lets through whatever its packages and its download raise, and exits where a certificate is refused.
+    except (Exception, SystemExit) as error:
+        from sacrebleu.utils import SACREBLEU_DIR
+
+        name, why = evaluate.bleu_tokenizer, " ".join(str(error).split()) or type(error).__name__
+        if name.startswith("flores"):
+            raise UserError(
+                f"evaluate.bleu_tokenizer = {name!r} needs a model that sacrebleu downloads once into "
+                f"{SACREBLEU_DIR}/models, and that failed ({why}): run this once with a network, remove a half file "
+                "there, or set evaluate.bleu_tokenizer to char"
+            ) from None
+        raise UserError(
+            f"evaluate.bleu_tokenizer = {name!r} does not work here ({why}): install what it names, or set "
+            "evaluate.bleu_tokenizer to char"
+        ) from None

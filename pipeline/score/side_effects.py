@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from pipeline.core import contracts, params, paths
-from pipeline.score import significance
+from pipeline.score.estimates import Estimate, Judged
 from pipeline.score.significance import Interval
 
 ROSE = 0.01
@@ -121,32 +121,19 @@ def _training(summary: contracts.TrainingSummary) -> Training:
 
 
 def _forgetting(found: Sequence[contracts.Forgetting], settings: params.Compare) -> Forgetting | None:
-    """The losses of all seeds. They read the same windows, so a resample draws the same texts for each seed."""
+    """The losses of all seeds, which read the same windows; intervals cover texts (or windows of one), and seeds."""
     source, measured = found[0].source, [one.measured for one in found if one.measured is not None]
     if source is None or not measured:
         return None
     first = measured[0]
     several = first.texts > 1
-    groups = np.array([one.place if several else str(i) for i, one in enumerate(first.windows)])
-    # nx(1 + 3s): the tokens of each window, then for each of s seeds the three differences that get an interval.
-    columns = [[float(one.tokens) for one in first.windows]]
-    for windows in (one.windows for one in measured):
-        columns.append([one.tuned - one.base for one in windows])
-        columns.append([one.cross_entropy for one in windows])
-        columns.append([one.cross_entropy - one.entropy for one in windows])
-    values_nxk = np.array(columns, dtype=np.float64).T
-    sums_bxk, _ = significance.resampled_sums(values_nxk, groups, settings.bootstrap_samples, settings.seed)
-    total_k = values_nxk.sum(axis=0)
-
-    def interval(which: int) -> Interval:
-        at = range(1 + which, 1 + 3 * len(measured), 3)
-        resampled_b = np.mean([sums_bxk[:, k] / sums_bxk[:, 0] for k in at], axis=0)
-        each = [float(total_k[k] / total_k[0]) for k in at]
-        value = float(np.mean(each))
-        if len(measured) == 1:
-            return significance.percentiles(value, resampled_b, settings.confidence)
-        return significance.over_seeds(value, [each], resampled_b, len(set(groups)), settings.confidence)[1]
-
+    groups = [one.place if several else str(i) for i, one in enumerate(first.windows)]
+    tokens = np.array([one.tokens for one in first.windows], np.float64)
+    changes = [
+        np.array([(w.tuned - w.base, w.cross_entropy, w.cross_entropy - w.entropy) for w in one.windows], np.float64)
+        for one in measured
+    ]
+    judged = Judged(Estimate.mean([Estimate.ratios(one, tokens, groups) for one in changes]), settings)
     tuned_loss = float(np.mean([one.tuned_loss for one in measured]))
     return Forgetting(
         source=source,
@@ -159,7 +146,7 @@ def _forgetting(found: Sequence[contracts.Forgetting], settings: params.Compare)
         tuned_loss=tuned_loss,
         base_perplexity=first.base_perplexity,
         tuned_perplexity=float(np.exp(tuned_loss)),
-        diff=interval(0),
-        cross_entropy=interval(1),
-        kl=interval(2),
+        diff=judged.deciding(0),
+        cross_entropy=judged.deciding(1),
+        kl=judged.deciding(2),
     )

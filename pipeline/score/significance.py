@@ -1,21 +1,14 @@
-"""The significance of differences between variants: resampling, intervals, p-values, corrections, and power.
+"""Small questions about differences: their direction, corrections for several of them, their size, and power.
 
-Two sources of chance are kept apart:
-- The choice of test examples: a paired bootstrap over groups (clusters), since the aspects of one paper share its text.
-  A resample draws groups with replacement and takes all rows of each, together for all variants (Koehn 2004, section 3,
-  for pairing; Davison and Hinkley 1997, section 3.8, for resampling whole clusters).
-- The training seed: the standard deviation between seeds.
+Intervals and p-values are those of `pipeline.score.intervals`.
 
-Both together: the sum of the two variances of the mean, with Satterthwaite's degrees of freedom (1946), since a few
-seeds say little about their own spread.
-
-Dimensions: n rows, k statistics, b resamples.
+Dimensions: n rows.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import NormalDist
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,13 +19,15 @@ Floats = NDArray[np.float64]
 
 TIE = 1e-9
 """Smaller differences, in points, are rounding: means over seeds of equal scores may differ in the last bit."""
-DRAWS_AT_ONCE = 2_000_000
-"""Group indices drawn in one chunk of resamples, which take 16 MB."""
 POWER = 0.8
 """Share of repetitions in which a detectable difference is found."""
 TYPICAL_SPREAD = 14.5
 """SD over examples of tuned minus base in ROUGE-1, in points, in the default experiment. A planned experiment is judged
 by it, since it has no figures yet."""
+
+
+Direction = Literal["higher", "lower", "none", "few"]
+"""What is shown of a difference: above zero, below it, neither; or nothing, since the groups are too few."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,70 +48,10 @@ def require_groups(count: int) -> None:
         )
 
 
-def resampled_sums(values_nxk: Floats, groups: NDArray[Any], samples: int, seed: int) -> tuple[Floats, Floats]:
-    """Bootstrap over groups: draw as many groups as there are, `samples` times, and sum the k columns over their rows.
-
-    `groups` names the group of each row. Returns bxk sums and their b numbers of rows. Equal groups, samples and seeds
-    give equal draws. UserError with a single group.
-    """
-    # Sorted by name, so that the order of the rows does not decide which group a number means.
-    names, member = np.unique(groups, return_inverse=True)
-    g = len(names)
-    require_groups(g)
-    columns = np.column_stack([values_nxk, np.ones(len(values_nxk))])
-    sums_gxk = np.zeros((g, columns.shape[1]))
-    np.add.at(sums_gxk, member, columns)
-    generator = np.random.Generator(np.random.PCG64(seed))
-    chunk = max(1, DRAWS_AT_ONCE // g)
-    totals: list[Floats] = []
-    for start in range(0, samples, chunk):
-        size = min(chunk, samples - start)
-        draws = generator.integers(g, size=(size, g)) + g * np.arange(size)[:, None]
-        times_bxg = np.bincount(draws.ravel(), minlength=size * g).reshape(size, g).astype(np.float64)
-        totals.append(times_bxg @ sums_gxk)
-    total_bxk = np.concatenate(totals)
-    return total_bxk[:, :-1], total_bxk[:, -1]
-
-
 def difference(here: Floats, there: Floats) -> Floats:
     """`here` minus `there`. Ties are exactly zero, so that no verdict depends on rounding."""
     found = here - there
     return np.where(np.abs(found) <= TIE, 0.0, found)
-
-
-def percentiles(value: float, resampled_b: Floats, confidence: float) -> Interval:
-    """The bootstrap percentile interval of a value."""
-    tail = (1 - confidence) / 2
-    low, high = np.quantile(resampled_b, [tail, 1 - tail])
-    return Interval(float(value), float(low), float(high))
-
-
-def p_value(resampled_b: Floats) -> float:
-    """The two-sided p-value of a difference: twice the share of resamples on the rarer side of zero, plus one each."""
-    below, above = (int(np.sum(side)) for side in (resampled_b <= 0, resampled_b >= 0))
-    return float(min(1.0, 2 * (1 + min(below, above)) / (1 + len(resampled_b))))
-
-
-def over_seeds(
-    mean: float, sides: Sequence[Sequence[float]], resampled_b: Floats, groups: int, confidence: float
-) -> tuple[float, Interval, float]:
-    """The SD between seeds, and the interval and p-value of the mean difference for both sources of chance.
-
-    `sides` holds the scores of each side's seeds. A side with one seed adds nothing, since its spread is unknown.
-    `resampled_b` is the mean difference in every resample of the examples, `groups` the number of their groups.
-    """
-    from scipy import stats
-
-    spreads = [(float(np.var(scores, ddof=1)), len(scores)) for scores in sides if len(scores) > 1]
-    sd = sum(variance for variance, _ in spreads) ** 0.5
-    parts = [(float(np.var(resampled_b)), groups - 1), *((variance / n, n - 1) for variance, n in spreads)]
-    total = sum(part for part, _ in parts)
-    if total <= TIE**2:
-        return sd, Interval(mean, mean, mean), 1.0 if abs(mean) <= TIE else 0.0
-    freedom = total**2 / sum(part**2 / size for part, size in parts)
-    half = float(stats.t.ppf((1 + confidence) / 2, freedom)) * total**0.5
-    p = 2 * float(stats.t.sf(abs(mean) / total**0.5, freedom))
-    return sd, Interval(mean, mean - half, mean + half), p
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
@@ -131,7 +66,10 @@ def holm(p_values: Sequence[float]) -> list[float]:
 
 
 def effect_size(differences_n: Floats, groups: NDArray[Any]) -> float:
-    """Cohen's d of paired differences: the mean of the groups' mean differences over their standard deviation."""
+    """Cohen's d_z of paired differences: the mean of the groups' mean differences over their standard deviation.
+
+    It is larger over means of several rows than over rows. With each row a group of its own it is that over rows.
+    """
     names, member = np.unique(groups, return_inverse=True)
     means = np.bincount(member, differences_n) / np.bincount(member)
     spread = float(np.std(means, ddof=1)) if len(names) > 1 else 0.0

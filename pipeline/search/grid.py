@@ -30,9 +30,9 @@ SECONDS_WITHOUT_A_WORKER = 30.0
 """When nothing has begun or ended for so long, the workers are counted. A worker takes some seconds to start."""
 RESTARTS = 3
 
-BASE = "evaluate@base"
+BASE = ("evaluate@base", "evaluate-unquantized", "evaluate-shots")
 NOT_OF_THE_BASE = {"lora", "train", "seeds", "forget", "compare", "tracking"}
-"""The sections of parameters that neither `BASE` nor a stage before it reads."""
+"""The sections of parameters that neither `BASE` nor a stage before them reads."""
 
 QUEUED, RUNNING, SUCCESS, FAILED, LOST = "Queued", "Running", "Success", "Failed", "Lost"
 OPEN = (QUEUED, RUNNING)
@@ -147,8 +147,8 @@ def _base_first(combinations: Iterable[Combination]) -> None:
     UserError where that fails, since every experiment would fail with it.
     """
     changed = {override.lstrip("+~").split("=")[0].split(".")[0] for one in combinations for override in one.overrides}
-    if changed <= NOT_OF_THE_BASE and subprocess.run(["dvc", "repro", BASE], check=False).returncode:
-        raise UserError(f"nothing was queued: {BASE} failed, and every experiment needs it")
+    if changed <= NOT_OF_THE_BASE and subprocess.run(["dvc", "repro", *BASE], check=False).returncode:
+        raise UserError(f"nothing was queued: {', '.join(BASE)} failed, and every experiment needs it")
 
 
 def _queue(combinations: Sequence[Combination], overrides: Sequence[str]) -> Iterator[tuple[str, Combination]]:

@@ -37,7 +37,7 @@ SECONDS_BETWEEN_LOOKS = 0.2
 
 COMPLETE, PRUNED, FAILED = "complete", "pruned", "failed"
 
-BASE = ("prompts", "infer@base", "evaluate@base")
+BASE = ("prompts", "infer@base", "evaluate@base", *identity.BASELINES)
 """Stages whose results a trial takes over from its commit: they do not depend on the adapter."""
 
 Curve = list[tuple[int, float]]

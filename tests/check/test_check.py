@@ -1,5 +1,6 @@
 """`lora-repro check`: every mistake that can be known before the expensive work is named, all of them at once."""
 
+import importlib.util
 import json
 import os
 import shutil
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import sacrebleu.utils
 
 from pipeline.check import check, place, rows
 from pipeline.core import params, paths, records, yaml12
@@ -197,6 +199,45 @@ class TestEachKind:
         assert "set evaluate.rouge_tokenizer to unicode" in problem
         edit(evaluate={"rouge_tokenizer": "unicode", "use_stemmer": False})
         check.require_sound()
+
+    def test_references_that_bleu_cannot_cut(
+        self, repository: params.Params, capsys: pytest.CaptureFixture[str], tmp_path: Path,
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:  # fmt: skip
+        source = Path(str(repository.data.source))
+        rows_of = [json.loads(line) for line in (source / "test.jsonl").read_text().splitlines()]
+        for row in rows_of:
+            row |= {"target": "แมวกำลังนอน", "references": ["แมวกำลังนอน"]}
+        (source / "test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows_of))
+        edit(data={"sha256": records.sha256_tree(source)}, forget={"sha256": records.sha256_tree(source)})
+        edit(evaluate={"metrics": ["chrf", "bleu"], "bleu_tokenizer": "13a"}, compare={"decide_by": ["chrf"]})
+        (problem,) = mistakes()
+        assert "set it to another (zh cuts Chinese, ja-mecab Japanese, ko-mecab Korean, char and flores200" in problem
+        edit(evaluate={"bleu_tokenizer": "char"})
+        check.require_sound()
+        monkeypatch.setattr(sacrebleu.utils, "SACREBLEU_DIR", str(tmp_path))
+        edit(evaluate={"bleu_tokenizer": "flores200"})
+        check.require_sound()
+        left = "not checked: the model of evaluate.bleu_tokenizer flores200 is not here; stage evaluate downloads it"
+        assert left in capsys.readouterr().out
+
+    @pytest.mark.usefixtures("repository")
+    @pytest.mark.parametrize(("name", "extra"), [("ja-mecab", "ja"), ("ko-mecab", "ko")])
+    def test_a_tokenizer_of_bleu_whose_packages_are_missing(
+        self, name: str, extra: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        found = importlib.util.find_spec
+        missing = {module for _, modules in params.TOKENIZER_PACKAGES.values() for module in modules}
+        monkeypatch.setattr(importlib.util, "find_spec", lambda one, *a: None if one in missing else found(one, *a))
+        edit(evaluate={"metrics": ["rouge1", "rouge2", "bleu"], "bleu_tokenizer": name})
+        (problem,) = mistakes()
+        assert f"evaluate.bleu_tokenizer = '{name}' needs" in problem
+        assert f"pip install 'sacrebleu[{extra}]'" in problem
+        # Every stage that computes says so, and those that need no scores do not.
+        for stage in ("train", "infer", "evaluate", "compare"):
+            with pytest.raises(UserError, match=name):
+                params.read(stage)
+        params.read("prepare")
 
 
 class TestWhatIsNotAtHand:

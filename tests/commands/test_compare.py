@@ -67,9 +67,19 @@ def test_they_are_ranked_and_every_pair_is_compared_once(made: dict[str, Experim
         assert [row[:2] for row in reached[1:]] == [[f"#{place}", name] for place, name in enumerate(ranking.names, 1)]
         assert [row[0] for row in pairs[1:]] == ["#1 − #2", "#1 − #3", "#2 − #3"]
         assert pairs[1][-1] == "no difference shown"
-        assert [row[-1] for row in pairs[2:]] == [f"{name} is better" for name in ranking.names[:2]]
+        # Two seeds say little about their spread.
+        words = {"strong": "strong is better", "two seeds": "no difference shown"}
+        assert [row[-1] for row in pairs[2:]] == [words[name] for name in ranking.names[:2]]
     assert "corrected for all 6 comparisons (Holm)" in page
     assert "With one seed" in page
+    best = ranking.results[ranking.names[0]]["rouge1"]
+    assert "#1 is the best of 3 that were scored on this test split. With intervals of 98.33 %" in page
+    assert ranking.best["rouge1"].diff.value == best.diff.value
+    assert ranking.best["rouge1"].diff.low < best.diff.low < best.diff.high < ranking.best["rouge1"].diff.high
+    # More experiments that were scored on it were candidates too, whether they are named or not.
+    wider = compare.rank(list(made.values()), COMPARE, seen=40)
+    assert wider.candidates == 40
+    assert wider.best["rouge1"].diff.low < ranking.best["rouge1"].diff.low
 
 
 def tables(page: str) -> list[list[list[str]]]:
@@ -129,7 +139,7 @@ def test_a_pair_has_the_difference_that_its_rows_have(made: dict[str, Experiment
 def test_what_was_tested_or_scored_otherwise_is_refused(made: dict[str, Experiment], tmp_path: Path) -> None:
     weak, strong = made["weak"], made["strong"]
     scored = replace(weak, base=replace(weak.base, signature="x"), tuned=[replace(weak.tuned[0], signature="x")])
-    with pytest.raises(UserError, match="weak is scored as x, strong as rouge-score"):
+    with pytest.raises(UserError, match=r"weak is scored as x, strong as form:NFC\|rouge-score"):
         compare.rank([strong, scored], COMPARE)
     (tmp_path / "other").mkdir()
     rows = [replace(row, target=random.Random(1).choice(["a b", "c d"]), references=[]) for row in examples(40)]

@@ -19,9 +19,10 @@ from pipeline.core import contracts, params, paths, records
 from pipeline.core.contracts import Validation
 from pipeline.core.errors import UserError
 from pipeline.core.records import Example, Prediction
-from pipeline.record import address, seal, store
+from pipeline.record import address, looks, seal, store
 from pipeline.record.bounds import Bounds
-from pipeline.record.runs import DIGEST, NOTE, Record
+from pipeline.record.looks import Looks
+from pipeline.record.runs import DIGEST, NOTE, TEST, Record
 from tests import ROOT
 from tests.made.experiment import COMPARE, examples, plant, scores_of
 from tests.made.records import training
@@ -85,7 +86,7 @@ class Project:
         }
         record = Record(
             name=name,
-            tags={DIGEST: digest or name, NOTE: f"**Better**: {name}."},
+            tags={DIGEST: digest or name, TEST: scores_of("base").test_sha256, NOTE: f"**Better**: {name}."},
             params={**GIVEN, "seeds": json.dumps(list(shares))},
             metrics=[],
             predictions={"id": [row.id for row in rows], "reference": [row.target for row in rows], **texts},
@@ -173,7 +174,10 @@ def test_it_says_why_with_the_figures_of_the_same_rows(project: Project, capsys:
     printed = capsys.readouterr().out
     figures = f"ROUGE-1 {before:.1f} → {after:.1f} (+{after - before:.1f}, +"
     assert f"champion  version 1 (run good): {figures}" in printed
-    assert "tried     2 experiments on this test set" in printed
+    assert (
+        "looks     The test split has been looked at 2 times: so many experiments here were scored on it. This is look "
+        "2: intervals of 99.1667 %, p up to 0.0083." in printed
+    )
     [version] = versions_of(project, "best")
     assert figures in version.tags["against_champion"]
     assert version.description == "Better: best."
@@ -187,6 +191,15 @@ def test_it_says_why_with_the_figures_of_the_same_rows(project: Project, capsys:
 def versions_of(project: Project, run: str) -> list[Any]:
     numbers = [number for number, name in project.versions().items() if name == run]
     return [project.client.get_model_version("toy", str(number)) for number in numbers]
+
+
+def test_after_very_many_looks_no_p_value_is_small_enough(
+    project: Project, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    project.record("good", {1: 0.9})
+    monkeypatch.setattr(looks, "among", lambda *_: Looks(80, 80, 0))
+    project.promote("good", dry_run=True)
+    assert "So small a p cannot be shown: take a new test split." in capsys.readouterr().out
 
 
 def test_of_several_seeds_validation_chooses_not_the_test_set(

@@ -222,7 +222,7 @@ class TestOutputs:
         spoilt = [Path("out/predictions/tuned-17.jsonl"), Path("out/scores/tuned-17.json"), paths.RECEIPT, *reports]
         for path in [*spoilt, Path("out/adapters/17/adapter_model.safetensors"), paths.COMPARISON_MD]:
             flip(path)
-        flip(paths.published(paths.FIGURES / "scores.svg"))
+        flip(paths.published(paths.FIGURES / "ladder.svg"))
         flip(paths.REPORT_HTML)
         Path("out/training/17.csv").unlink()
         printed = checked(capsys)
@@ -276,7 +276,7 @@ class TestChain:
         assert found == [f"{path}: it names another decoding than the one here"]
 
     def test_reports_are_computed_again(self) -> None:
-        made = (paths.COMPARISON_MD, paths.COMPARISON_SVG, paths.FIGURES / "scores.svg", paths.TABLES / "outputs.csv")
+        made = (paths.COMPARISON_MD, paths.COMPARISON_SVG, paths.FIGURES / "ladder.svg", paths.TABLES / "outputs.csv")
         for path in (paths.METRICS, *made, *map(paths.published, made)):
             with flipped(path):
                 assert places(verify.reports) == [f"{path}: not what the predictions and scores give"]

@@ -57,7 +57,7 @@ def test_none_is_left_out_where_it_is_the_default_and_written_where_it_is_a_valu
             r"layers.a: Input should be",
         ),
         (DataCard, records.data_card(), "splits", {"train": {"rows": 1}}, r"splits.train.files: Field required"),
-        (Comparison, comparison(), "verdict", "wonderful", r"verdict: Input should be 'better', 'worse'"),
+        (Comparison, comparison(), "verdict", "wonderful", r"verdict: Input should be 'better', 'partly-better'"),
     ],
 )
 def test_a_file_of_another_version_is_one_error_that_names_the_field(

@@ -3,6 +3,7 @@
 import random
 import re
 import unicodedata
+from typing import Literal
 
 import pytest
 
@@ -79,8 +80,8 @@ def test_loses_nothing_but_white_space_and_splits_no_further(text: str) -> None:
 _END = re.compile(r"""[.!?…](?:\s?[.!?…])*["']*(?:\s?(?:''|[”’»)\]]))*\s+""")
 PIECES = (
     ".", "!", "…", "?", " ", "  ", "\t", "\n", "\u2028", "\xa0", "\x1c", "\x1f", "'", "''", '"', "”", "’", "»", ")",
-    "]", "a", "B", "é", "1", "e.g.", "i. e.", "et al", "Fig", "J.", "Dr", "U.S", ",", ";", "猫", "word", "Word", "-",
-    "_", ":",
+    "]", "a", "B", "é", "1", "e.g.", "i. e.", "et al", "Fig", "J.", "Dr", "U.S", ",", ";", "ß", "word", "Word", "-",
+    "_", ":", "“", "‘", "–", "}", "(", "«", "½", "€",
 )  # fmt: skip
 
 
@@ -109,6 +110,94 @@ def test_the_sentences_are_those_of_the_plain_expression() -> None:
         assert sentences(text) == one_by_one(text), text
         several += len(sentences(text)) > 1
     assert several > 10_000
+
+
+OTHER_SCRIPTS = {
+    "Chinese": ["你好。", "我很好！", "你呢？！", "他说：“走吧。”", "（真的！）", "《你是谁？》是一本书。", "涨3.5%。"],
+    "Chinese, marks of English": ["你好!", "我很好.", "使用Node.js开发?", "是的"],
+    "Japanese": ["「行こう！」と彼は言った。", "「はい。」", "彼は答えた。", "１．はじめに｡", "がくせい!", "か"],
+    "Urdu, no space": ["کیا؟", "ہاں۔"],
+    "Amharic": ["ሰላም።", "እንዴት ነህ።", "ደህና"],
+    "Khmer": ["ខ្ញុំទៅ។", "គាត់មក។"],
+}  # fmt: skip
+SPACED = {
+    "Hindi": ["यह किताब है।", "डॉ. राम आए।", "क्या है?", "हाँ॥", "अंत"],
+    "Arabic": ["هل أنت بخير؟", "نعم.", "قال د. أحمد ذلك!", "ثم ذهب"],
+    "Urdu": ["یہ کتاب ہے۔", "پی۔ایچ۔ڈی ہے۔", "کیا؟"],
+    "Greek": ["Τι κάνεις;", "Είμαι καλά.", "Ναι"],
+    "Armenian": ["Բարեւ։", "Ինչպես ես։"],
+    "Burmese": ["သူ၊ သွားသည်။", "ပြန်လာသည်။"],
+    "Russian": ["Он пришёл.", "А. С. Пушкин писал!", "Да…", "Нет"],
+}
+
+
+@pytest.mark.parametrize("name", OTHER_SCRIPTS | SPACED)
+@pytest.mark.parametrize("form", ["NFC", "NFD"])
+def test_sentences_of_other_scripts(name: str, form: Literal["NFC", "NFD"]) -> None:
+    expected = [unicodedata.normalize(form, one) for one in (OTHER_SCRIPTS | SPACED)[name]]
+    for between in ("", " ", "\n") if name in OTHER_SCRIPTS else (" ", "\n", "  "):
+        text = between.join(expected)
+        assert sentences(text) == expected
+        assert lead(text) == expected[0]
+
+
+def test_a_text_without_marks_of_sentences_is_its_own_lead() -> None:
+    assert lead("แมวกำลังนอน หมากำลังวิ่ง") == "แมวกำลังนอน หมากำลังวิ่ง"
+    assert lead("แมวกำลังนอน\nหมากำลังวิ่ง") == "แมวกำลังนอน"
+
+
+@pytest.mark.parametrize("mark", "。｡！？।॥؟۔።։။។՞")
+def test_a_mark_ends_a_sentence_only_behind_its_letters(mark: str) -> None:
+    """Neither at the end of the text nor behind a mere number."""
+    assert sentences(f"1{mark}") == [f"1{mark}"]
+    assert sentences(mark) == [mark]
+    assert sentences(f"猫{mark}") == [f"猫{mark}"]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "他说“你好！”，然后走了",  # a comma behind the quotation
+        "「行こう！」って彼は言った",
+        "《你是谁？》很好看",  # the mark is the title's
+        "我不知道……也许吧",
+        "第3.章",
+        "百度.com很好",
+        "วันนี้ พ.ศ. 2560 อากาศดี ดร. สมชาย มา",  # spaces part sentences, clauses and names alike
+        "پی۔ایچ۔ڈی",
+        "सन् 3.5 है",
+        "α; The",
+    ],
+)
+def test_keeps_together_in_other_scripts(text: str) -> None:
+    assert sentences(text) == [text]
+
+
+OTHER_PIECES = (
+    *"。！？｡।॥؟۔።…!?.;",
+    *"」』”’)》】«“「",
+    *"猫かกकعअλ1aB、，",
+    "\u3099",
+    "\u0301",
+    "と",
+    " ",
+    "\u3000",
+    "\u200b",
+    "\ufe0f",
+)
+
+
+def test_whatever_stands_in_a_text_nothing_is_lost() -> None:
+    draw = random.Random(0)
+    several = 0
+    for _ in range(20_000):
+        text = "".join(draw.choices(OTHER_PIECES, k=draw.randrange(20)))
+        found = sentences(text)
+        assert "".join("".join(found).split()) == "".join(text.split())
+        assert all(one == one.strip() != "" for one in found)
+        assert [sentences(one) for one in found] == [[one] for one in found], text
+        several += len(found) > 1
+    assert several > 5_000
 
 
 @pytest.mark.parametrize(
@@ -230,7 +319,20 @@ def test_what_cannot_be_seen(text: str) -> None:
 def test_marks_out_of_order_take_no_square_of_time() -> None:
     """The standard order of a run of marks is a sort, which the interpreter does by insertion."""
     with soon():
-        for unit in ("\u0301\u0327", "a\u0301\u0327", "\u0327", "\xad", "\u200b", "\uff9e\u0334"):
+        for unit in (
+            "。\u3000",
+            "。」",
+            "!",
+            "猫!",
+            ";",
+            "λ;",
+            "\u0301\u0327",
+            "a\u0301\u0327",
+            "\u0327",
+            "\xad",
+            "\u200b",
+            "\uff9e\u0334",
+        ):
             text = unit * (1_000_000 // len(unit))
             for read in (canonical, compatible, alike, is_nfc, is_visible, words, runs, texts.lead):
                 read(text)

@@ -15,7 +15,7 @@ from pipeline.export import parity
 from pipeline.infer import backend_llamacpp
 from pipeline.model import checkpoint
 from pipeline.model.prompt import Row
-from pipeline.score.compare import Table
+from pipeline.score.tables import Table
 from tests.made.variants import quantized, trained
 
 

@@ -158,7 +158,7 @@ def test_two_at_once_are_refused(quantized: params.Params) -> None:
 def test_a_prompt_that_does_not_fit_fails_before_the_model_is_loaded(
     quantized: params.Params, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(backend_transformers, "quantized", lambda *_: pytest.fail("the model was loaded"))
+    monkeypatch.setattr(backend_transformers, "load_base", lambda *_: pytest.fail("the model was loaded"))
     with pytest.raises(UserError, match="longer than prompt.max_tokens = 16"):
         infer.decode(
             "base", quantized.prompt.model_copy(update={"max_tokens": 16}), quantized.generation, quantized.runtime

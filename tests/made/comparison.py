@@ -3,10 +3,24 @@
 from dataclasses import replace
 from typing import Any
 
-from pipeline.score.comparison import Aspect, Comparison, Line, Output, Pair, Result, Spread
+from pipeline.core.contracts import Absent, NotInSource
+from pipeline.score.comparison import (
+    Aspect,
+    Baseline,
+    Comparison,
+    EqualLength,
+    Line,
+    Output,
+    Pair,
+    Result,
+    Specific,
+    SpecificGain,
+    Spread,
+)
 from pipeline.score.guard_record import Guard
+from pipeline.score.known import Known
 from pipeline.score.side_effects import Cost, Forgetting, Training
-from pipeline.score.significance import Interval
+from pipeline.score.significance import Direction, Interval
 from tests.made.records import encoded
 
 GUARDS = [Guard("a <doubled> BOS", "600 prompts | 1 BOS at most")]
@@ -23,8 +37,11 @@ def result(base: float, tuned: float, low: float, high: float) -> Result:
         tuned=Interval(tuned, tuned - 1, tuned + 1),
         diff=Interval(diff, low, high),
         seeds=None,
+        direction="higher" if low > 0 else "lower" if high < 0 else "none",
+        within_margin=None,
         p=0.0002,
         effect=0.41,
+        effect_of_rows=0.22,
         detectable=2.2,
         wins=0.7,
         ties=0.1,
@@ -63,14 +80,28 @@ FORGETTING = Forgetting(
 )
 
 
+SPECIFIC = {
+    "rouge1": SpecificGain(25.6, 14.1, 31.3, 16.1, Interval(3.7, 2.3, 5.2), "higher", 0.0002),
+    "rouge2": SpecificGain(7.8, 1.1, 10.5, 1.2, Interval(2.6, 1.2, 4.0), "higher", 0.0003),
+}
+NOT_SPECIFIC = {
+    "rouge1": SpecificGain(25.6, 14.1, 31.3, 19.6, Interval(0.2, -2.3, 2.9), "none", 0.8),
+    "rouge2": SpecificGain(7.8, 1.1, 10.5, 3.2, Interval(0.6, -1.2, 2.4), "none", 0.6),
+}
+
+
+BEYOND = NotInSource(Absent(20, 5), Absent(1000, 300), Absent(50, 40))
+PARTLY: dict[str, Direction] = {"rouge1": "higher", "rouge2": "none"}
+
+
 def several_seeds() -> Comparison:
     """Three seeds, whose spread makes the interval that decides wider."""
     spread = {"rouge1": Spread(0.3, Interval(5.7, 3.5, 7.9)), "rouge2": Spread(0.2, Interval(2.7, -0.1, 5.5))}
     one = comparison()
     return replace(
         one,
-        verdict="mixed",
-        results={name: replace(one.results[name], seeds=spread[name]) for name in one.results},
+        verdict="partly-better",
+        results={name: replace(one.results[name], seeds=spread[name], direction=PARTLY[name]) for name in one.results},
         tuned=[replace(one.tuned[0], variant=f"tuned-{i}") for i in range(3)],
     )
 
@@ -84,6 +115,8 @@ def comparison(**change: Any) -> Comparison:
         Comparison(
             verdict="better",
             decide_by=["rouge1", "rouge2"],
+            margin=None,
+            quantization="nf4",
             confidence=0.95,
             samples=10000,
             seed=17,
@@ -94,9 +127,24 @@ def comparison(**change: Any) -> Comparison:
             | {"thinking": False},
             results=results,
             aspects=[Aspect("approach", 100, results, {"rouge1": 0.0004, "rouge2": 0.2})],
+            slices=[Aspect("sources of 9 to 80 words", 100, results, {"rouge1": 0.001, "rouge2": 0.3})],
+            specific=[Specific(None, 300, 100, SPECIFIC), Specific("approach", 100, 100, NOT_SPECIFIC)],
+            equal_length=EqualLength(0.5, {"rouge1": Interval(5.1, 3.0, 7.2), "rouge2": Interval(2.2, -0.1, 4.5)}),
             lines=[Line("lead", "Lead", "the first sentence", 300, scores, ahead)],
-            base=Output("base", 49.2, 0.01, 0.0, 0.0, None, {"rouge1": 25.6, "rouge2": 7.8}, 0),
-            tuned=[Output("tuned-17", 21.0, 0.0, 0.0, 0.0, None, {"rouge1": 31.3, "rouge2": 10.5}, 0)],
+            baselines=[
+                Baseline(
+                    label="the base without quantization",
+                    n=150,
+                    groups=50,
+                    tuned={"rouge1": result(26.7, 32.8, 3.8, 8.4), "rouge2": result(7.3, 12.8, 3.5, 7.6)},
+                    gain={"rouge1": result(24.9, 26.7, 0.3, 3.3), "rouge2": result(7.5, 7.3, -1.3, 0.9)},
+                    output=Output(
+                        "base-unquantized", 44.1, 0.05, 0.0, 0.0, None, {"rouge1": 26.7, "rouge2": 7.3}, 0, BEYOND
+                    ),
+                )
+            ],
+            base=Output("base", 49.2, 0.01, 0.0, 0.0, None, {"rouge1": 25.6, "rouge2": 7.8}, 0, BEYOND),
+            tuned=[Output("tuned-17", 21.0, 0.0, 0.0, 0.0, None, {"rouge1": 31.3, "rouge2": 10.5}, 0, BEYOND)],
             language=None,
             references_in_language=None,
             published=[],
@@ -105,6 +153,9 @@ def comparison(**change: Any) -> Comparison:
             worst=[],
             cost=Cost(4_884_480, 19_600_000, [TRAINING], FORGETTING),
             guards=GUARDS,
+            known=Known(0, 0),
+            notices=[],
+            references_not_in_source=NotInSource(Absent(0, 0), Absent(1200, 400), Absent(80, 20)),
             encoded={"train": encoded(300), "validation": encoded(150), "test": encoded(300)},
         ),
         **change,
@@ -112,6 +163,9 @@ def comparison(**change: Any) -> Comparison:
 
 
 FIRST = (
-    "**Fine-tuning made the model better**: ROUGE-1 25.6 → 31.3 (+5.7, 95 % interval +4.1 to +7.2), "
-    "ROUGE-2 7.8 → 10.5 (+2.7, +1.2 to +3.9), over 300 test examples of 100 groups."
+    "**Fine-tuning made the model better than the NF4 base**: ROUGE-1 25.6 → 31.3 (+5.7, 95 % interval +4.1 to +7.2), "
+    "ROUGE-2 7.8 → 10.5 (+2.7, +1.2 to +3.9), over 300 test examples of 100 groups. Specific to the source are +3.7 "
+    "(+2.3 to +5.2) in ROUGE-1 and +2.6 (+1.2 to +4.0) in ROUGE-2: that much is lost when each output is held against "
+    "the references of other sources. For approach no specific gain is shown. Against the base without quantization, "
+    "over 150 of these examples, the difference is +6.1 (+3.8 to +8.4) in ROUGE-1 and +5.5 (+3.5 to +7.6) in ROUGE-2."
 )

@@ -5,10 +5,10 @@ from dataclasses import replace
 from typing import Any
 
 from pipeline.core import contracts, paths, records
-from pipeline.core.contracts import Forgetting, Scores
+from pipeline.core.contracts import Forgetting, Scores, Skipped
 from pipeline.core.params import Compare, Evaluate
 from pipeline.core.records import Example, Prediction
-from pipeline.score import compare
+from pipeline.score import baselines, compare
 from pipeline.score.comparison import Comparison
 from pipeline.score.evaluate import score_variant
 from tests.made.records import data_card, decoding, quantized_facts, training
@@ -18,6 +18,7 @@ EVALUATE = Evaluate(
     use_stemmer=False,
     rouge_tokenizer="latin",
     bleu_tokenizer="13a",
+    normal_form="NFC",
     language=None,
 )
 COMPARE = Compare(
@@ -25,6 +26,7 @@ COMPARE = Compare(
     confidence=0.95,
     seed=17,
     decide_by=["rouge1", "rouge2"],
+    margin=None,
     examples=3,
     explorer=100,
     published=[],
@@ -50,8 +52,13 @@ def examples(n_groups: int = 12) -> list[Example]:
 def plant(rows: list[Example], keep: dict[str, float], evaluate: Evaluate = EVALUATE, **change: Any) -> None:
     """Score variants in the current folder that keep a share of each reference's words; `change` alters the tuned."""
     records.write_rows(paths.split("test"), rows)
+    records.write_rows(paths.split("train"), [replace(row, id=f"t-{row.id}", group=f"t-{row.group}") for row in rows])
     contracts.write(paths.DATA_CARD, data_card())
     contracts.write(paths.QUANTIZED_FACTS, quantized_facts())
+    for variant in baselines.VARIANTS:
+        contracts.write(paths.decoding(variant), Skipped(variant, "baseline.shots is 0"))
+        contracts.write(paths.scores(variant), Skipped(variant, "baseline.shots is 0"))
+        records.write_rows(paths.predictions(variant), [])
     for seed, (variant, share) in enumerate(keep.items()):
         rng = random.Random(seed)
         texts = [" ".join(w if rng.random() < share else "noise" for w in row.target.split()) for row in rows]

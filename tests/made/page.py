@@ -18,7 +18,12 @@ from tests.made.comparison import comparison
 from tests.made.records import base_facts, data_card, quantized_facts, training
 
 EVALUATE = Evaluate(
-    metrics=["rouge1", "rouge2"], use_stemmer=True, rouge_tokenizer="latin", bleu_tokenizer="13a", language=None
+    metrics=["rouge1", "rouge2"],
+    use_stemmer=True,
+    rouge_tokenizer="latin",
+    bleu_tokenizer="13a",
+    normal_form="NFC",
+    language=None,
 )
 COST = contracts.Cost("f" * 64, 75.5, 3000.0, device="cpu", threads=2, energy_kwh=0.0012, energy_meter="RAPL")
 DIGEST = "0123456789abcdef" * 4

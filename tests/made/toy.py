@@ -67,11 +67,18 @@ def run(stage, seed=None):
         score = 10.0 if seed == "base" else 30.0
         scored = [dict(id=i, group=i, aspect="who", scores={"rouge1": score + n}) for n, i in enumerate(ids)]
         write(f"out/scores/{tuned(seed)}.json", RECORDS["scores"] | {"variant": tuned(seed), "examples": scored})
+    elif stage.startswith("infer-"):
+        name = stage.replace("infer", "base")
+        rows(f"out/predictions/{name}.jsonl", [])
+        write(f"out/predictions/{name}.json", {"variant": name, "off": "it is a toy"})
+    elif stage.startswith("evaluate-"):
+        name = stage.replace("evaluate", "base")
+        write(f"out/scores/{name}.json", {"variant": name, "off": "it is a toy"})
     elif stage == "compare":
         write("reports/metrics.json", {"examples": 2, "rouge1": {"base": 10.5, "tuned": 30.5, "ci_low": 19.0}})
         write("out/comparison/comparison.md", "**Better**: by 20.\n\nand so on")
         write("out/comparison/comparison.json", {})
-        for name in ("comparison.svg", "figures/scores.svg", "tables/scores.csv"):
+        for name in ("comparison.svg", "figures/ladder.svg", "tables/scores.csv"):
             write(f"out/comparison/{name}", name)
     elif stage == "track":
         from pipeline.core import params
@@ -129,6 +136,24 @@ stages:
     cmd: python toy.py evaluate ${item.seed}
     deps: ["out/predictions/tuned-${item.seed}.jsonl"]
     outs: ["out/scores/tuned-${item.seed}.json"]
+  infer-unquantized:
+    cmd: python toy.py infer-unquantized
+    params: [prompt]
+    deps: [out/models/base.json, out/data]
+    outs: [out/predictions/base-unquantized.jsonl, out/predictions/base-unquantized.json]
+  evaluate-unquantized:
+    cmd: python toy.py evaluate-unquantized
+    deps: [out/predictions/base-unquantized.jsonl, out/predictions/base-unquantized.json]
+    outs: [out/scores/base-unquantized.json]
+  infer-shots:
+    cmd: python toy.py infer-shots
+    params: [prompt]
+    deps: [out/models/quantized.json, out/data]
+    outs: [out/predictions/base-shots.jsonl, out/predictions/base-shots.json]
+  evaluate-shots:
+    cmd: python toy.py evaluate-shots
+    deps: [out/predictions/base-shots.jsonl, out/predictions/base-shots.json]
+    outs: [out/scores/base-shots.json]
   compare:
     cmd: python toy.py compare
     params: [seeds]

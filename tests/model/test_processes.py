@@ -225,7 +225,7 @@ def test_none_loads_its_base_before_all_have_asked_what_memory_is_left(
 
     monkeypatch.setattr(memory, "require_inference", lambda *_: called.append("asked"))
     monkeypatch.setattr(processes, "gather", lambda _: called.append("met"))
-    monkeypatch.setattr(backend_transformers, "quantized", load)
+    monkeypatch.setattr(backend_transformers, "load_base", load)
     with pytest.raises(InterruptedError):
         inferred(quantized)
     assert called == ["asked", "met", "loaded"]

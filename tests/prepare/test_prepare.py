@@ -498,7 +498,7 @@ def test_a_test_split_of_one_group_is_refused_before_anything_is_trained(
     files = {f"{split}.jsonl": lines(row(words(100 * n), of=f"{split} {n}")) for n, split in enumerate(paths.SPLITS)}
     said = fails(run, "belong to one group", files | {"test.jsonl": lines(*test)}, columns={**COLUMNS, **columns})
     with pytest.raises(UserError) as caught:
-        significance.resampled_sums(np.ones((2, 1)), np.array(["g", "g"]), 10, 0)
+        significance.require_groups(1)
     assert said == str(caught.value)
 
 
@@ -1378,9 +1378,13 @@ def test_in_a_script_without_spaces_each_character_is_a_word(run: Prepare, capsy
     assert train["dropped"] == {"overlaps test": {"rows": 1, "examples": ["train-3"]}}
     assert train["source_words"] == {"min": 30, "median": 30, "max": 30}
     told = "100% of the test references' letters lie outside a-z: ROUGE then needs evaluate.rouge_tokenizer: unicode"
-    assert told in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert told in said
+    assert "100% of the test references' letters are in scripts without spaces between words: BLEU then needs" in said
     run(GOOD)
-    assert "a-z" not in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "a-z" not in said
+    assert "without spaces" not in said
 
 
 def test_conversations_in_a_table_are_told_of_their_format(run: Prepare) -> None:

@@ -32,7 +32,7 @@ from pipeline.prepare import cells, chats, leaks, prepare, splits
 from pipeline.record import address, lockfile
 from pipeline.report import figures, page, wording
 from pipeline.report import marks as overlap
-from pipeline.score import metrics
+from pipeline.score import faithfulness, metrics
 from pipeline.search import trial
 from pipeline.sources import source, tables, wheels
 from pipeline.sources.account import Account
@@ -487,6 +487,10 @@ def marks(name: str, **change: Any) -> Callable[[str], object]:
     return of
 
 
+def not_in_source(text: str) -> None:
+    faithfulness.Sources([records.Example("1", "1", "", text, "t", "")]).beyond([text])
+
+
 def evaluation(name: str, **change: Any) -> params.Evaluate:
     content = YAML(typ="safe", pure=True).load(TEXT)["evaluate"]
     return params.Evaluate.model_validate(content | {"metrics": [name]} | change)
@@ -513,10 +517,12 @@ class TestText:
     @pytest.mark.parametrize(
         "read",
         [scored("rouge1"), scored("rouge2", use_stemmer=True), scored("rougeLsum"), scored("chrf"), scored("bleu"),
+         scored("exact_match"), scored("token_f1"), marks("token_f1"), not_in_source,
          scored("rougeL", use_stemmer=False, rouge_tokenizer="unicode"), scored("bleu", bleu_tokenizer="intl"),
          scored("bleu", bleu_tokenizer="zh"), scored("bleu", bleu_tokenizer="char"), marks("rouge1"), marks("bleu"),
          marks("chrf")],
-        ids=["rouge1", "stemmed", "rougeLsum", "chrf", "bleu", "unicode", "intl", "zh", "char", "marks", "marks-bleu",
+        ids=["rouge1", "stemmed", "rougeLsum", "chrf", "bleu", "exact_match", "token_f1", "marks-token_f1",
+             "not_in_source", "unicode", "intl", "zh", "char", "marks", "marks-bleu",
              "marks-chrf"],
     )  # fmt: skip
     def test_scores_and_marks_of_a_long_run(self, read: Callable[[str], object]) -> None:

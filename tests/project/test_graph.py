@@ -18,7 +18,7 @@ from tests import ROOT
 STAGES: dict[str, Any] = YAML(typ="safe", pure=True).load((ROOT / "dvc.yaml").read_text())["stages"]
 TEMPLATES: dict[str, Any] = YAML(typ="safe", pure=True).load((ROOT / "claims/dvc.yaml").read_text())["stages"]
 CLAIMS: dict[str, Any] = {name: template.get("do", template) for name, template in TEMPLATES.items()}
-COMPUTES = {"quantize", "train", "infer", "infer-tuned", "forget"}
+COMPUTES = {"quantize", "train", "infer", "infer-tuned", "infer-unquantized", "infer-shots", "forget"}
 
 
 def command(definition: dict[str, Any]) -> str:
@@ -181,17 +181,20 @@ def test_compute_stages_depend_on_the_pinned_versions(name: str) -> None:
 
 
 def test_the_base_depends_on_nothing_of_lora_or_training() -> None:
-    for name in ("infer", "evaluate"):
-        inputs = [*STAGES[name]["deps"], *STAGES[name]["params"]]
-        inputs.remove("constraints.txt")
+    kinds = ("", "-unquantized", "-shots")
+    for name in [f"{stage}{kind}" for stage in ("infer", "evaluate") for kind in kinds]:
+        given = [*STAGES[name]["deps"], *STAGES[name]["params"]]
+        inputs = [one for one in given if one not in ("constraints.txt", "out/data/train.jsonl")]
+        assert "seeds" not in given
         assert [item for item in inputs if any(word in item for word in ("lora", "adapter", "train", "tuned"))] == []
 
 
 def test_of_runtime_and_tracking_only_what_changes_rounding_is_declared() -> None:
     declared = {section for stage in STAGES.values() for section in stage.get("params", [])}
     sections = {section.key for section in params.Section.__subclasses__() if hasattr(section, "key")}
+    alone = {"generation.max_new_tokens", "baseline.unquantized", "baseline.rows", "quantize.method"}
     rounding = {"runtime.threads", "runtime.processes", "runtime.sharding"}
-    assert declared == sections - {"runtime", "tracking"} | {"seeds", "generation.max_new_tokens"} | rounding
+    assert declared == sections - {"runtime", "tracking"} | {"seeds", *alone} | rounding
     assert {name for name in STAGES if "runtime.threads" in STAGES[name].get("params", [])} == COMPUTES
     # Inference gives whole rounds to a process: their number changes none.
     assert [name for name in STAGES if "runtime.processes" in STAGES[name].get("params", [])] == ["train"]
@@ -207,8 +210,12 @@ def test_the_graph_is_the_whole_design() -> None:
         "train",
         "infer",
         "infer-tuned",
+        "infer-unquantized",
+        "infer-shots",
         "evaluate",
         "evaluate-tuned",
+        "evaluate-unquantized",
+        "evaluate-shots",
         "forget",
         "compare",
         "track",
@@ -231,8 +238,8 @@ def test_the_parameters_are_checked_before_any_other_stage_starts() -> None:
 def test_prompts_are_checked_before_anything_is_computed_with_the_model() -> None:
     """`train` and `infer` declare the output of the check, and so does `quantize`: the stages after them follow."""
     waiting = {name for name in STAGES if "out/fitting.json" in STAGES[name]["deps"]}
-    assert waiting == {"quantize", "train", "infer"}
-    assert set(STAGES["prompts"]["params"]) == {"prompt", "generation.max_new_tokens"}
+    assert waiting == {"quantize", "train", "infer", "infer-unquantized", "infer-shots"}
+    assert set(STAGES["prompts"]["params"]) == {"prompt", "generation.max_new_tokens", "baseline"}
     assert not {"out/data", "out/data/test.jsonl"} & set(STAGES["train"]["deps"]), (
         "a new test split trains nothing anew"
     )
@@ -246,7 +253,7 @@ def test_two_stages_write_files_of_a_seed_that_differ_by_their_folder_alone() ->
 
 def test_every_script_is_short() -> None:
     scripts = sorted((ROOT / "stages").glob("*.py"))
-    assert len(scripts) == 14
+    assert len(scripts) == 18
     for path in scripts:
         assert len(path.read_text().splitlines()) <= 40, path
 

@@ -34,6 +34,10 @@ SCRIPTS: dict[str, Identity] = {
     "quantize": ("stages.quantize",),
     "infer@base": ("stages.infer",),
     "evaluate@base": ("stages.evaluate",),
+    "infer-unquantized": ("stages.infer_unquantized",),
+    "evaluate-unquantized": ("stages.evaluate_unquantized",),
+    "infer-shots": ("stages.infer_shots",),
+    "evaluate-shots": ("stages.evaluate_shots",),
     "train@17": ("stages.train", "--seed", "17"),
     "infer-tuned@17": ("stages.infer_tuned", "--seed", "17"),
     "forget@17": ("stages.forget", "--seed", "17"),
@@ -43,6 +47,7 @@ SCRIPTS: dict[str, Identity] = {
 KILLS = (
     dict.fromkeys(SCRIPTS, 2)
     | {"train@17": 5}
+    | dict.fromkeys(("infer-unquantized", "infer-shots", "evaluate-unquantized", "evaluate-shots"), 1)
     | dict.fromkeys(("prepare", "prompts", "evaluate@base", "forget@17", "compare"), 1)
 )
 

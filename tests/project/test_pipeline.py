@@ -69,9 +69,10 @@ def finished_runs(clone: Path) -> list[Any]:
 
 EVERY = [
     "check", "prepare", "fetch", "prompts", "quantize", "infer@base", "evaluate@base",
+    "infer-unquantized", "evaluate-unquantized", "infer-shots", "evaluate-shots",
     "train@17", "infer-tuned@17", "evaluate-tuned@17", "forget@17", "compare", "track",
 ]  # fmt: skip
-OF_TRAINING = ["check", *EVERY[7:]]
+OF_TRAINING = ["check", *EVERY[11:]]
 
 
 def test_a_mistake_in_the_parameters_is_one_clear_error(tmp_path: Path, tiny_model: Path) -> None:
@@ -92,7 +93,7 @@ def test_one_command_runs_everything(finished: Finished) -> None:
     assert sorted(ran(finished.printed)) == sorted(EVERY)
     metrics = records.read_json(clone / paths.METRICS)
     assert metrics["rouge1"]["ci_low"] <= metrics["rouge1"]["diff"] <= metrics["rouge1"]["ci_high"]
-    for report in (paths.COMPARISON_MD, paths.COMPARISON_SVG, paths.FIGURES / "scores.svg"):
+    for report in (paths.COMPARISON_MD, paths.COMPARISON_SVG, paths.FIGURES / "ladder.svg"):
         assert (clone / report).stat().st_size > 500
         assert (clone / paths.published(report)).read_bytes() == (clone / report).read_bytes()
     lock = (clone / paths.DVC_LOCK).read_text()
@@ -199,7 +200,7 @@ def test_any_two_experiments_are_compared_wherever_their_scores_are(two_ranks: P
     by_name = lora_repro("compare", "rank-2", run.info.run_id[:8], cwd=clone)
     assert by_name.returncode == 0, by_name.stdout
     assert "2 experiments, 8 test examples of 4 groups.\n" in by_name.stdout
-    assert "Signature: `rouge-score" in by_name.stdout
+    assert "Signature: `form:NFC|rouge-score" in by_name.stdout
     header, _, *rows = [line for line in by_name.stdout.splitlines() if line.startswith("|")]
     assert "lora.r" in header
     assert max(len(line) for line in by_name.stdout.splitlines() if line.startswith("|")) <= 80

@@ -33,6 +33,16 @@ PARAMS_OF = {
     "infer-tuned": ["prompt"],
     "compare": ["seeds"],
 }
+
+
+def _predictions_of(kind: str) -> Callable[[str], list[str]]:
+    return lambda _: [f"out/predictions/base-{kind}.jsonl", f"out/predictions/base-{kind}.json"]
+
+
+def _scores_of(kind: str) -> Callable[[str], list[str]]:
+    return lambda _: [f"out/scores/base-{kind}.json"]
+
+
 OUTS_OF: dict[str, Callable[[str], list[str]]] = {
     "prepare": lambda _: ["out/data/test.jsonl", "out/data/card.json"],
     "fetch": lambda _: ["out/models/base.json"],
@@ -45,6 +55,8 @@ OUTS_OF: dict[str, Callable[[str], list[str]]] = {
     "infer-tuned": lambda at: [f"out/predictions/tuned-{at}.jsonl"],
     "forget": lambda at: [f"out/forgetting/{at}.json"],
     "evaluate": lambda _: ["out/scores/base.json"],
+    **{f"infer-{kind}": _predictions_of(kind) for kind in ("unquantized", "shots")},
+    **{f"evaluate-{kind}": _scores_of(kind) for kind in ("unquantized", "shots")},
     "evaluate-tuned": lambda at: [f"out/scores/tuned-{at}.json"],
     "compare": lambda _: ["reports/metrics.json"],
 }
@@ -243,6 +255,9 @@ class TestOneRun:
         names = {"adapter/17/adapter_config.json": "out/adapters/17/adapter_config.json"}
         names |= {"adapter/17/adapter_model.safetensors": "out/adapters/17/adapter_model.safetensors"}
         names |= {f"scores/{variant}.json": f"out/scores/{variant}.json" for variant in ("base", "tuned-17")}
+        for variant in ("base-unquantized", "base-shots"):
+            names |= {f"scores/{variant}.json": f"out/scores/{variant}.json"}
+            names |= {f"predictions/{variant}.jsonl": f"out/predictions/{variant}.jsonl"}
         names |= {f"training/17.{kind}": f"out/training/17.{kind}" for kind in ("json", "csv")}
         names |= {"forgetting/17.json": "out/forgetting/17.json"}
         names |= {f"models/{name}.json": f"out/models/{name}.json" for name in ("base", "quantized")}
@@ -251,7 +266,7 @@ class TestOneRun:
             f"reports/{name}": f"{'reports' if name in ('metrics.json', 'index.html') else 'out/comparison'}/{name}"
             for name in (
                 *("metrics.json", "comparison.json", "comparison.md", "index.html", "comparison.svg"),
-                *("figures/scores.svg", "tables/scores.csv"),
+                *("figures/ladder.svg", "tables/scores.csv"),
             )
         }
         assert files == {inside: (toy.folder / name).read_text() for inside, name in names.items()}

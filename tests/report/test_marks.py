@@ -14,7 +14,7 @@ from tests.made.data import WORDS
 
 def given(**change: Any) -> Evaluate:
     content: dict[str, Any] = {"metrics": ["rouge1"], "use_stemmer": True, "rouge_tokenizer": "latin"}
-    return Evaluate(**content | {"bleu_tokenizer": "13a", "language": None} | change)
+    return Evaluate(**content | {"bleu_tokenizer": "13a", "normal_form": "NFC", "language": None} | change)
 
 
 def marked(text: str, reference: str, name: str = "rouge1", **change: Any) -> list[tuple[str, int]]:
@@ -64,6 +64,12 @@ def test_as_many_words_are_marked_as_rouge_counts() -> None:
         ("Wör\xadter Ｆｕｌｌ", "wörter full", "rouge1", {"rouge_tokenizer": "unicode"}, ["Wör\xadter Ｆｕｌｌ"]),
         ("की बात", "कि बात", "rouge1", {"rouge_tokenizer": "unicode"}, ["बात"]),
         ("한국어", "\u1112\u1161\u11ab국어", "rouge1", {"rouge_tokenizer": "unicode"}, ["한국어"]),
+        ("The answer: don't, now.", "Answer dont now", "token_f1", {}, ["answer: don't, now"]),
+        ("It is Paris", "paris", "exact_match", {}, ["Paris"]),
+        ("「東京」です。", "東京", "token_f1", {}, ["東京"]),
+        ("le cafe\u0301, noir", "café", "chrf", {}, ["cafe\u0301"]),
+        ("le cafe\u0301, noir", "café", "bleu", {}, ["cafe\u0301"]),
+        ("le cafe\u0301, noir", "café", "chrf", {"normal_form": "none"}, []),
         ("", "x", "rouge1", {}, []),
         ("x", "", "rouge1", {}, []),
     ],

@@ -9,7 +9,7 @@ from dataclasses import replace
 from html.parser import HTMLParser
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 from xml.etree import ElementTree
 
 import pytest
@@ -19,7 +19,7 @@ from pipeline.core.params import Published
 from pipeline.core.records import Decoding, Example, Prediction, write_rows
 from pipeline.report import csv_tables, figures, page, wording
 from pipeline.score import side_by_side
-from pipeline.score.comparison import Pair
+from pipeline.score.comparison import Pair, Verdict
 from pipeline.score.evaluate import score_variant
 from pipeline.score.side_effects import Cost
 from tests.made.comparison import FIRST, NASTY, comparison, several_seeds
@@ -87,16 +87,18 @@ class Tags(HTMLParser):
 def test_the_verdict_comes_first() -> None:
     tags = Tags(render(content()))
     shown = tags.shown()
-    assert shown.index("Fine-tuning made the model better ROUGE-1 25.6") < shown.index("Result")
+    assert shown.index("Fine-tuning made the model better than the NF4 base ROUGE-1 25.6") < shown.index("Result")
     assert FIRST.split("**: ")[1] in shown
     assert "+5.7" in shown
     assert "One training seed" in shown
 
 
-@pytest.mark.parametrize("verdict", sorted(wording.LEAD))
-def test_every_verdict_has_its_words_and_sign(verdict: Any) -> None:
-    text = render(content(comparison(verdict=verdict)))
-    assert f"{page.SIGNS[verdict]}</span>{wording.LEAD[verdict]}</h1>" in text
+@pytest.mark.parametrize("verdict", get_args(Verdict))
+def test_every_verdict_has_its_words_and_sign(verdict: Verdict) -> None:
+    one = comparison(verdict=verdict, margin=1.0)
+    text = render(content(one))
+    assert f"{page.SIGNS[verdict]}</span>{wording.lead(one)}</h1>" in text
+    assert f".{verdict} h1 .sign" in text
 
 
 def test_it_asks_nothing_of_any_network() -> None:
@@ -378,9 +380,18 @@ def test_tables_and_figures_are_the_same_bytes_each_time() -> None:
     csv_tables.write(made, rows, losses(17, 18, 18))
     assert {path: path.read_bytes() for path in paths.COMPARISON.rglob("*.*")} == files
     assert {path.name for path in files} == {
-        *("differences.svg", "scores.svg", "gains.svg", "aspects.svg", "training.svg", "lengths.svg", "endings.svg"),
-        *("scores.csv", "seeds.csv", "lines.csv", "aspects.csv", "outputs.csv", "guards.csv", "training.csv"),
-        "forgetting.csv",
+        *("differences.svg", "ladder.svg", "gains.svg", "aspects.svg", "training.svg", "lengths.svg", "endings.svg"),
+        *(
+            "scores.csv",
+            "seeds.csv",
+            "specific.csv",
+            "lines.csv",
+            "aspects.csv",
+            "slices.csv",
+            "outputs.csv",
+            "guards.csv",
+        ),
+        *("training.csv", "forgetting.csv", "baselines.csv", "beyond_source.csv"),
     }
     for path, drawing in files.items():
         if path.suffix == ".svg":

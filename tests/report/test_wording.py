@@ -17,10 +17,20 @@ from pipeline.core.errors import UserError
 from pipeline.core.params import Published
 from pipeline.record import track
 from pipeline.report import figures, wording
-from pipeline.score.comparison import Aspect, Pair
+from pipeline.score.comparison import Aspect, Pair, Specific
 from pipeline.score.side_effects import Cost
 from pipeline.score.significance import Interval
-from tests.made.comparison import FIRST, FORGETTING, NASTY, TRAINING, comparison, several_seeds
+from tests.made.comparison import (
+    FIRST,
+    FORGETTING,
+    NASTY,
+    NOT_SPECIFIC,
+    SPECIFIC,
+    TRAINING,
+    comparison,
+    result,
+    several_seeds,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -61,10 +71,89 @@ def test_a_server_is_shown_by_its_own_page_and_a_database_by_a_viewer(store: str
     assert wording.closing_lines(store, "page").split("\n")[-1] == expected
 
 
-@pytest.mark.parametrize("verdict", sorted(wording.LEAD))
-def test_every_verdict_has_its_words(verdict: Any) -> None:
-    wording.write(comparison(verdict=verdict))
-    assert paths.COMPARISON_MD.read_text().startswith(f"**{wording.LEAD[verdict]}**: ROUGE-1")
+@pytest.mark.parametrize(
+    ("verdict", "shown", "words"),
+    [
+        ("better", ("higher", "higher"), "Fine-tuning made the model better than the NF4 base"),
+        (
+            "partly-better",
+            ("none", "higher"),
+            "Fine-tuning made the model better than the NF4 base in ROUGE-2; no difference is shown in ROUGE-1",
+        ),
+        (
+            "unspecific",
+            ("higher", "higher"),
+            "Fine-tuning raised ROUGE-1 and ROUGE-2 over the NF4 base, but not what is specific to the source",
+        ),
+        ("worse", ("lower", "lower"), "Fine-tuning made the model worse than the NF4 base"),
+        (
+            "partly-worse",
+            ("lower", "none"),
+            "Fine-tuning made the model worse than the NF4 base in ROUGE-1; no difference is shown in ROUGE-2",
+        ),
+        (
+            "mixed",
+            ("lower", "higher"),
+            "The metrics disagree about fine-tuning: better than the NF4 base in ROUGE-2; worse in ROUGE-1",
+        ),
+        ("none", ("none", "none"), "No difference between the NF4 base and the tuned model is shown"),
+        ("few", ("few", "few"), "No verdict: 100 groups of test examples are too few, and a verdict takes 10"),
+    ],
+)
+def test_every_verdict_has_its_words(verdict: Any, shown: tuple[Any, Any], words: str) -> None:
+    results = comparison().results
+    results = {name: replace(results[name], direction=one) for name, one in zip(results, shown, strict=True)}
+    wording.write(comparison(verdict=verdict, results=results))
+    assert paths.COMPARISON_MD.read_text().startswith(f"**{words}**: ROUGE-1")
+
+
+def test_a_margin_has_its_words() -> None:
+    equivalent = comparison(verdict="equivalent", margin=1.5)
+    assert wording.lead(equivalent) == "The tuned model is equivalent to the NF4 base, within ±1.5 points"
+    assert wording.lead(comparison(margin=1.0)).endswith("better than the NF4 base, by at least 1 points")
+    assert wording.lead(comparison(margin=2.0)).endswith("better than the NF4 base")
+    results = {name: result(10, 6, -5, -3) for name in comparison().results}
+    assert wording.lead(comparison(verdict="worse", margin=2.0, results=results)).endswith("by at least 2 points")
+    assert "two one-sided tests" in " ".join(wording.method(equivalent))
+
+
+@pytest.mark.parametrize(("groups", "said"), [(29, " (on only 29 groups of test examples)"), (30, "")])
+def test_few_groups_are_in_the_first_sentence(groups: int, said: str) -> None:
+    assert wording.lead(comparison(groups=groups)) == f"Fine-tuning made the model better than the NF4 base{said}"
+
+
+class TestSpecific:
+    """How much of the gain is specific to the source is told in the second sentence."""
+
+    def test_of_all_rows_and_of_aspects(self) -> None:
+        assert wording.specific(comparison()) == FIRST.split("groups. ")[1].partition(" Against")[0]
+
+    def test_of_one_metric_alone(self) -> None:
+        part = Specific(None, 300, 100, {"rouge1": SPECIFIC["rouge1"], "rouge2": NOT_SPECIFIC["rouge2"]})
+        assert wording.specific(comparison(specific=[part])) == (
+            "Specific to the source is +3.7 (+2.3 to +5.2) in ROUGE-1: that much is lost when each output is held "
+            "against the references of other sources. No gain is shown to be specific to the source: +0.6 (−1.2 to "
+            "+2.4) in ROUGE-2."
+        )
+
+    def test_lost(self) -> None:
+        lost = replace(SPECIFIC["rouge1"], gain=Interval(-4.0, -5.0, -3.0), direction="lower")
+        part = Specific(None, 300, 100, {"rouge1": lost, "rouge2": lost})
+        assert wording.specific(comparison(specific=[part])) == (
+            "Less is specific to the source than before: −4.0 (−5.0 to −3.0) in ROUGE-1 and −4.0 (−5.0 to −3.0) in "
+            "ROUGE-2."
+        )
+
+    def test_of_many_aspects_is_counted(self) -> None:
+        aspects = [Specific(f"a{i}", 10, 10, NOT_SPECIFIC) for i in range(8)]
+        text = wording.specific(comparison(specific=[Specific(None, 300, 100, SPECIFIC), *aspects]))
+        assert text.endswith("For 8 of 8 aspects no specific gain is shown.")
+
+    def test_is_left_out_where_it_is_not_known(self) -> None:
+        assert wording.specific(comparison(specific=[])) == ""
+        assert wording.specific(comparison(verdict="few")) == ""
+        wording.write(comparison(specific=[]))
+        assert "pecific" not in paths.COMPARISON_MD.read_text()
 
 
 def test_groups_and_seeds_are_named_only_where_they_say_something() -> None:
@@ -84,8 +173,8 @@ def test_with_several_seeds_both_kinds_of_chance_are_shown_and_the_wider_interva
 def test_the_size_of_the_test_set_is_judged() -> None:
     # 2.2 points with 100 groups: 1 point needs 2.2 squared as many.
     assert wording.power(comparison()) == (
-        "A true difference of 2.2 points in ROUGE-1 is found by such a comparison in 80 % of repetitions; to find one "
-        "of 1 point takes about 485 groups of examples (here 100)."
+        "Such a comparison finds a true difference of 2.2 points in ROUGE-1 and 2.2 points in ROUGE-2 in 80 % of "
+        "repetitions; to find 1 point in each of them takes about 485 groups of examples (here 100)."
     )
     wording.write(comparison())
     assert wording.power(comparison()) in paths.COMPARISON_MD.read_text()
@@ -114,6 +203,7 @@ def test_outputs_in_another_language_are_told() -> None:
     found = comparison(
         language="en",
         references_in_language=0.8,
+        baselines=[],
         base=replace(one.base, in_language=0.3),
         tuned=[replace(one.tuned[0], in_language=0.75)],
     )
@@ -121,6 +211,32 @@ def test_outputs_in_another_language_are_told() -> None:
     assert not any("tuned-17 are identified" in caveat for caveat in wording.caveats(found))
     wording.write(found)
     assert "| base | 49.2 | 1 % | 0 % | 0 % | 30 % |" in paths.COMPARISON_MD.read_text()
+
+
+def test_a_gain_that_an_untrained_base_has_too_is_told() -> None:
+    one = comparison()
+    shots = replace(one.baselines[0], label="the base with 3 demonstrations", n=300, groups=100)
+    shots = replace(shots, tuned={"rouge1": result(31.0, 31.3, -1, 2), "rouge2": result(7.0, 10.5, 1, 6)})
+    found = comparison(baselines=[*one.baselines, shots])
+    assert wording.over_baselines(found).endswith(
+        "Against the base with 3 demonstrations the difference is +0.3 (−1.0 to +2.0) in ROUGE-1 and +3.5 (+1.0 to "
+        "+6.0) in ROUGE-2."
+    )
+    said = [one for one in wording.caveats(found) if "demonstrations" in one]
+    assert said == [
+        "Tuned is not shown to be better than the base with 3 demonstrations in ROUGE-1: +0.3 (−1.0 to +2.0), over 100 "
+        "groups."
+    ]
+    wording.write(found)
+    text = paths.COMPARISON_MD.read_text()
+    row = "| the base without quantization | 150 | ROUGE-1 | 24.9 | 26.7 | +1.8 (+0.3 to +3.3) | +6.1 | +3.8 to +8.4 |"
+    assert row in text
+    assert "| tuned-17 | 5 of 20 (25 %) | 300 of 1,000 (30 %) | 40 of 50 (80 %) |" in text
+    assert "| references | none | 400 of 1,200 (33 %) |" in text
+
+
+def test_notices_of_the_scores_are_to_be_read_with_care() -> None:
+    assert "Seven per cent are foreign." in wording.caveats(comparison(notices=["Seven per cent are foreign."]))
 
 
 def test_guards_stand_in_the_report_with_what_they_measured() -> None:
@@ -165,11 +281,13 @@ def test_metrics_hold_numbers_only() -> None:
         "ci_high": 7.9,
         "p": 0.0002,
         "effect": 0.41,
+        "effect_of_rows": 0.22,
         "detectable": 2.2,
         "wins": 0.7,
         "ties": 0.1,
         "losses": 0.2,
         "seed_sd": 0.3,
+        "specific": {"diff": 3.7, "ci_low": 2.3, "ci_high": 5.2, "p": 0.0002},
     }
     assert content["lines"]["lead"]["rouge2_ci_low"] == 3
     assert "seed_sd" not in wording.metrics(comparison())["rouge1"]
@@ -214,7 +332,7 @@ def test_markdown_keeps_foreign_text_in_its_cell() -> None:
     )
     text = paths.COMPARISON_MD.read_text()
     tables = re.findall(r"(?:^\|.*\n)+", text, flags=re.M)
-    assert len(tables) == 9
+    assert len(tables) == 13
     for table in tables:
         # as GitHub splits rows: at bars that no backslash escapes
         assert len({len(re.findall(r"(?<!\\)\|", row)) for row in table.splitlines()}) == 1
@@ -275,7 +393,7 @@ def test_caveats() -> None:
     assert [sentence.split(":")[0][:45] for sentence in found] == [
         "Tuned is not shown to be ahead of the referen",
         "20 % of the outputs of base were stopped by t",
-        "With only 12 groups of examples the intervals",
+        "Two training seeds say little about their spr",
     ]
     # a line that tuned does not pass matters only to a claim of better
     assert not any("ahead" in sentence for sentence in wording.caveats(comparison(lines=[close], verdict="mixed")))
@@ -333,7 +451,9 @@ def test_the_chart_stands_alone_in_a_file() -> None:
     drawing = paths.COMPARISON_SVG.read_text()
     assert drawing.startswith("<svg")
     assert "var(" not in drawing
-    assert all(label in drawing for label in ("ROUGE-1", "ROUGE-2", "base", "tuned", "lead", "95 % intervals"))
+    assert all(
+        label in drawing for label in ("ROUGE-1", "ROUGE-2", "Base", "Tuned", "Lead", "other sources", "95 % intervals")
+    )
 
 
 def test_inline_svg_drops_namespaces_and_height() -> None:

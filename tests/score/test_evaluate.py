@@ -3,7 +3,10 @@
 import json
 import subprocess
 import sys
+import unicodedata
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import sacrebleu
@@ -12,8 +15,9 @@ from pipeline.core import contracts, paths, records
 from pipeline.core.errors import UserError
 from pipeline.core.params import Evaluate
 from pipeline.core.records import Decoding, Example, Prediction
-from pipeline.score import compare, metrics, side_by_side
+from pipeline.score import evaluate, metrics, side_by_side
 from pipeline.score.evaluate import score_variant
+from pipeline.score.tables import Table
 from tests.made.experiment import scores_of
 from tests.made.records import encoded
 
@@ -22,6 +26,7 @@ ALL = Evaluate(
     use_stemmer=False,
     rouge_tokenizer="latin",
     bleu_tokenizer="13a",
+    normal_form="NFC",
     language=None,
 )
 TRANSLATION = ALL.model_copy(update={"metrics": ["rouge1", "chrf", "bleu"], "language": "en"})
@@ -46,7 +51,7 @@ def test_file_of_scores(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     score_variant("base", ALL)
     found = scores_of("base")
     assert json.loads(paths.scores("base").read_text()) == contracts.content(found)
-    assert (found.n, found.groups, found.signature) == (3, 2, metrics.signature(ALL))
+    assert (found.n, found.groups, found.signature) == (3, 2, metrics.signature(ALL, [["a"]]))
     assert found.corpus["rouge1"] == pytest.approx((200 / 3 + 0 + 100) / 3)
     assert [found.words, found.reference_words] == pytest.approx([5 / 3, 2])
     assert [found.stopped_by_cap, found.empty, found.copied] == pytest.approx([1 / 3, 1 / 3, 0])
@@ -67,7 +72,7 @@ def test_translation_is_counted_over_the_corpus(tmp_path: Path, monkeypatch: pyt
     assert found.corpus["bleu"] == pytest.approx(expected)
     assert found.corpus["bleu"] != pytest.approx(sum(row.scores["bleu"] for row in found.examples) / 2)
     chrf = next(metric for metric in metrics.chosen(TRANSLATION) if metric.name == "chrf")
-    assert compare.Table.of(found, [chrf]).statistics[0].shape == (2, chrf.width)
+    assert Table.of(found, [chrf]).statistics[0].shape == (2, chrf.width)
     assert (found.in_language, found.references_in_language) == (0.5, 1.0)
 
 
@@ -140,6 +145,107 @@ def test_references_that_the_tokenizer_cannot_see_are_refused(tmp_path: Path, mo
         score_variant("base", ALL)
     score_variant("base", ALL.model_copy(update={"rouge_tokenizer": "unicode"}))
     assert scores_of("base").corpus["rouge1"] == pytest.approx(100)
+
+
+@pytest.mark.parametrize(
+    ("tokenizer", "text", "refused"),
+    [
+        ("13a", "猫在睡觉。", True),
+        ("intl", "ねこがねる。", True),
+        ("13a", "แมวกำลังนอน", True),
+        ("13a", "ឆ្មាកំពុងគេង", True),
+        ("intl", "ແມວກຳລັງນອນ", True),
+        ("13a", "ကြောင်အိပ်နေသည်", True),
+        ("zh", "แมวกำลังนอน", True),
+        ("zh", "ねこがねる。", True),
+        ("ja-mecab", "แมวกำลังนอน", True),
+        ("zh", "猫在睡觉。", False),
+        ("ja-mecab", "ねこがねる。", False),
+        ("char", "แมวกำลังนอน", False),
+        ("flores200", "ကြောင်အိပ်နေသည်", False),
+        ("13a", "고양이가 자고 있다.", False),  # Korean has spaces
+        ("13a", "बिल्ली सो रही है।", False),
+        ("13a", "القطة نائمة.", False),
+        ("13a", "The cat 猫 sleeps.", False),
+    ],
+)
+def test_bleu_refuses_scripts_that_its_tokenizer_cannot_cut(tokenizer: str, text: str, refused: bool) -> None:
+    settings = TRANSLATION.model_copy(update={"metrics": ["bleu"], "bleu_tokenizer": tokenizer})
+    if not refused:
+        evaluate.require_script([[text]], settings)
+        return
+    for form in ("NFC", "NFD"):
+        with pytest.raises(UserError, match=r"BLEU would take whole sentences .*zh .*ja-mecab .*ko-mecab .*flores200"):
+            evaluate.require_script([[unicodedata.normalize(form, text)]], settings)
+    evaluate.require_script([[text]], settings.model_copy(update={"metrics": ["chrf"]}))
+
+
+GERMAN = (
+    "Die Katze schläft jeden Tag auf dem Sofa und wird von niemandem gestört, der sie kennt und ihre Ruhe achtet.",
+    "Der Bürgermeister eröffnete gestern die neue Brücke über den Fluss, die seit vielen Jahren geplant worden war.",
+    "Nach langer Beratung beschloss der Ausschuss, die Gebühren nicht zu erhöhen, sondern die Ausgaben zu senken.",
+) * 3
+ENGLISH = (
+    "The cat sleeps on the sofa every day and is disturbed by nobody who knows it and respects its rest at home.",
+    "Yesterday the mayor opened the new bridge over the river, which had been planned for a great many years.",
+    "After a long discussion the committee decided not to raise the fees, but to lower what the town spends.",
+) * 3
+
+
+def noticed(references: Sequence[str], source: str = "One. Two.", lead: str = "One.", **changes: Any) -> list[str]:
+    rows = [Example(str(i), str(i), "", source, text, lead, [text]) for i, text in enumerate(references)]
+    return evaluate.noticed(rows, ALL.model_copy(update=changes))
+
+
+def test_letters_that_rouge_drops_are_noticed_before_they_are_refused() -> None:
+    [told] = noticed(["café déjà vu, où est-il ?", "une tête"])
+    assert "21% of the references' letters lie outside a-z" in told
+    assert "evaluate.rouge_tokenizer unicode" in told
+    assert noticed(["café and twenty more letters of English"]) == []
+    assert noticed(["café déjà vu, où est-il ?"], rouge_tokenizer="unicode") == []
+    assert noticed(["café déjà vu, où est-il ?"], metrics=["chrf"]) == []
+
+
+def test_characters_that_bleu_does_not_cut_are_noticed_before_they_are_refused() -> None:
+    [told] = noticed(["The cat 猫在睡觉 sleeps there."], metrics=["bleu"])
+    assert "letters are in scripts without spaces, which BLEU's tokenizer 13a does not cut" in told
+    assert noticed(["The cat 猫在睡觉 sleeps there."], metrics=["bleu"], bleu_tokenizer="zh") == []
+
+
+def test_english_stems_of_another_language_are_noticed() -> None:
+    def told(texts: Sequence[str], **changes: Any) -> list[str]:
+        return [one for one in noticed(texts, **{"use_stemmer": True} | changes) if "Porter" in one]
+
+    assert len(told(["a b"], language="de")) == 1
+    [seems] = told(GERMAN)
+    assert "the references seem to be in 'de'" in seems
+    for quiet in (told(ENGLISH), told(GERMAN, language="en"), told(GERMAN, use_stemmer=False), told(["oui", "non"])):
+        assert quiet == []
+    assert told(GERMAN, metrics=["chrf"]) == []
+
+
+def test_a_lead_that_is_the_whole_source_is_noticed() -> None:
+    [told] = noticed(["a"] * 20, "แมวกำลังนอน หมากำลังวิ่ง", "แมวกำลังนอน หมากำลังวิ่ง")
+    assert "There is no reference line “Lead”: 100% of the sources" in told
+    assert noticed(["a"] * 20) == []
+    assert noticed(["a"] * 20, "One.", "One.", metrics=["chrf"]) == []
+
+
+def test_notices_and_what_is_not_in_the_source_are_in_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    plant({"1": "source 12 source", "2": "It is Rome"}, {"1": "source", "2": "7 other"})
+    score_variant("base", ALL.model_copy(update={"language": "de", "use_stemmer": True}))
+    found = scores_of("base")
+    assert ["Porter" in one for one in found.notices] == [True]
+    assert found.not_in_source is not None
+    assert found.references_not_in_source is not None
+    assert (found.not_in_source.numbers.share, found.references_not_in_source.numbers.share) == (1.0, 1.0)
+    assert (found.not_in_source.names.found, found.references_not_in_source.names.share) == (1, None)
+    content = contracts.content(found)
+    for new in ("notices", "not_in_source", "references_not_in_source"):
+        del content[new]
+    older = contracts.parse(content, contracts.Scores, "an older file")
+    assert (older.notices, older.not_in_source) == ([], None)
 
 
 def test_scores_of_another_form_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
