@@ -11,7 +11,7 @@ from claims.evidence import Evidence, Value
 from claims.register import Claim, Finding, Judgment
 from pipeline.core import params, paths, records, stage
 from pipeline.core.progress import say
-from pipeline.record import address, provenance, runs, store
+from pipeline.record import address, provenance, runs, store, track
 from pipeline.record.runs import Point, Record
 from pipeline.report import page, wording
 from pipeline.score.significance import Interval
@@ -48,7 +48,8 @@ def write() -> None:
     given = params.load()
     # The page of an experiment, if there is one, shows the claims below it.
     if paths.COMPARISON_MD.exists() and not page.faults(paths.REPORT_HTML, page.digest_of(paths.REPORT_HTML) or ""):
-        page.write(given.seeds, given.evaluate, given.compare.explorer)
+        seen = track.looks_at_test(given.seeds, given.tracking)
+        page.write(given.seeds, given.evaluate, given.compare.explorer, seen)
     counted = {verdict: sum(row.judgment.verdict == verdict for row in rows) for verdict in register.VERDICTS}
     say(f"{len(rows)} claims: " + ", ".join(f"{count} {verdict}" for verdict, count in counted.items() if count))
     for row in rows:
