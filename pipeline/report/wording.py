@@ -8,6 +8,7 @@ import re
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
+from textwrap import fill
 from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
@@ -41,6 +42,9 @@ SHARED = {
     ("test", "validation"): "what was chosen by the validation loss was chosen on groups of the test split",
 }
 """What follows if groups of one split lie in another as well."""
+
+WIDTH = 100
+"""Columns of the verdict in a terminal."""
 
 COMMANDS = (
     ("dvc metrics diff", "these numbers against the last commit's"),
@@ -492,7 +496,7 @@ def closing_lines(store: str, page: str) -> str:
         raise UserError(f"{text} is missing: run `dvc repro`, which makes it") from None
     return "\n".join(
         [
-            verdict.replace("**", ""),
+            fill(verdict.replace("**", ""), WIDTH, break_long_words=False, break_on_hyphens=False),
             "",
             f"  report   {page}  (or {text})",
             f"  numbers  {paths.METRICS}  (dvc metrics diff)",

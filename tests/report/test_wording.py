@@ -43,7 +43,10 @@ def test_the_first_line_is_the_verdict_everywhere() -> None:
     assert paths.COMPARISON_MD.read_text().split("\n")[0] == FIRST
     track.publish()
     printed = wording.closing_lines("sqlite:///here.db", "there/index.html")
-    assert printed.split("\n")[0] == FIRST.replace("**", "")
+    verdict, _, rest = printed.partition("\n\n")
+    assert verdict.replace("\n", " ") == FIRST.replace("**", "")
+    assert max(map(len, verdict.split("\n"))) <= wording.WIDTH
+    assert rest.startswith("  report ")
     assert "mlflow ui --host 127.0.0.1 --backend-store-uri sqlite:///here.db" in printed
     assert "  report   there/index.html  (or reports/comparison.md)" in printed
 
