@@ -160,7 +160,7 @@ def _ladder(comparison: Comparison, look: Look) -> Any:
     for number, metric in enumerate(comparison.decide_by, start=1):
         first, last = number == 1, number == len(comparison.decide_by)
         rows = [*_steps(comparison, metric)]
-        y = altair.Y("step:N", sort=[row["step"] for row in rows], title=None, axis=altair.Axis(labelLimit=150))
+        y = altair.Y("step:N", sort=[row["step"] for row in rows], title=None, axis=altair.Axis(labelLimit=210))
         bar = _chart(rows).encode(y=y)
         layers = [
             bar.mark_bar().encode(
@@ -174,7 +174,7 @@ def _ladder(comparison: Comparison, look: Look) -> Any:
         if elsewhere := [row for row in rows if "other" in row]:
             mark = _chart(elsewhere).mark_tick(thickness=2.5, size=20, opacity=1)
             same = {"same outputs, other sources": look.lines[1]}
-            colour = _colour("mark", same, "bottom", symbolType=UPRIGHT, symbolSize=220)
+            colour = _colour("mark", same, "bottom", symbolType=UPRIGHT, symbolSize=220, labelLimit=0)
             layers.append(mark.encode(y=y, x="other:Q", color=colour if last else colour.legend(None)))
         panels.append(
             altair.layer(*layers)
@@ -193,9 +193,10 @@ def _steps(comparison: Comparison, metric: str) -> Iterator[dict[str, Any]]:
     for kind, one in (("base", result.base), ("tuned", result.tuned)):
         if kind == "tuned":
             for baseline in comparison.baselines:
-                score, name = baseline.tuned[metric].base, baseline.label.removeprefix("the ")
+                score = baseline.tuned[metric].base
+                some = f" ({baseline.n} rows)" if baseline.n < comparison.n else ""
                 own = {"value": score.value, "low": score.low, "high": score.high}
-                yield {"step": f"{name[0].upper()}{name[1:]}", "kind": "base", **own}
+                yield {"step": f"{baseline.short}{some}", "kind": "base", **own}
         row = {"step": kind.capitalize(), "kind": kind, "value": one.value, "low": one.low, "high": one.high}
         if whole and metric in whole[0].results:
             found = whole[0].results[metric]

@@ -18,7 +18,7 @@ MUST_AGREE = ("generation", "device", "threads", "dtype", "thinking")
 
 @dataclass(frozen=True, slots=True)
 class Baseline:
-    """A variant of the base as its stages wrote it. `label` names it in words.
+    """A variant of the base as its stages wrote it. `label` names it in a sentence, `short` in a figure.
 
     `rows` holds the places, from 0, of its rows in the test split, and `predictions` and `scores.examples` have one
     entry for each of them, in order.
@@ -26,6 +26,7 @@ class Baseline:
 
     name: str
     label: str
+    short: str
     rows: list[int]
     predictions: list[Prediction]
     scores: Scores
@@ -62,6 +63,7 @@ def _read(variant: str, test_rows: int) -> Baseline | None:
     return Baseline(
         name=variant,
         label=_label(variant, scores.decoding),
+        short="Base, unquantized" if variant == paths.UNQUANTIZED else f"Base, {_shots(scores.decoding)} examples",
         rows=list(range(test_rows)) if rows is None else rows,
         predictions=records.read_rows(paths.predictions(variant), Prediction),
         scores=scores,
@@ -71,8 +73,12 @@ def _read(variant: str, test_rows: int) -> Baseline | None:
 def _label(variant: str, decoding: Decoding) -> str:
     if variant == paths.UNQUANTIZED:
         return "the base without quantization"
-    count = 0 if decoding.demonstrations is None else decoding.demonstrations.most
+    count = _shots(decoding)
     return f"the base with {count} demonstration{'' if count == 1 else 's'}"
+
+
+def _shots(decoding: Decoding) -> int:
+    return 0 if decoding.demonstrations is None else decoding.demonstrations.most
 
 
 def _unequal(one: Baseline, test: Sequence[Example], base: side_by_side.Outputs) -> list[str]:

@@ -214,7 +214,7 @@ def _baselines(tables: Sequence[Table], groups: NDArray[Any], settings: params.C
             base, *tuned = (table.rows(one.rows) for table in tables)
             own = Table.of(one.scores, base.metrics)
             over, gain = contrast([own], tuned, here, settings), contrast([base], [own], here, settings)
-            found.append(Baseline(one.label, len(one.rows), len(set(here)), over, gain, _output(one.scores)))
+            found.append(Baseline(one.label, one.short, len(one.rows), len(set(here)), over, gain, _output(one.scores)))
     return found
 
 

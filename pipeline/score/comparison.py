@@ -148,10 +148,12 @@ class Output:
 class Baseline:
     """What the base does without training, over `n` rows of `groups` groups (`pipeline.score.baselines`).
 
-    `label` names it. `tuned` are the results of the tuned model over it, `gain` are its own over the base, on its rows.
+    `label` names it in a sentence, `short` in a figure. `tuned` are the results of the tuned model over it, `gain` are
+    its own over the base, on its rows.
     """
 
     label: str
+    short: str
     n: int
     groups: int
     tuned: dict[str, Result]

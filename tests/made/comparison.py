@@ -134,6 +134,7 @@ def comparison(**change: Any) -> Comparison:
             baselines=[
                 Baseline(
                     label="the base without quantization",
+                    short="Base, unquantized",
                     n=150,
                     groups=50,
                     tuned={"rouge1": result(26.7, 32.8, 3.8, 8.4), "rouge2": result(7.3, 12.8, 3.5, 7.6)},
