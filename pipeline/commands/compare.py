@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import combinations
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import numpy as np
@@ -47,6 +48,7 @@ class Experiment:
 
     `references` and `texts` map ids of test examples to references and to what the first seed's model wrote. `costs`
     has the titles of `COSTS` as keys, without unknown costs, such as those of a training restored from a cache.
+    `loss` is the adapters' mean validation loss, if it is known.
     """
 
     name: str
@@ -56,6 +58,7 @@ class Experiment:
     references: dict[str, str]
     texts: dict[str, str]
     costs: dict[str, float]
+    loss: float | None = None
 
 
 @dataclass(frozen=True)
@@ -194,6 +197,7 @@ def page(found: Sequence[Experiment], ranking: Ranking, settings: params.Compare
         f"#1 is the best of {ranking.candidates} that were scored on this test split. With intervals of {level:.4g} %, "
         f"which allow for this choice, its gain over its base is {gains}.",
     ]
+    lines += _by_validation(found, ranking)
     lines += [
         "",
         f"p is two-sided and corrected for all {len(ranking.pairs)} comparisons (Holm); d is the mean over "
@@ -204,6 +208,16 @@ def page(found: Sequence[Experiment], ranking: Ranking, settings: params.Compare
         lines += ["With one seed, an interval covers the choice of test examples, not that of the seed."]
     lines += _apart(by_name[ranking.names[0]], by_name[ranking.names[1]], shown[0], settings.examples)
     return "\n".join(lines)
+
+
+def _by_validation(found: Sequence[Experiment], ranking: Ranking) -> list[str]:
+    """The order by validation loss, which may be used for choosing; nothing if a loss is not known."""
+    losses = {one.name: one.loss for one in found if one.loss is not None}
+    if len(losses) < len(found):
+        return ["The test split is not for choosing. Validation losses are not known of all these experiments."]
+    order = sorted(losses, key=lambda name: losses[name])
+    ranked = ", ".join(f"#{ranking.names.index(name) + 1} ({losses[name]:.4f})" for name in order)
+    return [f"The test split is not for choosing. By validation loss, from the lowest: {ranked}."]
 
 
 def _overview(ranked: Sequence[Experiment], ranking: Ranking, metric: str) -> list[str]:
@@ -389,8 +403,11 @@ def _from_cache(
     references = {row.id: row.target for row in records.read_rows(test, records.Example)}
     texts = {row.id: row.text for row in records.read_rows(written, records.Prediction)}
     one = _of(name, given, [contracts.read(file, Scores) for file in files], references, texts, run)
-    if (summary := cached(paths.training_summary(seeds[0]))).is_file():
-        one.costs["trainable"] = contracts.read(summary, TrainingSummary).trainable_parameters
+    summaries = [cached(paths.training_summary(seed)) for seed in seeds]
+    if all(summary.is_file() for summary in summaries):
+        trained = [contracts.read(summary, TrainingSummary) for summary in summaries]
+        one.costs["trainable"] = trained[0].trainable_parameters
+        one = replace(one, loss=fmean(summary.kept_loss for summary in trained))
     return one
 
 
@@ -401,9 +418,10 @@ def _from_run(run: Stored, tracking: params.Tracking) -> Experiment:
 
 def of_artifacts(run: Stored, folder: Path) -> Experiment:
     """The experiment of a run, from its artifacts in `folder`; UserError if they hold no scores."""
-    files = sorted((folder / paths.SCORES.name).glob("*.json"))
-    found = [contracts.read(file, Scores) for file in files]
-    if not found:
+    # By name: the run also holds what the base scores without training (`pipeline.score.baselines`).
+    files = [folder / paths.SCORES.name / paths.scores(paths.variant(seed)).name for seed in (None, *run.seeds)]
+    found = [contracts.read(file, Scores) for file in files if file.is_file()]
+    if len(found) < 2:
         raise UserError(f"run {run.name} holds no scores, an earlier version recorded it: run its experiment again")
     table = records.read_json(folder / "tables" / "predictions.json")
     columns = dict(zip(table["columns"], zip(*table["data"], strict=True), strict=True))
@@ -420,11 +438,11 @@ def _of(
     texts: dict[str, str],
     run: Stored | None,
 ) -> Experiment:
-    base = [one for one in found if one.variant == paths.variant(None)]
-    tuned = [one for one in found if one.variant != paths.variant(None)]
+    base, *tuned = found
+    logged = run.metrics if run else {}
     costs: dict[str, float] = {}
     for key, pattern, combine in COSTS:
-        logged = run.metrics if run else {}
         if values := [value for metric, value in logged.items() if re.fullmatch(pattern, metric)]:
             costs[key] = combine(values)
-    return Experiment(name, dict(given), base[0], tuned, references, texts, costs)
+    kept = [value for metric, value in logged.items() if re.fullmatch(r"(seed-\d+/)?training/kept_loss", metric)]
+    return Experiment(name, dict(given), base, tuned, references, texts, costs, fmean(kept) if kept else None)

@@ -1,6 +1,7 @@
 """Any experiments side by side: the right order, every pair once, corrected, and refusals of what does not compare."""
 
 import random
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from pipeline.commands.compare import Experiment
 from pipeline.core import params, paths, records
 from pipeline.core.errors import UserError
 from pipeline.core.records import Example, Prediction
+from pipeline.record.runs import Stored
 from tests.made.experiment import COMPARE, examples, plant, scores_of
 
 GIVEN = {
@@ -76,6 +78,7 @@ def test_they_are_ranked_and_every_pair_is_compared_once(made: dict[str, Experim
     assert "#1 is the best of 3 that were scored on this test split. With intervals of 98.33 %" in page
     assert ranking.best["rouge1"].diff.value == best.diff.value
     assert ranking.best["rouge1"].diff.low < best.diff.low < best.diff.high < ranking.best["rouge1"].diff.high
+    assert "Validation losses are not known of all these experiments." in page
     # More experiments that were scored on it were candidates too, whether they are named or not.
     wider = compare.rank(list(made.values()), COMPARE, seen=40)
     assert wider.candidates == 40
@@ -169,3 +172,32 @@ def test_the_workspace_without_a_result_is_one_clear_error() -> None:
     paths.DVC_LOCK.write_text("schema: '2.0'\nstages: {}\n")
     with pytest.raises(UserError, match="holds no finished comparison"):
         compare.find(compare.HERE, tracking)
+
+
+def test_validation_losses_are_offered_for_choosing(made: dict[str, Experiment]) -> None:
+    losses = {"weak": 2.5, "strong": 2.25, "two seeds": 2.0}
+    found = [replace(one, loss=losses[name]) for name, one in made.items()]
+    ranking = compare.rank(found, COMPARE)
+    place = {name: f"#{ranking.names.index(name) + 1} ({losses[name]:.4f})" for name in losses}
+    told = f"By validation loss, from the lowest: {place['two seeds']}, {place['strong']}, {place['weak']}."
+    assert told in compare.page(found, ranking, COMPARE)
+
+
+def test_what_the_base_scores_without_training_is_no_seed_of_a_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    plant(examples(12), {"base": 0.3, "tuned-17": 0.8})
+    folder = Path("artifacts")
+    shutil.copytree(paths.SCORES, folder / "scores")
+    assert {path.stem for path in (folder / "scores").iterdir()} > {"base-shots", "base-unquantized"}
+    ids = [row.id for row in examples(12)]
+    table = {"columns": ["id", "reference", "tuned"], "data": [[name, "r", "t"] for name in ids]}
+    records.write_json(folder / "tables" / "predictions.json", table)
+    metrics = {"training/kept_loss": 2.5}
+    run = Stored("0" * 32, "run", "FINISHED", {}, {**GIVEN, "seeds": "[17]"}, metrics)
+    found = compare.of_artifacts(run, folder)
+    assert (found.base.variant, [one.variant for one in found.tuned], found.loss) == ("base", ["tuned-17"], 2.5)
+    (folder / "scores" / "tuned-17.json").unlink()
+    with pytest.raises(UserError, match="holds no scores"):
+        compare.of_artifacts(run, folder)
