@@ -174,7 +174,7 @@ def _links(seeds: Sequence[int]) -> Iterator[Link]:
     yield Link("quantize", paths.QUANTIZED_FACTS, QuantizedFacts, "sha256", "quantized model", quantized)
     yield from _links_of_variant(paths.variant(None), "infer@base", "evaluate@base", quantized, lambda: None)
     for variant, model in ((paths.UNQUANTIZED, partial(tree, paths.BASE)), (paths.SHOTS, quantized)):
-        if baselines.why_off(variant) is None:
+        if _is_on(variant):
             kind = variant.removeprefix("base-")
             yield from _links_of_variant(variant, f"infer-{kind}", f"evaluate-{kind}", model, lambda: None)
     for seed in seeds:
@@ -187,6 +187,14 @@ def _links(seeds: Sequence[int]) -> Iterator[Link]:
             paths.variant(seed), f"infer-tuned@{seed}", f"evaluate-tuned@{seed}", quantized, adapter
         )
     yield Link("track", paths.RECEIPT, Receipt, "digest", "experiment", partial(identity.digest_here, seeds))
+
+
+def _is_on(variant: str) -> bool:
+    """Whether a variant of the base is computed. Where its scores cannot be read, its links say so."""
+    try:
+        return baselines.why_off(variant) is None
+    except UserError:
+        return True
 
 
 def _links_of_variant(

@@ -376,8 +376,8 @@ def test_stages_refuse_before_they_load(
     contracts.write(paths.BASE_FACTS, base_facts(sha256=sha256))
     contracts.write(paths.QUANTIZED_FACTS, quantized_facts(sha256=sha256, dtype="float32"))
     monkeypatch.setattr(memory, "available", lambda _: 1000.0)
-    for module in (models, backend_transformers):
-        monkeypatch.setattr(module, "quantized", lambda *_: pytest.fail("loaded"))
+    for module, name in ((models, "base"), (backend_transformers, "load_base")):
+        monkeypatch.setattr(module, name, lambda *_: pytest.fail("loaded"))
     monkeypatch.setattr(checkpoint, "pretrained", lambda *_, **__: pytest.fail("loaded"))
     given = project
     with pytest.raises(UserError, match="train takes about"):

@@ -135,7 +135,9 @@ def seconds(project: Project) -> dict[str, float]:
     return {name: project.finish(name)[0] for name in SCRIPTS}
 
 
-def test_twenty_kills(project: Project, seconds: dict[str, float], capsys: pytest.CaptureFixture[str]) -> None:
+def test_more_than_twenty_kills(
+    project: Project, seconds: dict[str, float], capsys: pytest.CaptureFixture[str]
+) -> None:
     draw = random.Random(0)
     resumed: dict[str, int] = dict.fromkeys(SCRIPTS, 0)
     identical = 0
@@ -155,7 +157,7 @@ def test_twenty_kills(project: Project, seconds: dict[str, float], capsys: pytes
             identical += project.digests(name) == expected
     with capsys.disabled():
         print(f"\n{sum(KILLS.values())} kills, {identical} identical, resumed {resumed}")
-    assert identical == sum(KILLS.values()) == 20
+    assert identical == sum(KILLS.values()) > 20
     assert resumed["train@17"] >= 2
     leftovers = [path.name for path in (project.folder / paths.SCRATCH).iterdir() if path.is_dir()]
     assert leftovers == []

@@ -133,6 +133,9 @@ def test_the_whole_experiment_runs_on(
     run(monkeypatch, "forget", "--seed", "17")
     run(monkeypatch, "evaluate")
     run(monkeypatch, "evaluate_tuned", "--seed", "17")
+    for variant in ("unquantized", "shots"):
+        run(monkeypatch, f"infer_{variant}")
+        run(monkeypatch, f"evaluate_{variant}")
     run(monkeypatch, "compare")
 
     summary, forgetting = (records.read_json(file) for file in (paths.training_summary(17), paths.forgetting(17)))

@@ -234,6 +234,7 @@ class TestLocks:
         trial._forget_tests(tmp_path, ["train@17"])
         before, after = yaml12.load(text, "before"), yaml12.read(tmp_path / paths.DVC_LOCK)
         kept = {"prepare", "fetch", "prompts", "quantize", "infer@base", "evaluate@base", "train@17"}
+        kept |= {"infer-unquantized", "evaluate-unquantized", "infer-shots", "evaluate-shots"}
         assert after == {
             "schema": before["schema"],
             "stages": {name: before["stages"][name] for name in before["stages"] if name in kept},
