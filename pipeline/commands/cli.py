@@ -114,8 +114,7 @@ def compare(names: Names) -> None:
     if len(names) < 2:
         raise UserError(f"compare needs at least two experiments, such as: lora-repro compare workspace {names[0]}")
     found = [compare.find(name, given.tracking) for name in names]
-    seen = looks.read("", found[0].base.test_sha256, given.tracking)
-    ranking = compare.rank(found, given.compare, seen.total - 1 if seen else 0)
+    ranking = compare.rank(found, given.compare, looks.total(found[0].base.test_sha256, given.tracking))
     say(compare.page(found, ranking, given.compare))
 
 

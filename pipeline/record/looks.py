@@ -40,15 +40,27 @@ def among(runs: Sequence[Stored], digest: str, test_sha256: str) -> Looks:
 
     An experiment that was recorded twice counts once. One that is not recorded yet comes last.
     """
+    tests = _scored(runs, test_sha256)
+    tests.setdefault(digest, test_sha256)
+    unknown = sum(test is None for one, test in tests.items() if one != digest)
+    return Looks(list(tests).index(digest) + 1, len(tests), unknown)
+
+
+def total(test_sha256: str, tracking: params.Tracking) -> int:
+    """The number of experiments in the store that were scored on a test split; 0 if the store cannot be used."""
+    try:
+        return len(_scored(store.stored(tracking), test_sha256))
+    except UserError:
+        return 0
+
+
+def _scored(runs: Sequence[Stored], test_sha256: str) -> dict[str, str | None]:
+    """The experiments that were scored on this test split, by digest, the oldest first; None where it is assumed."""
     tests: dict[str, str | None] = {}
     for run in runs:
         if run.finished:
             tests.setdefault(run.tags[DIGEST], run.tags.get(TEST))
-    order = [one for one, test in tests.items() if test in (None, test_sha256)]
-    if digest not in order:
-        order.append(digest)
-    unknown = sum(tests.get(one, test_sha256) is None for one in order if one != digest)
-    return Looks(order.index(digest) + 1, len(order), unknown)
+    return {one: test for one, test in tests.items() if test in (None, test_sha256)}
 
 
 def read(digest: str, test_sha256: str, tracking: params.Tracking) -> Looks | None:

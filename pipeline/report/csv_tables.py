@@ -114,10 +114,8 @@ def _baselines(comparison: Comparison) -> Iterable[dict[str, Any]]:
 
 
 def _beyond(comparison: Comparison) -> Iterable[dict[str, Any]]:
-    outputs = [comparison.base, *(one.output for one in comparison.baselines), *comparison.tuned]
-    texts = [("references", comparison.references_not_in_source)]
-    for name, one in [*texts, *((one.variant, one.not_in_source) for one in outputs)]:
-        for what, part in asdict(one).items() if one else ():
+    for name, one in comparison.beyond_source:
+        for what, part in asdict(one).items():
             yield {"texts": name, "what": what, **part}
 
 
@@ -177,7 +175,7 @@ def _outputs(comparison: Comparison) -> Iterable[dict[str, Any]]:
         "in_language": comparison.references_in_language,
         **dict.fromkeys(comparison.results),
     }
-    for one in (comparison.base, *(one.output for one in comparison.baselines), *comparison.tuned):
+    for one in comparison.outputs:
         row = asdict(one)
         del row["not_in_source"]
         scores = row.pop("scores")

@@ -76,7 +76,6 @@ def of_both(comparison: Comparison) -> dict[str, Any]:
         "caveats": caveats(comparison),
         "power": power(comparison),
         "equal_length": equal_length(comparison),
-        "outputs_of_baselines": [one.output for one in comparison.baselines],
         "beyond": beyond(comparison),
         "labels": LABELS,
         "interval": f"{100 * comparison.confidence:g} % interval",
@@ -452,13 +451,9 @@ def equal_length(comparison: Comparison) -> str:
 
 def beyond(comparison: Comparison) -> list[tuple[str, list[str]]]:
     """What references and outputs say beyond their sources, in the order numbers, names, rare words; may be empty."""
-    outputs = [comparison.base, *(one.output for one in comparison.baselines), *comparison.tuned]
-    texts = [("references", comparison.references_not_in_source)]
-    texts += [(one.variant, one.not_in_source) for one in outputs]
     return [
         (name, [_absent(part) for part in (one.numbers, one.names, one.rare_words)])
-        for name, one in texts
-        if one is not None
+        for name, one in comparison.beyond_source
     ]
 
 

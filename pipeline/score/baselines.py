@@ -84,11 +84,7 @@ def _shots(decoding: Decoding) -> int:
 def _unequal(one: Baseline, test: Sequence[Example], base: side_by_side.Outputs) -> list[str]:
     """Why a variant cannot be compared with base: messages, none if it can."""
     own, theirs = one.scores.decoding, base.scores.decoding
-    problems = [
-        f"{name}: {one.name} has {getattr(own, name)}, base has {getattr(theirs, name)}"
-        for name in MUST_AGREE
-        if getattr(own, name) != getattr(theirs, name)
-    ]
+    problems = side_by_side.unequal(one.name, own, theirs, MUST_AGREE)
     for what in ("signature", "test_sha256"):
         here, there = getattr(one.scores, what), getattr(base.scores, what)
         if here != there:

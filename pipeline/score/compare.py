@@ -277,13 +277,4 @@ def _refuse_unequal(test: Sequence[Example], variants: Sequence[Outputs], evalua
 
 def unequal(variant: str, decoding: Decoding, base: Decoding) -> list[str]:
     """A message for each of `MUST_AGREE` that differs from base: `threads: tuned-17 has 4, base has 2`."""
-    pairs = {name: (getattr(decoding, name), getattr(base, name)) for name in MUST_AGREE}
-    return [f"{name}: {variant} has {_difference(*pair)}" for name, pair in pairs.items() if pair[0] != pair[1]]
-
-
-def _difference(here: Any, base: Any) -> str:
-    """`x, base has y`. For the generation settings, only the differing keys."""
-    if isinstance(here, dict) and isinstance(base, dict):
-        keys = sorted(key for key in here.keys() | base.keys() if here.get(key) != base.get(key))
-        here, base = ({key: one.get(key) for key in keys} for one in (here, base))
-    return f"{here}, base has {base}"
+    return side_by_side.unequal(variant, decoding, base, MUST_AGREE)

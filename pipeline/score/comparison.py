@@ -226,6 +226,18 @@ class Comparison:
     shared_groups: list[contracts.SharedGroups] = field(default_factory=list)
     not_nfc: int = 0
 
+    @property
+    def outputs(self) -> list[Output]:
+        """The outputs of all variants: base, its untrained variants, and tuned."""
+        return [self.base, *(one.output for one in self.baselines), *self.tuned]
+
+    @property
+    def beyond_source(self) -> list[tuple[str, contracts.NotInSource]]:
+        """What references and outputs say beyond their sources, by the name of the texts, where it was counted."""
+        texts = [("references", self.references_not_in_source)]
+        texts += [(one.variant, one.not_in_source) for one in self.outputs]
+        return [(name, one) for name, one in texts if one is not None]
+
     @classmethod
     def read(cls) -> "Comparison":
         """The stored comparison. UserError if it is missing, or if another version wrote it."""

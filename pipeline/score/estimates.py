@@ -36,8 +36,7 @@ class Estimate:
     @classmethod
     def of(cls, corpus: Corpus) -> "Estimate":
         """The scores of a corpus. The groups' values are the jackknife's pseudo-values."""
-        g = len(corpus.without_gxm)
-        return cls(corpus.scores_m, g * corpus.scores_m - (g - 1) * corpus.without_gxm)
+        return cls(corpus.scores_m, intervals.jackknife(corpus.scores_m, corpus.without_gxm))
 
     @classmethod
     def ratios(cls, values_nxm: Floats, weights_n: Floats, groups: Sequence[Any] | NDArray[Any]) -> "Estimate":
@@ -102,13 +101,11 @@ class Judged:
 
     def deciding(self, m: int, confidence: float | None = None) -> Interval:
         """Metric `m` with the interval for the choice of examples, and of seeds if there are several."""
-        confidence = confidence or self.settings.confidence
-        return intervals.with_seeds(self.over_texts(m, confidence), self._sides(m), confidence)[1]
+        return self._with_seeds(m, confidence or self.settings.confidence)[1]
 
     def seed_sd(self, m: int) -> float | None:
         """The standard deviation between seeds; None with a single seed."""
-        sides = self._sides(m)
-        return sum(float(np.var(side, ddof=1)) for side in sides) ** 0.5 if sides else None
+        return self._with_seeds(m, self.settings.confidence)[0] if self.estimate.sides else None
 
     @cached_property
     def p_values(self) -> list[float]:
@@ -125,7 +122,7 @@ class Judged:
 
     def error(self, m: int) -> float:
         """The standard error of metric `m`, in points."""
-        if not self._sides(m):
+        if not self.estimate.sides:
             return float(self.studentized.error_k[m])
         both = self.deciding(m)
         return (both.high - both.low) / 2 / NormalDist().inv_cdf((1 + self.settings.confidence) / 2)
@@ -150,5 +147,6 @@ class Judged:
         one = self.deciding(m, 2 * self.settings.confidence - 1)
         return self.studentized.groups >= intervals.MIN_GROUPS and -margin < one.low and one.high < margin
 
-    def _sides(self, m: int) -> list[list[float]]:
-        return [side[:, m].tolist() for side in self.estimate.sides]
+    def _with_seeds(self, m: int, confidence: float) -> tuple[float, Interval]:
+        sides = [side[:, m].tolist() for side in self.estimate.sides]
+        return intervals.with_seeds(self.over_texts(m, confidence), sides, confidence)

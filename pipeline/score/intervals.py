@@ -47,11 +47,15 @@ def pseudo_values(corpus: Callable[[Floats, Floats], Floats], sums_gxk: Floats, 
     `corpus` gives the scores of corpora from their sums of k statistics and their numbers of rows. `sums_gxk` and
     `rows_g` are those of each group.
     """
-    g = len(rows_g)
     whole, rows = sums_gxk.sum(axis=0), rows_g.sum()
     without_g = corpus(whole - sums_gxk, rows - rows_g)
-    values_g: Floats = g * corpus(whole[None], np.array([rows]))[0] - (g - 1) * without_g
-    return values_g
+    return jackknife(corpus(whole[None], np.array([rows]))[0], without_g)
+
+
+def jackknife(whole: Floats, without: Floats) -> Floats:
+    """The pseudo-values of g groups, of scores over all groups and `without` each (the first dimension)."""
+    values: Floats = len(without) * whole - (len(without) - 1) * without
+    return values
 
 
 @dataclass(frozen=True)
@@ -62,7 +66,6 @@ class Studentized:
     """
 
     groups: int
-    mean_k: Floats
     error_k: Floats
     t_bxk: list[Floats]
 
@@ -71,8 +74,7 @@ class Studentized:
         """Resample the groups' values `samples` times. All k scores share the draws. UserError for a single group."""
         g = len(values_gxk)
         require_groups(g)
-        mean_k = values_gxk.mean(axis=0)
-        centred = values_gxk - mean_k  # squares of large scores would drown small differences
+        centred = values_gxk - values_gxk.mean(axis=0)  # squares of large scores would drown small differences
         columns = np.column_stack([centred, centred**2])
         generator = np.random.Generator(np.random.PCG64(seed))
         chunk = max(1, DRAWS_AT_ONCE // g)
@@ -86,7 +88,7 @@ class Studentized:
             found.append(np.where(spread_bxk > TIE, shift_bxk / np.maximum(spread_bxk, TIE), np.nan))
         t_bxk = np.concatenate(found)
         error_k = np.sqrt((centred**2).mean(axis=0) / (g - 1))
-        return cls(g, mean_k, error_k, [np.sort(column[~np.isnan(column)]) for column in t_bxk.T])
+        return cls(g, error_k, [np.sort(column[~np.isnan(column)]) for column in t_bxk.T])
 
     def interval(self, k: int, value: float, confidence: float) -> Interval:
         """The interval of score `k`, around its `value`: that of all rows, of which the mean is an estimate."""

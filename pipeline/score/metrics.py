@@ -129,39 +129,37 @@ def tokenizers(name: str, evaluate: Evaluate) -> tuple[Tokenize, Tokenize, Calla
         return answer_tokens, answer_tokens, lambda text: compatible(_unpunctuated(text)).lower()
     if evaluate.rouge_tokenizer == "unicode":
         return _Letters().tokenize, _Letters().tokenize, lambda text: compatible(text).lower()
-    from rouge_score.tokenizers import DefaultTokenizer  # imports nltk: a second that nothing else should pay
-
-    plain, stemmed = (DefaultTokenizer(use_stemmer=stem).tokenize for stem in (False, True))
-    keys = stemmed if evaluate.use_stemmer else plain
+    plain, keys = (_rouge_tokenizer("latin", stemmed).tokenize for stemmed in (False, evaluate.use_stemmer))
     return lambda text: plain(formed(text)), lambda text: keys(formed(text)), lambda text: formed(text).lower()
 
 
-class _Rouge:
-    """F1 of one ROUGE variant. A text without tokens scores 0. ROUGE-Lsum compares sentence by sentence."""
+class _Mean:
+    """A metric whose corpus score is the mean of its rows' scores."""
 
     width, counted = 1, False
 
     def __init__(self, name: str, evaluate: Evaluate) -> None:
         self.name, self.evaluate = name, evaluate
 
-    def statistics(self, texts: Sequence[str], references: Sequence[Sequence[str]]) -> Floats:
-        from rouge_score.rouge_scorer import RougeScorer  # imports nltk: a second that nothing else should pay
-
-        scorer = RougeScorer(
-            [self.name],
-            tokenizer=_Once(self.evaluate),
-        )
-        found = [
-            scorer.score_multi([self._prepared(one) for one in some], self._prepared(text))[self.name].fmeasure
-            for text, some in zip(texts, references, strict=True)
-        ]
-        return 100.0 * np.array(found, np.float64).reshape(-1, 1)
-
     def corpus(self, sums_bxk: Floats, rows_b: Floats) -> Floats:
         return sums_bxk[:, 0] / rows_b
 
     def each(self, statistics_nxk: Floats) -> Floats:
         return statistics_nxk[:, 0]
+
+
+class _Rouge(_Mean):
+    """F1 of one ROUGE variant. A text without tokens scores 0. ROUGE-Lsum compares sentence by sentence."""
+
+    def statistics(self, texts: Sequence[str], references: Sequence[Sequence[str]]) -> Floats:
+        from rouge_score.rouge_scorer import RougeScorer  # imports nltk: a second that nothing else should pay
+
+        scorer = RougeScorer([self.name], tokenizer=_Once(self.evaluate))
+        found = [
+            scorer.score_multi([self._prepared(one) for one in some], self._prepared(text))[self.name].fmeasure
+            for text, some in zip(texts, references, strict=True)
+        ]
+        return 100.0 * np.array(found, np.float64).reshape(-1, 1)
 
     def _prepared(self, text: str) -> str:
         text = in_form(text, self.evaluate.normal_form)
@@ -208,13 +206,8 @@ def _pattern() -> Any:
     return regex.compile(rf"(?V1)[{alone}]\p{{M}}*|[[{LETTERS}]--[{alone}]]+")
 
 
-class _Answer:
+class _Answer(_Mean):
     """Whether an answer's tokens equal a reference's, or the F1 of the tokens that both have."""
-
-    width, counted = 1, False
-
-    def __init__(self, name: str, evaluate: Evaluate) -> None:
-        self.name, self.evaluate = name, evaluate
 
     def statistics(self, texts: Sequence[str], references: Sequence[Sequence[str]]) -> Floats:
         score = _same if self.name == "exact_match" else _f1
@@ -223,12 +216,6 @@ class _Answer:
             for text, some in zip(texts, references, strict=True)
         ]
         return 100.0 * np.array(found, np.float64).reshape(-1, 1)
-
-    def corpus(self, sums_bxk: Floats, rows_b: Floats) -> Floats:
-        return sums_bxk[:, 0] / rows_b
-
-    def each(self, statistics_nxk: Floats) -> Floats:
-        return statistics_nxk[:, 0]
 
     def _tokens(self, text: str) -> list[str]:
         return answer_tokens(in_form(text, self.evaluate.normal_form))

@@ -5,11 +5,12 @@ Only this module joins the rows of the test split with outputs and scores.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from pipeline.core import contracts, paths, records
 from pipeline.core.contracts import Scores
 from pipeline.core.errors import UserError, listing
-from pipeline.core.records import Example, Prediction
+from pipeline.core.records import Decoding, Example, Prediction
 from pipeline.core.text import words
 
 
@@ -112,6 +113,20 @@ def require_same_rows(variant: str, given: Sequence[str], test: Sequence[str]) -
         problems.append("the rows are the same, but in another order or number")
     if problems:
         raise listing(problems, f"predictions of {variant} and the test split differ; run `dvc repro`:")
+
+
+def unequal(variant: str, decoding: Decoding, base: Decoding, names: Sequence[str]) -> list[str]:
+    """A message for each of the fields `names` that differs from base: `threads: tuned-17 has 4, base has 2`."""
+    pairs = {name: (getattr(decoding, name), getattr(base, name)) for name in names}
+    return [f"{name}: {variant} has {_difference(*pair)}" for name, pair in pairs.items() if pair[0] != pair[1]]
+
+
+def _difference(here: Any, base: Any) -> str:
+    """`x, base has y`. For the generation settings, only the differing keys."""
+    if isinstance(here, dict) and isinstance(base, dict):
+        keys = sorted(key for key in here.keys() | base.keys() if here.get(key) != base.get(key))
+        here, base = ({key: one.get(key) for key in keys} for one in (here, base))
+    return f"{here}, base has {base}"
 
 
 def _some(ids: Sequence[str]) -> str:
