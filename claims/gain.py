@@ -57,7 +57,7 @@ def answers(task: str, seeds: Sequence[str], test: Sequence[Example]) -> list[li
     for name, called in ((variants.BASE, "base"), *((seed, f"seed {seed}") for seed in seeds)):
         folder = variants.folder(task, name)
         rows = records.read_rows(folder / variants.PREDICTIONS, Prediction)
-        side_by_side.require_same_rows(called, [row.id for row in rows], [row.id for row in test])
+        side_by_side.require_same_rows(called, [row.id for row in rows], [row.id for row in test], "test")
         texts.append([row.text for row in rows])
         decodings.append(contracts.read(folder / variants.DECODING, Decoding))
         problems += compare.unequal(called, decodings[-1], decodings[0])

@@ -48,7 +48,7 @@ def write() -> None:
     given = params.load()
     # The page of an experiment, if there is one, shows the claims below it.
     if paths.COMPARISON_MD.exists() and not page.faults(paths.REPORT_HTML, page.digest_of(paths.REPORT_HTML) or ""):
-        seen = track.looks_at_test(given.seeds, given.tracking)
+        seen = track.looks_here(given.seeds, given.tracking)
         page.write(given.seeds, given.evaluate, given.compare.explorer, seen)
     counted = {verdict: sum(row.judgment.verdict == verdict for row in rows) for verdict in register.VERDICTS}
     say(f"{len(rows)} claims: " + ", ".join(f"{count} {verdict}" for verdict, count in counted.items() if count))

@@ -15,11 +15,14 @@ from pipeline.model import checkpoint, demonstrations
 from pipeline.model.prompt import Encoder, notices, require_model
 
 
-def require_fitting(prompt: params.Prompt, new_tokens: int, asked: params.Baseline) -> None:
+def require_fitting(
+    prompt: params.Prompt, new_tokens: int, asked: params.Baseline, scored: params.Split = "test"
+) -> None:
     """Write `paths.FITTING`, on which the stages that compute depend. Its content is always the same, so a change of
     the test split alone trains nothing again.
 
-    `new_tokens` is the room for an answer to a test prompt. UserError for prompts that cannot be made or do not fit,
+    `new_tokens` is the room for an answer to a test prompt, and to a validation prompt if that split is `scored`.
+    UserError for prompts that cannot be made or do not fit,
     and if no demonstrations of `baseline.shots` (`asked`) fit.
     """
     facts = contracts.read(paths.BASE_FACTS, BaseFacts)
@@ -27,6 +30,8 @@ def require_fitting(prompt: params.Prompt, new_tokens: int, asked: params.Baseli
     encoder = Encoder(checkpoint.tokenizer(paths.BASE), prompt, facts.context)
     validation, of_validation = encoder.rows(records.read_rows(paths.split("validation"), Example))
     longest_answer = max(len(row.completion) for row in validation)
+    if scored == "validation":
+        longest_answer = max(longest_answer, new_tokens)
     encoder.require_fit({row.id: row.prompt for row in validation}, "validation", longest_answer)
     examples = records.read_rows(paths.split("test"), Example)
     test, of_test = encoder.prompts(examples)
@@ -39,18 +44,21 @@ def require_fitting(prompt: params.Prompt, new_tokens: int, asked: params.Baseli
         f"{max(len(ids) for ids in [*test.values(), *(row.prompt for row in validation)])} tokens"
     )
     if asked.shots:
-        _require_demonstrations(encoder, examples, asked, new_tokens)
+        questions = records.read_rows(paths.split(scored), Example)
+        _require_demonstrations(encoder, questions, asked, new_tokens)
     records.write_json(paths.FITTING, {"prompts": "fit"})
 
 
-def _require_demonstrations(encoder: Encoder, test: Sequence[Example], asked: params.Baseline, new_tokens: int) -> None:
-    """UserError if the prompts of `base-shots` cannot be made."""
-    pool = demonstrations.Pool(records.read_rows(paths.split("train"), Example), test)
-    questions = [test[row] for row in baseline.rows(test, asked.rows)]
+def _require_demonstrations(
+    encoder: Encoder, split: Sequence[Example], asked: params.Baseline, new_tokens: int
+) -> None:
+    """UserError if the prompts of `base-shots`, which answers `split`, cannot be made."""
+    pool = demonstrations.Pool(records.read_rows(paths.split("train"), Example), split)
+    questions = [split[row] for row in baseline.rows(split, asked.rows)]
     made = [encoder.made(example) for example in questions]
     prompts, shown = demonstrations.prompts(encoder, questions, made, pool, asked, new_tokens)
     fewer = "" if shown.most == asked.shots else f" (baseline.shots = {asked.shots}, groups are shown whole)"
     say(
-        f"prompts: {len(prompts)} test prompts fit with {shown.most} demonstrations{fewer}, the longest has "
+        f"prompts: {len(prompts)} prompts fit with {shown.most} demonstrations{fewer}, the longest has "
         f"{max(map(len, prompts.values()))} tokens"
     )

@@ -1,4 +1,4 @@
-"""Stage infer@base: the base answers the test split. It depends on neither LoRA nor training."""
+"""Stage infer@base: the base answers the split that is scored. It depends on neither LoRA nor training."""
 
 from pipeline.core import params, paths
 from pipeline.infer import infer
@@ -6,7 +6,8 @@ from pipeline.model import processes
 
 
 def main(declared: params.Declared) -> None:
-    infer.decode("base", declared[params.Prompt], declared[params.Generation], declared[params.Runtime])
+    prompt, generation, runtime = declared[params.Prompt], declared[params.Generation], declared[params.Runtime]
+    infer.decode("base", prompt, generation, runtime, split=declared.split)
 
 
 if __name__ == "__main__":

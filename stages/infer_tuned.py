@@ -8,7 +8,8 @@ from pipeline.model import processes
 
 def main(declared: params.Declared, seed: int) -> None:
     prompt, generation, runtime = declared[params.Prompt], declared[params.Generation], declared[params.Runtime]
-    infer.decode(paths.variant(seed), prompt, generation, runtime, adapter.Saved(paths.adapter(seed)))
+    saved = adapter.Saved(paths.adapter(seed))
+    infer.decode(paths.variant(seed), prompt, generation, runtime, saved, declared.split)
 
 
 if __name__ == "__main__":

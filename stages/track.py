@@ -7,7 +7,7 @@ from pipeline.report import page
 
 
 def main(declared: params.Declared) -> None:
-    seen = track.looks_at_test(declared.seeds, declared[params.Tracking])
+    seen = track.looks_here(declared.seeds, declared[params.Tracking])
     page.write(declared.seeds, declared[params.Evaluate], declared[params.Compare].explorer, seen)
     track.record(declared.seeds, declared[params.Tracking])
     if seen is not None:

@@ -30,7 +30,7 @@ def examine(draft: params.Draft, report: Report) -> None:
             _against_prompt(draft.get(params.Prompt), splits, report)
             if (settings := draft.get(params.Evaluate)) is not None:
                 with report.part():
-                    evaluate.require_script([row.references for row in splits["test"].rows], settings)
+                    evaluate.require_script([row.references for row in splits[settings.split].rows], settings)
     if (
         general is not None
         and general.source is not None

@@ -74,7 +74,7 @@ def show(run: RUN = None) -> None:
         return
     say(wording.closing_lines(store.shown(given.tracking), page.describe(given.seeds)))
     say(f"  run      {track.describe(given.seeds, given.tracking)}")
-    if (seen := track.looks_at_test(given.seeds, given.tracking)) is not None:
+    if (seen := track.looks_here(given.seeds, given.tracking)) is not None:
         say(f"  looks    {seen.told()}")
 
 
@@ -158,6 +158,21 @@ def parity(types: GgufTypes = None, rows: FewRows = None, merged: OneFile = Fals
     current.require_current("nothing is compared:")
     if parity.measure(given, types or [given.generation.gguf_type], rows, merged, max_rise):
         raise typer.Exit(1)
+
+
+@app.command()
+def unseal(
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would happen, and run nothing.")] = False,
+) -> None:
+    """Score this folder's experiment, which was scored on the validation split, on the test split: once.
+
+    It runs as a DVC experiment beside this folder, which stays as it is. Its record tells that the test split was
+    opened, and whether the rule of the decision was recorded before.
+    """
+    from pipeline.commands import unseal
+    from pipeline.core import params
+
+    unseal.score(params.load(), dry_run)
 
 
 Model = Annotated[str | None, typer.Option("--model", help="Registered model. [default: tracking.experiment]")]

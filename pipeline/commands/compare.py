@@ -102,7 +102,7 @@ def find(name: str, tracking: params.Tracking) -> Experiment:
 def rank(found: Sequence[Experiment], settings: params.Compare, seen: int = 0) -> Ranking:
     """Compare every experiment with its own base, and every two experiments with each other.
 
-    The best one was chosen among all that were `seen` on this test split, these at least: its own interval is also
+    The best one was chosen among all that were `seen` on this split, these at least: its own interval is also
     given at the confidence that a choice among so many needs (Bonferroni).
 
     UserError unless all were scored on the same test set in the same way, in the metrics of `settings.decide_by`.
@@ -163,7 +163,8 @@ def page(found: Sequence[Experiment], ranking: Ranking, settings: params.Compare
     shown = list(next(iter(ranking.results.values())))
     interval = f"{100 * settings.confidence:g} % interval"
     first = found[0].base
-    lines = [f"{len(found)} experiments, {first.n} test examples of {first.groups} groups.", ""]
+    split = first.decoding.split
+    lines = [f"{len(found)} experiments, {first.n} {split} examples of {first.groups} groups.", ""]
     lines += _overview([by_name[name] for name in ranking.names], ranking, shown[0])
     for metric in shown:
         label = metrics.LABELS[metric]
@@ -194,8 +195,8 @@ def page(found: Sequence[Experiment], ranking: Ranking, settings: params.Compare
     level = 100 - 100 * (1 - settings.confidence) / ranking.candidates
     lines += [
         "",
-        f"#1 is the best of {ranking.candidates} that were scored on this test split. With intervals of {level:.4g} %, "
-        f"which allow for this choice, its gain over its base is {gains}.",
+        f"#1 is the best of {ranking.candidates} that were scored on this {split} split. With intervals of "
+        f"{level:.4g} %, which allow for this choice, its gain over its base is {gains}.",
     ]
     lines += _by_validation(found, ranking)
     lines += [
@@ -205,13 +206,15 @@ def page(found: Sequence[Experiment], ranking: Ranking, settings: params.Compare
         f"Signature: `{in_line(first.signature)}`",
     ]
     if any(len(one.tuned) == 1 for one in found):
-        lines += ["With one seed, an interval covers the choice of test examples, not that of the seed."]
+        lines += ["With one seed, an interval covers the choice of examples, not that of the seed."]
     lines += _apart(by_name[ranking.names[0]], by_name[ranking.names[1]], shown[0], settings.examples)
     return "\n".join(lines)
 
 
 def _by_validation(found: Sequence[Experiment], ranking: Ranking) -> list[str]:
-    """The order by validation loss, which may be used for choosing; nothing if a loss is not known."""
+    """What may be used for choosing: these scores if they are of the validation split, else the validation losses."""
+    if found[0].base.decoding.split == "validation":
+        return ["These scores are for choosing. `lora-repro unseal` scores an experiment on the test split."]
     losses = {one.name: one.loss for one in found if one.loss is not None}
     if len(losses) < len(found):
         return ["The test split is not for choosing. Validation losses are not known of all these experiments."]
@@ -326,10 +329,22 @@ def _require_comparable(found: Sequence[Experiment]) -> None:
 
 def _evaluate(one: Experiment) -> params.Evaluate:
     """The section `evaluate` of an experiment, from its parameters by dotted name."""
-    given = {key.removeprefix("evaluate."): value for key, value in one.params.items() if key.startswith("evaluate.")}
-    fields = params.Evaluate.model_fields
-    content = {key: value if fields[key].annotation is str else _loaded(value) for key, value in given.items()}
-    return params.Evaluate.model_validate({"normal_form": "none", **content})  # before there was a choice
+    content: dict[str, Any] = {"normal_form": "none", "split": "test", "bertscore": None}  # before there was a choice
+    for name, value in one.params.items():
+        section, _, key = name.partition(".")
+        if section == "evaluate":
+            _put(content, key, value)
+    return params.Evaluate.model_validate(content)
+
+
+def _put(content: dict[str, Any], name: str, value: str) -> None:
+    """Put a parameter of `evaluate`, as `track` writes it, at its dotted name."""
+    outer, _, inner = name.partition(".")
+    if inner:
+        held = content.get(outer)
+        content[outer] = (held or {}) | {inner: int(value) if inner == "layer" else value}
+    else:
+        content[outer] = value if params.Evaluate.model_fields[outer].annotation is str else _loaded(value)
 
 
 def _loaded(text: str) -> Any:
@@ -396,13 +411,16 @@ def _from_cache(
 
     files = [cached(paths.scores(variant)) for variant in (paths.variant(None), *map(paths.variant, seeds))]
     data = dict(lockfile.listing_of(cache, md5[str(paths.DATA)]))
-    test = lockfile.object_path(cache, data.get(paths.split("test").name, ""))
     written = cached(paths.predictions(paths.variant(seeds[0])))
-    if not all(file.is_file() for file in [*files, test, written]):
+    if not all(file.is_file() for file in [*files, written]):
         return None
-    references = {row.id: row.target for row in records.read_rows(test, records.Example)}
+    scores = [contracts.read(file, Scores) for file in files]
+    scored = lockfile.object_path(cache, data.get(paths.split(scores[0].decoding.split).name, ""))
+    if not scored.is_file():
+        return None
+    references = {row.id: row.target for row in records.read_rows(scored, records.Example)}
     texts = {row.id: row.text for row in records.read_rows(written, records.Prediction)}
-    one = _of(name, given, [contracts.read(file, Scores) for file in files], references, texts, run)
+    one = _of(name, given, scores, references, texts, run)
     summaries = [cached(paths.training_summary(seed)) for seed in seeds]
     if all(summary.is_file() for summary in summaries):
         trained = [contracts.read(summary, TrainingSummary) for summary in summaries]

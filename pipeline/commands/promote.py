@@ -89,7 +89,12 @@ def register_and_decide(name: str | None, model: str | None, given: params.Param
     model = _named(tracking.experiment if model is None else model)
     runs = store.stored(tracking)
     one = _candidate(_run(name, given, runs), tracking)
-    seen = looks.among(runs, one.run.tags[DIGEST], one.test)
+    if one.scored.base.decoding.split != "test":
+        raise UserError(
+            f"{one.run} was scored on the {one.scored.base.decoding.split} split, which is for choosing: "
+            "`lora-repro unseal` scores it on the test split, and that run can be promoted"
+        )
+    seen = looks.among(runs, looks.Look.of(one.run.tags))
     given = _at_level(given, seen)
     base = gain_over_base(one.scored, given.compare)
     settle = _planned if dry_run else _settled

@@ -15,6 +15,7 @@ import reprlib
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar, get_args
 
@@ -31,14 +32,16 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError
 
-from pipeline.core import paths, yaml12
+from pipeline.core import paths, records, yaml12
 from pipeline.core.errors import UserError, label_fault, listing, without_passwords
 
 Share = Annotated[float, Field(ge=0, le=1)]
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 GgufType = Literal["F32", "BF16", "F16", "Q8_0", "Q5_1", "Q5_0", "Q4_1", "Q4_0"]
 GGUF_TYPES: tuple[str, ...] = get_args(GgufType)
-Metric = Literal["rouge1", "rouge2", "rougeL", "rougeLsum", "chrf", "bleu", "exact_match", "token_f1"]
+Split = Literal["test", "validation"]
+"""A split that base and tuned can answer, and be scored on."""
+Metric = Literal["rouge1", "rouge2", "rougeL", "rougeLsum", "chrf", "bleu", "exact_match", "token_f1", "bertscore"]
 
 
 class Section(BaseModel):
@@ -307,12 +310,27 @@ class Baseline(Section):
     rows: Annotated[int, Field(ge=1)] | None
 
 
+class Bertscore(Section):
+    """An encoder in a folder, whose layer `layer` (from 1 on) gives the embeddings of BERTScore."""
+
+    source: str
+    sha256: Sha256
+    layer: Annotated[int, Field(ge=1, le=1000)]
+
+    @property
+    def folder(self) -> Path:
+        """The folder. A relative path is one in the project that owns the records, in experiments in copies as well."""
+        return paths.main_repository() / self.source
+
+
 class Evaluate(Section):
     key = "evaluate"
+    split: Split
     metrics: Annotated[list[Metric], Field(min_length=1)]
     use_stemmer: bool
     rouge_tokenizer: Literal["latin", "unicode"]
     bleu_tokenizer: Literal["13a", "intl", "zh", "char", "ja-mecab", "ko-mecab", "flores101", "flores200"]
+    bertscore: Bertscore | None
     normal_form: Literal["NFC", "NFKC", "none"]
     language: Annotated[str, Field(pattern=r"^[a-z]{2}$")] | None
 
@@ -320,6 +338,12 @@ class Evaluate(Section):
     def stemming_is_for_latin_words(self) -> Self:
         if self.use_stemmer and self.rouge_tokenizer == "unicode":
             raise ValueError("use_stemmer must be false with rouge_tokenizer unicode: Porter's stemmer is for English")
+        return self
+
+    @model_validator(mode="after")
+    def embeddings_come_from_an_encoder(self) -> Self:
+        if ("bertscore" in self.metrics) != (self.bertscore is not None):
+            raise ValueError("bertscore must name an encoder if metrics holds bertscore, and be null otherwise")
         return self
 
     @model_validator(mode="after")
@@ -523,9 +547,15 @@ class Declared:
 
     def value(self, name: str) -> Any:
         """A value that is declared alone, such as `quantize.method`; LookupError if it is not."""
-        self._require(name)
         section, _, key = name.partition(".")
+        self._require(section if section in self._sections else name)
         return getattr(getattr(self._params, section), key)
+
+    @property
+    def split(self) -> Split:
+        """`evaluate.split`, which the stages that answer it declare alone."""
+        split: Split = self.value("evaluate.split")
+        return split
 
     @property
     def seeds(self) -> list[int]:
@@ -540,14 +570,17 @@ class Declared:
 def read(stage: str, folder: Path = Path()) -> Declared:
     """Check `params.yaml` of the project `folder`, and return the sections that `dvc.yaml` declares for `stage`.
 
-    UserError lists every mistake. It is also raised if the backend of inference or the tokenizer of BLEU is missing,
-    by every stage that computes: nothing is trained for an inference or for scores that cannot run.
+    UserError lists every mistake. It is also raised if the backend of inference, the tokenizer of BLEU or the encoder
+    of BERTScore is missing, by every stage that computes: nothing is trained for an inference or for scores that cannot
+    run.
     """
     given, sections = load(folder / paths.PARAMS), sections_of(stage, folder / paths.DVC_YAML)
     if "runtime.threads" in sections:
         require_backend(given.generation)
     if {"runtime.threads", Evaluate.key} & sections:
         require_tokenizer(given.evaluate)
+        if given.evaluate.bertscore is not None:
+            require_encoder(given.evaluate.bertscore)
     return Declared(stage, given, sections)
 
 
@@ -580,6 +613,22 @@ def require_tokenizer(evaluate: Evaluate) -> None:
         raise UserError(
             f"evaluate.bleu_tokenizer = {evaluate.bleu_tokenizer!r} needs {' and '.join(missing)}, not installed: "
             f"pip install 'sacrebleu[{extra}]', or set evaluate.bleu_tokenizer to char"
+        )
+
+
+@cache
+def require_encoder(bertscore: Bertscore) -> None:
+    """UserError unless BERTScore's encoder is a folder with weights in safetensors, and has the digest it should."""
+    folder = bertscore.folder
+    if not (folder / "config.json").is_file() or not list(folder.glob("*.safetensors")):
+        raise UserError(
+            f"evaluate.bertscore.source = {bertscore.source!r}: {folder} is no folder with config.json, a tokenizer "
+            "and weights in *.safetensors"
+        )
+    if (found := records.sha256_tree(folder)) != bertscore.sha256:
+        raise UserError(
+            f"evaluate.bertscore.source = {bertscore.source!r} has the sha256 {found}, and evaluate.bertscore.sha256 "
+            f"is {bertscore.sha256}: the encoder is another one than was named"
         )
 
 

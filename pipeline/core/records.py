@@ -108,8 +108,8 @@ class Decoding:
     the files of the quantized base and of the adapter. `generation` holds transformers' whole GenerationConfig, the
     batching, and the backend with its versions. `threads` is 0 if the CPU does not compute. `recheck` counts the
     examples that were decoded again alone ("examples"), and those with the same text ("identical"). `thinking` is
-    `prompt.thinking`, and `encoded` what became of the test examples. `rows` holds the places of the answered rows in
-    the test split, from 0, if they are not all of it. `demonstrations` are those of `base-shots`.
+    `prompt.thinking`, and `encoded` what became of the examples. `rows` holds the places of the answered rows in the
+    split, from 0, if they are not all of it. `demonstrations` are those of `base-shots`. `split` is `evaluate.split`.
     """
 
     variant: str
@@ -125,6 +125,7 @@ class Decoding:
     encoded: Encoded
     rows: list[int] | None = None
     demonstrations: Demonstrations | None = None
+    split: str = "test"
 
 
 def write_json(path: Path, content: Any) -> None:

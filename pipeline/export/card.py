@@ -188,7 +188,7 @@ def _metadata(content: Content) -> Any:
         EvalResult(
             task_type="text-generation",
             dataset_type=datasets[0] if datasets else data_name,
-            dataset_name=f"{data_name}, test split of {comparison.n} examples",
+            dataset_name=f"{data_name}, {comparison.split} split of {comparison.n} examples",
             metric_type="rouge" if name.startswith("rouge") else name,
             metric_name=(
                 f"{LABELS[name]} (base {wording.points(one.base.value)}, difference {wording.signed(one.diff.value)}, "

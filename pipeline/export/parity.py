@@ -2,7 +2,7 @@
 
 Three questions, for the base and for the first seed's adapter on it. How many tokens of greedy decoding are equal, up
 to an answer's first difference? How likely are the references of the validation split in each backend? Does llama.cpp
-score lower on the test split? That difference has a paired interval over groups (`pipeline.score.significance`). A GGUF
+score lower on the same rows? That difference has a paired interval over groups (`pipeline.score.significance`). A GGUF
 type loses if such an interval is below zero, or if the perplexity rises by more than a given share. A difference that
 may be chance is not called a loss.
 """
@@ -123,7 +123,8 @@ def measure(given: params.Params, types: Sequence[str], rows: int | None, merged
     # 3. The differences.
     of_types = {kind: _compared(sides[kind], sides[None], chosen, given, max_rise) for kind in types}
     found = {
-        "test_rows": len(chosen.test),
+        "rows": len(chosen.test),
+        "split": given.evaluate.split,
         "groups": len(set(chosen.groups)),
         "validation_rows": len(chosen.validation),
         "validation_tokens": chosen.tokens,
@@ -147,12 +148,15 @@ def measure(given: params.Params, types: Sequence[str], rows: int | None, merged
 
 
 def _rows(given: params.Params, facts: QuantizedFacts, count: int | None) -> Rows:
-    """The first `count` rows of both splits, in whole groups; UserError if there are none to compare."""
+    """The first `count` rows of the scored split and of validation, in whole groups.
+
+    UserError if there are none to compare.
+    """
     tokenizer = checkpoint.tokenizer()
     encoder = Encoder(tokenizer, given.prompt, facts.context)
-    test = _first_groups(records.read_rows(paths.split("test"), Example), count)
+    test = _first_groups(records.read_rows(paths.split(given.evaluate.split), Example), count)
     prompts = {example.id: encoder.prompt(example) for example in test}
-    encoder.require_fit(prompts, "test", given.generation.max_new_tokens)
+    encoder.require_fit(prompts, given.evaluate.split, given.generation.max_new_tokens)
     config = infer.configuration(given.generation, sorted({encoder.end, *facts.stop_ids}), tokenizer)
     chosen = Rows(test, prompts, references(encoder, count), tokenizer, config)
     if not chosen.tokens:
@@ -232,7 +236,7 @@ def markdown(found: dict[str, Any], decide_by: Sequence[str]) -> str:
     lines = [
         "# Parity of transformers and llama.cpp",
         "",
-        f"{found['test_rows']} test rows of {found['groups']} groups decoded greedily from the same token ids; "
+        f"{found['rows']} {found['split']} rows of {found['groups']} groups decoded greedily from the same token ids; "
         f"perplexity of {found['validation_tokens']} tokens in {found['validation_rows']} validation references, each "
         f"behind its prompt, which begins {'with a BOS' if found['validation_bos'] else 'without BOS'}. "
         f"Intervals: paired bootstrap over groups, {level}. The adapter is "
@@ -281,7 +285,7 @@ def _generation(given: params.Params, kind: str | None) -> params.Generation:
 
 
 def _side(engine: Any, kind: str | None, rows: Rows, evaluate: params.Evaluate) -> Side:
-    """What a loaded model writes for the test rows, and its loss on the references."""
+    """What a loaded model writes for the rows, and its loss on the references."""
     families = [
         [(example.id, rows.prompts[example.id]) for example in group]
         for _, group in groupby(rows.test, key=lambda one: one.group)

@@ -1,5 +1,5 @@
-"""Inference: the answers of base and tuned to the test split, under one explicit decoding configuration; and what the
-base answers without quantization, or with demonstrations in its prompt.
+"""Inference: the answers of base and tuned to the split that is scored, under one explicit decoding configuration; and
+what the base answers without quantization, or with demonstrations in its prompt.
 
 One of the backends computes them (`pipeline.infer.backend`), in rounds. The prompts alone decide which examples share a
 round. A killed run continues after its last whole round, so it writes the same as an uninterrupted one. Several
@@ -37,6 +37,7 @@ class Task:
     """
 
     variant: str
+    split: params.Split
     folder: Path
     facts: Loadable
     encoder: Encoder
@@ -46,7 +47,7 @@ class Task:
     rows: list[int] | None = None
     demonstrations: Demonstrations | None = None
     share: int = 1
-    """One test row in so many is answered, and of `generation.recheck` one in so many decoded again."""
+    """One row in so many is answered, and of `generation.recheck` one in so many decoded again."""
 
 
 def decode(
@@ -55,35 +56,46 @@ def decode(
     generation: params.Generation,
     runtime: params.Runtime,
     adapter: Adapter | None = None,
+    split: params.Split = "test",
 ) -> None:
-    """Write the answers of the base, or of the base with `adapter`, to every test prompt, and how they were made.
+    """Write the answers of the base, or of the base with `adapter`, to every prompt of `split`, and how they were made.
 
     UserError if prompts do not fit, if the backend cannot honour a setting, or if the adapter belongs to another base
     or does not act.
     """
     facts = contracts.read(paths.QUANTIZED_FACTS, QuantizedFacts)
-    examples = records.read_rows(paths.split("test"), Example)
-    _decode(_plain(variant, paths.QUANTIZED, facts, examples, prompt, generation), prompt, generation, runtime, adapter)
+    examples = records.read_rows(paths.split(split), Example)
+    task = _plain(variant, split, paths.QUANTIZED, facts, examples, prompt, generation)
+    _decode(task, prompt, generation, runtime, adapter)
 
 
 def decode_unquantized(
-    off: str | None, most: int | None, prompt: params.Prompt, generation: params.Generation, runtime: params.Runtime
+    off: str | None,
+    most: int | None,
+    prompt: params.Prompt,
+    generation: params.Generation,
+    runtime: params.Runtime,
+    split: params.Split = "test",
 ) -> None:
-    """Write what the base without quantization answers to the rows that `baseline.rows` (`most`) leaves.
+    """Write what the base without quantization answers to the rows of `split` that `baseline.rows` (`most`) leaves.
 
     With `off`, which says why there is no such variant, that is written instead. UserError as of `decode`.
     """
     if off is not None:
         return _skip(paths.UNQUANTIZED, off)
     facts = contracts.read(paths.BASE_FACTS, BaseFacts)
-    test = records.read_rows(paths.split("test"), Example)
-    rows = baseline.rows(test, most)
-    task = _plain(paths.UNQUANTIZED, paths.BASE, facts, [test[row] for row in rows], prompt, generation)
-    return _decode(replace(task, rows=rows, share=len(test) // len(rows)), prompt, generation, runtime)
+    everything = records.read_rows(paths.split(split), Example)
+    rows = baseline.rows(everything, most)
+    task = _plain(paths.UNQUANTIZED, split, paths.BASE, facts, [everything[row] for row in rows], prompt, generation)
+    return _decode(replace(task, rows=rows, share=len(everything) // len(rows)), prompt, generation, runtime)
 
 
 def decode_shots(
-    asked: params.Baseline, prompt: params.Prompt, generation: params.Generation, runtime: params.Runtime
+    asked: params.Baseline,
+    prompt: params.Prompt,
+    generation: params.Generation,
+    runtime: params.Runtime,
+    split: params.Split = "test",
 ) -> None:
     """Write what the base answers to the same rows with demonstrations in its prompts.
 
@@ -92,14 +104,14 @@ def decode_shots(
     if (off := baseline.shots_off(asked.shots)) is not None:
         return _skip(paths.SHOTS, off)
     facts = contracts.read(paths.QUANTIZED_FACTS, QuantizedFacts)
-    test = records.read_rows(paths.split("test"), Example)
-    rows = baseline.rows(test, asked.rows)
-    examples = [test[row] for row in rows]
-    task = _plain(paths.SHOTS, paths.QUANTIZED, facts, examples, prompt, generation)
-    pool = demonstrations.Pool(records.read_rows(paths.split("train"), Example), test)
+    everything = records.read_rows(paths.split(split), Example)
+    rows = baseline.rows(everything, asked.rows)
+    examples = [everything[row] for row in rows]
+    task = _plain(paths.SHOTS, split, paths.QUANTIZED, facts, examples, prompt, generation)
+    pool = demonstrations.Pool(records.read_rows(paths.split("train"), Example), everything)
     made = [task.encoder.made(example) for example in examples]
     prompts, shown = demonstrations.prompts(task.encoder, examples, made, pool, asked, generation.max_new_tokens)
-    task = replace(task, prompts=prompts, rows=rows, demonstrations=shown, share=len(test) // len(rows))
+    task = replace(task, prompts=prompts, rows=rows, demonstrations=shown, share=len(everything) // len(rows))
     if processes.rank() == 0:
         say(
             f"infer {task.variant}: {shown.most} demonstrations, which add up to {max(shown.tokens):,} tokens to a "
@@ -118,6 +130,7 @@ def _skip(variant: str, off: str) -> None:
 
 def _plain(
     variant: str,
+    split: params.Split,
     folder: Path,
     facts: Loadable,
     examples: list[Example],
@@ -127,11 +140,11 @@ def _plain(
     """The task of answering `examples` without demonstrations. UserError if a prompt does not fit."""
     encoder = Encoder(checkpoint.tokenizer(folder), prompt, facts.context)
     prompts, encoded = encoder.prompts(examples)
-    encoder.require_fit(prompts, "test", generation.max_new_tokens)
+    encoder.require_fit(prompts, split, generation.max_new_tokens)
     if processes.rank() == 0:
-        for notice in notices("test", encoded):
+        for notice in notices(split, encoded):
             say(f"infer {variant}: {notice}")
-    return Task(variant, folder, facts, encoder, examples, prompts, encoded)
+    return Task(variant, split, folder, facts, encoder, examples, prompts, encoded)
 
 
 def _decode(
@@ -171,6 +184,7 @@ def _decode(
         encoded=task.encoded,
         rows=task.rows,
         demonstrations=task.demonstrations,
+        split=task.split,
     )
     identity = [asdict(decoding), runtime.model_dump(mode="json")]
     processes.require_same(resume.key("infer", identity), "experiment")

@@ -67,19 +67,19 @@ def prompts(
 
 
 class Pool:
-    """The training groups that demonstrations are chosen from: those that are not in the test split."""
+    """The training groups that demonstrations are chosen from: those that are not in the split that is asked."""
 
-    def __init__(self, train: Sequence[Example], test: Sequence[Example]) -> None:
-        """UserError if every training group is in `test` too."""
-        tested = {example.group for example in test}
+    def __init__(self, train: Sequence[Example], asked: Sequence[Example]) -> None:
+        """UserError if every training group is in `asked` too, which holds the questions."""
+        tested = {example.group for example in asked}
         self.groups: dict[str, Group] = {}
         for row in train:
             if row.group not in tested:
                 self.groups.setdefault(row.group, []).append(row)
         if not self.groups:
             raise UserError(
-                "baseline.shots needs training rows of groups that are not in the test split, and there are none: set "
-                "baseline.shots to 0"
+                "baseline.shots needs training rows of groups that are not in the split that is asked, and there are "
+                "none: set baseline.shots to 0"
             )
         self._scores: Callable[[str], dict[str, float]] | None = None
 

@@ -68,7 +68,10 @@ def chosen(lock: str, names: Sequence[str]) -> Stages:
 
 def digest(stages: Stages) -> str:
     """The digest of the experiment with these stages."""
-    content = {name: asdict(one) for name, one in stages.items()}
+    return _digest_of({name: asdict(one) for name, one in stages.items()})
+
+
+def _digest_of(content: Any) -> str:
     return records.sha256_text(
         json.dumps(content, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
     )
@@ -82,6 +85,26 @@ def digest_here(seeds: Sequence[int]) -> str:
 def digest_of(lock: str, seeds: Sequence[int]) -> str:
     """The digest of the experiment in the text of a `dvc.lock`; UserError as of `chosen`."""
     return digest(stages_of(lock, seeds))
+
+
+def answers(stages: Stages) -> str:
+    """The digest of what makes the answers of base and tuned, to whatever split: data, models, adapters, decoding."""
+    names = [name for name in stages if name in UPSTREAM or name.startswith(("train@", "infer@", "infer-tuned@"))]
+    made = {name: stages[name].outs for name in names if not name.startswith("infer")}
+    asked = {name: _without(stages[name].params, "evaluate.split") for name in names}
+    return _digest_of([made, asked])
+
+
+def rule(stages: Stages) -> str:
+    """The digest of the rule of the decision: what is scored and compared, and how. What only the report shows, and
+    the split, do not belong to it."""
+    given = stages["compare"].params
+    decides = _without(given.get("compare", {}), "examples", "explorer", "published")
+    return _digest_of([given.get("seeds"), _without(given.get("evaluate", {}), "split"), decides])
+
+
+def _without(given: Mapping[str, Any], *names: str) -> dict[str, Any]:
+    return {key: value for key, value in given.items() if key not in names}
 
 
 def params_of(stages: Stages) -> dict[str, str]:

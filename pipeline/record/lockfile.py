@@ -20,6 +20,9 @@ from pipeline.core.errors import UserError, listing
 Stages = dict[str, dict[str, Any]]
 """The entries of a `dvc.lock` by the stage's name, each with `cmd`, `deps`, `params` and `outs`."""
 
+SPLIT = "${evaluate.split}"
+"""What stands in `dvc.yaml` for the split that is scored."""
+
 MD5 = re.compile(r"[0-9a-f]{32}(\.dir)?")
 """DVC's name for a content. It becomes a path in the cache, so no other text may be taken for one."""
 
@@ -96,7 +99,7 @@ def read(folder: Path = Path()) -> Project:
     given = params.load(folder / paths.PARAMS)
     lock = stages_of(text(folder / paths.DVC_LOCK), str(folder / paths.DVC_LOCK))
     stages = [
-        _stage(name, definition, item, lock)
+        _stage(name, definition, item, lock, given)
         for name, definition in yaml12.read(folder / paths.DVC_YAML)["stages"].items()
         for item in _items(definition, given)
     ]
@@ -180,9 +183,16 @@ def _items(definition: dict[str, Any], given: params.Params) -> Iterator[tuple[s
         yield key, str(value)
 
 
-def _stage(name: str, definition: dict[str, Any], item: tuple[str, str] | None, lock: dict[str, Any]) -> Stage:
+def _stage(
+    name: str, definition: dict[str, Any], item: tuple[str, str] | None, lock: dict[str, Any], given: params.Params
+) -> Stage:
+    values = {f"${{item.{item[0]}}}": item[1]} if item else {}
+    values[SPLIT] = given.evaluate.split
+
     def fill(text: str) -> str:
-        return text.replace(f"${{item.{item[0]}}}", item[1]) if item else text
+        for mark, value in values.items():
+            text = text.replace(mark, value)
+        return text
 
     outs = {}
     for kind in ("outs", "metrics", "plots"):

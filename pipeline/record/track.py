@@ -47,12 +47,23 @@ def record(seeds: Sequence[int], tracking: params.Tracking) -> None:
     say(f"{word}: {store.line(run, tracking)}")
 
 
-def looks_at_test(seeds: Sequence[int], tracking: params.Tracking) -> Looks | None:
-    """The looks at the test split, with this experiment; None without scores, or if the store cannot be used."""
-    scores = paths.scores(paths.variant(None))
-    if not scores.exists():
+def looks_here(seeds: Sequence[int], tracking: params.Tracking) -> Looks | None:
+    """The looks at the split, with this experiment; None without scores, or if the store cannot be used."""
+    if not paths.scores(paths.variant(None)).exists():
         return None
-    return looks.read(identity.digest_here(seeds), contracts.read(scores, Scores).test_sha256, tracking)
+    return looks.read(looks.Look.of(_look(identity.here(seeds))), tracking)
+
+
+def _look(stages: Stages) -> dict[str, str]:
+    """The tags that say what the experiment with these stages was scored on, and by which rule."""
+    scores = contracts.read(paths.scores(paths.variant(None)), Scores)
+    return {
+        runs.DIGEST: identity.digest(stages),
+        runs.TEST: scores.test_sha256,
+        runs.SPLIT: scores.decoding.split,
+        runs.ANSWERS: identity.answers(stages),
+        runs.RULE: identity.rule(stages),
+    }
 
 
 def publish() -> None:
@@ -101,13 +112,12 @@ def gather(seeds: Sequence[int]) -> Record:
     # Many experiments share the commit that they differ from, so its name alone would not tell them apart.
     at_commit = sha and (f"{sha[:7]}+{digest[:7]}" if dirty else sha[:7])
     tags = {
-        runs.DIGEST: digest,
+        **_look(stages),
         runs.EXPERIMENTS: experiment,
         runs.COMMITS: sha,
         "mlflow.source.name": "dvc repro",
         runs.COMMIT: sha,
         "git.dirty": str(dirty).lower() if sha else None,
-        runs.TEST: contracts.read(paths.scores(paths.variant(None)), Scores).test_sha256,
         "device": contracts.read(paths.decoding(paths.variant(None)), Decoding).device,
         runs.NOTE: paths.COMPARISON_MD.read_text(encoding="utf-8").split("\n", 1)[0][: runs.MAX_TAG],
         "energy": _meters(spent),

@@ -191,15 +191,18 @@ SHOWN: dict[Direction, str] = {
 
 
 def lead(comparison: Comparison) -> str:
-    """The verdict in words, with what the tuned model is compared with."""
-    base = BASES[comparison.quantization]
+    """The verdict in words, with what the tuned model is compared with, and the split unless it is the test split."""
     if comparison.verdict == "few":
         return (
-            f"No verdict: {comparison.groups} groups of test examples are too few, and a verdict takes "
+            f"No verdict: {comparison.groups} groups of {comparison.split} examples are too few, and a verdict takes "
             f"{intervals.MIN_GROUPS}"
         )
-    text = _lead(comparison, base)
-    return text if comparison.groups >= FEW_GROUPS else f"{text} (on only {comparison.groups} groups of test examples)"
+    text = _lead(comparison, BASES[comparison.quantization])
+    if comparison.split != "test":
+        text = f"On the {comparison.split} split: {text[0].lower()}{text[1:]}"
+    if comparison.groups < FEW_GROUPS:
+        text += f" (on only {comparison.groups} groups of {comparison.split} examples)"
+    return text
 
 
 def _lead(comparison: Comparison, base: str) -> str:
@@ -267,7 +270,7 @@ def method(comparison: Comparison) -> list[str]:
     several = len(comparison.decide_by) > 1
     found = [
         f"“Better” needs {names} above zero{', all of them' if several else ''}, by interval and by p, with "
-        f"{intervals.MIN_GROUPS} groups of test examples at least; “worse” needs {'them' if several else 'it'} below.",
+        f"{intervals.MIN_GROUPS} groups of examples at least; “worse” needs {'them' if several else 'it'} below.",
         f"Intervals: a studentized bootstrap (bootstrap-t) of the jackknife values of {comparison.groups} groups, "
         f"{comparison.samples:,} resamples, PCG64 seed {comparison.seed}"
         + (f"; with fewer than {intervals.FEW} groups Student's t." if comparison.groups < intervals.FEW else "."),
@@ -320,7 +323,7 @@ def basis(comparison: Comparison) -> str:
             f"{LABELS[name]} {points(one.base.value)} → {points(one.tuned.value)} "
             f"({signed(one.diff.value)}, {interval}{span(one.deciding)})"
         )
-    over = f"{comparison.n} test examples"
+    over = f"{comparison.n} {comparison.split} examples"
     if comparison.groups < comparison.n:
         over += f" of {comparison.groups} groups"
     if len(comparison.tuned) > 1:
@@ -331,6 +334,11 @@ def basis(comparison: Comparison) -> str:
 def caveats(comparison: Comparison) -> list[str]:
     """The objections of a careful reader to this comparison, one or more sentences each; may be empty."""
     found: list[str] = []
+    if comparison.split == "validation":
+        found.append(
+            "The validation split is for choosing among experiments, and training may have used it to stop. A gain on "
+            "it is no evidence. `lora-repro unseal` scores this experiment on the test split, once."
+        )
     if comparison.verdict in ("better", "partly-better"):
         found.extend(
             f"Tuned is not shown to be ahead of the reference line “{line.label}” ({line.about}) in "
@@ -357,23 +365,24 @@ def caveats(comparison: Comparison) -> list[str]:
     found.extend(f"{one.counted}: {SHARED[one.split, one.other]}." for one in comparison.shared_groups)
     if answers := comparison.known.answers:
         found.append(
-            f"{answers:,} of {comparison.n:,} test rows have an answer that is a training answer as well: tuned may "
-            "know it by heart."
+            f"{answers:,} of {comparison.n:,} {comparison.split} rows have an answer that is a training answer as "
+            "well: tuned may know it by heart."
         )
     if sources := comparison.known.sources:
         found.append(
-            f"{sources:,} of {comparison.n:,} test rows have a short source that is a training source as well, but for "
-            "its numbers."
+            f"{sources:,} of {comparison.n:,} {comparison.split} rows have a short source that is a training source as "
+            "well, but for its numbers."
         )
     if comparison.not_nfc:
         found.append(
-            f"{comparison.not_nfc:,} of {comparison.n:,} test rows have references that are not in the normal form "
-            "NFC. A model that writes é in their form gains by that alone, since a metric here compares code points."
+            f"{comparison.not_nfc:,} of {comparison.n:,} {comparison.split} rows have references that are not in the "
+            "normal form NFC. A model that writes é in their form gains by that alone, since a metric here compares "
+            "code points."
         )
     found.extend(_price(comparison))
     if comparison.not_scored:
         parts = ", ".join(f"{why} ({count:,})" for why, count in sorted(comparison.not_scored.items()))
-        found.append(f"Not all that the files of the test split hold was scored. Left out are: {parts}.")
+        found.append(f"Not all that the files of the {comparison.split} split hold was scored. Left out are: {parts}.")
     for one in (comparison.base, *comparison.tuned):
         expected = comparison.references_in_language
         if one.in_language is not None and expected is not None and one.in_language < expected - OTHER_LANGUAGE:
@@ -382,7 +391,7 @@ def caveats(comparison: Comparison) -> list[str]:
                 f"against {share(expected)} of the references."
             )
     if len(comparison.tuned) == 1:
-        found.append("One training seed: the intervals cover the choice of test examples, not that of the seed.")
+        found.append("One training seed: the intervals cover the choice of examples, not that of the seed.")
     if len(comparison.tuned) == 2:
         found.append("Two training seeds say little about their spread, which makes the intervals wide.")
     return found

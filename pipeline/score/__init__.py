@@ -1,4 +1,4 @@
 """Texts become scores, and scores a comparison with intervals.
 
-It imports core. It uses no torch and writes no report.
+It imports core. It uses no torch, but for BERTScore where that is asked for, and writes no report.
 """

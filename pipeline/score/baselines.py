@@ -1,6 +1,6 @@
 """What the base can do without training: its variants without quantization, and with demonstrations in its prompt.
 
-They answer some rows of the test split (`pipeline.core.baseline`), under the conditions of the base.
+They answer some rows of the split that is scored (`pipeline.core.baseline`), under the conditions of the base.
 """
 
 from collections.abc import Sequence
@@ -12,7 +12,7 @@ from pipeline.core.errors import listing
 from pipeline.core.records import Decoding, Example, Prediction
 from pipeline.score import side_by_side
 
-MUST_AGREE = ("generation", "device", "threads", "dtype", "thinking")
+MUST_AGREE = ("split", "generation", "device", "threads", "dtype", "thinking")
 """What a variant has in common with base. Prompts and model are compared by what each variant is."""
 
 
@@ -20,7 +20,7 @@ MUST_AGREE = ("generation", "device", "threads", "dtype", "thinking")
 class Baseline:
     """A variant of the base as its stages wrote it. `label` names it in a sentence, `short` in a figure.
 
-    `rows` holds the places, from 0, of its rows in the test split, and `predictions` and `scores.examples` have one
+    `rows` holds the places, from 0, of its rows in the split, and `predictions` and `scores.examples` have one
     entry for each of them, in order.
     """
 
@@ -38,8 +38,8 @@ def read() -> list[Baseline]:
     UserError if an output is missing, or lists every way in which the variants are not comparable with base: another
     condition of decoding, other prompts, another model, an adapter, other rows, another signature of the scores.
     """
-    test = side_by_side.test_split()
     base = side_by_side.outputs(paths.variant(None))
+    test = side_by_side.rows_of(base.scores.decoding.split)
     found = [one for variant in VARIANTS if (one := _read(variant, len(test))) is not None]
     if problems := [problem for one in found for problem in _unequal(one, test, base)]:
         raise listing(problems, "variants of the base were not run under its conditions; run `dvc repro`:")
@@ -108,7 +108,7 @@ def _misplaced(one: Baseline, test: Sequence[Example]) -> list[str]:
     """Why outputs are not of the rows that the variant says it answered."""
     beyond = [row for row in one.rows if not 0 <= row < len(test)]
     if beyond or sorted(set(one.rows)) != one.rows:
-        return [f"{one.name} answered rows that the test split of {len(test)} rows does not have, or one row twice"]
+        return [f"{one.name} answered rows that the split of {len(test)} rows does not have, or one row twice"]
     return side_by_side.misplaced([test[row] for row in one.rows], side_by_side.Outputs(one.predictions, one.scores))
 
 

@@ -33,7 +33,7 @@ from pipeline.score.estimates import Estimate, Judged
 from pipeline.score.side_by_side import Outputs, Row
 from pipeline.score.tables import Corpus, Table
 
-MUST_AGREE = ("prompts_sha256", "model_sha256", "generation", "device", "threads", "dtype", "thinking")
+MUST_AGREE = ("prompts_sha256", "model_sha256", "generation", "device", "threads", "dtype", "thinking", "split")
 """Fields of `records.Decoding` in which base and tuned must agree, so that only the adapter is compared."""
 
 
@@ -43,11 +43,11 @@ def write(seeds: Sequence[int], evaluate: params.Evaluate, settings: params.Comp
 
 
 def compare_variants(seeds: Sequence[int], evaluate: params.Evaluate, settings: params.Compare) -> Comparison:
-    """The comparison of the tuned variants of `seeds` with base, on the scored test split.
+    """The comparison of the tuned variants of `seeds` with base, on the split that is scored.
 
     UserError if outputs are missing, or listing all conditions in which the variants differ.
     """
-    test = side_by_side.test_split()
+    test = side_by_side.rows_of(evaluate.split)
     variants = [side_by_side.outputs(paths.variant(seed)) for seed in (None, *seeds)]
     _refuse_unequal(test, variants, evaluate)
     rows, scored = side_by_side.join(test, variants), [one.scores for one in variants]
@@ -74,6 +74,7 @@ def compare_variants(seeds: Sequence[int], evaluate: params.Evaluate, settings: 
         confidence=settings.confidence,
         samples=settings.bootstrap_samples,
         seed=settings.seed,
+        split=evaluate.split,
         n=len(test),
         groups=len(set(groups)),
         signature=metrics.signature(evaluate, [row.references for row in test]),
@@ -96,7 +97,7 @@ def compare_variants(seeds: Sequence[int], evaluate: params.Evaluate, settings: 
         cost=side_effects.read(seeds, settings),
         guards=guard_record.measured(seeds),
         encoded=_encoded(seeds[0], scored[0]),
-        not_scored=guard_record.not_scored(),
+        not_scored=guard_record.not_scored(evaluate.split),
         shared_groups=contracts.read(paths.DATA_CARD, DataCard).shared_groups,
         known=known.counted(test, training),
         notices=scored[0].notices,
@@ -108,7 +109,7 @@ def compare_variants(seeds: Sequence[int], evaluate: params.Evaluate, settings: 
 def _encoded(seed: int, base: Scores) -> dict[str, Encoded]:
     """What became of the examples of each split, which is the same for all seeds and variants."""
     training = contracts.read(paths.training_summary(seed), TrainingSummary)
-    return {**training.encoded, "test": base.decoding.encoded}
+    return {**training.encoded, base.decoding.split: base.decoding.encoded}
 
 
 def _aspects(test: Sequence[Example], tables: Sequence[Table], settings: params.Compare) -> list[Aspect]:

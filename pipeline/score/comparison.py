@@ -178,8 +178,9 @@ class Pair:
 class Comparison:
     """Everything that the report shows. `tuned` has one entry a seed, in the order of params.
 
-    `quantization` is the base's `quantize.method`. `specific` begins with all rows; it is empty if aspects have too few
-    groups. `equal_length` is None if no row has outputs as long as base's or longer, or none as long or shorter.
+    `quantization` is the base's `quantize.method`, `split` the split that was scored. `specific` begins with all rows;
+    it is empty if aspects have too few groups. `equal_length` is None if no row has outputs as long as base's or
+    longer, or none as long or shorter.
     `decoding` holds the conditions that base and tuned share (`compare.MUST_AGREE`). `best` and `worst` come from the
     first seed, since texts have no mean. `published` holds figures of papers, `guards` those of all stages, in order.
     `encoded` tells what became of the examples of each split as prompts.
@@ -197,6 +198,7 @@ class Comparison:
     confidence: float
     samples: int
     seed: int
+    split: params.Split
     n: int
     groups: int
     signature: str

@@ -39,17 +39,17 @@ ENOUGH_TO_NAME = 500
 
 
 def score_variant(variant: str, settings: Evaluate) -> None:
-    """Score the predictions of `variant` against the test split, and write `paths.scores(variant)`.
+    """Score the predictions of `variant` against the split `evaluate.split`, and write `paths.scores(variant)`.
 
-    UserError if predictions and test split are not the same rows in the same order, or if the tokenizer does not know
+    UserError if predictions and split are not the same rows in the same order, or if the tokenizer does not know
     the references' script.
     """
-    test = side_by_side.test_split()
-    _score(variant, settings, test, test, contracts.read(paths.decoding(variant), records.Decoding))
+    split = side_by_side.rows_of(settings.split)
+    _score(variant, settings, split, split, contracts.read(paths.decoding(variant), records.Decoding))
 
 
 def score_baseline(variant: str, settings: Evaluate, most: int | None) -> None:
-    """Score a variant of `baseline` against the test rows that `baseline.rows` (`most`) leaves; otherwise the same.
+    """Score a variant of `baseline` against the rows that `baseline.rows` (`most`) leaves; otherwise the same.
 
     If the variant is not computed, that is written. UserError also if it answered other rows.
     """
@@ -57,26 +57,33 @@ def score_baseline(variant: str, settings: Evaluate, most: int | None) -> None:
     if isinstance(decoding, contracts.Skipped):
         contracts.write(paths.scores(variant), decoding)
         return
-    test = side_by_side.test_split()
-    rows = baseline.rows(test, most)
+    split = side_by_side.rows_of(settings.split)
+    rows = baseline.rows(split, most)
     if decoding.rows != rows:
         raise UserError(
-            f"{paths.decoding(variant)} is of {len(decoding.rows or test)} test rows, which are not the {len(rows)} of "
+            f"{paths.decoding(variant)} is of {len(decoding.rows or split)} rows, which are not the {len(rows)} of "
             "baseline.rows: run `dvc repro`"
         )
-    _score(variant, settings, test, [test[row] for row in rows], decoding)
+    _score(variant, settings, split, [split[row] for row in rows], decoding)
 
 
 def _score(
     variant: str,
     settings: Evaluate,
-    test: Sequence[records.Example],
+    split: Sequence[records.Example],
     examples: Sequence[records.Example],
     decoding: records.Decoding,
 ) -> None:
-    """Score a variant that answered `examples` of the test split."""
+    """Score a variant that answered `examples` of `split`. UserError also if it answered another split."""
+    if decoding.split != settings.split:
+        raise UserError(
+            f"{paths.decoding(variant)} is of the {decoding.split} split, and evaluate.split is {settings.split}: run "
+            "`dvc repro`"
+        )
     predictions = records.read_rows(paths.predictions(variant), records.Prediction)
-    side_by_side.require_same_rows(variant, [row.id for row in predictions], [row.id for row in examples])
+    side_by_side.require_same_rows(
+        variant, [row.id for row in predictions], [row.id for row in examples], settings.split
+    )
     references = [row.references for row in examples]
     require_script(references, settings)
     notices = noticed(examples, settings)
@@ -88,7 +95,7 @@ def _score(
     statistics = {one.name: one.statistics(texts, references) for one in chosen}
     each = {one.name: one.each(statistics[one.name]).tolist() for one in chosen}
     n = len(examples)
-    rows = [[row.id, row.group, row.aspect, row.references] for row in test]
+    rows = [[row.id, row.group, row.aspect, row.references] for row in split]
     scores = Scores(
         variant=variant,
         signature=metrics.signature(settings, references),
@@ -140,7 +147,7 @@ def require_script(references: Sequence[Sequence[str]], settings: Evaluate) -> N
 
 
 def noticed(test: Sequence[Example], settings: Evaluate) -> list[str]:
-    """What a reader of the scores must know of the test split and the settings, a sentence each."""
+    """What a reader of the scores must know of the split and the settings, a sentence each."""
     references = [one for row in test for one in row.references]
     found = []
     if (foreign := _dropped_by_rouge(references, settings)) > FEW_FOREIGN:

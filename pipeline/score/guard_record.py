@@ -67,15 +67,15 @@ def measured(seeds: Sequence[int]) -> list[Guard]:
     ]
 
 
-def not_scored() -> dict[str, int] | None:
-    """What the files of the test split hold and no row of it has, by reason: entries left out, rows dropped.
+def not_scored(split: str) -> dict[str, int] | None:
+    """What the files of a scored split hold and no row of it has, by reason: entries left out, rows dropped.
 
     None if there is nothing. Rows that the parameters exclude do not count. UserError if the data's card is missing.
     """
     card = contracts.read(paths.DATA_CARD, DataCard)
-    test, train = card.splits["test"], card.splits["train"]
-    counts = Counter(test.left_out or {}) + Counter({why: gone.rows for why, gone in test.dropped.items()})
-    if test.held_out:  # these rows are of the training files
+    scored, train = card.splits[split], card.splits["train"]
+    counts = Counter(scored.left_out or {}) + Counter({why: gone.rows for why, gone in scored.dropped.items()})
+    if scored.held_out:  # these rows are of the training files
         counts += Counter(train.left_out or {})
     return dict(counts) or None
 

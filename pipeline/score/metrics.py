@@ -2,7 +2,7 @@
 
 ROUGE-1, -2, -L and -Lsum (Lin 2004, sections 2, 3.1 and 3.2) come from `rouge-score`; chrF (Popović 2015) and BLEU
 (Papineni et al. 2002) come from `sacrebleu`. Exact match and token F1 are those of answers to questions (Rajpurkar et
-al. 2016, section 6.1).
+al. 2016, section 6.1). BERTScore comes from an encoder of the user's (`pipeline.score.bertscore`).
 
 Both texts of a pair are brought to the normal form `evaluate.normal_form` first. A corpus' score follows from sums over
 its rows: of n-gram counts for chrF and BLEU, of each row's score for all others. So a resample of the rows is scored by
@@ -25,6 +25,7 @@ from numpy.typing import NDArray
 from pipeline.core.errors import UserError
 from pipeline.core.params import Evaluate
 from pipeline.core.text import LETTERS, SENTENCES, WITHOUT_SPACES, compatible, in_form, runs, sentences
+from pipeline.score import bertscore
 
 Floats = NDArray[np.float64]
 Tokenize = Callable[[str], list[str]]
@@ -38,6 +39,7 @@ LABELS = {
     "bleu": "BLEU",
     "exact_match": "Exact match",
     "token_f1": "Token F1",
+    "bertscore": "BERTScore",
 }
 ANSWERS = ("exact_match", "token_f1")
 ARTICLES = ("a", "an", "the")
@@ -68,6 +70,8 @@ def chosen(evaluate: Evaluate) -> list[Metric]:
 def _metric(name: str, evaluate: Evaluate) -> Metric:
     if name.startswith("rouge"):
         return _Rouge(name, evaluate)
+    if name == "bertscore":
+        return _Embedded(name, evaluate)
     return _Answer(name, evaluate) if name in ANSWERS else _Counted(name, evaluate)
 
 
@@ -98,6 +102,8 @@ def signature(evaluate: Evaluate, references: Sequence[Sequence[str]]) -> str:
     if answers := [name for name in ANSWERS if name in evaluate.metrics]:
         parts += ["SQuAD", "+".join(answers), "x100", "case:lower", "no punctuation, no articles"]
         parts += ["tokenizer:letters, marks and digits of any script in NFKC", *best]
+    if (encoder := evaluate.bertscore) is not None:
+        parts += [f"BERTScore|F1x100|encoder:{encoder.sha256[:12]}|layer:{encoder.layer}|idf:no|rescaled:no", *best]
     counted = [name for name in ("chrf", "bleu") if name in evaluate.metrics]
     return "|".join([*parts, *(_Counted(name, evaluate).signature(nrefs) for name in counted)])
 
@@ -113,13 +119,14 @@ def tokenizers(name: str, evaluate: Evaluate) -> tuple[Tokenize, Tokenize, Calla
     """How the metric `name` splits a text.
 
     Returns a function to the tokens, one to the tokens as they are compared (for example stemmed), and one to the form
-    of the text in which the tokens stand as they are. chrF has no tokens, so runs of letters and digits stand in.
+    of the text in which the tokens stand as they are. chrF and BERTScore compare no words, so runs of letters and
+    digits stand in.
     """
 
     def formed(text: str) -> str:
         return in_form(text, evaluate.normal_form)
 
-    if name == "chrf":
+    if name in ("chrf", "bertscore"):
         return lambda text: runs(formed(text)), lambda text: runs(formed(text)), formed
     if name == "bleu":
         bleu = _bleu(evaluate, effective_order=False)
@@ -204,6 +211,21 @@ def _pattern() -> Any:
 
     alone = WITHOUT_SPACES
     return regex.compile(rf"(?V1)[{alone}]\p{{M}}*|[[{LETTERS}]--[{alone}]]+")
+
+
+class _Embedded(_Mean):
+    """BERTScore."""
+
+    def statistics(self, texts: Sequence[str], references: Sequence[Sequence[str]]) -> Floats:
+        assert self.evaluate.bertscore is not None
+        pairs = [(text, one) for text, some in zip(texts, references, strict=True) for one in some]
+        formed = [(self._formed(text), self._formed(one)) for text, one in pairs]
+        scores = iter(bertscore.f1(formed, self.evaluate.bertscore))
+        best = [max(next(scores) for _ in some) for some in references]
+        return 100.0 * np.array(best, np.float64).reshape(-1, 1)
+
+    def _formed(self, text: str) -> str:
+        return in_form(text, self.evaluate.normal_form)
 
 
 class _Answer(_Mean):

@@ -1,6 +1,6 @@
-"""The test examples side by side: the output of each variant for each example, and its scores.
+"""The examples side by side: the output of each variant for each example, and its scores.
 
-Only this module joins the rows of the test split with outputs and scores.
+Only this module joins the rows of the split that is scored with outputs and scores.
 """
 
 from collections.abc import Sequence
@@ -30,7 +30,7 @@ class Written:
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One test example with its outputs. `tuned` has one entry a seed, in the order of params."""
+    """One example with its outputs. `tuned` has one entry a seed, in the order of params."""
 
     example: Example
     base: Written
@@ -43,23 +43,24 @@ class Row:
 
 @dataclass(frozen=True, slots=True)
 class Outputs:
-    """The outputs of one variant as its stages wrote them, in the order of the test split."""
+    """The outputs of one variant as its stages wrote them, in the order of the split."""
 
     predictions: list[Prediction]
     scores: Scores
 
 
 def read(seeds: Sequence[int]) -> list[Row]:
-    """The rows of the test split, in its order, with the outputs of base and of the adapters of `seeds`.
+    """The rows of the split that base answered, in its order, with the outputs of base and of the adapters of `seeds`.
 
-    UserError if outputs are missing, or belong to another test split.
+    UserError if outputs are missing, or belong to another split.
     """
-    return join(test_split(), [outputs(paths.variant(seed)) for seed in (None, *seeds)])
+    variants = [outputs(paths.variant(seed)) for seed in (None, *seeds)]
+    return join(rows_of(variants[0].scores.decoding.split), variants)
 
 
-def test_split() -> list[Example]:
-    """The test split."""
-    return records.read_rows(paths.split("test"), Example)
+def rows_of(split: str) -> list[Example]:
+    """The rows of a split that is scored."""
+    return records.read_rows(paths.split(split), Example)
 
 
 def outputs(variant: str) -> Outputs:
@@ -69,12 +70,12 @@ def outputs(variant: str) -> Outputs:
 
 
 def join(test: Sequence[Example], variants: Sequence[Outputs]) -> list[Row]:
-    """The test examples with the outputs of the variants, of which base is the first.
+    """The examples of a split with the outputs of the variants, of which base is the first.
 
     UserError, which lists every difference, if the outputs are not of these rows in this order.
     """
     if problems := [problem for one in variants for problem in misplaced(test, one)]:
-        raise listing(problems, "the outputs belong to another test split; run `dvc repro`:")
+        raise listing(problems, "the outputs belong to another split; run `dvc repro`:")
     columns = [
         [
             Written(one.text, one.tokens, one.finish == "length", row.scores)
@@ -86,33 +87,35 @@ def join(test: Sequence[Example], variants: Sequence[Outputs]) -> list[Row]:
 
 
 def misplaced(test: Sequence[Example], outputs: Outputs) -> list[str]:
-    """Why the outputs of a variant cannot be joined with the test split: messages, none if they can."""
+    """Why the outputs of a variant cannot be joined with the split `test`: messages, none if they can."""
     ids = [row.id for row in test]
     found = []
     for what, rows in (("scores", outputs.scores.examples), ("predictions", outputs.predictions)):
         try:
-            require_same_rows(f"{outputs.scores.variant} ({what})", [row.id for row in rows], ids)
+            require_same_rows(
+                f"{outputs.scores.variant} ({what})", [row.id for row in rows], ids, outputs.scores.decoding.split
+            )
         except UserError as error:
             found.append(str(error).replace("\n", "\n  "))
     return found
 
 
-def require_same_rows(variant: str, given: Sequence[str], test: Sequence[str]) -> None:
-    """UserError unless `given` equals the ids of the test split, which are not empty and have no duplicates."""
+def require_same_rows(variant: str, given: Sequence[str], test: Sequence[str], split: str) -> None:
+    """UserError unless `given` equals `test`, the ids of a split, which are not empty and have no duplicates."""
     problems = []
     here, there = set(given), set(test)
     if not test:
-        problems.append(f"{paths.split('test')} is empty: nothing can be scored")
+        problems.append(f"{paths.split(split)} is empty: nothing can be scored")
     if len(there) < len(test):
-        problems.append(f"{paths.split('test')} has {len(test) - len(there)} rows with the id of another")
+        problems.append(f"{paths.split(split)} has {len(test) - len(there)} rows with the id of another")
     if missing := [row for row in test if row not in here]:
-        problems.append(f"{len(missing)} test rows have no prediction: {_some(missing)}")
+        problems.append(f"{len(missing)} {split} rows have no prediction: {_some(missing)}")
     if extra := [row for row in given if row not in there]:
-        problems.append(f"{len(extra)} predictions belong to no test row: {_some(extra)}")
+        problems.append(f"{len(extra)} predictions belong to no {split} row: {_some(extra)}")
     if not problems and list(given) != list(test):
         problems.append("the rows are the same, but in another order or number")
     if problems:
-        raise listing(problems, f"predictions of {variant} and the test split differ; run `dvc repro`:")
+        raise listing(problems, f"predictions of {variant} and the {split} split differ; run `dvc repro`:")
 
 
 def unequal(variant: str, decoding: Decoding, base: Decoding, names: Sequence[str]) -> list[str]:

@@ -120,6 +120,7 @@ def comparison(**change: Any) -> Comparison:
             confidence=0.95,
             samples=10000,
             seed=17,
+            split="test",
             n=300,
             groups=100,
             signature="rouge-score 0.1.2|F1x100",

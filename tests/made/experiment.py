@@ -14,10 +14,12 @@ from pipeline.score.evaluate import score_variant
 from tests.made.records import data_card, decoding, quantized_facts, training
 
 EVALUATE = Evaluate(
+    split="test",
     metrics=["rouge1", "rouge2", "rougeL"],
     use_stemmer=False,
     rouge_tokenizer="latin",
     bleu_tokenizer="13a",
+    bertscore=None,
     normal_form="NFC",
     language=None,
 )

@@ -18,10 +18,12 @@ from tests.made.comparison import comparison
 from tests.made.records import base_facts, data_card, quantized_facts, training
 
 EVALUATE = Evaluate(
+    split="test",
     metrics=["rouge1", "rouge2"],
     use_stemmer=True,
     rouge_tokenizer="latin",
     bleu_tokenizer="13a",
+    bertscore=None,
     normal_form="NFC",
     language=None,
 )

@@ -296,3 +296,51 @@ def test_what_is_wrong_with_test_prompts_is_found_before_training_and_its_remedy
     assert done.returncode == 0, done.stdout
     assert not {"quantize", "train@17", "forget@17"} & set(ran(done.stdout)), "a new test split trains nothing"
     assert {"prompts", "infer@base", "infer-tuned@17"} <= set(ran(done.stdout))
+
+
+def test_a_sealed_test_split_is_opened_once_by_a_command_that_says_what_came_before(
+    clone: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(clone)
+    refused = lora_repro("unseal", cwd=clone)
+    assert refused.returncode == 1
+    assert "error: evaluate.split is test, so `dvc repro` scores the test split itself" in refused.stdout
+
+    shutil.rmtree(clone / ".mlflow")  # nobody has looked at the test split of another rank
+    edit(lora={"r": 2}, evaluate={"split": "validation"})
+    early = lora_repro("unseal", cwd=clone)
+    assert early.returncode == 1
+    assert "error: nothing is unsealed:" in early.stdout
+    done = dvc(clone, "repro")
+    assert done.returncode == 0, done.stdout
+    (chosen,) = finished_runs(clone)
+    ids = {json.loads(line)["id"] for line in paths.split("validation").read_text().splitlines()}
+    answered = [path for path in paths.PREDICTIONS.glob("*.jsonl") if path.read_text()]
+    assert {json.loads(line)["id"] for path in answered for line in path.read_text().splitlines()} == ids
+    assert paths.published(paths.COMPARISON_MD).read_text().split("**")[1].startswith(("On the validation", "No verd"))
+    assert "`lora-repro unseal` scores this experiment on the test split, once." in paths.COMPARISON_MD.read_text()
+    assert "The validation split has been looked at once, by this experiment." in done.stdout
+    promoted = lora_repro("promote", cwd=clone)
+    assert promoted.returncode == 1
+    assert "was scored on the validation split, which is for choosing" in promoted.stdout
+    kept = {path: path.read_bytes() for path in (paths.PARAMS, paths.DVC_LOCK, paths.COMPARISON_MD)}
+
+    planned = lora_repro("unseal", "--dry-run", cwd=clone)
+    assert planned.returncode == 0, planned.stdout
+    assert len(finished_runs(clone)) == 1
+    opened = lora_repro("unseal", cwd=clone)
+    assert opened.returncode == 0, opened.stdout
+    assert not {"quantize", "train@17", "forget@17"} & set(ran(opened.stdout)), "training is not repeated"
+    assert {"infer@base", "infer-tuned@17"} <= set(ran(opened.stdout))
+    assert "recorded before this experiment answered the split." in opened.stdout
+    assert {path: path.read_bytes() for path in kept} == kept
+    (tested,) = [run for run in finished_runs(clone) if run.info.run_id != chosen.info.run_id]
+    assert (tested.data.tags["split"], chosen.data.tags["split"]) == ("test", "validation")
+    assert tested.data.tags["answers.digest"] == chosen.data.tags["answers.digest"]
+
+    edit(compare={"confidence": 0.9})
+    assert dvc(clone, "repro").returncode == 0
+    again = lora_repro("unseal", cwd=clone)
+    assert again.returncode == 1
+    assert "was scored on the test split already by another rule of the decision, and once is all: run " in again.stdout
+    assert len(finished_runs(clone)) == 3

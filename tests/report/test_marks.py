@@ -14,7 +14,11 @@ from tests.made.data import WORDS
 
 def given(**change: Any) -> Evaluate:
     content: dict[str, Any] = {"metrics": ["rouge1"], "use_stemmer": True, "rouge_tokenizer": "latin"}
-    return Evaluate(**content | {"bleu_tokenizer": "13a", "normal_form": "NFC", "language": None} | change)
+    return Evaluate(
+        **content
+        | {"bleu_tokenizer": "13a", "normal_form": "NFC", "language": None, "split": "test", "bertscore": None}
+        | change
+    )
 
 
 def marked(text: str, reference: str, name: str = "rouge1", **change: Any) -> list[tuple[str, int]]:

@@ -22,10 +22,12 @@ from tests.made.experiment import scores_of
 from tests.made.records import encoded
 
 ALL = Evaluate(
+    split="test",
     metrics=["rouge1", "rouge2", "rougeL", "rougeLsum"],
     use_stemmer=False,
     rouge_tokenizer="latin",
     bleu_tokenizer="13a",
+    bertscore=None,
     normal_form="NFC",
     language=None,
 )
@@ -135,7 +137,7 @@ def test_an_empty_test_split_is_refused(tmp_path: Path, monkeypatch: pytest.Monk
 
 def test_an_id_given_twice_is_refused() -> None:
     with pytest.raises(UserError, match="1 rows with the id of another"):
-        side_by_side.require_same_rows("base", ["p/1", "p/1"], ["p/1", "p/1"])
+        side_by_side.require_same_rows("base", ["p/1", "p/1"], ["p/1", "p/1"], "test")
 
 
 def test_references_that_the_tokenizer_cannot_see_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -261,3 +263,13 @@ def test_importing_is_cheap() -> None:
     code = f"import sys, pipeline.report.wording, pipeline.score.evaluate; print({slow} & {{*sys.modules}})"
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert found.stdout.strip() == "set()"
+
+
+def test_answers_to_another_split_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    plant({"1": "a"}, {"1": "a"})
+    sealed = ALL.model_copy(update={"split": "validation"})
+    records.write_rows(paths.split("validation"), records.read_rows(paths.split("test"), Example))
+    with pytest.raises(UserError, match="is of the test split, and evaluate.split is validation: run `dvc repro`"):
+        score_variant("base", sealed)
+    assert not paths.scores("base").exists()

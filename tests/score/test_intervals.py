@@ -28,10 +28,12 @@ class TestPseudoValues:
         from sacrebleu import BLEU
 
         evaluate = params.Evaluate(
+            split="test",
             metrics=["bleu"],
             use_stemmer=False,
             rouge_tokenizer="latin",
             bleu_tokenizer="13a",
+            bertscore=None,
             normal_form="NFC",
             language=None,
         )

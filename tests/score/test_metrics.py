@@ -31,6 +31,8 @@ def chosen(*names: str, **changes: Any) -> Evaluate:
         "bleu_tokenizer": "13a",
         "normal_form": "NFC",
         "language": None,
+        "split": "test",
+        "bertscore": None,
     }
     return Evaluate.model_validate(given | {"metrics": list(names)} | changes)
 
