@@ -1,9 +1,10 @@
 """Greedy decoding of many prompts at once. Nothing is computed twice, and finished sequences make room for new ones.
 
 Each active sequence has a slot of one key-value cache. The common beginning of a family's prompts is computed once and
-copied, and so is a long beginning that all families share, such as demonstrations. A finished sequence leaves its slot
-at once, and the next ones in the queue take over. Each token sees the columns of its own slot, with the same order and
-positions as if it were alone. So the batch changes only rounding, and that only on some devices.
+copied. A long beginning that all families share, such as demonstrations, is computed and held once, and read once a
+step for all sequences. A finished sequence leaves its slot at once, and the next ones in the queue take over. Each
+token sees that beginning and the columns of its own slot, with the same order and positions as if it were alone. So the
+batch changes only rounding, and that only on some devices.
 
 Dimensions: R rows (slots in use), Q new tokens of a row, C columns of the cache, H key-value heads, D their size, V
 vocabulary.
@@ -29,8 +30,8 @@ REFILL = 4
 """New sequences start when 1/REFILL of the slots is free: computing few prompts at once would be slow."""
 
 COMMON = 256
-"""A beginning of at least so many tokens that all families share is computed once for all of them. The system message
-of a chat template, which is shorter, is computed with each family."""
+"""A beginning of at least so many tokens that all families share is held once for all of them. The system message of a
+chat template, which is shorter, is computed with each family."""
 
 COLUMNS = 16
 """Attention covers a multiple of this many columns, so that sums run over whole vectors in any batch."""
@@ -44,6 +45,9 @@ class Request:
     prompt: list[int]
     new: list[int] = field(default_factory=list)
 
+
+Beginning = dict[int, tuple[torch.Tensor, torch.Tensor]]
+"""Keys and values of a beginning, HxLxD each, by layer."""
 
 Family = list[Request]
 """Requests whose prompts may begin alike."""
@@ -59,19 +63,19 @@ def greedy(model: Any, config: Any, families: Sequence[Family], rows: int, token
 
 
 class Slots(Cache):  # type: ignore[misc]
-    """The key-value cache. Column c of a slot holds the token at position c of the slot's sequence."""
+    """The key-value cache. Column c of a slot holds the c-th token of the slot's sequence behind the beginning."""
 
     def __init__(self, rows: int, columns: int) -> None:
         super().__init__(layers=[])
         self.rows, self.columns = rows, columns
         self.held: dict[tuple[int, str], torch.Tensor] = {}  # (layer, keys or values): SxHxCxD, S slots
 
-    def write_at(self, first: int, position_RxQ: torch.Tensor, visible: int) -> None:
+    def write_at(self, first: int, column_RxQ: torch.Tensor, visible: int) -> None:
         """Set where the next forward pass writes, from slot `first` on, and how many columns it sees."""
-        rows = position_RxQ.shape[0]
+        rows = column_RxQ.shape[0]
         self.window = slice(first, first + rows)
-        self.slot_Rx1 = torch.arange(first, first + rows, device=position_RxQ.device)[:, None]
-        self.position_RxQ, self.visible = position_RxQ, visible
+        self.slot_Rx1 = torch.arange(first, first + rows, device=column_RxQ.device)[:, None]
+        self.column_RxQ, self.visible = column_RxQ, visible
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *_: Any, **__: Any
@@ -84,7 +88,7 @@ class Slots(Cache):  # type: ignore[misc]
             _, heads, _, size = new_RxHxQxD.shape
             self.held[name] = new_RxHxQxD.new_zeros(self.rows, heads, self.columns, size)
         held = self.held[name]
-        held[self.slot_Rx1, :, self.position_RxQ] = new_RxHxQxD.transpose(1, 2)
+        held[self.slot_Rx1, :, self.column_RxQ] = new_RxHxQxD.transpose(1, 2)
         return held[self.window, :, : self.visible]
 
     def copy(self, source: int, target: int, length: int) -> None:
@@ -92,13 +96,10 @@ class Slots(Cache):  # type: ignore[misc]
         for held in self.held.values():
             held[target, :, :length] = held[source, :, :length]
 
-    def paste(self, source: "Slots", target: int, length: int) -> None:
-        """Copy the first `length` columns of the first slot of `source` to the slot `target`."""
-        for name, given in source.held.items():
-            if name not in self.held:
-                _, heads, _, size = given.shape
-                self.held[name] = given.new_zeros(self.rows, heads, self.columns, size)
-            self.held[name][target, :, :length] = given[0, :, :length]
+    def beginning(self, length: int) -> "Beginning":
+        """The first `length` columns of the first slot: keys and values, HxLxD each, by layer."""
+        layers = {layer for layer, _ in self.held}
+        return {at: (self.held[at, "keys"][0, :, :length], self.held[at, "values"][0, :, :length]) for at in layers}
 
     def move(self, rows: int, larger: "Slots") -> "Slots":
         """Move the first `rows` slots to `larger`, which may have more rows and fewer columns, and return it."""
@@ -120,8 +121,9 @@ class _Scheduler:
         # The longest first: that needs little padding, and memory runs out at once or never.
         self.queue = deque(sorted(families, key=lambda family: -max(len(request.prompt) for request in family)))
         self.active: list[Request] = []  # the request in slot 0, 1, ...
-        self.slots = self.beginning = Slots(0, 0)
+        self.slots = Slots(0, 0)
         self.common = _common(families)
+        self.beginning: Beginning | None = None
 
     def run(self) -> Iterator[Request]:
         with torch.inference_mode():
@@ -139,15 +141,16 @@ class _Scheduler:
     def _begin(self) -> None:
         """Compute what all prompts begin with."""
         if self.common:
-            self.slots = self.beginning = Slots(1, _whole(self.common + 1))
+            self.slots = Slots(1, _whole(self.common + 1))
             self._fill(0, [self.queue[0][0].prompt[: self.common]], [0])
+            self.beginning = self.slots.beginning(self.common)
             self.slots = Slots(0, 0)
 
     def _make_room(self) -> None:
         """When only shorter sequences remain, make more slots out of the same memory."""
         longest = max(len(request.prompt) for request in [*self.active, *self.queue[0]])
         # Padding writes to one column more than any sequence needs.
-        columns = _whole(longest + self.config.max_new_tokens + 1)
+        columns = _whole(longest - self.common + self.config.max_new_tokens + 1)
         rows = max(1, min(self.rows, self.tokens // columns))
         if 4 * rows >= 5 * self.slots.rows or (rows > self.slots.rows and not self.active):
             self.slots = self.slots.move(len(self.active), Slots(rows, columns))
@@ -170,8 +173,6 @@ class _Scheduler:
         # 2. Compute their shared prefixes: that of the n-th family in slot first + n.
         first = len(self.active)
         shared = [_shared(family) for family in families]
-        for slot in range(first, first + len(families)):
-            self.slots.paste(self.beginning, slot, self.common)
         prefixes = [family[0].prompt[self.common : length] for family, length in zip(families, shared, strict=True)]
         self._fill(first, prefixes, [self.common] * len(families))
         # 3. Copy each prefix to its family's slots, in reverse order, so that none is overwritten before it is copied.
@@ -179,7 +180,7 @@ class _Scheduler:
         for number in reversed(range(len(families))):
             for slot in reversed(range(end - len(families[number]), end)):
                 if slot != first + number:
-                    self.slots.copy(first + number, slot, shared[number])
+                    self.slots.copy(first + number, slot, shared[number] - self.common)
             end -= len(families[number])
         # 4. Compute the rest of each prompt.
         rests: list[list[int]] = []
@@ -191,7 +192,7 @@ class _Scheduler:
         self._fill(first, rests, starts)
 
     def _fill(self, first: int, rows: list[list[int]], starts: list[int]) -> None:
-        """Extend the slots from `first` on by `rows`, each after its first `starts` columns, in parts."""
+        """Extend the sequences in the slots from `first` on by `rows`, each after `starts` tokens, in parts."""
         begin = 0
         while begin < len(rows):
             end = begin + 1
@@ -226,33 +227,35 @@ class _Scheduler:
             if request.new[-1] in self.stop or len(request.new) == self.config.max_new_tokens:
                 mover = self.active.pop()
                 if mover is not request:
-                    self.slots.copy(len(self.active), slot, len(mover.prompt) + len(mover.new) - 1)
+                    self.slots.copy(len(self.active), slot, len(mover.prompt) + len(mover.new) - 1 - self.common)
                     self.active[slot] = mover
                 finished.append(request)
         return finished
 
     def _forward(self, module: Any, first: int, rows: list[list[int]], starts: list[int]) -> Any:
-        """Extend the slots from `first` on by `rows`, each after its first `starts` columns, with one pass."""
+        """Extend the sequences in the slots from `first` on by `rows`, each after `starts` tokens, with one pass."""
         width = max(map(len, rows))
+        before = 0 if self.beginning is None else self.common
         device, spare = self.model.device, self.slots.columns - 1
         ids_RxQ = torch.tensor([[*ids, *[0] * (width - len(ids))] for ids in rows], device=device)
-        positions = [
-            [*range(start, start + len(ids)), *[spare] * (width - len(ids))]
+        columns = [
+            [*range(start - before, start - before + len(ids)), *[spare] * (width - len(ids))]
             for ids, start in zip(rows, starts, strict=True)
         ]
-        position_RxQ = torch.tensor(positions, device=device)
-        visible = _whole(max(start + len(ids) for ids, start in zip(rows, starts, strict=True)))
-        self.slots.write_at(first, position_RxQ, visible)
-        hidden_RxQxC = torch.arange(visible, device=device) > position_RxQ[..., None]
+        column_RxQ = torch.tensor(columns, device=device)
+        visible = _whole(max(start - before + len(ids) for ids, start in zip(rows, starts, strict=True)))
+        self.slots.write_at(first, column_RxQ, visible)
+        hidden_RxQxC = torch.arange(visible, device=device) > column_RxQ[..., None]
         mask_Rx1xQxC = torch.zeros(hidden_RxQxC.shape, dtype=self.model.dtype, device=device)
         mask_Rx1xQxC = mask_Rx1xQxC.masked_fill_(hidden_RxQxC, float("-inf"))[:, None]
         return module(
             input_ids=ids_RxQ,
             # Some rotary embeddings depend on the largest position, so padding must not have a large one.
-            position_ids=position_RxQ.where(position_RxQ < spare, 0),
+            position_ids=(column_RxQ + before).where(column_RxQ < spare, 0),
             attention_mask=mask_Rx1xQxC,
             past_key_values=self.slots,
             use_cache=True,
+            **({} if self.beginning is None else {"beginning": self.beginning}),
         )
 
 

@@ -3,7 +3,7 @@
 Dimensions: B sequences, Q queries, C keys and values, H key-value heads, G query heads a key-value head, D their size.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -26,9 +26,12 @@ def grouped(
     scaling: float,
     spans: Sequence[tuple[int, torch.Tensor | None]] | None = None,
     softcap: float | None = None,
+    beginning: Mapping[int, tuple[torch.Tensor, torch.Tensor]] | None = None,
     **_: Any,
 ) -> tuple[torch.Tensor, None]:
     """The attention's output, BxQxHGxD, and None for its weights.
+
+    `beginning` holds, by layer, the HxPxD keys and values of P tokens that stand before all B sequences alike.
 
     Without a mask each token sees itself and those before it. `spans` are the parts of a packed sequence that do not
     see each other, as lengths and masks (1x1xLxL, or None): each part is computed by itself, and `mask_Bx1xQxC` is not
@@ -36,7 +39,11 @@ def grouped(
     """
     if softcap is not None:
         raise UserError("the model caps its attention scores (attn_logit_softcapping), which is not offered here")
-    if spans is None:
+    if beginning is not None:
+        assert mask_Bx1xQxC is not None
+        shared = beginning[_module.layer_idx]
+        output_BxHGxQxD = _attend_behind(shared, query_BxHGxQxD, key_BxHxCxD, value_BxHxCxD, mask_Bx1xQxC, scaling)
+    elif spans is None:
         output_BxHGxQxD = _attend(query_BxHGxQxD, key_BxHxCxD, value_BxHxCxD, mask_Bx1xQxC, scaling)
     else:
         lengths = [length for length, _ in spans]
@@ -84,6 +91,37 @@ def _attend(
         output_BxHxGQxD = torch.nn.functional.scaled_dot_product_attention(
             query_BxHxGQxD, key_BxHxCxD, value_BxHxCxD, attn_mask=mask_Bx1xGQxC, scale=scaling
         )
+    return output_BxHxGQxD.reshape(batch, -1, width, size)
+
+
+def _attend_behind(
+    beginning: tuple[torch.Tensor, torch.Tensor],
+    query_BxHGxQxD: torch.Tensor,
+    key_BxHxCxD: torch.Tensor,
+    value_BxHxCxD: torch.Tensor,
+    mask_Bx1xQxC: torch.Tensor,
+    scaling: float,
+) -> torch.Tensor:
+    """Attention to a beginning of P tokens that all sequences share, which is read once, and to C tokens of each.
+
+    The softmax runs over both. `mask_Bx1xQxC` is added to the scores of the latter.
+    """
+    key_HxPxD, value_HxPxD = beginning
+    batch, _, width, size = query_BxHGxQxD.shape
+    heads, length = key_HxPxD.shape[:2]
+    query_BxHxGQxD = query_BxHGxQxD.reshape(batch, heads, -1, size)
+    rows = query_BxHxGQxD.shape[2]
+    together_HxBGQxD = query_BxHxGQxD.transpose(0, 1).reshape(heads, -1, size)
+    shared_HxBGQxP = torch.bmm(together_HxBGQxD, key_HxPxD.transpose(1, 2))
+    own_BxHxGQxC = query_BxHxGQxD @ key_BxHxCxD.transpose(2, 3)
+    hidden_Bx1xGQxC = mask_Bx1xQxC.repeat(1, 1, rows // width, 1)
+    shared_BxHxGQxP = shared_HxBGQxP.view(heads, batch, rows, length).transpose(0, 1)
+    scores = torch.cat([shared_BxHxGQxP.float() * scaling, own_BxHxGQxC.float() * scaling + hidden_Bx1xGQxC], -1)
+    weights = torch.softmax(scores, -1).to(query_BxHGxQxD.dtype)
+    together_HxBGQxP = weights[..., :length].transpose(0, 1).reshape(heads, -1, length)
+    shared_HxBGQxD = torch.bmm(together_HxBGQxP, value_HxPxD)
+    output_BxHxGQxD = shared_HxBGQxD.view(heads, batch, rows, size).transpose(0, 1)
+    output_BxHxGQxD = output_BxHxGQxD + weights[..., length:] @ value_BxHxCxD
     return output_BxHxGQxD.reshape(batch, -1, width, size)
 
 

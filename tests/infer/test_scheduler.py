@@ -39,9 +39,13 @@ def config(**changes: Any) -> GenerationConfig:
     return GenerationConfig(**settings | changes)
 
 
-def families() -> list[scheduler.Family]:
-    """Prompts of 1 to 60 tokens in families of 1 to 5 that share nothing, something, or all but the last token."""
+def families(before: int = 0) -> list[scheduler.Family]:
+    """Prompts of 1 to 60 tokens in families of 1 to 5 that share nothing, something, or all but the last token.
+
+    `before` tokens stand before all of them alike.
+    """
     generator = torch.Generator().manual_seed(3)
+    common = torch.randint(5, VOCABULARY, (before,), generator=torch.Generator().manual_seed(4)).tolist()
 
     def draw(length: int) -> list[int]:
         return torch.randint(5, VOCABULARY, (length,), generator=generator).tolist()
@@ -50,15 +54,15 @@ def families() -> list[scheduler.Family]:
     for number, (size, shared, rest) in enumerate(
         [(3, 40, 12), (1, 0, 60), (5, 9, 3), (2, 0, 20), (1, 0, 1), (4, 30, 1)]
     ):
-        prefix = draw(shared)
+        prefix = common + draw(shared)
         made.append([scheduler.Request(f"{number}/{n}", prefix + draw(rest + n * (rest > 1))) for n in range(size)])
     return made
 
 
-def one_by_one(model: Any, config: GenerationConfig) -> dict[str, list[int]]:
+def one_by_one(model: Any, config: GenerationConfig, before: int = 0) -> dict[str, list[int]]:
     """The definition: each prompt alone through transformers."""
     answers = {}
-    for request in (request for family in families() for request in family):
+    for request in (request for family in families(before) for request in family):
         ids = torch.tensor([request.prompt])
         mask = torch.ones_like(ids)
         output = model.generate(input_ids=ids, attention_mask=mask, generation_config=config)
@@ -66,8 +70,10 @@ def one_by_one(model: Any, config: GenerationConfig) -> dict[str, list[int]]:
     return answers
 
 
-def scheduled(model: Any, config: GenerationConfig, rows: int, tokens: int = 100_000) -> dict[str, list[int]]:
-    return {request.name: request.new for request in scheduler.greedy(model, config, families(), rows, tokens)}
+def scheduled(
+    model: Any, config: GenerationConfig, rows: int, tokens: int = 100_000, before: int = 0
+) -> dict[str, list[int]]:
+    return {request.name: request.new for request in scheduler.greedy(model, config, families(before), rows, tokens)}
 
 
 @pytest.mark.parametrize(
@@ -112,6 +118,42 @@ def test_a_shared_beginning_is_computed_once(model: Any, forwards: list[tuple[in
     family = [scheduler.Request(str(n), [*prefix, 70 + n, 80, 81]) for n in range(4)]
     list(scheduler.greedy(model, config(max_new_tokens=1), [family], 8, 10_000))
     assert forwards == [(1, 40), (4, 2), (4, 1)]
+
+
+@pytest.mark.parametrize(("rows", "tokens"), [(1, 10_000), (3, 10_000), (7, 10_000), (64, 10_000), (64, 300)])
+def test_a_beginning_of_all_prompts_is_held_once_and_changes_no_answer(
+    model: Any, rows: int, tokens: int, forwards: list[tuple[int, int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(scheduler, "COMMON", 32)
+    expected = one_by_one(model, config(), before=50)
+    forwards.clear()
+    lengths: list[int] = []
+    attend = attention._attend_behind
+
+    def noted(beginning: Any, *rest: Any) -> torch.Tensor:
+        lengths.append(beginning[0].shape[1])
+        return attend(beginning, *rest)
+
+    monkeypatch.setattr(attention, "_attend_behind", noted)
+    assert scheduled(model, config(), rows, tokens, before=50) == expected
+    assert forwards[0] == (1, 50)
+    assert all(width <= 60 for _, width in forwards[1:])
+    assert set(lengths) == {50}
+    assert len(lengths) == 3 * (len(forwards) - 1)  # layers
+
+
+def test_a_beginning_of_all_prompts_takes_no_room_of_the_slots(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(scheduler, "COMMON", 32)
+    columns: list[int] = []
+    original = scheduler.Slots.__init__
+
+    def noted(self: scheduler.Slots, rows: int, width: int) -> None:
+        columns.append(width)
+        original(self, rows, width)
+
+    monkeypatch.setattr(scheduler.Slots, "__init__", noted)
+    assert len(scheduled(model, config(), 4, before=200)) == 16
+    assert max(columns[2:]) == 96  # 60 tokens of the longest prompt behind the beginning, 24 new ones, whole vectors
 
 
 def test_memory_is_bounded_by_the_tokens_and_used_for_more_rows_once_prompts_are_short(

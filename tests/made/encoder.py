@@ -6,7 +6,8 @@ import numpy as np
 import torch
 from transformers import BertConfig, BertModel, BertTokenizerFast
 
-WORDS = "the a cat dog sat ran on in mat park red big old it was fast and slow .".split()
+TEXT = "the a cat dog sat ran on in mat park red big old it was fast and slow ."
+WORDS = TEXT.split()
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 
 
