@@ -7,6 +7,7 @@ This module only chooses words; `pipeline.report.page` makes the page. The templ
 import re
 import shlex
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 from textwrap import fill
 from typing import Any
@@ -76,6 +77,7 @@ def of_both(comparison: Comparison) -> dict[str, Any]:
         "caveats": caveats(comparison),
         "power": power(comparison),
         "equal_length": equal_length(comparison),
+        "between_baselines": between_baselines(comparison),
         "beyond": beyond(comparison),
         "labels": LABELS,
         "interval": f"{100 * comparison.confidence:g} % interval",
@@ -444,6 +446,24 @@ def _price(comparison: Comparison) -> list[str]:
         if one.overfitted
     )
     return found
+
+
+def between_baselines(comparison: Comparison) -> str:
+    """How the untrained variants of the base differ from each other, in a sentence; empty without two of them."""
+    if comparison.verdict == "few":
+        return ""
+    found = []
+    for first, second in ((one, two) for one, two in pairwise(comparison.baselines) if two.ahead):
+        parts = [
+            f"{signed(one.diff.value)} ({span(one.deciding)}) in {LABELS[name]}"
+            for name, one in second.ahead.items()
+            if name in comparison.decide_by
+        ]
+        shown = any(second.ahead[name].direction in ("higher", "lower") for name in comparison.decide_by)
+        said = "" if shown else ", so no difference between the two is shown"
+        label = second.label[0].upper() + second.label[1:]
+        found.append(f"{label} scores {listed(parts)} against {first.label}{said}.")
+    return " ".join(found)
 
 
 def equal_length(comparison: Comparison) -> str:

@@ -208,14 +208,26 @@ def _baselines(tables: Sequence[Table], groups: NDArray[Any], settings: params.C
 
     One whose rows are all in one group has no interval and is left out.
     """
-    found = []
-    for one in baselines.read():
+    found: list[Baseline] = []
+    before: list[Table] = []
+    for one in baselines.read():  # all of them answered the same rows
         here = groups[one.rows]
         if len(set(here)) > 1:
             base, *tuned = (table.rows(one.rows) for table in tables)
             own = Table.of(one.scores, base.metrics)
-            over, gain = contrast([own], tuned, here, settings), contrast([base], [own], here, settings)
-            found.append(Baseline(one.label, one.short, len(one.rows), len(set(here)), over, gain, _output(one.scores)))
+            found.append(
+                Baseline(
+                    label=one.label,
+                    short=one.short,
+                    n=len(one.rows),
+                    groups=len(set(here)),
+                    tuned=contrast([own], tuned, here, settings),
+                    gain=contrast([base], [own], here, settings),
+                    ahead=contrast(before, [own], here, settings) if before else {},
+                    output=_output(one.scores),
+                )
+            )
+            before = [own]
     return found
 
 

@@ -149,7 +149,7 @@ class Baseline:
     """What the base does without training, over `n` rows of `groups` groups (`pipeline.score.baselines`).
 
     `label` names it in a sentence, `short` in a figure. `tuned` are the results of the tuned model over it, `gain` are
-    its own over the base, on its rows.
+    its own over the base, and `ahead` its own over the variant before it, if there is one, on its rows.
     """
 
     label: str
@@ -158,6 +158,7 @@ class Baseline:
     groups: int
     tuned: dict[str, Result]
     gain: dict[str, Result]
+    ahead: dict[str, Result]
     output: Output
 
 

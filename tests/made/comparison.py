@@ -140,6 +140,7 @@ def comparison(**change: Any) -> Comparison:
                     groups=50,
                     tuned={"rouge1": result(26.7, 32.8, 3.8, 8.4), "rouge2": result(7.3, 12.8, 3.5, 7.6)},
                     gain={"rouge1": result(24.9, 26.7, 0.3, 3.3), "rouge2": result(7.5, 7.3, -1.3, 0.9)},
+                    ahead={},
                     output=Output(
                         "base-unquantized", 44.1, 0.05, 0.0, 0.0, None, {"rouge1": 26.7, "rouge2": 7.3}, 0, BEYOND
                     ),

@@ -216,6 +216,26 @@ def test_outputs_in_another_language_are_told() -> None:
     assert "| base | 49.2 | 1 % | 0 % | 0 % | 30 % |" in paths.COMPARISON_MD.read_text()
 
 
+@pytest.mark.parametrize(
+    ("low", "high", "said"),
+    [
+        (-1, 2, " against the base without quantization, so no difference between the two is shown."),
+        (0.1, 2, " against the base without quantization."),
+    ],
+)
+def test_the_untrained_variants_of_the_base_are_compared_with_each_other(low: float, high: float, said: str) -> None:
+    one = comparison()
+    ahead = {"rouge1": result(26.7, 27.2, low, high), "rouge2": result(7.3, 7.0, -2, 1)}
+    shots = replace(one.baselines[0], label="the base with 3 demonstrations", ahead=ahead)
+    found = comparison(baselines=[*one.baselines, shots])
+    text = wording.between_baselines(found)
+    assert text.startswith("The base with 3 demonstrations scores +0.5 (")
+    assert text.endswith(f"in ROUGE-1 and −0.3 (−2.0 to +1.0) in ROUGE-2{said}")
+    wording.write(found)
+    assert text in paths.COMPARISON_MD.read_text()
+    assert wording.between_baselines(one) == ""
+
+
 def test_a_gain_that_an_untrained_base_has_too_is_told() -> None:
     one = comparison()
     shots = replace(one.baselines[0], label="the base with 3 demonstrations", n=300, groups=100)

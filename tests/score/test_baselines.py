@@ -131,3 +131,17 @@ def test_the_comparison_holds_each_against_base_and_tuned_on_its_rows() -> None:
     assert one.tuned["rouge1"].diff.value == pytest.approx(sum(ahead) / 8)
     assert one.tuned["rouge1"].direction == "few"
     assert one.output.variant == "base-unquantized"
+
+
+@pytest.mark.usefixtures("project")
+def test_the_variants_are_compared_with_each_other() -> None:
+    write(paths.UNQUANTIZED)
+    write(paths.SHOTS)
+    rows = baseline.rows(examples(), MOST)
+    tuned = records.read_rows(paths.predictions("tuned-17"), Prediction)
+    records.write_rows(paths.predictions(paths.SHOTS), [tuned[row] for row in rows])
+    score_baseline(paths.SHOTS, EVALUATE, MOST)
+    plain, shots = compared().baselines
+    assert plain.ahead == {}
+    assert shots.ahead["rouge1"].diff == shots.gain["rouge1"].diff  # the former's answers are those of the base
+    assert shots.ahead["rouge1"].diff.value > 10
