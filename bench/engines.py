@@ -231,7 +231,7 @@ def infer_ours(setting: str) -> dict[str, Any]:
             [scheduler.Request(example.id, task.encoder.prompt(example)) for example in group]
             for _, group in groupby(examples, key=lambda example: example.group)
         ]
-        finished = scheduler.greedy(model, config, families, limits.batch_size, limits.batch_tokens)
+        finished = scheduler.decode(model, config, families, limits.batch_size, limits.batch_tokens)
         return {request.name: request.new for request in finished}
 
     return _timed(run, examples)

@@ -34,7 +34,9 @@ def measure(task: str) -> Evidence:
     values: dict[str, Value] = {}
     for name, result in contrast([base_table], tuned_tables, groups, experiment.compare).items():
         values |= {f"{name}_base": result.base, f"{name}_tuned": result.tuned, f"{name}_gain": result.deciding}
-    for line in reference_lines.texts(test, base, variants.rows(task, "train"), experiment.evaluate):
+    for line in reference_lines.texts(
+        test, [[text] for text in base], variants.rows(task, "train"), experiment.evaluate
+    ):
         kept = [i for i, some in enumerate(line.texts) if some]
         if len(set(groups[kept])) > 1:  # else there is nothing to resample
             table = Table.mean([line.texts[i] for i in kept], [test[i] for i in kept], chosen)

@@ -384,7 +384,9 @@ class Scores:
     order, or of those rows that the variant answered (`decoding.rows`). `statistics` maps chrF and BLEU to the counts
     of each row, which give the score over any set of rows. `notices` are what a reader of the scores must know of
     references and settings, a sentence each, equal for all variants. `not_in_source` counts what the outputs say beyond
-    their sources, `references_not_in_source` the same of the first references, as a yardstick.
+    their sources, `references_not_in_source` the same of the first references, as a yardstick. `samples` is the number
+    of answers to each prompt, over which scores are means; `samples_sd` is, for each metric, the standard deviation of
+    the corpus score between them, None of one.
     """
 
     variant: str
@@ -407,6 +409,8 @@ class Scores:
     notices: list[str] = field(default_factory=list)
     not_in_source: NotInSource | None = None
     references_not_in_source: NotInSource | None = None
+    samples: int = 1
+    samples_sd: dict[str, float | None] = field(default_factory=dict)
 
 
 # track, and what a stage cost

@@ -271,11 +271,23 @@ class Forget(Section):
             raise UserError(f"forget.window = {self.window}, but the model's context is {context} tokens")
 
 
+class Sampling(Section):
+    """Drawing the next token, with `samples` answers to each prompt."""
+
+    samples: Annotated[int, Field(ge=1, le=64)]
+    temperature: Annotated[float, Field(gt=0, le=10)]
+    top_k: Annotated[int, Field(ge=0, le=1_000_000)]
+    top_p: Annotated[float, Field(gt=0, le=1)]
+    min_p: Annotated[float, Field(ge=0, lt=1)]
+    seed: Annotated[int, Field(ge=0, lt=2**32)]
+
+
 class Generation(Section):
     key = "generation"
     backend: Literal["transformers", "llama.cpp", "vllm"]
     gguf_type: GgufType
     max_new_tokens: Annotated[int, Field(ge=1, le=32768)]
+    sampling: Sampling | None
     num_beams: Annotated[int, Field(ge=1, le=64)]
     length_penalty: float
     repetition_penalty: Annotated[float, Field(ge=1, le=2)]
@@ -291,9 +303,18 @@ class Generation(Section):
         return self
 
     @model_validator(mode="after")
+    def beams_are_not_drawn(self) -> Self:
+        if self.sampling is not None and self.num_beams > 1:
+            raise ValueError(
+                f"sampling draws each token, and num_beams = {self.num_beams} searches: set one of the two"
+            )
+        return self
+
+    @model_validator(mode="after")
     def transformers_alone_searches_and_penalizes(self) -> Self:
         plain = {"num_beams": 1, "repetition_penalty": 1.0, "no_repeat_ngram_size": 0}
         asked = [f"{name} = {getattr(self, name)}" for name, value in plain.items() if getattr(self, name) != value]
+        asked += ["sampling"] if self.sampling is not None else []
         if self.backend != "transformers" and asked:
             raise ValueError(
                 f"{', '.join(asked)}: backend {self.backend!r} can only decode greedily; set backend to transformers"

@@ -12,7 +12,7 @@ import re
 import stat
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, TypeVar
@@ -53,7 +53,8 @@ class Prediction:
     """What a model wrote for one test example.
 
     `prompt_sha256` is the digest of the prompt's token ids. `tokens` counts new tokens, including a closing EOS.
-    `finish` is "stop" after an EOS and "length" at the cap.
+    `finish` is "stop" after an EOS and "length" at the cap. `more` has text, tokens and finish of further answers, if
+    `generation.sampling` asks for several.
     """
 
     id: str
@@ -62,6 +63,17 @@ class Prediction:
     text: str
     tokens: int
     finish: str
+    more: list[dict[str, Any]] | None = None
+
+    @property
+    def texts(self) -> list[str]:
+        """All answers, this one first."""
+        return [self.text, *(one["text"] for one in self.more or [])]
+
+    @property
+    def finishes(self) -> list[str]:
+        """How each of the answers ended."""
+        return [self.finish, *(one["finish"] for one in self.more or [])]
 
 
 @dataclass(frozen=True, slots=True)
@@ -189,8 +201,12 @@ def _cell(value: Any) -> Any:
 
 
 def json_line(row: Any) -> str:
-    """One dataclass record as one line of JSON, with its newline."""
-    return json.dumps(asdict(row), ensure_ascii=False, allow_nan=False) + "\n"
+    """One dataclass record as one line of JSON, with its newline. What is None by default, and is None, is left out."""
+    content = asdict(row)
+    for one in fields(row):
+        if one.default is None and content[one.name] is None:
+            del content[one.name]
+    return json.dumps(content, ensure_ascii=False, allow_nan=False) + "\n"
 
 
 def read_rows(path: Path, record: type[T]) -> list[T]:

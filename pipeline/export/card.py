@@ -327,7 +327,10 @@ def _llama_cpp(content: Content) -> str:
     settings = given.generation
     tokens = given.prompt.max_tokens + settings.max_new_tokens
     lora = [f"settings.lora_adapters = [xllamacpp.CommonAdapterLoraInfo({_python(name)}, 1.0)]" for name in adapters]
-    options = f'"temperature": 0, "max_tokens": {settings.max_new_tokens}, "n_predict": {settings.max_new_tokens}'
+    drawing = settings.sampling
+    choice = {"temperature": 0} if drawing is None else drawing.model_dump(exclude={"samples"})
+    options = f'{json.dumps(choice)[1:-1]}, "max_tokens": {settings.max_new_tokens}, '
+    options += f'"n_predict": {settings.max_new_tokens}'
     if given.prompt.style == "chat":
         options += f', "chat_template_kwargs": {{"enable_thinking": {given.prompt.thinking}}}'
         call = 'server.handle_chat_completions({"messages": [{"role": "user", "content": text}], **options})'

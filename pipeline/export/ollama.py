@@ -44,8 +44,7 @@ def modelfile(
     if not decodes(generation):
         lines.append("# Ollama has neither beam search nor a limit on n-grams: it writes other texts than were scored.")
     lines += [
-        "PARAMETER temperature 0",
-        "PARAMETER top_k 1",
+        *_choice(generation.sampling),
         f"PARAMETER repeat_penalty {generation.repetition_penalty}",
         f"PARAMETER repeat_last_n {tokens}",
         f"PARAMETER num_ctx {tokens}",
@@ -61,6 +60,13 @@ def modelfile(
             else f'PARAMETER stop "{stop}"'
         )
     return "\n".join(lines) + "\n"
+
+
+def _choice(drawing: params.Sampling | None) -> list[str]:
+    """The parameters that say how a token is chosen. Ollama's draws are others than those that were scored."""
+    if drawing is None:
+        return ["PARAMETER temperature 0", "PARAMETER top_k 1"]
+    return [f"PARAMETER {name} {value}" for name, value in drawing.model_dump(exclude={"samples"}).items()]
 
 
 def _template(tokenizer: Any, thinking: bool = False) -> str | None:

@@ -99,6 +99,8 @@ def measure(given: params.Params, types: Sequence[str], rows: int | None, merged
     experiment has not been run.
     """
     # 1. Whatever can be refused before anything is computed.
+    if given.generation.sampling is not None:
+        raise UserError("parity compares greedy answers token by token: set generation.sampling to null")
     os.environ.setdefault("GOMP_SPINCOUNT", "5000")  # read when OpenMP is loaded; as in `stage.run`
     for written_as in types:
         params.require_backend(_generation(given, written_as))

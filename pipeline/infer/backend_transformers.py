@@ -1,4 +1,4 @@
-"""The backend `transformers`: greedy decoding by `pipeline.infer.scheduler`, beam search by `transformers.generate`."""
+"""The backend `transformers`: greedy decoding and sampling by `pipeline.infer.scheduler`, beam search by `generate`."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
@@ -52,7 +52,9 @@ def complete(engine: Engine, families: Families) -> Iterator[tuple[str, list[int
         from pipeline.infer import scheduler
 
         requests = [[scheduler.Request(name, prompt) for name, prompt in family] for family in families]
-        for request in scheduler.greedy(engine.model, config, requests, generation.batch_size, generation.batch_tokens):
+        for request in scheduler.decode(
+            engine.model, config, requests, generation.batch_size, generation.batch_tokens, generation.sampling
+        ):
             yield request.name, request.new
     else:
         named = [item for family in families for item in family]

@@ -19,7 +19,7 @@ from pipeline.core.contracts import BaseFacts, Loadable, QuantizedFacts, Skipped
 from pipeline.core.progress import bar, say
 from pipeline.core.records import Decoding, Demonstrations, Encoded, Example, Prediction
 from pipeline.core.text import holds_thought
-from pipeline.infer import choice
+from pipeline.infer import choice, sampling
 from pipeline.infer.backend import Adapter, Backend, Setup
 from pipeline.model import checkpoint, demonstrations, processes, resume
 from pipeline.model.prompt import Encoder, notices
@@ -161,7 +161,7 @@ def _decode(
     tokens = max(map(len, prompts.values())) + generation.max_new_tokens
     backend = choice.chosen(generation.backend)
     engine = backend.load(Setup(facts, config, generation, runtime, adapter, tokens, task.folder))
-    loaded = Loaded(backend, engine, tokenizer, frozenset(config.eos_token_id), prompts)
+    loaded = Loaded(backend, engine, tokenizer, frozenset(config.eos_token_id), prompts, generation.sampling)
 
     # 2. Plan the rounds of this process.
     decoding = Decoding(
@@ -174,6 +174,7 @@ def _decode(
             "batch_size": generation.batch_size,
             "batch_tokens": generation.batch_tokens,
             "backend": generation.backend,
+            **({} if generation.sampling is None else {"sampling": generation.sampling.model_dump()}),
             **engine.conditions,
         },
         device=engine.device,
@@ -216,19 +217,24 @@ class Loaded:
     tokenizer: Any
     stops: frozenset[int]
     prompts: Mapping[str, list[int]]
+    drawing: params.Sampling | None = None
 
     def predictions(self, families: Sequence[Sequence[str]]) -> Iterator[Prediction]:
-        """Decode families of examples, given by their ids. Yields each prediction when it is finished."""
-        wanted = [[(name, self.prompts[name]) for name in family] for family in families]
-        for name, ids in self.backend.complete(self.engine, wanted):
-            yield Prediction(
-                id=name,
-                prompt_sha256=records.sha256_ids(self.prompts[name]),
-                prompt_tokens=len(self.prompts[name]),
-                text=text(self.tokenizer, ids),
-                tokens=len(ids),
-                finish="stop" if ids[-1] in self.stops else "length",
-            )
+        """Decode families of examples, given by their ids. Yields each prediction when all its answers are finished."""
+        wanted = [
+            [(label, self.prompts[name]) for name in family for label in sampling.labels(name, self.drawing)]
+            for family in families
+        ]
+        answers: dict[str, dict[int, dict[str, Any]]] = {}
+        for label, ids in self.backend.complete(self.engine, wanted):
+            name, number = sampling.example(label, self.drawing)
+            finish = "stop" if ids[-1] in self.stops else "length"
+            own = answers.setdefault(name, {})
+            own[number] = {"text": text(self.tokenizer, ids), "tokens": len(ids), "finish": finish}
+            if len(own) == len(sampling.labels(name, self.drawing)):
+                first, *more = (one for _, one in sorted(answers.pop(name).items()))
+                prompt = self.prompts[name]
+                yield Prediction(name, records.sha256_ids(prompt), len(prompt), **first, more=more or None)
 
 
 def _own_rounds(
@@ -275,7 +281,7 @@ def configuration(generation: params.Generation, stop_ids: list[int], tokenizer:
     return GenerationConfig(
         max_new_tokens=generation.max_new_tokens,
         min_new_tokens=0,
-        do_sample=False,
+        **_drawing(generation.sampling),
         num_beams=generation.num_beams,
         early_stopping=False,
         length_penalty=generation.length_penalty,
@@ -287,6 +293,13 @@ def configuration(generation: params.Generation, stop_ids: list[int], tokenizer:
         pad_token_id=stop_ids[0] if pad is None else pad,
         bos_token_id=tokenizer.bos_token_id,
     )
+
+
+def _drawing(drawing: params.Sampling | None) -> dict[str, Any]:
+    """The part of a GenerationConfig that says how a token is chosen."""
+    if drawing is None:
+        return {"do_sample": False}
+    return {"do_sample": True, **drawing.model_dump(exclude={"samples", "seed"})}
 
 
 def rounds(examples: Sequence[Example], prompts: Mapping[str, Sequence[int]], rows: int) -> list[list[list[str]]]:

@@ -1,4 +1,5 @@
-"""Greedy decoding of many prompts at once. Nothing is computed twice, and finished sequences make room for new ones.
+"""Decoding of many prompts at once, greedy or by drawn tokens. Nothing is computed twice, and finished sequences make
+room for new ones.
 
 Each active sequence has a slot of one key-value cache. The common beginning of a family's prompts is computed once and
 copied. A long beginning that all families share, such as demonstrations, is computed and held once, and read once a
@@ -22,6 +23,9 @@ from transformers import (
     NoRepeatNGramLogitsProcessor,
     RepetitionPenaltyLogitsProcessor,
 )
+
+from pipeline.core import params
+from pipeline.infer import sampling
 
 PREFILL_TOKENS = 1024
 """The most prompt tokens computed at once. A longer prompt is computed alone."""
@@ -53,13 +57,21 @@ Family = list[Request]
 """Requests whose prompts may begin alike."""
 
 
-def greedy(model: Any, config: Any, families: Sequence[Family], rows: int, tokens: int) -> Iterator[Request]:
+def decode(
+    model: Any,
+    config: Any,
+    families: Sequence[Family],
+    rows: int,
+    tokens: int,
+    drawing: params.Sampling | None = None,
+) -> Iterator[Request]:
     """Yield each request when it is finished: at a stop token, which is kept, or after `config.max_new_tokens`.
 
     At most `rows` sequences are active at once, or fewer if they do not fit into `tokens` columns, but at least one.
-    `config` is a transformers GenerationConfig, of which the greedy part is used.
+    `config` is a transformers GenerationConfig, of which penalties and ends are used. The likeliest token is taken, or
+    one is drawn as `drawing` says.
     """
-    return _Scheduler(model, config, families, rows, tokens).run()
+    return _Scheduler(model, config, families, rows, tokens, drawing).run()
 
 
 class Slots(Cache):  # type: ignore[misc]
@@ -113,11 +125,21 @@ class Slots(Cache):  # type: ignore[misc]
 
 
 class _Scheduler:
-    def __init__(self, model: Any, config: Any, families: Sequence[Family], rows: int, tokens: int) -> None:
+    def __init__(
+        self,
+        model: Any,
+        config: Any,
+        families: Sequence[Family],
+        rows: int,
+        tokens: int,
+        drawing: params.Sampling | None,
+    ) -> None:
         self.model = model.get_base_model() if hasattr(model, "get_base_model") else model
         self.config, self.rows, self.tokens = config, rows, tokens
         self.stop = set(config.eos_token_id)
         self.processors = _processors(config)
+        self.drawing, self.draws = drawing, dict[str, Iterator[float]]()
+        self.warpers = None if drawing is None else sampling.warpers(drawing)
         # The longest first: that needs little padding, and memory runs out at once or never.
         self.queue = deque(sorted(families, key=lambda family: -max(len(request.prompt) for request in family)))
         self.active: list[Request] = []  # the request in slot 0, 1, ...
@@ -219,7 +241,7 @@ class _Scheduler:
                     for row, request in enumerate(self.active)
                 ]
             )
-        for request, token in zip(self.active, scores_RxV.argmax(-1).tolist(), strict=True):
+        for request, token in zip(self.active, self._chosen(scores_RxV), strict=True):
             request.new.append(token)
         finished = []
         for slot in reversed(range(len(self.active))):
@@ -229,8 +251,20 @@ class _Scheduler:
                 if mover is not request:
                     self.slots.copy(len(self.active), slot, len(mover.prompt) + len(mover.new) - 1 - self.common)
                     self.active[slot] = mover
+                self.draws.pop(request.name, None)
                 finished.append(request)
         return finished
+
+    def _chosen(self, scores_RxV: torch.Tensor) -> list[int]:
+        """The next token of each active sequence."""
+        if self.drawing is None or self.warpers is None:
+            tokens: list[int] = scores_RxV.argmax(-1).tolist()
+            return tokens
+        names = [request.name for request in self.active]
+        for name in names:
+            self.draws.setdefault(name, sampling.draws(name, self.drawing.seed))
+        numbers = [next(self.draws[name]) for name in names]
+        return sampling.drawn(self.warpers(None, scores_RxV.float()), numbers)
 
     def _forward(self, module: Any, first: int, rows: list[list[int]], starts: list[int]) -> Any:
         """Extend the sequences in the slots from `first` on by `rows`, each after `starts` tokens, with one pass."""
@@ -277,7 +311,7 @@ def _common(families: Sequence[Family]) -> int:
 
 
 def _processors(config: Any) -> Any:
-    """The processors that `transformers.generate` applies to the scores of greedy decoding with this configuration."""
+    """The processors that `transformers.generate` applies to the scores before a token is chosen."""
     processors = LogitsProcessorList()
     if config.repetition_penalty != 1.0:
         processors.append(RepetitionPenaltyLogitsProcessor(config.repetition_penalty))

@@ -285,6 +285,8 @@ def method(comparison: Comparison) -> list[str]:
             f"“Equivalent” needs the {100 * (2 * comparison.confidence - 1):g} % interval{'s' if several else ''} "
             f"within ±{comparison.margin:g} points (two one-sided tests)."
         )
+    if comparison.base.samples > 1:
+        found.append(_sampled(comparison))
     if len(comparison.tuned) > 1:
         found.append(
             f"Tuned scores are means over the {len(comparison.tuned)} seeds. The interval that decides covers them "
@@ -292,6 +294,22 @@ def method(comparison: Comparison) -> list[str]:
             "angle (MOVER)."
         )
     return found
+
+
+def _sampled(comparison: Comparison) -> str:
+    """How answers were drawn, and how much scores vary with the draw, in two sentences."""
+    drawing = comparison.decoding["generation"]["sampling"]
+    spreads = [
+        f"{points(one.samples_sd[name] or 0.0)} for {one.variant}"
+        for name in comparison.decide_by[:1]
+        for one in (comparison.base, *comparison.tuned)
+    ]
+    return (
+        f"Answers are drawn (temperature {drawing['temperature']:g}, top-k {drawing['top_k']}, top-p "
+        f"{drawing['top_p']:g}, min-p {drawing['min_p']:g}, seed {drawing['seed']}), and each row's score is the mean "
+        f"over {comparison.base.samples}; texts that are shown are the first ones. From one draw of all answers to the "
+        f"next, {LABELS[comparison.decide_by[0]]} varies by {listed(spreads)} (standard deviation)."
+    )
 
 
 def over_baselines(comparison: Comparison) -> str:

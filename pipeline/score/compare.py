@@ -142,7 +142,7 @@ def _parts(
 def _specific(rows: Sequence[Row], tables: Sequence[Table], settings: params.Compare) -> list[Specific]:
     """How much of the gain is specific to the source, in the deciding metrics. `tables` begin with base's."""
     written = [[row.base, *row.tuned] for row in rows]
-    texts = [[one.text for one in some] for some in zip(*written, strict=True)]
+    texts = [[one.texts for one in some] for some in zip(*written, strict=True)]
     base, *tuned = (
         specific.Variant(some, table.only(settings.decide_by)) for some, table in zip(texts, tables, strict=True)
     )
@@ -154,7 +154,7 @@ def _equal_length(
 ) -> EqualLength | None:
     """The gain at equal length, in the deciding metrics; None where the line would have to be drawn beyond all rows."""
     base, *tuned = (table.only(settings.decide_by).each().T for table in tables)
-    words = np.array([[one.words + 1 for one in (row.base, *row.tuned)] for row in rows], np.float64)
+    words = np.array([[one.mean_words + 1 for one in (row.base, *row.tuned)] for row in rows], np.float64)
     ratios = np.log(words[:, 1:] / words[:, :1])
     if not (ratios.min(axis=0) <= 0).all() or not (ratios.max(axis=0) >= 0).all():
         return None
@@ -180,7 +180,7 @@ def _lines(
     lines = []
     chosen = tuned[0].metrics
     test = [row.example for row in rows]
-    for line in reference_lines.texts(test, [row.base.text for row in rows], training, evaluate):
+    for line in reference_lines.texts(test, [row.base.texts for row in rows], training, evaluate):
         held = [i for i, some in enumerate(line.texts) if some]
         groups = np.array([test[i].group for i in held])
         if len(set(groups)) < 2:
@@ -242,6 +242,8 @@ def _output(one: Scores) -> Output:
         one.corpus,
         one.thoughts,
         one.not_in_source,
+        one.samples,
+        one.samples_sd,
     )
 
 

@@ -130,7 +130,7 @@ class Output:
     """The outputs of one variant: mean words, shares, scores, and how many hold a thought or its mark.
 
     The shares are of outputs that were stopped by the cap, are empty, equal their source, or are in
-    `evaluate.language`, if that names a language.
+    `evaluate.language`, if that names a language. `samples` and `samples_sd` are those of the scores.
     """
 
     variant: str
@@ -142,6 +142,8 @@ class Output:
     scores: dict[str, float]
     thoughts: int
     not_in_source: contracts.NotInSource | None
+    samples: int = 1
+    samples_sd: dict[str, float | None] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)

@@ -90,9 +90,14 @@ def _score(
     for one in notices:
         say(one)
     sources = faithfulness.Sources(examples)
-    texts = [row.text for row in predictions]
+    answers = [row.texts for row in predictions]
+    texts = [text for some in answers for text in some]
+    finishes = [one for row in predictions for one in row.finishes]
     chosen = metrics.chosen(settings)
-    statistics = {one.name: one.statistics(texts, references) for one in chosen}
+    samples = [[one.statistics(some, references) for one in chosen] for some in zip(*answers, strict=True)]
+    statistics = {
+        one.name: np.mean(found, axis=0) for one, found in zip(chosen, zip(*samples, strict=True), strict=True)
+    }
     each = {one.name: one.each(statistics[one.name]).tolist() for one in chosen}
     n = len(examples)
     rows = [[row.id, row.group, row.aspect, row.references] for row in split]
@@ -103,14 +108,16 @@ def _score(
         n=n,
         groups=len({row.group for row in examples}),
         corpus={one.name: _corpus(one, statistics[one.name]) for one in chosen},
-        words=sum(len(words(text)) for text in texts) / n,
+        words=sum(len(words(text)) for text in texts) / len(texts),
         reference_words=sum(len(words(row.target)) for row in examples) / n,
-        stopped_by_cap=sum(row.finish == "length" for row in predictions) / n,
-        empty=sum(not is_visible(text) for text in texts) / n,
+        stopped_by_cap=finishes.count("length") / len(texts),
+        empty=sum(not is_visible(text) for text in texts) / len(texts),
         copied=sum(
-            canonical(text).split() == canonical(row.source).split() for text, row in zip(texts, examples, strict=True)
+            canonical(text).split() == canonical(row.source).split()
+            for some, row in zip(answers, examples, strict=True)
+            for text in some
         )
-        / n,
+        / len(texts),
         thoughts=sum(map(holds_thought, texts)),
         in_language=_share_in(settings.language, texts),
         references_in_language=_share_in(settings.language, [row.target for row in examples]),
@@ -121,8 +128,10 @@ def _score(
         ],
         statistics={one.name: statistics[one.name].tolist() for one in chosen if one.counted},
         notices=notices,
-        not_in_source=sources.beyond(texts),
-        references_not_in_source=sources.beyond([row.target for row in examples]),
+        not_in_source=sources.beyond(answers),
+        references_not_in_source=sources.beyond([[row.target] for row in examples]),
+        samples=len(samples),
+        samples_sd={one.name: _spread(one, [found[m] for found in samples]) for m, one in enumerate(chosen)},
     )
     contracts.write(paths.scores(variant), scores)
 
@@ -203,6 +212,11 @@ def _language_of(texts: Sequence[str]) -> str | None:
         return None
     language = str(classify(together)[0])
     return language if sum(classify(text)[0] == language for text in some) > len(some) / 2 else None
+
+
+def _spread(metric: metrics.Metric, samples: Sequence[metrics.Floats]) -> float | None:
+    """The standard deviation of the corpus score from one sample of all answers to the next; None of a single one."""
+    return float(np.std([_corpus(metric, one) for one in samples], ddof=1)) if len(samples) > 1 else None
 
 
 def _corpus(metric: metrics.Metric, statistics_nxk: metrics.Floats) -> float:

@@ -38,10 +38,11 @@ class Sources:
         self._counts = Counter(word for _, known in self._read.values() for word in known)
         self._most = max(1, int(RARE * len(self._read)))
 
-    def beyond(self, texts: Sequence[str]) -> NotInSource:
-        """What the texts, one for each row of the test split in its order, say beyond their sources."""
+    def beyond(self, texts: Sequence[Sequence[str]]) -> NotInSource:
+        """What the texts, some for each row of the split in its order, say beyond their sources."""
         found = {"numbers": [0, 0], "names": [0, 0], "rare_words": [0, 0]}
-        for text, (numbers, known) in zip(texts, self._rows, strict=True):
+        pairs = ((text, row) for some, row in zip(texts, self._rows, strict=True) for text in some)
+        for text, (numbers, known) in pairs:
             rare = {word for word in _words(text) if self._counts[word] <= self._most}
             for key, some, there in (
                 ("numbers", _numbers(text), numbers),

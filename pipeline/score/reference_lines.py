@@ -43,7 +43,7 @@ against so many rows."""
 
 
 def texts(
-    test: Sequence[Example], base: Sequence[str], training: Sequence[Example], evaluate: params.Evaluate
+    test: Sequence[Example], base: Sequence[Sequence[str]], training: Sequence[Example], evaluate: params.Evaluate
 ) -> list[Texts]:
     """The texts of each reference line, for the test split, base's outputs, and the training split.
 
@@ -56,7 +56,7 @@ def texts(
     - base_cut: base's output, cut to the number of words of its reference. No real system knows that length, so a gain
       over this line is more than a better length.
     """
-    n_cut = sum(len(words(text)) > len(words(row.target)) for text, row in zip(base, test, strict=True))
+    longer = [len(words(text)) > len(words(row.target)) for some, row in zip(base, test, strict=True) for text in some]
     if is_translation(evaluate.metrics):
         first = [Texts("copy", "Copy", "the source as it is", [[row.source] for row in test])]
     elif lead_is_source(test) >= NEARLY_ALL:
@@ -82,8 +82,8 @@ def texts(
             "base_cut",
             "Base, cut",
             "base's outputs, each cut to the word count of its own reference "
-            f"({100 * n_cut / len(test):.0f} % of them were longer)",
-            [[cut(text, row.target)] for text, row in zip(base, test, strict=True)],
+            f"({100 * sum(longer) / len(longer):.0f} % of them were longer)",
+            [[cut(text, row.target) for text in some] for some, row in zip(base, test, strict=True)],
         ),
     ]
 

@@ -4,7 +4,7 @@ Only this module joins the rows of the split that is scored with outputs and sco
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from pipeline.core import contracts, paths, records
@@ -16,16 +16,29 @@ from pipeline.core.text import words
 
 @dataclass(frozen=True, slots=True)
 class Written:
-    """One variant's output for one example. `scores` maps a metric to the score of this text alone."""
+    """One variant's output for one example. `scores` maps a metric to the score of this text alone.
+
+    With `generation.sampling` it is the first of several, `more` are the others, and `scores` are means over all.
+    """
 
     text: str
     tokens: int
     capped: bool
     scores: dict[str, float]
+    more: list[str] = field(default_factory=list)
 
     @property
     def words(self) -> int:
         return len(words(self.text))
+
+    @property
+    def texts(self) -> list[str]:
+        return [self.text, *self.more]
+
+    @property
+    def mean_words(self) -> float:
+        """The number of words, as the mean over all texts."""
+        return sum(len(words(text)) for text in self.texts) / len(self.texts)
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,7 +91,7 @@ def join(test: Sequence[Example], variants: Sequence[Outputs]) -> list[Row]:
         raise listing(problems, "the outputs belong to another split; run `dvc repro`:")
     columns = [
         [
-            Written(one.text, one.tokens, one.finish == "length", row.scores)
+            Written(one.text, one.tokens, one.finish == "length", row.scores, one.texts[1:])
             for one, row in zip(variant.predictions, variant.scores.examples, strict=True)
         ]
         for variant in variants

@@ -39,9 +39,9 @@ MOST_PAIRS = 4000
 
 @dataclass(frozen=True)
 class Variant:
-    """One variant's outputs, and the table of their scores in the deciding metrics, for each row."""
+    """One variant's outputs, one or several a row, and the table of their scores in the deciding metrics."""
 
-    texts: Sequence[str]
+    texts: Sequence[Sequence[str]]
     table: Table
 
 
@@ -166,10 +166,11 @@ class Pairs:
         row_p, other_p, number_p = ([some[i] for i in at] for some in (self.row_p, self.other_p, self.number_p))
         return Pairs(row_p, self.weight_p[at], self.group_p[at], other_p, self.other_group_p[at], number_p)
 
-    def statistics(self, texts: Sequence[str], test: Sequence[Example], chosen: Sequence[Metric]) -> list[Floats]:
+    def statistics(
+        self, texts: Sequence[Sequence[str]], test: Sequence[Example], chosen: Sequence[Metric]
+    ) -> list[Floats]:
         """Each metric's statistics (pxk) of the other rows' texts against the rows' references."""
-        held, references = [texts[i] for i in self.other_p], [test[i].references for i in self.row_p]
-        return [metric.statistics(held, references) for metric in chosen]
+        return Table.mean([texts[i] for i in self.other_p], [test[i] for i in self.row_p], chosen).statistics
 
     def corpus(self, statistics: Sequence[Floats], chosen: Sequence[Metric]) -> Corpus:
         """The corpus of all pairs. Without a group it has neither the group's references nor its outputs."""

@@ -108,7 +108,7 @@ def test_a_family_trains_writes_and_saves_as_its_libraries_do(
     )  # fmt: skip
     prompts = {row.id: row.prompt for row in rows()}
     groups = [[scheduler.Request(name, prompts[name]) for name in names] for names in (("a/1", "a/2"), ("b/1",))]
-    written = {one.name: one.new for one in scheduler.greedy(ours.eval(), config, groups, 8, 1000)}
+    written = {one.name: one.new for one in scheduler.decode(ours.eval(), config, groups, 8, 1000)}
     for name, ids in prompts.items():
         with torch.inference_mode():
             output = theirs.generate(input_ids=torch.tensor([ids]), generation_config=config)[0, len(ids) :].tolist()

@@ -73,7 +73,7 @@ def one_by_one(model: Any, config: GenerationConfig, before: int = 0) -> dict[st
 def scheduled(
     model: Any, config: GenerationConfig, rows: int, tokens: int = 100_000, before: int = 0
 ) -> dict[str, list[int]]:
-    return {request.name: request.new for request in scheduler.greedy(model, config, families(before), rows, tokens)}
+    return {request.name: request.new for request in scheduler.decode(model, config, families(before), rows, tokens)}
 
 
 @pytest.mark.parametrize(
@@ -116,7 +116,7 @@ def test_a_finished_sequence_is_computed_no_further(model: Any, forwards: list[t
 def test_a_shared_beginning_is_computed_once(model: Any, forwards: list[tuple[int, int]]) -> None:
     prefix = list(range(20, 60))
     family = [scheduler.Request(str(n), [*prefix, 70 + n, 80, 81]) for n in range(4)]
-    list(scheduler.greedy(model, config(max_new_tokens=1), [family], 8, 10_000))
+    list(scheduler.decode(model, config(max_new_tokens=1), [family], 8, 10_000))
     assert forwards == [(1, 40), (4, 2), (4, 1)]
 
 
@@ -187,8 +187,8 @@ def test_the_cache_does_not_grow_with_the_number_of_prompts(model: Any, monkeypa
     def many(count: int) -> list[scheduler.Family]:
         return [[scheduler.Request(str(n), [20 + n % 50, 21, 22])] for n in range(count)]
 
-    assert len(list(scheduler.greedy(model, config(), many(8), 8, 10_000))) == 8
+    assert len(list(scheduler.decode(model, config(), many(8), 8, 10_000))) == 8
     few = max(sizes)
     sizes.clear()
-    assert len(list(scheduler.greedy(model, config(), many(40), 8, 10_000))) == 40
+    assert len(list(scheduler.decode(model, config(), many(40), 8, 10_000))) == 40
     assert max(sizes) == few

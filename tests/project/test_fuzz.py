@@ -488,7 +488,7 @@ def marks(name: str, **change: Any) -> Callable[[str], object]:
 
 
 def not_in_source(text: str) -> None:
-    faithfulness.Sources([records.Example("1", "1", "", text, "t", "")]).beyond([text])
+    faithfulness.Sources([records.Example("1", "1", "", text, "t", "")]).beyond([[text]])
 
 
 def evaluation(name: str, **change: Any) -> params.Evaluate:

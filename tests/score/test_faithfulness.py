@@ -14,7 +14,7 @@ def row(name: str, source: str) -> Example:
 
 
 def beyond(source: str, text: str) -> tuple[Absent, Absent, Absent]:
-    found = Sources([row("1", source)]).beyond([text])
+    found = Sources([row("1", source)]).beyond([[text]])
     return found.numbers, found.names, found.rare_words
 
 
@@ -60,20 +60,20 @@ def test_names(source: str, text: str, found: int, absent: int) -> None:
 def test_rare_words_are_those_that_few_sources_hold() -> None:
     rows = [row(str(i), f"the cat sees word{'abcdefghij'[i % 10] * (1 + i // 10)} often") for i in range(300)]
     texts = ["the Worda sees dog often", *["the cat"] * 299]
-    found = Sources(rows).beyond(texts).rare_words
+    found = Sources(rows).beyond([[text] for text in texts]).rare_words
     assert found == Absent(2, 1)  # worda stands in its source, dog in none; the others are in all sources
-    elsewhere = Sources(rows).beyond(["wordb", *[""] * 299]).rare_words
+    elsewhere = Sources(rows).beyond([["wordb"], *[[""]] * 299]).rare_words
     assert elsewhere == Absent(1, 1)  # another source's word
 
 
 def test_rows_that_share_a_source_count_it_once() -> None:
     rows = [row("1", "alpha beta"), row("2", "alpha beta"), row("3", "gamma")]
-    assert Sources(rows).beyond(["alpha", "gamma", "gamma"]).rare_words == Absent(3, 1)
+    assert Sources(rows).beyond([["alpha"], ["gamma"], ["gamma"]]).rare_words == Absent(3, 1)
 
 
 def test_the_history_of_a_conversation_belongs_to_its_source() -> None:
     one = Example("1", "1", "", "and now?", "t", "l", ["t"], [{"role": "user", "content": "Ask Alice about 42."}])
-    found = Sources([one]).beyond(["so Alice has 42"])
+    found = Sources([one]).beyond([["so Alice has 42"]])
     assert (found.numbers, found.names) == (Absent(1, 0), Absent(1, 0))
 
 

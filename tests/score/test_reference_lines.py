@@ -13,7 +13,7 @@ from tests.made.experiment import ASPECTS, EVALUATE, compared, example, plant
 
 
 def of(rows: list[Example], training: list[Example]) -> dict[str, list[list[str]]]:
-    found = reference_lines.texts(rows, [""] * len(rows), training, EVALUATE)
+    found = reference_lines.texts(rows, [[""]] * len(rows), training, EVALUATE)
     return {line.key: line.texts for line in found}
 
 

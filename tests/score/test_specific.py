@@ -22,7 +22,7 @@ CHOSEN = metrics.chosen(EVALUATE.model_copy(update={"metrics": ["rouge1", "rouge
 
 
 def variant(texts: list[str], rows: list[Example]) -> Variant:
-    return Variant(texts, Table.mean([[text] for text in texts], rows, CHOSEN))
+    return Variant([[text] for text in texts], Table.mean([[text] for text in texts], rows, CHOSEN))
 
 
 class TestPairs:
@@ -66,7 +66,7 @@ class TestPairs:
         rows = [example(name, name, "a", "s", target, "") for name, target in (("p", "a b"), ("q", "c"), ("r", "a"))]
         pairs = Pairs.of(rows)
         texts = ["a b", "c", "a d"]
-        found = pairs.corpus(pairs.statistics(texts, rows, CHOSEN), CHOSEN)
+        found = pairs.corpus(pairs.statistics([[text] for text in texts], rows, CHOSEN), CHOSEN)
         # p's text against q's and r's references, and so on; with two others, each pair weighs a half.
         f1 = {("p", "q"): 0, ("p", "r"): 200 / 3, ("q", "p"): 0, ("q", "r"): 0, ("r", "p"): 50, ("r", "q"): 0}
         assert found.scores_m[0] == pytest.approx(np.mean(list(f1.values())))
