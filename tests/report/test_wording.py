@@ -201,6 +201,23 @@ def test_published_figures_stand_beside_the_result() -> None:
     assert "| chrF | 60.0 | not computed | another paper |" in text
 
 
+def test_drawn_answers_are_told_with_how_much_they_vary() -> None:
+    one = comparison()
+    assert not any("drawn" in sentence for sentence in wording.method(one))
+    drawing = {"samples": 4, "temperature": 0.7, "top_k": 0, "top_p": 0.9, "min_p": 0.0, "seed": 5}
+    base, tuned = (
+        replace(side, samples=4, samples_sd={"rouge1": sd}) for side, sd in ((one.base, 0.31), (one.tuned[0], 1.2))
+    )
+    decoding = one.decoding | {"generation": {"sampling": drawing}}
+    found = comparison(base=base, tuned=[tuned], decoding=decoding)
+    [said] = [sentence for sentence in wording.method(found) if "drawn" in sentence]
+    assert said == (
+        "Answers are drawn (temperature 0.7, top-k 0, top-p 0.9, min-p 0, seed 5), and each row's score is the mean over "
+        "4; texts that are shown are the first ones. From one draw of all answers to the next, ROUGE-1 varies by 0.3 for "
+        "base and 1.2 for tuned-17 (standard deviation)."
+    )
+
+
 def test_outputs_in_another_language_are_told() -> None:
     one = comparison()
     found = comparison(
