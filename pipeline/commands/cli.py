@@ -271,10 +271,11 @@ Ray = Annotated[str | None, typer.Option("--ray", help="Run trials on a Ray clus
 
 @app.command()
 def sweep(file: FILE = None, overrides: Set = None, jobs: Jobs = None, ray: Ray = None) -> None:
-    """Run every combination of -S, each tested, or the search in FILE, which selects on validation loss.
+    """Run every combination of -S, each tested; or the search in FILE; or the comparison of methods in FILE.
 
-    Trials of a search are only trained and validated; the winner alone is tested, once. A killed search goes on when
-    it is run again. The exit code is 0 if all succeeded.
+    Trials of a search are only trained and validated; the winner alone is tested, once. In a comparison each arm is
+    tested once, at its best learning rate by validation. What was killed goes on when it is run again. The exit code is
+    0 if all succeeded.
     """
     if (file is None) == (not overrides):
         raise UserError("sweep needs either -S <parameter>=<value>,<value>... or the file of a search")
@@ -284,6 +285,15 @@ def sweep(file: FILE = None, overrides: Set = None, jobs: Jobs = None, ray: Ray 
         from pipeline.search import grid
 
         raise typer.Exit(grid.sweep(overrides or [], jobs or 1))
+    from pipeline.search import arms
+
+    if arms.is_comparison(file):
+        from pipeline.commands import methods
+
+        if ray is not None:
+            raise UserError("--ray runs the trials of a search; a comparison of methods runs on this machine")
+        methods.run(file, jobs or 1)
+        return
     if ray is not None and jobs is not None:
         raise UserError("-j is for this machine: set at_once and cluster in the file to say how many run on a cluster")
     from pipeline.search import run

@@ -100,6 +100,70 @@ def all_of(comparison: Comparison, rows: Sequence[Row], curves: Sequence[Curve],
     return {name: drawn(chart, look) for name, chart in charts.items() if chart is not None}
 
 
+@dataclass(frozen=True, slots=True)
+class Point:
+    """A method in the picture of costs: its cost, its score with the interval, and what is shown against the reference.
+
+    `shown` is "reference", "higher", "lower" or "none".
+    """
+
+    name: str
+    cost: float
+    score: float
+    low: float
+    high: float
+    shown: str
+
+
+SHOWN = {
+    "reference": ("the reference", 0),
+    "higher": ("shown to be higher", 1),
+    "none": ("no difference shown", 2),
+    "lower": ("shown to be lower", 3),
+}
+"""The words of the legend and the places of their colours."""
+
+
+def pareto(points: Sequence[Point], cost: str, score: str, look: Look) -> str:
+    """Scores of methods over their cost, both with names, as an SVG document.
+
+    A line joins the methods of which no cheaper one scores as high (the Pareto front).
+    """
+    import altair
+
+    rows = [
+        {
+            "name": one.name,
+            "cost": one.cost,
+            "score": one.score,
+            "low": one.low,
+            "high": one.high,
+            "shown": SHOWN[one.shown][0],
+        }
+        for one in points
+    ]
+    colours = {words: (look.text, *look.lines)[place] for words, place in SHOWN.values()}
+    x = altair.X("cost:Q", title=cost, scale=altair.Scale(type="log", padding=30), axis=altair.Axis(tickCount=5))
+    y = altair.Y("score:Q", title=score, scale=altair.Scale(zero=False, padding=12))
+    front = [row for row in rows if not any(_beats(other, row) for other in rows)]
+    chart = _chart(rows).encode(x=x, color=_colour("shown", colours))
+    layers = [
+        _chart(front).mark_line(color=look.grid, strokeWidth=2).encode(x=x, y=y),
+        chart.mark_rule(strokeWidth=1.5).encode(y=altair.Y("low:Q", title=score), y2="high:Q"),
+        chart.mark_point(filled=True, size=70, opacity=1).encode(y=y),
+        _chart(rows)
+        .mark_text(color=look.text, align="left", dx=7, dy=-6, fontSize=look.font - 1)
+        .encode(x=x, y=y, text="name:N"),
+    ]
+    return drawn(altair.layer(*layers).properties(width=look.width, height=320), look)
+
+
+def _beats(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+    """Whether a method costs no more and scores no less than another, and is better in one of the two."""
+    no_worse = one["cost"] <= other["cost"] and one["score"] >= other["score"]
+    return bool(no_worse and (one["cost"], one["score"]) != (other["cost"], other["score"]))
+
+
 def inline(document: str) -> str:
     """An SVG document for use inside HTML: without namespaces, which are addresses, and without a fixed height."""
     document = re.sub(r'\sxmlns(:\w+)?="[^"]*"', "", document)

@@ -90,23 +90,7 @@ def search(path: Path, jobs: int | None, address: str | None) -> int:
     # The files of a cluster's machines are not here.
     if address is None and (problems := Examiner().problems(given.model_dump(mode="json"), str(paths.PARAMS))):
         raise listing(problems, f"{path}: nothing was run:")
-    commit, within = _committed(path)
-    uri = tracking_uri(given.tracking)
-    # The rules for addresses in params.yaml do not hold for one from the user's environment: so no validation.
-    tracking = params.Tracking.model_construct(uri=uri, experiment=given.tracking.experiment)
-    folder = (paths.SWEEPS / name).resolve()
-    folder.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(folder / ".lock")
-    try:
-        lock.acquire(blocking=False)
-    except Timeout:
-        raise UserError(f"another process runs the sweep {name}: wait for it, or end it") from None
-    with lock, contextlib.ExitStack() as stack:
-        here = trial.Source(
-            url=git.run("rev-parse", "--show-toplevel"), commit=commit, within=within,
-            cache=str(lockfile.cache_folder(Path())), remote=False, tracking=tracking, sweep=name,
-            identity=(grid.identity("name"), grid.identity("email")),
-        )  # fmt: skip
+    with begun(path, given) as (here, folder), contextlib.ExitStack() as stack:
         runner: Runner
         if address is None:
             runner = Local(here, folder, jobs or 1)
@@ -114,13 +98,39 @@ def search(path: Path, jobs: int | None, address: str | None) -> int:
             from pipeline.search import cluster
 
             runner = stack.enter_context(cluster.connected(plan, here, address))
-        study = Study(plan, name, given, commit)
+        return _run(plan, Study(plan, name, given, here.commit), runner, here.tracking, folder)
+
+
+@contextlib.contextmanager
+def begun(path: Path, given: params.Params) -> Iterator[tuple[trial.Source, Path]]:
+    """The source of the trials of the sweep that the file `path` declares, and its folder, which is locked.
+
+    Ctrl-C ends this process, and the trials that run on this machine with it. UserError if another process runs this
+    sweep, or if changes are not committed.
+    """
+    commit, within = _committed(path)
+    uri = tracking_uri(given.tracking)
+    # The rules for addresses in params.yaml do not hold for one from the user's environment: so no validation.
+    tracking = params.Tracking.model_construct(uri=uri, experiment=given.tracking.experiment)
+    folder = (paths.SWEEPS / path.stem).resolve()
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder / ".lock")
+    try:
+        lock.acquire(blocking=False)
+    except Timeout:
+        raise UserError(f"another process runs the sweep {path.stem}: wait for it, or end it") from None
+    with lock:
+        source = trial.Source(
+            url=git.run("rev-parse", "--show-toplevel"), commit=commit, within=within,
+            cache=str(lockfile.cache_folder(Path())), remote=False, tracking=tracking, sweep=path.stem,
+            identity=(grid.identity("name"), grid.identity("email")),
+        )  # fmt: skip
         try:
-            return _run(plan, study, runner, tracking, folder)
+            yield source, folder
         except KeyboardInterrupt:
             say(f"\ninterrupted: `lora-repro sweep {path}` continues from here")
             sys.stdout.flush()
-            os._exit(130)  # trials that run on this machine end with this process
+            os._exit(130)
 
 
 def _run(plan: Search, study: Study, runner: Runner, tracking: params.Tracking, folder: Path) -> int:

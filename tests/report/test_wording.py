@@ -212,9 +212,9 @@ def test_drawn_answers_are_told_with_how_much_they_vary() -> None:
     found = comparison(base=base, tuned=[tuned], decoding=decoding)
     [said] = [sentence for sentence in wording.method(found) if "drawn" in sentence]
     assert said == (
-        "Answers are drawn (temperature 0.7, top-k 0, top-p 0.9, min-p 0, seed 5), and each row's score is the mean over "
-        "4; texts that are shown are the first ones. From one draw of all answers to the next, ROUGE-1 varies by 0.3 for "
-        "base and 1.2 for tuned-17 (standard deviation)."
+        "Answers are drawn (temperature 0.7, top-k 0, top-p 0.9, min-p 0, seed 5), and each row's score is the mean "
+        "over 4; texts that are shown are the first ones. From one draw of all answers to the next, ROUGE-1 varies by "
+        "0.3 for base and 1.2 for tuned-17 (standard deviation)."
     )
 
 
