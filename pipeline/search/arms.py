@@ -55,7 +55,7 @@ class Arms(params.Section):
 
 @dataclass(frozen=True, slots=True)
 class Chosen:
-    """An arm at the rate that was chosen among `losses`, the validation losses by rate, and the experiment that tests it."""
+    """An arm at the rate chosen among `losses` (validation losses by rate), and the experiment that tests it."""
 
     arm: str
     rate: float

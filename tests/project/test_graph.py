@@ -192,7 +192,7 @@ def test_the_base_depends_on_nothing_of_lora_or_training() -> None:
 def test_of_runtime_and_tracking_only_what_changes_rounding_is_declared() -> None:
     declared = {section for stage in STAGES.values() for section in stage.get("params", [])}
     sections = {section.key for section in params.Section.__subclasses__() if hasattr(section, "key")}
-    alone = {"generation.max_new_tokens", "baseline.unquantized", "baseline.rows", "quantize.method"}
+    alone = {"generation.max_new_tokens", "baseline.unquantized", "baseline.rows", "quantize.method", "evaluate.split"}
     rounding = {"runtime.threads", "runtime.processes", "runtime.sharding"}
     assert declared == sections - {"runtime", "tracking"} | {"seeds", *alone} | rounding
     assert {name for name in STAGES if "runtime.threads" in STAGES[name].get("params", [])} == COMPUTES
@@ -239,7 +239,7 @@ def test_prompts_are_checked_before_anything_is_computed_with_the_model() -> Non
     """`train` and `infer` declare the output of the check, and so does `quantize`: the stages after them follow."""
     waiting = {name for name in STAGES if "out/fitting.json" in STAGES[name]["deps"]}
     assert waiting == {"quantize", "train", "infer", "infer-unquantized", "infer-shots"}
-    assert set(STAGES["prompts"]["params"]) == {"prompt", "generation.max_new_tokens", "baseline"}
+    assert set(STAGES["prompts"]["params"]) == {"prompt", "generation.max_new_tokens", "baseline", "evaluate.split"}
     assert not {"out/data", "out/data/test.jsonl"} & set(STAGES["train"]["deps"]), (
         "a new test split trains nothing anew"
     )

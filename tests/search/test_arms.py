@@ -12,9 +12,7 @@ from pipeline.core import params, paths
 from pipeline.core.errors import UserError
 from pipeline.search import arms
 from tests import ROOT
-from tests.search.test_run import done, log, project, start, toy
-
-__all__ = ["project", "toy"]
+from tests.made.search import done, log, start
 
 PLAN: dict[str, Any] = {
     "reference": "plain",
