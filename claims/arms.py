@@ -19,7 +19,7 @@ from typing import Any
 from claims import full_tuning, lab, results, training
 from claims.results import UNTUNED, Look, Run
 from claims.training import Arm, Cut
-from pipeline import forget
+from pipeline import forget, probes
 from pipeline.core import contracts, params, paths, records, stage
 from pipeline.core.contracts import QuantizedFacts
 from pipeline.core.progress import bar, say
@@ -40,7 +40,7 @@ class Bench:
     experiment: params.Params
     training: list[pack.Tree]
     validation: list[pack.Tree]
-    general: list[windows.Tokens]
+    general: list[Row]
 
 
 def run(name: str) -> None:
@@ -94,9 +94,9 @@ def prepared(
         encoder.require_fit({row.id: row.prompt for row in some}, split, max(len(row.completion) for row in some))
     general = []
     if arm.watch:
-        assert experiment.forget.source is not None, "the default experiment measures forgetting"
-        texts = forget.texts(experiment.forget, experiment.forget.source)
-        general = windows.cut(tokenizer, texts, cut.general_tokens, experiment.forget.window)
+        probe = lab.general_text(experiment)
+        cuts = windows.cut(tokenizer, probes.texts(probe), cut.general_tokens, probe.window)
+        general = [one.row() for one in cuts]
     groups = list(dict.fromkeys(row.group for row in rows["validation"]))
     trees = {split: pack.trees(some) for split, some in rows.items()}
     return Bench(arm, cut, experiment, trees["train"], trees["validation"], general), groups

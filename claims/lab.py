@@ -13,6 +13,7 @@ from pathlib import Path
 from claims.evidence import OUT
 from pipeline.commands import use
 from pipeline.core import params, paths, records
+from pipeline.core.errors import UserError
 
 BASE, BASE_FACTS = OUT / "models" / "base", OUT / "models" / "base.json"
 """The default experiment's base, as `fetch` of the claims' pipeline has written it."""
@@ -31,6 +32,14 @@ def quantized(method: str) -> Path:
 def experiment(recipe: str = "default") -> params.Params:
     """The parameters of a recipe, with this machine's `runtime`."""
     return use.experiment(recipe, params.load())
+
+
+def general_text(given: params.Params) -> params.Probe:
+    """The first probe of forgetting that is read without a chat template; UserError if there is none."""
+    for probe in given.forget.probes:
+        if probe.style == "plain":
+            return probe
+    raise UserError("forget.probes has no probe of style plain, on whose text this is measured: name one")
 
 
 @contextmanager

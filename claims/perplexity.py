@@ -1,4 +1,4 @@
-"""The cost of quantization in perplexity, on general text that the model is not tuned for (section `forget`).
+"""The cost of quantization in perplexity, on text that the model is not tuned for: the first plain probe of forgetting.
 
 All forms of the model read the same windows, which are whole, so that none is padded. Two forms are compared by the
 ratio of their perplexities: exp of the mean difference of their losses. Its interval is a paired bootstrap over texts:
@@ -14,7 +14,7 @@ import numpy as np
 
 from claims import evidence, lab, resampling
 from claims.evidence import Evidence
-from pipeline import forget
+from pipeline import probes
 from pipeline.commands import use
 from pipeline.core import contracts, params
 from pipeline.core.errors import UserError
@@ -90,16 +90,14 @@ class Reading:
 def _reading(experiment: params.Params, device: "torch.device") -> Reading:
     import torch
 
-    given = experiment.forget
-    if given.source is None:
-        raise UserError("forget.source is null, but perplexity is measured on that text: name one")
-    tokenizer, texts = checkpoint.tokenizer(lab.BASE), forget.texts(given, given.source)
+    probe = lab.general_text(experiment)
+    tokenizer, texts = checkpoint.tokenizer(lab.BASE), probes.texts(probe)
     enough = 4 * WINDOWS * WINDOW  # more than needed: windows at the ends of texts are shorter, and left out
     whole = [one for one in windows.cut(tokenizer, texts, enough, WINDOW) if len(one.ids) == WINDOW][:WINDOWS]
     if len(whole) < WINDOWS:
         raise UserError(
-            f"forget.source = {given.source!r} holds {len(whole):,} whole windows of {WINDOW} tokens, not {WINDOWS:,}: "
-            f"name more text in {use.DEFAULT}"
+            f"{probe.at}.source = {probe.source!r} holds {len(whole):,} whole windows of {WINDOW} tokens, not "
+            f"{WINDOWS:,}: name more text in {use.DEFAULT}"
         )
     ids_nxW = torch.tensor([one.ids for one in whole], device=device)
     bos = prompt.starts_with_bos(tokenizer)

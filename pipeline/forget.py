@@ -1,83 +1,95 @@
 """Forgetting: what the adapter does to text that has nothing to do with the task.
 
-Base and tuned read the same windows of general text. The loss on the text shows how much worse the tuned model predicts
-it. The cross-entropy against the base's distribution shows how far tuned has moved from the base in any direction, as
-in arXiv 2401.05605. It is at least the base's entropy; the difference is the KL divergence from base to tuned.
+Base and tuned read the same text of each probe (`pipeline.probes`). The loss on the text shows how much worse the tuned
+model predicts it. The cross-entropy against the base's distribution shows how far tuned has moved from the base in any
+direction, as in arXiv 2401.05605. It is at least the base's entropy; the difference is the KL divergence from base to
+tuned.
 
-The text is read without a chat template, also if prompts have one, so it is unusual for a chat model: for base and
-tuned alike. Its windows begin as the model's texts begin (`pipeline.model.windows`). Base and tuned share one loaded
-model, with the adapter off and on. Losses are in nats per token.
+In style plain the text is read without a chat template, also if prompts have one, so it is unusual for a chat model:
+for base and tuned alike. Its windows begin as the model's texts begin (`pipeline.model.windows`). In style chat a
+conversation goes through the model's own chat template, and the tokens of its last answer count, with the EOS that
+closes it. Base and tuned share one loaded model, with the adapter off and on. Losses are in nats per token.
 """
 
-import html
+import contextlib
 import math
-import re
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from pipeline.core import contracts, params, paths, records
-from pipeline.core.contracts import Forgetting, GeneralText, QuantizedFacts, Window
+from pipeline import probes
+from pipeline.core import contracts, params, paths
+from pipeline.core.contracts import Forgetting, Probed, QuantizedFacts, Window
 from pipeline.core.errors import UserError
 from pipeline.core.progress import bar, say
+from pipeline.core.text import opens_thought
 from pipeline.lora import adapter
 from pipeline.model import checkpoint, devices, load, loss, memory, pack, processes, prompt, shard, windows
-from pipeline.model.prompt import Row
-from pipeline.model.windows import Text, Tokens
-from pipeline.sources import source, tables
+from pipeline.model.prompt import Encoder, Row
 from pipeline.sources.account import Account, listed
+
+if TYPE_CHECKING:
+    import torch
 
 TOGETHER = 512
 """Tokens computed at once. The logits of all of them are held twice, in the model's dtype."""
 POSITIONS = memory.PLACES
 """Places whose distributions are held in float32 at once."""
-PLAIN = (".txt", ".md")
 FEWEST = 2
 """Windows that resampling needs at least."""
 
 
 def measure_seed(seed: int, forget: params.Forget, runtime: params.Runtime) -> None:
-    """Write `out/forgetting/<seed>.json`: the sums of every window, and the means over all tokens.
+    """Write `out/forgetting/<seed>.json`: for each probe the sums of every window, and the means over all tokens.
 
     UserError for a source that cannot be read or has too little text, and for losses that are not finite.
     """
     facts = contracts.read(paths.QUANTIZED_FACTS, QuantizedFacts)
     saved = adapter.Saved(paths.adapter(seed))
-    found = Forgetting(seed, forget.source, facts.sha256, saved.sha256)
-    if forget.source is not None:
-        found = replace(found, measured=_measured(found, facts, saved, forget, runtime))
+    found = Forgetting(seed, facts.sha256, saved.sha256, [])
+    if forget.probes:
+        found = replace(found, probes=_measured(found, facts, saved, forget, runtime))
     if processes.rank() > 0:
         return
     contracts.write(paths.forgetting(seed), found)
-    if (measured := found.measured) is None:
-        say("forget: not measured, forget.source is null")
-    else:
+    if not found.probes:
+        say("forget: not measured, forget.probes is empty")
+    for one in found.probes:
         say(
-            f"forget {seed}: loss on {measured.tokens:,} tokens of general text {measured.base_loss:.3f} -> "
-            f"{measured.tuned_loss:.3f}, {measured.kl:.3f} nats a token from the base's distribution; "
-            f"{contracts.windows_read(measured.window, measured.bos)}"
+            f"forget {seed}, {one.name}: loss on {one.tokens:,} tokens {one.base_loss:.3f} -> {one.tuned_loss:.3f}, "
+            f"{one.kl:.3f} nats a token from the base's distribution; read {one.read}"
         )
-        if measured.left_out:
-            say(f"forget {seed}: left out: {listed(measured.left_out)}")
+        if one.left_out:
+            say(f"forget {seed}, {one.name}: left out: {listed(one.left_out)}")
 
 
 def _measured(
     found: Forgetting, facts: QuantizedFacts, saved: adapter.Saved, forget: params.Forget, runtime: params.Runtime
-) -> GeneralText:
+) -> list[Probed]:
     # 1. What is read, and whether it can be.
     tokenizer = checkpoint.tokenizer()
-    account = Account()
-    chosen = _chosen(tokenizer, facts, forget, account)
+    forget.require_model(facts.context, bool(tokenizer.chat_template))
+    accounts = [Account() for _ in forget.probes]
+    chosen = [rows(tokenizer, facts.context, *pair) for pair in zip(forget.probes, accounts, strict=True)]
     device = devices.choose(runtime)
     devices.require(device, facts.dtype)
     base = memory.held(memory.Base.quantized(facts), runtime, device)
-    memory.require_reading(device, base, max(TOGETHER, forget.window), saved.parameters)
+    longest = max(probe.window for probe in forget.probes)
+    memory.require_reading(device, base, max(TOGETHER, longest), saved.parameters)
     conditions = [contracts.content(found), forget.model_dump(mode="json"), devices.threads(device)]
     processes.require_same(conditions, "experiment")
-    # 2. The sums of every window.
+    # 2. The sums of every window, and what they come to.
     model = saved.load(load.quantized(device, runtime.keep_dequantized, runtime.sharding), facts.sha256)
-    sums = measure(model, chosen, f"forget {found.seed}")
-    # 3. What they come to, a token.
+    made = []
+    for probe, some, account in zip(forget.probes, chosen, accounts, strict=True):
+        sums = measure(model, some, f"forget {found.seed}, {probe.name}")
+        bos = some[0].prompt[0] == tokenizer.bos_token_id
+        made.append(_means(probe, sums, bos, device, account))
+    return made
+
+
+def _means(probe: params.Probe, sums: Sequence[Window], bos: bool, device: "torch.device", account: Account) -> Probed:
+    """What the sums of a probe's windows come to, a token. UserError for losses that are not finite."""
     tokens = sum(one.tokens for one in sums)
 
     def mean(name: str) -> float:
@@ -86,15 +98,18 @@ def _measured(
     base_loss, tuned_loss, cross_entropy, entropy = map(mean, ("base", "tuned", "cross_entropy", "entropy"))
     if not all(map(math.isfinite, (base_loss, tuned_loss, cross_entropy, entropy))):
         raise UserError(
-            f"the losses on general text are not finite (base {base_loss}, tuned {tuned_loss}, cross-entropy "
+            f"the losses on the probe {probe.name} are not finite (base {base_loss}, tuned {tuned_loss}, cross-entropy "
             f"{cross_entropy}, entropy {entropy}): lower train.learning_rate"
         )
-    return GeneralText(
+    return Probed(
+        name=probe.name,
+        style=probe.style,
+        source=probe.source,
         device=device.type,
         threads=devices.threads(device),
         tokens=tokens,
-        window=forget.window,
-        bos=prompt.starts_with_bos(tokenizer),
+        window=probe.window,
+        bos=bos,
         texts=len({one.place for one in sums}),
         base_loss=base_loss,
         tuned_loss=tuned_loss,
@@ -103,99 +118,65 @@ def _measured(
         cross_entropy=cross_entropy,
         base_entropy=entropy,
         kl=cross_entropy - entropy,
-        windows=sums,
+        windows=list(sums),
         left_out={why: count for why, count in account.left_out.items() if count} or None,
     )
 
 
-def _chosen(tokenizer: Any, facts: QuantizedFacts, forget: params.Forget, account: Account) -> list[Tokens]:
-    """The windows that are read; UserError for a window that the model cannot read, and for too little text.
+def rows(tokenizer: Any, context: int, probe: params.Probe, account: Account) -> list[Row]:
+    """What of a probe is read, as rows whose completions are predicted; the group of a row is its text's place.
 
-    `account` counts what holds no text of its own.
+    `context` is the model's, in tokens. `account` counts what of the source is not read because it is no text, repeats
+    another, or is longer than the window. UserError for too little text.
     """
-    assert forget.source is not None
-    forget.require_context(facts.context)
-    found = texts(forget, forget.source, account)
-    chosen = windows.cut(tokenizer, found, forget.tokens, forget.window)
+    if probe.style == "chat":
+        encoder = Encoder(tokenizer, _through_the_template(tokenizer, context), context)
+        chosen = _conversations(encoder, probe, account)
+    else:
+        chosen = [one.row() for one in windows.cut(tokenizer, probes.texts(probe, account), probe.tokens, probe.window)]
     if len(chosen) < FEWEST:
         raise UserError(
-            f"forget.source = {forget.source!r} gives {len(chosen)} windows of text, too few for an interval: "
-            "name more text, or lower forget.window"
+            f"{probe.at}.source = {probe.source!r} gives {len(chosen)} windows of text, too few for an interval: "
+            "name more text, or change the probe's window"
         )
     return chosen
 
 
-def texts(forget: params.Forget, name: str, account: Account | None = None) -> list[Text]:
-    """The documents of the source, each content once, ordered by digest: a text's place or file does not matter.
-
-    A file of plain text is one document, and so is a record of a table. `account` counts records without a text, and
-    texts that repeat another. UserError if `forget.column` does not fit.
-    """
-    counts = Account() if account is None else account
-    found: list[Text] = []
-    with source.mounted([(name, forget.sha256)], kind="dataset", key="forget") as places:
-        for file in tables.select(tables.files(places, several=False), forget.files, "forget.files"):
-            if file.path.suffix.lower() in PLAIN:
-                if forget.column is not None:
-                    raise UserError(f"forget.column = {forget.column!r}, but {file.name} is plain text: set it to null")
-                found.append(Text(file.name, tables.plain(file, forget.encoding, "forget")))
-            else:
-                found += _column(file, forget, counts)
-    if forget.html:
-        found = [Text(text.place, without_tags(text.content)) for text in found]
-    given = [text for text in found if text.content.strip()]
-    by_digest = {records.sha256_text(text.content): text for text in given}
-    counts.left_out["empty texts"] += len(found) - len(given)
-    counts.left_out["repeated texts"] += len(given) - len(by_digest)
-    return [by_digest[digest] for digest in sorted(by_digest)]
+def _conversations(encoder: Encoder, probe: params.Probe, account: Account) -> list[Row]:
+    """Whole conversations, until their answers have the probe's tokens."""
+    chosen: list[Row] = []
+    left = probe.tokens
+    for example in probes.conversations(probe, account):
+        if left <= 0:
+            break
+        row = encoder.row(example)
+        if len(row.prompt) + len(row.completion) > probe.window:
+            account.left_out["conversations longer than the window"] += 1
+            continue
+        chosen.append(replace(row, group=row.id))
+        left -= len(row.completion)
+    return chosen
 
 
-def _column(file: tables.File, forget: params.Forget, account: Account) -> list[Text]:
-    """The texts in one column of a table; `account` counts the records without a text there."""
-    if forget.column is None:
-        raise UserError(f"forget.column is null, but {file.name} holds records: name the column of the text")
-    located = list(tables.records(file, forget.encoding, "forget", account))
-    values = [(where, tables.value(record, forget.column)) for where, record in located]
-    if located and all(value is tables.ABSENT for _, value in values):
-        there = [column for column in tables.columns(located) if column not in tables.BUILT_IN]
-        shape = tables.shape(located)
-        raise UserError(
-            f"forget.column = {forget.column!r}: {file.name} has no such column; it has "
-            f"{', '.join(there[: tables.SHOWN])}{', ...' if len(there) > tables.SHOWN else ''}"
-            + (f"; {shape}" if shape else "")
-        )
-    for where, value in values:
-        if value is not tables.ABSENT and not isinstance(value, str | None):
-            raise UserError(f"forget.column = {forget.column!r}: at {where} it is {type(value).__name__}, not text")
-    found = [Text(where, value) for where, value in values if isinstance(value, str)]
-    account.left_out["records without a text"] += len(values) - len(found)
-    return found
+def _through_the_template(tokenizer: Any, context: int) -> params.Prompt:
+    """The settings of a prompt that is the conversation itself, whole; without a thought, if the template has that."""
+    ask = [{"role": "user", "content": "a"}]
+    thinking = False
+    with contextlib.suppress(prompt.TemplateError):  # the encoder says what is wrong with the template
+        thinking = opens_thought(prompt.rendered(tokenizer, ask, add_generation_prompt=True, enable_thinking=False))
+    return params.Prompt(
+        style="chat", template="{source}", instructions={}, thinking=thinking, max_tokens=context, truncate_source=False
+    )
 
 
-def without_tags(text: str) -> str:
-    """HTML as plain text: line breaks for paragraphs and breaks, no other tags, and characters for entities."""
-    text = _tags(r"(?i)<(?:br|/?p)\b[^>]*>", "\n", text)
-    text = _tags(r"</?[A-Za-z][^>]*>", "", text)
-    # `html.unescape` fails at thousands of digits. A number of more than eight is not a character.
-    text = html.unescape(re.sub(r"&#0*([0-9]{8})[0-9]*", r"&#\1", text))
-    text = re.sub(r"[ \t\xa0]+", " ", text)
-    return re.sub(r"\s{2,}", lambda found: "\n" if "\n" in found[0] else found[0], text).strip()
-
-
-def _tags(pattern: str, instead: str, text: str) -> str:
-    """`text` with its tags replaced. What follows the last ">" holds no tag, and each "<" there would cost a search."""
-    before, last, rest = text.rpartition(">")
-    return re.sub(pattern, instead, before + last) + rest
-
-
-def measure(model: Any, chosen: Sequence[Tokens], label: str) -> list[Window]:
-    """The sums of every window of `chosen`, in their order; `model` is the base with the adapter on it.
+def measure(model: Any, chosen: Sequence[Row], label: str) -> list[Window]:
+    """The sums over the completion of every row, in their order; `model` is the base with the adapter on it.
 
     Several processes divide the micro-batches of one process among them.
     """
     import torch
 
-    trees = [pack.tree([Row("", "", window.ids[:1], window.ids[1:])]) for window in chosen]
+    trees = [pack.tree([row]) for row in chosen]
     number_of = {id(tree): number for number, tree in enumerate(trees)}
     parts = pack.micro_batches(trees, TOGETHER)
     own = processes.share(parts, lambda part: sum(tree.tokens for tree in part))
@@ -217,7 +198,7 @@ def measure(model: Any, chosen: Sequence[Tokens], label: str) -> list[Window]:
                 start = end
                 advance(tree.supervised)
     nats = {int(number): sums for one in processes.gather(measured) for number, sums in one.items()}
-    return [Window(window.place, len(window.ids) - 1, *nats[number]) for number, window in enumerate(chosen)]
+    return [Window(row.group, len(row.completion), *nats[number]) for number, row in enumerate(chosen)]
 
 
 def _nats(base_NxV: Any, tuned_NxV: Any, target_N: Any) -> Any:

@@ -1,4 +1,4 @@
-"""Stage forget: one seed's adapter is compared with the base on general text."""
+"""Stage forget: one seed's adapter is compared with the base on text that is not of the task."""
 
 from pipeline import forget
 from pipeline.core import params, paths, stage

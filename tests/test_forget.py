@@ -1,9 +1,7 @@
 """Forgetting: the sums are those of two plain forward passes; texts are what the parameters say."""
 
-import html
 import json
 import random
-import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -12,18 +10,18 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from pipeline import forget, quantize
+from pipeline import forget, probes, quantize
 from pipeline.core import contracts, params, paths, records
 from pipeline.core.contracts import Forgetting
 from pipeline.core.errors import UserError
 from pipeline.fetch import fetch
 from pipeline.lora import adapter
 from pipeline.model import attention, checkpoint, load, loss, pack
-from pipeline.model.prompt import Row
 from pipeline.model.windows import Tokens
 from pipeline.sources.account import Account
 from tests.made.data import WORDS
 from tests.made.models import reading_bos
+from tests.made.parameters import probe_of, with_probe
 from tests.made.records import quantized_facts
 from tests.made.variants import trained
 
@@ -50,10 +48,11 @@ def test_the_sums_are_those_of_plain_passes_however_they_are_cut(
 ) -> None:
     model = adapted(tiny_model)
     windows = [Tokens(str(i), list(range(40 + i, 40 + i + length))) for i, length in enumerate((30, 2, 17, 44, 30))]
-    found = forget.measure(model, windows, "forget")
+    rows = [window.row() for window in windows]
+    found = forget.measure(model, rows, "forget")
     monkeypatch.setattr(forget, "POSITIONS", 7)
     monkeypatch.setattr(forget, "TOGETHER", 40)
-    again = forget.measure(model, windows, "forget")
+    again = forget.measure(model, rows, "forget")
     plain = AutoModelForCausalLM.from_pretrained(tiny_model).eval()
     for window, one, other in zip(windows, found, again, strict=True):
         ids_1xL = torch.tensor([window.ids])
@@ -72,116 +71,13 @@ def test_the_sums_are_those_of_plain_passes_however_they_are_cut(
 
 
 def tree(window: Tokens) -> Any:
-    return pack.tree([Row("", "", window.ids[:1], window.ids[1:])])
+    return pack.tree([window.row()])
 
 
 def test_an_adapter_that_does_nothing_forgets_nothing(tiny_model: Path) -> None:
-    (one,) = forget.measure(adapted(tiny_model, strength=0.0), [Tokens("a", list(range(40, 70)))], "forget")
+    (one,) = forget.measure(adapted(tiny_model, strength=0.0), [Tokens("a", list(range(40, 70))).row()], "forget")
     assert one.tuned == one.base
     assert one.cross_entropy == one.entropy
-
-
-# Texts
-
-
-def section(folder: Path, files: str | list[str], **change: Any) -> params.Forget:
-    given: dict[str, Any] = {"source": str(folder), "sha256": records.sha256_tree(folder), "files": files}
-    given |= {"encoding": "utf-8", "column": None, "html": False, "tokens": 64, "window": 16}
-    return params.Forget.model_validate(given | change)
-
-
-def texts(folder: Path, files: str | list[str], **change: Any) -> list[str]:
-    given = section(folder, files, **change)
-    assert given.source
-    return [text.content for text in forget.texts(given, given.source)]
-
-
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    (tmp_path / "own").mkdir()
-    (tmp_path / "own" / "a.txt").write_text("One text.\nOf two lines.\n")
-    (tmp_path / "own" / "b.txt").write_text("Another.")
-    (tmp_path / "own" / "again.txt").write_text("Another.")
-    (tmp_path / "own" / "empty.txt").write_text(" \n")
-    rows = [{"body": {"text": "<p>Caf&eacute; &amp; bar<br>open</p>"}}, {"body": {"text": ""}}, {"body": {}}]
-    (tmp_path / "own" / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (tmp_path / "own" / "whole.json").write_text(json.dumps({"body": {"text": "Whole."}}, indent=2))
-    return tmp_path / "own"
-
-
-def test_plain_text_is_a_document_a_file_once_and_in_an_order_of_its_own(folder: Path) -> None:
-    found = texts(folder, "*.txt")
-    assert sorted(found) == ["Another.", "One text.\nOf two lines.\n"]
-    (folder / "a.txt").rename(folder / "z.txt")
-    assert texts(folder, "*.txt") == found
-
-
-def test_a_column_is_a_document_a_record_and_html_is_read_as_text(folder: Path) -> None:
-    files = ["rows.jsonl", "whole.json"]
-    assert sorted(texts(folder, files, column="body.text")) == ["<p>Caf&eacute; &amp; bar<br>open</p>", "Whole."]
-    assert sorted(texts(folder, files, column="body.text", html=True)) == ["Caf\u00e9 & bar\nopen", "Whole."]
-
-
-def test_what_gives_no_text_of_its_own_is_counted(folder: Path) -> None:
-    def left_out(files: str | list[str], **change: Any) -> dict[str, int]:
-        account = Account()
-        given = section(folder, files, **change)
-        assert given.source
-        forget.texts(given, given.source, account)
-        return dict(+account.left_out)
-
-    assert left_out("*.txt") == {"empty texts": 1, "repeated texts": 1}
-    assert left_out("*.jsonl", column="body.text") == {"empty texts": 1, "records without a text": 1}
-    assert left_out("a.txt") == {}
-    (folder / "de.po").write_text('#, fuzzy\nmsgid "a"\nmsgstr "b"\n\nmsgid "c"\nmsgstr "d"\n')
-    assert left_out("de.po", column="msgid") == {"fuzzy entries": 1}
-
-
-@pytest.mark.parametrize(
-    ("files", "column", "told"),
-    [
-        ("*.txt", "body", r"forget.column = 'body', but a.txt is plain text: set it to null"),
-        ("*.jsonl", None, r"forget.column is null, but rows.jsonl holds records: name the column"),
-        ("*.jsonl", "text", r"forget.column = 'text': rows.jsonl has no such column; it has body.text"),
-        ("*.jsonl", "body", r"forget.column = 'body': at rows.jsonl:1 it is dict, not text"),
-        ("*.csv", None, r"forget.files = '\*.csv': forget.source has no such file"),
-        ("../*.txt", None, r"forget.files = '../\*.txt': must lie in forget.source"),
-    ],
-)
-def test_what_does_not_fit_is_told(folder: Path, files: str, column: str | None, told: str) -> None:
-    with pytest.raises(UserError, match=told):
-        texts(folder, files, column=column)
-
-
-def test_another_encoding_is_told_by_the_key_that_sets_it(folder: Path) -> None:
-    (folder / "a.txt").write_bytes("caf\u00e9".encode("cp1252"))
-    with pytest.raises(UserError, match=r"a.txt:1 is not UTF-8 .*: set forget.encoding to the encoding"):
-        texts(folder, "a.txt")
-    assert texts(folder, "a.txt", encoding="cp1252") == ["caf\u00e9"]
-
-
-TAGS = (
-    "<", "<p", "</p", "<BR", "<br/", "p", "a", "<a", " href='x'", ">", "/", ">", " ", "  ", "\t", "\n", "\xa0",
-    "\u2028", "\x0c", "\x1c", "&", "&lt;", "&lt", "&gt;", "&#", "&#x", "0", "00000", "1", "65", "6", "123456789",
-    "&#65;", ";", "&#0000000000065;", "&#99999999;", "&#1114112;", "&#0;", "&#x41;", "x", "&nbsp;", "&amp;lt;", "é",
-)  # fmt: skip
-
-
-def test_the_text_of_html_is_that_of_the_plain_expressions() -> None:
-    def plain(text: str) -> str:
-        text = re.sub(r"(?i)<(br|/?p)\b[^>]*>", "\n", text)
-        text = html.unescape(re.sub(r"</?[A-Za-z][^>]*>", "", text))
-        return re.sub(r"\s*\n\s*", "\n", re.sub(r"[ \t\xa0]+", " ", text)).strip()
-
-    draw = random.Random(0)
-    for _ in range(50_000):
-        text = "".join(draw.choices(TAGS, k=draw.randrange(16)))
-        assert forget.without_tags(text) == plain(text), text
-
-
-def test_a_character_of_thousands_of_digits_is_none() -> None:
-    assert forget.without_tags("a&#" + "9" * 10_000 + ";b") == "a\ufffdb"
-    assert forget.without_tags("a&#" + "0" * 10_000 + "65;b") == "aAb"
 
 
 # The stage
@@ -207,9 +103,10 @@ def ready(project: params.Params, tiny_model: Path, monkeypatch: pytest.MonkeyPa
 def test_the_stage_writes_sums_and_means(ready: params.Params) -> None:
     forget.measure_seed(17, ready.forget, ready.runtime)
     written = contracts.read(paths.forgetting(17), Forgetting)
-    found = written.measured
-    assert found is not None
-    assert found.tokens == ready.forget.tokens == sum(one.tokens for one in found.windows)
+    (found,) = written.probes
+    (probe,) = ready.forget.probes
+    assert (found.name, found.style, found.source) == ("general", "plain", probe.source)
+    assert found.tokens == probe.tokens == sum(one.tokens for one in found.windows)
     assert found.texts == len({one.place for one in found.windows}) > 1
     assert written.adapter_sha256 == adapter.Saved(paths.adapter(17)).sha256
     assert found.base_loss == pytest.approx(sum(one.base for one in found.windows) / found.tokens)
@@ -234,16 +131,15 @@ def test_the_loss_is_that_of_transformers_on_text_as_the_model_reads_it(
     for number in range(9):
         words = random.Random(number).choices(WORDS, k=40)
         (tmp_path / "texts" / f"{number}.txt").write_text(" ".join(words))
-    given = section(tmp_path / "texts", "*.txt", window=32, tokens=200)
-    forget.measure_seed(17, given, project.runtime)
-    found = contracts.read(paths.forgetting(17), Forgetting).measured
-    assert found is not None
+    given = probe_of(tmp_path / "texts", "*.txt", window=32, tokens=200)
+    forget.measure_seed(17, params.Forget(probes=[given]), project.runtime)
+    (found,) = contracts.read(paths.forgetting(17), Forgetting).probes
     assert (found.window, found.bos) == (32, bos)
     said = "each with a BOS first" if bos else "without BOS, as the model reads text"
     assert f"windows of {found.window} tokens, {said}" in capsys.readouterr().out
     # Every text is longer than a window, so each is its tokens' beginning.
     plain, tokenizer = AutoModelForCausalLM.from_pretrained(paths.BASE, dtype=torch.float32), checkpoint.tokenizer()
-    by_place = {text.place: text.content for text in forget.texts(given, str(tmp_path / "texts"))}
+    by_place = {text.place: text.content for text in probes.texts(given)}
 
     def loss_of(bos: bool) -> float:
         total = 0.0
@@ -269,35 +165,105 @@ def test_what_was_left_out_is_written_and_told(
         (tmp_path / "more").mkdir(exist_ok=True)
         (tmp_path / "more" / "general.jsonl").write_text("\n".join(lines))
         change = {"source": str(tmp_path / "more"), "sha256": records.sha256_tree(tmp_path / "more")}
-        forget.measure_seed(17, ready.forget.model_copy(update=change), ready.runtime)
+        forget.measure_seed(17, with_probe(ready.forget, **change), ready.runtime)
         contracts.read(paths.forgetting(17), Forgetting)
-        found: dict[str, Any] = records.read_json(paths.forgetting(17))["measured"]
+        found: dict[str, Any] = records.read_json(paths.forgetting(17))["probes"][0]
         return found
 
     assert "left_out" not in measured(*rows)
     assert "left out" not in capsys.readouterr().out
     assert measured(*rows, *rows, '{"text": null}')["left_out"] == {"records without a text": 1, "repeated texts": 12}
-    assert "forget 17: left out: records without a text (1), repeated texts (12)\n" in capsys.readouterr().out
+    assert "forget 17, general: left out: records without a text (1), repeated texts (12)\n" in capsys.readouterr().out
 
 
-def test_without_a_source_nothing_is_measured_and_that_is_written(ready: params.Params) -> None:
-    forget.measure_seed(17, ready.forget.model_copy(update={"source": None}), ready.runtime)
+def test_without_a_probe_nothing_is_measured_and_that_is_written(ready: params.Params) -> None:
+    forget.measure_seed(17, params.Forget(probes=[]), ready.runtime)
     found = records.read_json(paths.forgetting(17))
-    assert found["source"] is None
-    assert sorted(found) == ["adapter_sha256", "model_sha256", "seed", "source"]
+    assert found["probes"] == []
+    assert sorted(found) == ["adapter_sha256", "model_sha256", "probes", "seed"]
 
 
 @pytest.mark.parametrize(
     ("change", "told"),
     [
-        ({"window": 513}, "forget.window = 513, but the model's context is 512 tokens"),
+        ({"window": 513}, "forget.probes.general.window = 513, but the model's context is 512 tokens"),
         ({"tokens": 10}, "gives 1 windows of text, too few for an interval"),
-        ({"sha256": "0" * 64}, "forget.sha256 = '0000"),
-        ({"source": "pip:nothing"}, "forget.source = 'pip:nothing': write pip:"),
-        ({"source": "nowhere"}, "forget.source = 'nowhere': no such file or folder in "),
+        ({"sha256": "0" * 64}, "forget.probes.general.sha256 = '0000"),
+        ({"source": "pip:nothing"}, "forget.probes.general.source = 'pip:nothing': write pip:"),
+        ({"source": "nowhere"}, "forget.probes.general.source = 'nowhere': no such file or folder in "),
     ],
 )
 def test_a_mistake_is_one_clear_error(ready: params.Params, change: dict[str, Any], told: str) -> None:
     with pytest.raises(UserError, match=told):
-        forget.measure_seed(17, ready.forget.model_copy(update=change), ready.runtime)
+        forget.measure_seed(17, with_probe(ready.forget, **change), ready.runtime)
     assert not paths.forgetting(17).exists()
+
+
+# Conversations
+
+
+def written(folder: Path, count: int, **change: Any) -> params.Probe:
+    """A probe of conversations of a question and an answer of several words."""
+    folder.mkdir()
+    draw = random.Random(3)
+    talks = [[" ".join(draw.choices(WORDS, k=6)) + f" {n}?", " ".join(draw.choices(WORDS, k=5))] for n in range(count)]
+    (folder / "talks.json").write_text(json.dumps([{"talks": talks}]))
+    given = {"style": "chat", "column": "talks", "tokens": 1000, "window": 200}
+    return probe_of(folder, "talks.json", **(given | change))
+
+
+def test_the_loss_of_a_conversation_is_that_of_its_answer_behind_the_model_s_own_template(
+    ready: params.Params, tiny_model: Path, tmp_path: Path
+) -> None:
+    probe = written(tmp_path / "own", 12)
+    forget.measure_seed(17, params.Forget(probes=[probe, *ready.forget.probes]), ready.runtime)
+    talk, general = contracts.read(paths.forgetting(17), Forgetting).probes
+    assert (talk.name, talk.style, talk.texts, general.name) == ("own", "chat", 12, "general")
+    plain, tokenizer = AutoModelForCausalLM.from_pretrained(tiny_model), AutoTokenizer.from_pretrained(tiny_model)
+    by_place = {one.id: one for one in probes.conversations(probe)}
+    for window in talk.windows:
+        one = by_place[window.place]
+        asked = [{"role": "user", "content": one.source}]
+        before = tokenizer.apply_chat_template(asked, add_generation_prompt=True, tokenize=False)
+        ids = tokenizer(before, add_special_tokens=False).input_ids
+        answer = [*tokenizer(one.target, add_special_tokens=False).input_ids, tokenizer.eos_token_id]
+        labels = [-100] * len(ids) + answer
+        with torch.no_grad():
+            mean = plain(input_ids=torch.tensor([ids + answer]), labels=torch.tensor([labels])).loss
+        assert window.tokens == len(answer)
+        assert window.base == pytest.approx(float(mean) * len(answer), rel=1e-4)
+    # What another probe reads changes nothing of the first.
+    forget.measure_seed(17, ready.forget, ready.runtime)
+    assert contracts.read(paths.forgetting(17), Forgetting).probes == [general]
+
+
+def test_whole_answers_are_read_until_they_have_the_tokens_and_long_conversations_are_left_out(
+    ready: params.Params, tmp_path: Path
+) -> None:
+    def measured(probe: params.Probe) -> Any:
+        forget.measure_seed(17, params.Forget(probes=[probe]), ready.runtime)
+        return contracts.read(paths.forgetting(17), Forgetting).probes[0]
+
+    whole = measured(written(tmp_path / "own", 30))
+    some = measured(probe_of(tmp_path / "own", "talks.json", style="chat", column="talks", tokens=64, window=200))
+    assert 64 <= some.tokens < whole.tokens
+    assert some.windows == whole.windows[: len(some.windows)]
+    assert some.tokens - some.windows[-1].tokens < 64
+    rows = forget.rows(checkpoint.tokenizer(), 512, written(tmp_path / "b", 30, tokens=64), Account())
+    lengths = sorted({len(row.prompt) + len(row.completion) for row in rows})
+    assert len(lengths) > 1
+    left = measured(
+        probe_of(tmp_path / "own", "talks.json", style="chat", column="talks", tokens=999, window=lengths[0])
+    )
+    assert left.left_out == {"conversations longer than the window": 30 - left.texts}
+    assert 0 < left.texts < 30
+
+
+def test_a_model_without_a_chat_template_reads_no_conversations(
+    ready: params.Params, tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
+    tokenizer.chat_template = None
+    monkeypatch.setattr(checkpoint, "tokenizer", lambda: tokenizer)
+    with pytest.raises(UserError, match="forget.probes.own.style = 'chat', but the model's tokenizer has no chat temp"):
+        forget.measure_seed(17, params.Forget(probes=[written(tmp_path / "own", 9)]), ready.runtime)

@@ -30,9 +30,9 @@ def examine(draft: params.Draft, report: Report) -> None:
         report.seen.append("the model's header" if place.is_file() else "the model's configuration")
         if (given := draft.get(params.Prompt)) is not None:
             report.problems += prompt.model_faults(given, seen.context, seen.chat_template)
-        if (general := draft.get(params.Forget)) is not None and seen.context is not None:
+        if (general := draft.get(params.Forget)) is not None:
             with report.part():
-                general.require_context(seen.context)
+                general.require_model(seen.context, seen.chat_template)
 
 
 def _place(model: params.Model) -> Path | None:

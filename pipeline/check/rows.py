@@ -3,7 +3,7 @@
 import contextlib
 import io
 
-from pipeline import forget
+from pipeline import probes
 from pipeline.check.report import Report
 from pipeline.core import params
 from pipeline.core.records import Example
@@ -31,14 +31,12 @@ def examine(draft: params.Draft, report: Report) -> None:
             if (settings := draft.get(params.Evaluate)) is not None:
                 with report.part():
                     evaluate.require_script([row.references for row in splits[settings.split].rows], settings)
-    if (
-        general is not None
-        and general.source is not None
-        and _readable([(general.source, general.sha256)], "forget", "forget", report)
-    ):
-        with report.part():
-            found = forget.texts(general, general.source)
-            report.seen.append(f"{len(found):,} general texts")
+    for probe in general.probes if general is not None else []:
+        if _readable([(probe.source, probe.sha256)], probe.at, "forget", report):
+            with report.part():
+                read = probes.conversations if probe.style == "chat" else probes.texts
+                kind = "conversations" if probe.style == "chat" else "texts"
+                report.seen.append(f"{len(read(probe)):,} {kind} of {probe.at}")
 
 
 def _readable(pinned: list[tuple[str, str | None]], key: str, stage: str, report: Report) -> bool:

@@ -89,7 +89,7 @@ class Plan:
         return memory.inference(self.base, limits, max(self.prompt, longest), 0, self.device)
 
     def forget(self) -> Parts:
-        tokens = max(reading.TOGETHER, self.given.forget.window)
+        tokens = max(reading.TOGETHER, *(probe.window for probe in self.given.forget.probes))
         return memory.reading(self.base, tokens, self._added, self.device)
 
     @property
@@ -105,7 +105,7 @@ class Plan:
             stages["unquantized"] = self.infer_unquantized()
         if baseline.shots_off(asked.shots) is None:
             stages["shots"] = self.infer_shots()
-        return stages if self.given.forget.source is None else {**stages, "forget": self.forget()}
+        return {**stages, "forget": self.forget()} if self.given.forget.probes else stages
 
 
 def gpu_gb(given: params.Params, shape: Shape) -> int:
@@ -198,7 +198,7 @@ def _fitting(given: params.Params, shape: Shape, devices: list[tuple[str, float,
         behind = f", {'unpacked' if keep else 'packed'}" if len(modes) > 1 else ""
         yield row(f"train.micro_batch_tokens{behind}", _train, keep)
         yield row(f"generation.batch_tokens{behind}", _infer, keep)
-        if given.forget.source is not None:
+        if given.forget.probes:
             yield row(f"forget{behind}", lambda plan, room: "yes" if total(plan.forget()) <= room else "no", keep)
     if len(modes) > 1:
         yield "unpacked, packed: runtime.keep_dequantized true, false"

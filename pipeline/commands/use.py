@@ -501,11 +501,11 @@ def _needs_in_short(choice: Choice) -> str:
 def _needs_at_length(choice: Choice) -> Iterator[str]:
     needs, sources = choice.recipe.needs, _sources(choice.content)
     everything = [source for given in sources.values() for source in given]
-    general = choice.content["forget"]["source"]
+    general = [probe["source"] for probe in choice.content["forget"]["probes"]]
     if any(source.startswith("pip:") for source in everything):
         yield "needs  a package index (PyPI or a mirror)"
-    elif general and general.startswith("pip:"):
-        yield "needs  a package index, for the text of forget; not with forget.source: null"
+    elif any(source.startswith("pip:") for source in general):
+        yield "needs  a package index, for the text of forget; not with forget.probes: []"
     if hub := [source.removeprefix("hf:") for source in everything if _is_on_hub(source)]:
         yield f"needs  the Hugging Face hub (huggingface.co), for {' and '.join(hub)}"
     for page in needs.licence:

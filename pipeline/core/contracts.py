@@ -278,7 +278,7 @@ class AdapterOrigin:
 
 @dataclass(frozen=True, slots=True)
 class Window:
-    """Sums over the predicted tokens of one window of general text, in nats.
+    """Sums over the predicted tokens of one window of text, or of one conversation, in nats.
 
     `base` and `tuned` are the losses on the text. `cross_entropy` is tuned's against the base's distribution, `entropy`
     the base's own. `place` is the text's position in its source.
@@ -293,13 +293,18 @@ class Window:
 
 
 @dataclass(frozen=True, slots=True)
-class GeneralText:
-    """The losses of base and tuned on general text: means over all predicted tokens, and the windows behind them.
+class Probed:
+    """The losses of base and tuned on one probe: means over all predicted tokens, and the windows behind them.
 
-    A window has at most `window` tokens, and begins with a BOS if `bos` is true.
+    `name`, `style` and `source` are the probe's. In style plain a window has at most `window` tokens, and begins with a
+    BOS if `bos` is true. In style chat a window is a conversation of at most `window` tokens, of whose answer all
+    tokens are predicted, the closing EOS included.
     `left_out` counts the records and texts of the source that are none, or that repeat another, by reason.
     """
 
+    name: str
+    style: str
+    source: str
     device: str
     threads: int
     tokens: int
@@ -316,16 +321,20 @@ class GeneralText:
     windows: list[Window]
     left_out: dict[str, int] | None = None
 
+    @property
+    def read(self) -> str:
+        """How the text was read, in words."""
+        return probe_read(self.style, self.window, self.bos)
+
 
 @dataclass(frozen=True, slots=True)
 class Forgetting:
-    """The effect of one seed's adapter on general text. `measured` is left out if `forget.source` is null."""
+    """The effect of one seed's adapter on text that is not of the task: one entry a probe, in their order."""
 
     seed: int
-    source: str | None
     model_sha256: str
     adapter_sha256: str
-    measured: GeneralText | None = None
+    probes: list[Probed]
 
 
 # infer and evaluate
@@ -445,6 +454,15 @@ class Cost:
 def windows_read(window: int, bos: bool) -> str:
     """How text was read for a perplexity, in words: in windows of at most `window` tokens, with a BOS or without."""
     return f"windows of {window:,} tokens, {'each with a BOS first' if bos else 'without BOS, as the model reads text'}"
+
+
+def probe_read(style: str, window: int, bos: bool) -> str:
+    """How the text of a probe was read, in words; `window` and `bos` as in `Probed`."""
+    if style == "chat":
+        return (
+            f"through the chat template, in conversations of at most {window:,} tokens, of which the last answer counts"
+        )
+    return f"without a chat template, in {windows_read(window, bos)}"
 
 
 # reading and writing

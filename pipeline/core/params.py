@@ -245,9 +245,12 @@ class Train(Section):
     early_stopping: Annotated[int, Field(ge=0, le=1000)]
 
 
-class Forget(Section):
-    key = "forget"
-    source: str | None
+class Probe(Section):
+    """One source of text, on which forgetting is measured."""
+
+    name: Annotated[str, Field(pattern=r"^[a-z][a-z0-9_-]{0,31}$")]
+    style: Literal["plain", "chat"]
+    source: str
     sha256: Sha256 | None
     files: OneOrSeveral[str]
     encoding: Annotated[str, AfterValidator(codec)]
@@ -256,19 +259,63 @@ class Forget(Section):
     tokens: Annotated[int, Field(ge=64, le=10_000_000)]
     window: Annotated[int, Field(ge=16, le=32768)]
 
+    @property
+    def at(self) -> str:
+        """The probe's place in the parameters, for errors."""
+        return f"{Forget.key}.probes.{self.name}"
+
     @model_validator(mode="after")
     def more_than_one_window_is_read(self) -> Self:
-        if self.source is not None and self.tokens < self.window:
+        if self.style == "plain" and self.tokens < self.window:
             raise ValueError(
                 f"tokens = {self.tokens} is below window = {self.window}: one window would hold all of them, and an "
                 "interval needs several; raise tokens, or lower window"
             )
         return self
 
-    def require_context(self, context: int) -> None:
-        """UserError if general text is read in windows that are longer than the model's `context`, in tokens."""
-        if self.source is not None and self.window > context:
-            raise UserError(f"forget.window = {self.window}, but the model's context is {context} tokens")
+    @model_validator(mode="after")
+    def conversations_stand_in_a_column(self) -> Self:
+        if self.style == "chat" and self.column is None:
+            raise ValueError("column must name the column of the conversations with style chat")
+        if self.style == "chat" and self.html:
+            raise ValueError("html must be false with style chat: messages are read as they are")
+        return self
+
+
+class Forget(Section):
+    key = "forget"
+    probes: list[Probe]
+
+    @model_validator(mode="before")
+    @classmethod
+    def not_as_earlier_versions_had_it(cls, given: Any) -> Any:
+        if isinstance(given, Mapping) and "source" in given and "probes" not in given:
+            raise ValueError(
+                "holds one source of text, as earlier versions had it: write a list, probes: [{name: general, style: "
+                "plain, source: ..., and all other keys that stand here}], or probes: [] where source is null"
+            )
+        return given
+
+    @model_validator(mode="after")
+    def names_differ(self) -> Self:
+        names = [probe.name for probe in self.probes]
+        if repeated := sorted({name for name in names if names.count(name) > 1}):
+            raise ValueError(f"two probes are named {', '.join(repeated)}: a name is a probe's name in all results")
+        return self
+
+    def require_model(self, context: int | None, chat_template: bool | None) -> None:
+        """UserError for probes that a model cannot read. `context` is in tokens. None is a fact that is not known."""
+        found = []
+        for probe in self.probes:
+            if context is not None and probe.window > context:
+                found.append(f"{probe.at}.window = {probe.window}, but the model's context is {context} tokens")
+            if probe.style == "chat" and chat_template is False:
+                found.append(
+                    f"{probe.at}.style = 'chat', but the model's tokenizer has no chat template: take this probe out "
+                    "of forget.probes"
+                )
+        if found:
+            raise UserError("; ".join(found))
 
 
 class Sampling(Section):
@@ -440,7 +487,7 @@ class Params(Section):
     @property
     def sources(self) -> list[tuple[str, str | None]]:
         """Every external source, with its digest."""
-        general = [] if self.forget.source is None else [(self.forget.source, self.forget.sha256)]
+        general = [(probe.source, probe.sha256) for probe in self.forget.probes]
         return [*self.data.pinned, (self.model.source, self.model.sha256), *general]
 
     @model_validator(mode="after")

@@ -124,7 +124,7 @@ def training_log(seed: int) -> Path:
 
 
 def forgetting(seed: int) -> Path:
-    """The effect of one seed's adapter on general text: `contracts.Forgetting`."""
+    """The effect of one seed's adapter on the probes of forgetting: `contracts.Forgetting`."""
     return FORGETTING / f"{seed}.json"
 
 

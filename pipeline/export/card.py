@@ -90,8 +90,7 @@ def render(content: Content) -> str:
         caveats=wording.caveats(comparison),
         interval=f"{100 * comparison.confidence:g} % interval",
         own=next(one for one in comparison.tuned if one.variant == paths.variant(content.seed)),
-        price=comparison.cost.forgetting,
-        forget=shown(given.forget.source) if given.forget.source else None,
+        probes=[(one, shown(one.source)) for one in comparison.cost.forgetting],
         facts=facts,
         quantized=contracts.read(paths.QUANTIZED_FACTS, QuantizedFacts),
         training=contracts.read(paths.training_summary(content.seed), TrainingSummary),
@@ -161,13 +160,14 @@ def _parameters(content: Content) -> dict[str, str]:
     """All parameters of the run, without paths of this machine. A value that does not fit in a line is quoted."""
     given = content.given
     sources = {"data.source": [name for name, _ in given.data.pinned], "model.source": [given.model.source]}
-    sources["forget.source"] = [given.forget.source] if given.forget.source else []
+    probes = [probe.model_dump(mode="json") | {"source": shown(probe.source)} for probe in given.forget.probes]
     locked = {name: value for name, value in content.origin.params.items() if not name.startswith(tuple(sources))}
     locked = {
         name: json.dumps(value, ensure_ascii=False) if "\n" in value or value != value.strip() else value
         for name, value in locked.items()
     }
-    return locked | {name: ", ".join(map(shown, names)) or "null" for name, names in sources.items()}
+    locked["forget.probes"] = json.dumps(probes, ensure_ascii=False)
+    return locked | {name: ", ".join(map(shown, names)) for name, names in sources.items()}
 
 
 def _rows(split: str) -> int:

@@ -101,7 +101,7 @@ def _require_usable(empty: Any, tokenizer: Any, experiment: params.Params) -> No
     if context < empty.config.max_position_embeddings:
         say(f"fetch: the context ends at {context} tokens, with the model's sliding window or longrope's first length")
     prompt.Encoder(tokenizer, experiment.prompt, context)
-    experiment.forget.require_context(context)
+    experiment.forget.require_model(context, bool(tokenizer.chat_template))
     if experiment.runtime.sharding == "tensor":
         shard.require_divisible(empty.config, experiment.runtime.processes)
     if experiment.generation.backend == "llama.cpp":

@@ -68,8 +68,7 @@ def shape(path: Path) -> Shape | None:
 def require_usable(seen: Glance, experiment: params.Params) -> None:
     """UserError for what a later stage would refuse in a model, as far as it is known at a glance."""
     prompt.require_model(experiment.prompt, seen.context, seen.chat_template)
-    if seen.context is not None:
-        experiment.forget.require_context(seen.context)
+    experiment.forget.require_model(seen.context, seen.chat_template)
 
 
 def _of_hub(folder: Path) -> Glance:

@@ -464,10 +464,10 @@ def require_reading(device: "torch.device", base: Base, tokens: int, adapter_par
     """What the stage forget is predicted to take for `tokens` tokens at once; UserError if the device has less."""
 
     def remedy(_: float) -> str:
-        remedies = ["lower forget.window (its logits are held)"] if tokens > 2 * WINDOW else []
+        remedies = ["lower the largest window of forget.probes (its logits are held)"] if tokens > 2 * WINDOW else []
         if base.packed and base.keep_dequantized:
             remedies.append("set runtime.keep_dequantized to false")
-        return " or ".join(remedies) or f"{_more(base)}, or set forget.source to null"
+        return " or ".join(remedies) or f"{_more(base)}, or set forget.probes to []"
 
     return _require("forget", _loaded(reading(base, tokens, adapter_parameters, kind(device))), device, remedy)
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from pipeline.model import prompt
+from pipeline.model.prompt import Row
 
 CHARACTERS = 64
 """Assumed as the most that a token has, so that only the needed part of a very long text is tokenized."""
@@ -29,6 +30,10 @@ class Tokens:
 
     place: str
     ids: list[int]
+
+    def row(self) -> Row:
+        """As a row whose completion is what is predicted."""
+        return Row(self.place, self.place, self.ids[:1], self.ids[1:])
 
 
 def cut(tokenizer: Any, texts: Sequence[Text], tokens: int, length: int) -> list[Tokens]:

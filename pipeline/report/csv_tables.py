@@ -149,9 +149,9 @@ def _parts(kind: str, parts: Sequence[Aspect]) -> Iterable[dict[str, Any]]:
 
 
 def _forgetting(comparison: Comparison) -> Iterable[dict[str, Any]]:
-    found = comparison.cost.forgetting
-    if found:
+    for found in comparison.cost.forgetting:
         yield {
+            "probe": found.name,
             "source": found.source,
             "tokens": found.tokens,
             "window": found.window,
@@ -160,6 +160,8 @@ def _forgetting(comparison: Comparison) -> Iterable[dict[str, Any]]:
             "base_loss": found.base_loss,
             "tuned_loss": found.tuned_loss,
             **_interval("difference", found.diff),
+            "p": found.p,
+            "p_holm": found.p_holm,
             "base_perplexity": found.base_perplexity,
             "tuned_perplexity": found.tuned_perplexity,
             **_interval("cross_entropy", found.cross_entropy),

@@ -22,7 +22,7 @@ from pipeline.report import figures
 from pipeline.score import intervals, significance
 from pipeline.score.comparison import Comparison
 from pipeline.score.metrics import LABELS
-from pipeline.score.side_effects import Cost
+from pipeline.score.side_effects import Cost, Forgetting
 from pipeline.score.significance import Direction, Interval
 
 TEMPLATES = Path(__file__).parent / "templates"
@@ -163,21 +163,26 @@ def costs(cost: Cost) -> dict[str, Any]:
         "gap": _mean([one.gap for one in training]),
     }
     if cost.forgetting:
-        found = cost.forgetting
-        content["general_loss"] = {
-            "base": found.base_loss,
-            "tuned": found.tuned_loss,
-            "diff": found.diff.value,
-            "ci_low": found.diff.low,
-            "ci_high": found.diff.high,
-            "cross_entropy": found.cross_entropy.value,
-            "cross_entropy_ci_low": found.cross_entropy.low,
-            "cross_entropy_ci_high": found.cross_entropy.high,
-            "kl": found.kl.value,
-            "kl_ci_low": found.kl.low,
-            "kl_ci_high": found.kl.high,
-        }
+        content["general_loss"] = {one.name: _forgetting(one) for one in cost.forgetting}
     return content
+
+
+def _forgetting(found: Forgetting) -> dict[str, float]:
+    return {
+        "base": found.base_loss,
+        "tuned": found.tuned_loss,
+        "diff": found.diff.value,
+        "ci_low": found.diff.low,
+        "ci_high": found.diff.high,
+        "p": found.p,
+        "p_holm": found.p_holm,
+        "cross_entropy": found.cross_entropy.value,
+        "cross_entropy_ci_low": found.cross_entropy.low,
+        "cross_entropy_ci_high": found.cross_entropy.high,
+        "kl": found.kl.value,
+        "kl_ci_low": found.kl.low,
+        "kl_ci_high": found.kl.high,
+    }
 
 
 def _mean(values: Sequence[float]) -> float:
@@ -443,18 +448,23 @@ def _texts(comparison: Comparison) -> list[str]:
 def _price(comparison: Comparison) -> list[str]:
     """What the gain cost, as far as it is known: general text forgotten, or training that went too far."""
     found = []
-    forgetting = comparison.cost.forgetting
-    if forgetting is None:
+    if not comparison.cost.forgetting:
         found.append(
-            "Forgetting was not measured (forget.source is null): what the adapter costs elsewhere is not known."
+            "Forgetting was not measured (forget.probes is empty): what the adapter costs elsewhere is not known."
         )
-    elif forgetting.rose:
-        found.append(
-            f"Fine-tuning made the model worse at general text: {nats(forgetting.base_loss)} → "
-            f"{nats(forgetting.tuned_loss)} nats a token ({change(forgetting.diff.value)}, "
-            f"{change_span(forgetting.diff)}), a perplexity of {points(forgetting.base_perplexity)} → "
-            f"{points(forgetting.tuned_perplexity)}."
-        )
+    found.extend(
+        f"Fine-tuning made the model worse at text that is not of the task, on the probe {one.name}: "
+        f"{nats(one.base_loss)} → {nats(one.tuned_loss)} nats a token ({change(one.diff.value)}, "
+        f"{change_span(one.diff)}), a perplexity of {points(one.base_perplexity)} → {points(one.tuned_perplexity)}."
+        for one in comparison.cost.forgetting
+        if one.rose
+    )
+    found.extend(
+        f"Whether fine-tuning made the model worse on the probe {one.name} cannot be shown: {one.groups} {one.units} "
+        f"are too few, {intervals.MIN_GROUPS} are needed at least."
+        for one in comparison.cost.forgetting
+        if one.direction == "few"
+    )
     several = len(comparison.cost.training) > 1
     found.extend(
         f"The adapter{f' of seed {one.seed}' if several else ''} is trained past its best: the validation loss was "

@@ -9,8 +9,10 @@ from dataclasses import dataclass
 import numpy as np
 
 from pipeline.core import contracts, params, paths
+from pipeline.core.errors import UserError
+from pipeline.score import significance
 from pipeline.score.estimates import Estimate, Judged
-from pipeline.score.significance import Interval
+from pipeline.score.significance import Direction, Interval
 
 ROSE = 0.01
 """If the kept validation loss exceeds the lowest by more than this share, the report says that training went too
@@ -19,19 +21,24 @@ far."""
 
 @dataclass(frozen=True, slots=True)
 class Forgetting:
-    """Losses on general text in nats a token, as means over seeds (`pipeline.forget`).
+    """Losses on one probe in nats a token, as means over seeds (`pipeline.forget`).
 
     `diff` is tuned minus base. `kl` is `cross_entropy` minus the base's entropy. Intervals cover the choice of `units`,
-    which are texts, or windows of a single text, and the choice of seeds if there are several. A window has at most
-    `window` tokens, and begins with a BOS if `bos` is true.
+    which are texts, conversations, or windows of a single text, and the choice of seeds if there are several. There are
+    `groups` of these. `p` is
+    that of no difference in loss, and `p_holm` is corrected for the number of probes. `direction` is what is shown of
+    the difference, by its interval and by `p_holm`. `read` says how the text was read.
     """
 
+    name: str
     source: str
     tokens: int
     window: int
     bos: bool
+    read: str
     texts: int
     units: str
+    groups: int
     base_loss: float
     tuned_loss: float
     base_perplexity: float
@@ -39,15 +46,20 @@ class Forgetting:
     diff: Interval
     cross_entropy: Interval
     kl: Interval
-
-    @property
-    def read(self) -> str:
-        """How the text was read, in words."""
-        return contracts.windows_read(self.window, self.bos)
+    p: float
+    p_holm: float
+    direction: Direction
 
     @property
     def rose(self) -> bool:
-        return self.diff.low > 0
+        """Whether it is shown that the adapter makes the model worse at this text."""
+        return self.direction == "higher"
+
+    @property
+    def of(self) -> str:
+        """What was read, in words: `33 texts`."""
+        kind = "text" if self.units == "windows of one text" else self.units.removesuffix("s")
+        return f"{self.texts:,} {kind}{'' if self.texts == 1 else 's'}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,12 +95,12 @@ class Training:
 
 @dataclass(frozen=True, slots=True)
 class Cost:
-    """The cost of one experiment. `forgetting` is None if `forget.source` is null. Bytes are those of one adapter."""
+    """The cost of one experiment. `forgetting` has one entry a probe (`forget.probes`). Bytes are one adapter's."""
 
     trainable_parameters: int
     adapter_bytes: int
     training: list[Training]
-    forgetting: Forgetting | None
+    forgetting: list[Forgetting]
 
 
 def read(seeds: Sequence[int], settings: params.Compare) -> Cost:
@@ -120,28 +132,44 @@ def _training(summary: contracts.TrainingSummary) -> Training:
     )
 
 
-def _forgetting(found: Sequence[contracts.Forgetting], settings: params.Compare) -> Forgetting | None:
-    """The losses of all seeds, which read the same windows; intervals cover texts (or windows of one), and seeds."""
-    source, measured = found[0].source, [one.measured for one in found if one.measured is not None]
-    if source is None or not measured:
-        return None
-    first = measured[0]
-    several = first.texts > 1
-    groups = [one.place if several else str(i) for i, one in enumerate(first.windows)]
+def _forgetting(found: Sequence[contracts.Forgetting], settings: params.Compare) -> list[Forgetting]:
+    """Each probe over all seeds, which read the same windows. UserError if they read different probes."""
+    names = [[probe.name for probe in one.probes] for one in found]
+    if any(one != names[0] for one in names):
+        raise UserError(f"the seeds were measured on different probes of forgetting ({names}): run `dvc repro`")
+    several = [[one.probes[at] for one in found] for at in range(len(names[0]))]
+    judged = [_judged(probes, settings) for probes in several]
+    corrected = significance.holm([one.p_values[0] for one in judged])
+    return [_probe(*three) for three in zip(several, judged, corrected, strict=True)]
+
+
+def _judged(probes: Sequence[contracts.Probed], settings: params.Compare) -> Judged:
+    """The difference in loss, the cross-entropy and the KL divergence of one probe, over its texts and the seeds."""
+    first = probes[0]
+    groups = [one.place if first.texts > 1 else str(i) for i, one in enumerate(first.windows)]
     tokens = np.array([one.tokens for one in first.windows], np.float64)
     changes = [
         np.array([(w.tuned - w.base, w.cross_entropy, w.cross_entropy - w.entropy) for w in one.windows], np.float64)
-        for one in measured
+        for one in probes
     ]
-    judged = Judged(Estimate.mean([Estimate.ratios(one, tokens, groups) for one in changes]), settings)
-    tuned_loss = float(np.mean([one.tuned_loss for one in measured]))
+    return Judged(Estimate.mean([Estimate.ratios(one, tokens, groups) for one in changes]), settings)
+
+
+def _probe(probes: Sequence[contracts.Probed], judged: Judged, p_holm: float) -> Forgetting:
+    first = probes[0]
+    tuned_loss = float(np.mean([one.tuned_loss for one in probes]))
+    units = "conversations" if first.style == "chat" else "texts"
+    alone = judged.direction(0)
     return Forgetting(
-        source=source,
+        name=first.name,
+        source=first.source,
         tokens=first.tokens,
         window=first.window,
         bos=first.bos,
+        read=first.read,
         texts=first.texts,
-        units="texts" if several else "windows of one text",
+        units=units if first.texts > 1 else "windows of one text",
+        groups=judged.studentized.groups,
         base_loss=first.base_loss,
         tuned_loss=tuned_loss,
         base_perplexity=first.base_perplexity,
@@ -149,4 +177,7 @@ def _forgetting(found: Sequence[contracts.Forgetting], settings: params.Compare)
         diff=judged.deciding(0),
         cross_entropy=judged.deciding(1),
         kl=judged.deciding(2),
+        p=judged.p_values[0],
+        p_holm=p_holm,
+        direction="none" if alone != "few" and p_holm > 1 - judged.settings.confidence else alone,
     )

@@ -1,8 +1,8 @@
 """Files of records: found in the sources by path or pattern, decoded, and read, each record with its place.
 
-The suffix says whether a file is JSONL, JSON, CSV, TSV, Parquet or a gettext catalogue (.po, .mo). Every record also
-has the columns `__file__`, the file's path, and `__source__`, the name of the source it comes from. A reader takes each
-record whole, or says where it cannot; entries that are no record are counted.
+The suffix says whether a file is JSONL, JSON, YAML, CSV, TSV, Parquet or a gettext catalogue (.po, .mo). Every record
+also has the columns `__file__`, the file's path, and `__source__`, the name of the source it comes from. A reader takes
+each record whole, or says where it cannot; entries that are no record are counted.
 """
 
 import difflib
@@ -13,6 +13,7 @@ from pathlib import Path, PurePosixPath
 from tempfile import TemporaryDirectory
 from typing import Any, Final
 
+from pipeline.core import yaml12
 from pipeline.core.errors import UserError
 from pipeline.core.records import files as files_within
 from pipeline.sources import catalogues, delimited
@@ -21,7 +22,7 @@ from pipeline.sources.account import Account
 from pipeline.sources.content import MARK, Encoding, decoded, require_kind
 from pipeline.sources.content import File as File
 
-SUFFIXES = ".jsonl, .json, .csv, .tsv, .parquet, .po or .mo"
+SUFFIXES = ".jsonl, .json, .yaml, .yml, .csv, .tsv, .parquet, .po or .mo"
 BUILT_IN = ("__file__", "__source__")
 """The columns that every table has."""
 ABSENT: Final = object()
@@ -57,7 +58,7 @@ def select(there: Mapping[str, File], wanted: str | list[str], key: str) -> list
     UserError, naming `key`, for what leads out of the sources or is hidden, and for what no file matches.
     """
     chosen: set[str] = set()
-    section = key.partition(".")[0]
+    section = key.partition(".files")[0]
     for pattern in [wanted] if isinstance(wanted, str) else wanted:
         path = PurePosixPath(pattern)
         # The digest of a folder covers what lies in it and is not hidden: nothing else is pinned.
@@ -107,6 +108,8 @@ def records(file: File, encoding: str, section: str = "data", account: Account |
     readers: dict[str, Callable[[File, Encoding, Account], Iterator[Located]]] = {
         ".jsonl": _json,
         ".json": _json,
+        ".yaml": _yaml,
+        ".yml": _yaml,
         ".csv": delimited.rows,
         ".tsv": delimited.rows,
         ".parquet": _parquet,
@@ -251,6 +254,23 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         repeated = next(key for key in keys if keys.count(key) > 1)
         raise ValueError(f"the key {repeated!r} repeats in one object: keep one of them")
     return made
+
+
+# YAML
+
+
+def _yaml(file: File, encoding: Encoding, _: Account) -> Iterator[Located]:
+    """One list of mappings, or one mapping; as YAML 1.2 reads it, in which 1963 is a number and no is a text."""
+    found = yaml12.load(decoded(file.path.read_bytes(), file, encoding), file.name)
+    items = [(file.name, found)]
+    if isinstance(found, list):
+        items = [(f"{file.name}, item {number}", one) for number, one in enumerate(found, start=1)]
+    for where, item in items:
+        if not isinstance(item, dict):
+            raise UserError(f"{where}: must be a mapping with the columns as keys, not {type(item).__name__}")
+        if other := [key for key in item if not isinstance(key, str)]:
+            raise UserError(f"{where}: the key {other[0]!r} is not a text: put it in quotation marks")
+        yield where, item
 
 
 # Parquet

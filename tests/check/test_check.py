@@ -18,7 +18,7 @@ from pipeline.check import check, place, rows
 from pipeline.core import params, paths, records, yaml12
 from pipeline.core.errors import UserError
 from tests.made.clone import environment
-from tests.made.parameters import edit, rewrite
+from tests.made.parameters import edit, edit_probe, rewrite
 
 
 @pytest.fixture
@@ -48,7 +48,8 @@ def one_group(split: str, project: params.Params) -> None:
     source = Path(str(project.data.source))
     lines = (source / f"{split}.jsonl").read_text().splitlines()
     (source / f"{split}.jsonl").write_text("\n".join(lines[:2]) + "\n")
-    edit(data={"sha256": records.sha256_tree(source)}, forget={"sha256": records.sha256_tree(source)})
+    edit(data={"sha256": records.sha256_tree(source)})
+    edit_probe(sha256=records.sha256_tree(source))
 
 
 def plant_ten(project: params.Params, port: int) -> list[str]:
@@ -58,11 +59,11 @@ def plant_ten(project: params.Params, port: int) -> list[str]:
         train={"epochz": 3},
         prompt={"max_tokens": 100_000, "instructions": {"what": "Say what."}},
         compare={"decide_by": ["bleu"]},
-        forget={"column": "txet", "tokens": 40_000, "window": 30_000},
         generation={"backend": "vllm"},
         runtime={"device": "mps" if sys.platform != "darwin" else "cuda"},
         tracking={"uri": f"http://127.0.0.1:{port}"},
     )
+    edit_probe(column="txet", tokens=40_000, window=30_000)
     rewrite(seeds=17)
     return [
         "params.yaml: train.epochz = 3: unknown key; did you mean epochs?",
@@ -71,8 +72,8 @@ def plant_ten(project: params.Params, port: int) -> list[str]:
         "one group",
         "prompt.instructions has no entry for 'who'",
         "prompt.max_tokens = 100000, but the model's context is",
-        "forget.window = 30000, but the model's context is",
-        "forget.column = 'txet'",
+        "forget.probes.general.window = 30000, but the model's context is",
+        "forget.probes.general.column = 'txet'",
         "generation.backend = 'vllm' needs the Python of an environment with vLLM",
         "runtime.device = ",
         f"http://127.0.0.1:{port}",
@@ -117,8 +118,8 @@ def test_a_sound_experiment_is_said_to_be_checked(
     check.require_sound()
     printed = capsys.readouterr().out
     assert printed == (
-        "checked: params.yaml, 32 rows of data, 12 general texts, the model's configuration, the installed packages, "
-        "the MLflow store\n"
+        "checked: params.yaml, 32 rows of data, 12 texts of forget.probes.general, the model's configuration, the "
+        "installed packages, the MLflow store\n"
     )
 
 
@@ -136,8 +137,8 @@ class TestEachKind:
             ("data", {"source": "pip:nothing"}, "write pip:<package>==<version>/<path in wheel>"),
             ("model", {"source": "nowhere"}, "model.source = 'nowhere': no such file or folder"),
             ("model", {"sha256": None}, "model.sha256 is null: pin the content of"),
-            ("forget", {"sha256": None}, "forget.sha256 is null: pin the content of"),
-            ("forget", {"files": "*.txt"}, "forget.files = '*.txt'"),
+            ("probe", {"sha256": None}, "forget.probes.general.sha256 is null: pin the content of"),
+            ("probe", {"files": "*.txt"}, "forget.probes.general.files = '*.txt': forget.probes.general.source has no"),
             ("prompt", {"instructions": {}}, "prompt.instructions has no entry for 'what'"),
             ("tracking", {"uri": "ftp://example.org"}, "tracking.uri of params.yaml is ftp://example.org"),
         ],
@@ -146,7 +147,10 @@ class TestEachKind:
         self, section: str, change: dict[str, Any], said: str, repository: params.Params
     ) -> None:
         assert repository
-        edit(**{section: change})
+        if section == "probe":
+            edit_probe(**change)
+        else:
+            edit(**{section: change})
         (problem, *others) = mistakes()
         assert said in problem
         assert len(others) == (section == "prompt")  # the second aspect
@@ -194,7 +198,8 @@ class TestEachKind:
         for row in rows_of:
             row |= {"target": "नमस्ते दुनिया", "references": ["नमस्ते दुनिया"]}
         (source / "test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows_of))
-        edit(data={"sha256": records.sha256_tree(source)}, forget={"sha256": records.sha256_tree(source)})
+        edit(data={"sha256": records.sha256_tree(source)})
+        edit_probe(sha256=records.sha256_tree(source))
         (problem,) = mistakes()
         assert "set evaluate.rouge_tokenizer to unicode" in problem
         edit(evaluate={"rouge_tokenizer": "unicode", "use_stemmer": False})
@@ -209,7 +214,8 @@ class TestEachKind:
         for row in rows_of:
             row |= {"target": "แมวกำลังนอน", "references": ["แมวกำลังนอน"]}
         (source / "test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows_of))
-        edit(data={"sha256": records.sha256_tree(source)}, forget={"sha256": records.sha256_tree(source)})
+        edit(data={"sha256": records.sha256_tree(source)})
+        edit_probe(sha256=records.sha256_tree(source))
         edit(evaluate={"metrics": ["chrf", "bleu"], "bleu_tokenizer": "13a"}, compare={"decide_by": ["chrf"]})
         (problem,) = mistakes()
         assert "set it to another (zh cuts Chinese, ja-mecab Japanese, ko-mecab Korean, char and flores200" in problem
@@ -254,7 +260,7 @@ class TestWhatIsNotAtHand:
         printed = capsys.readouterr().out
         assert "not checked: data.source is not on this machine; stage prepare downloads and checks it" in printed
         assert "not checked: model.source is not on this machine; stage fetch downloads and checks it" in printed
-        assert "not checked: forget.source has 0 MiB; stage forget reads it" in printed
+        assert "not checked: forget.probes.general.source has 0 MiB; stage forget reads it" in printed
 
     def test_the_base_that_was_fetched_tells_of_its_source(
         self, quantized: params.Params, capsys: pytest.CaptureFixture[str]

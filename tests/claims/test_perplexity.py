@@ -112,16 +112,19 @@ def test_windows_begin_as_the_model_reads_text(experiment: params.Params, tiny_m
 
 
 def test_text_is_needed(experiment: params.Params) -> None:
-    without = experiment.forget.model_copy(update={"source": None})
-    with pytest.raises(UserError, match="forget.source"):
-        perplexity._reading(experiment.model_copy(update={"forget": without}), CPU)
+    for probes in ([], [experiment.forget.probes[0].model_copy(update={"style": "chat"})]):
+        without = experiment.forget.model_copy(update={"probes": probes})
+        with pytest.raises(UserError, match="forget.probes has no probe of style plain"):
+            perplexity._reading(experiment.model_copy(update={"forget": without}), CPU)
 
 
 def test_less_text_than_the_register_says_is_refused(
     experiment: params.Params, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(perplexity, "WINDOWS", 10_000)
-    with pytest.raises(UserError, match=r"forget\.source = .* holds [0-9,]+ whole windows of 16 tokens, not 10,000"):
+    with pytest.raises(
+        UserError, match=r"forget\.probes\.general\.source = .* holds [0-9,]+ whole windows of 16 tokens, not 10,000"
+    ):
         perplexity._reading(experiment, CPU)
 
 

@@ -191,8 +191,8 @@ def test_within_disable_adapter_both_is_the_base(inputs_made: params.Params) -> 
     for tensor in both.tuned.parameters():
         tensor.data.mul_(1.5)
     window = windows.Tokens("a", list(range(20, 40)))
-    (found,) = forget.measure(both, [window], "both")
-    (alone,) = forget.measure(full_tuning.Both(both.base, both.base), [window], "base")
+    (found,) = forget.measure(both, [window.row()], "both")
+    (alone,) = forget.measure(full_tuning.Both(both.base, both.base), [window.row()], "base")
     assert found.base == alone.base == alone.tuned
     assert found.tuned != found.base
     assert both.active is both.tuned

@@ -444,7 +444,7 @@ def test_what_a_recipe_needs_is_said_at_once() -> None:
     page = "https://huggingface.co/meta-llama/Llama-2-7b-hf"
     assert f"needs  the licence accepted on {page}, then `hf auth login` or HF_TOKEN\n" in printed
     assert "needs  a GPU with 19 GB: warning, no NVIDIA GPU was found\n" in printed
-    assert "needs  a package index, for the text of forget; not with forget.source: null\n" in printed
+    assert "needs  a package index, for the text of forget; not with forget.probes: []\n" in printed
     own = "needs  your data in data/mine (not there yet); with data.sha256: null the error names its digest\n"
     assert own in use("local-csv").stdout
     Path("data/mine").mkdir(parents=True)

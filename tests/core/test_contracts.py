@@ -8,20 +8,20 @@ from typing import Any
 import pytest
 
 from pipeline.core import contracts
-from pipeline.core.contracts import DataCard, Forgetting, GeneralText, QuantizedFacts, Step, TrainingSummary, Window
+from pipeline.core.contracts import DataCard, Forgetting, Probed, QuantizedFacts, Step, TrainingSummary, Window
 from pipeline.core.errors import UserError
 from pipeline.score.comparison import Comparison
 from tests.made import records
 from tests.made.comparison import comparison, several_seeds
 
 WINDOWS = [Window("a", 10, 30.0, 31.0, 32.0, 29.0)]
-GENERAL = GeneralText("cpu", 2, 10, 128, True, 1, 3.0, 3.1, 20.1, 22.2, 3.2, 2.9, 0.3, WINDOWS)
+PROBED = Probed("general", "plain", "some", "cpu", 2, 10, 128, True, 1, 3.0, 3.1, 20.1, 22.2, 3.2, 2.9, 0.3, WINDOWS)
 WHOLE: list[Any] = [
     records.data_card(source=["a", "b"], sha256=["0" * 64, None]),
     records.base_facts(),
     records.quantized_facts(int8_threshold=6.0),
     records.training(17),
-    Forgetting(17, "some", "b" * 64, "c" * 64, GENERAL),
+    Forgetting(17, "b" * 64, "c" * 64, [PROBED]),
     records.decoding("base"),
     records.scores("base"),
     comparison(),
@@ -40,8 +40,7 @@ def test_a_record_is_read_as_it_was_written_and_written_as_it_was_read(record: A
 
 def test_none_is_left_out_where_it_is_the_default_and_written_where_it_is_a_value() -> None:
     assert "int8_threshold" not in contracts.content(records.quantized_facts())
-    assert "measured" not in contracts.content(Forgetting(17, None, "b" * 64, "c" * 64))
-    assert contracts.content(Forgetting(17, None, "b" * 64, "c" * 64))["source"] is None
+    assert "left_out" not in contracts.content(PROBED)
     assert contracts.content(records.decoding("base"))["adapter_sha256"] is None
 
 

@@ -78,11 +78,42 @@ def test_what_is_sound_of_a_draft_can_be_used() -> None:
 
 def test_one_window_would_hold_all_the_general_text() -> None:
     content = default()
-    content["forget"] |= {"tokens": 64, "window": 128}
-    with pytest.raises(UserError, match="forget: tokens = 64 is below window = 128"):
+    content["forget"]["probes"][0] |= {"tokens": 64, "window": 128}
+    with pytest.raises(UserError, match=r"forget.probes.0: tokens = 64 is below window = 128"):
         params.check(content, "params.yaml")
-    content["forget"]["source"] = None
+    content["forget"]["probes"] = []
     params.check(content, "params.yaml")
+
+
+def test_one_source_in_forget_as_earlier_versions_had_it_is_said_how_to_write() -> None:
+    content = default()
+    old = {"source": "texts", "sha256": None, "files": "*.txt", "encoding": "utf-8", "column": None, "html": False}
+    for source in ("texts", None):
+        content["forget"] = old | {"source": source, "tokens": 64, "window": 16}
+        with pytest.raises(
+            UserError, match=r"forget: holds one source of text, as earlier .* probes: \[\{name: "
+        ) as told:
+            params.check(content, "params.yaml")
+        assert len(told.value.problems) == 1
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({"name": "dialogue"}, "forget: two probes are named dialogue: a name is"),
+        ({"name": "Dia logue"}, r"forget.probes.0.name = 'Dia logue': string should match pattern"),
+        ({"style": "chat"}, "forget.probes.0: html must be false with style chat"),
+        ({"style": "chat", "html": False, "column": None}, "forget.probes.0: column must name the column of the conv"),
+        ({"style": "talk"}, "forget.probes.0.style = 'talk': input should be 'plain' or 'chat'"),
+        ({"source": None}, "forget.probes.0.source = None"),
+        ({"colum": "a"}, "forget.probes.0.colum = 'a': unknown key; did you mean column?"),
+    ],
+)
+def test_a_probe_that_cannot_be_honoured_is_refused(change: dict[str, Any], told: str) -> None:
+    content = default()
+    content["forget"]["probes"][0] |= change
+    with pytest.raises(UserError, match=told):
+        params.check(content, "params.yaml")
 
 
 @pytest.mark.parametrize(

@@ -174,7 +174,7 @@ def test_the_card_s_numbers_are_the_run_s(adapter: Path) -> None:
         label: round(numbers[name]["tuned"], 2) for name, label in labels.items()
     }
     for part in (
-        f"{numbers['rouge1']['base']:.1f}", f"{numbers['cost']['general_loss']['base']:.3f}",
+        f"{numbers['rouge1']['base']:.1f}", f"{numbers['cost']['general_loss']['general']['base']:.3f}",
         f"{numbers['cost']['trainable_parameters']:,} trainable parameters", "| `lora.r` | 4 |", "## Read with care",
         r'| `prompt.template` | "{source}\\n\\n{instruction}" |',
         given.model.sha256, "| `data.source` | local:source |", "MLflow run",
@@ -380,7 +380,8 @@ def named(content: card.Content, text: str) -> str:
     """The card of an export where `text` is the name of sources, files and parameters, licence, run and instruction."""
     given, source = content.given, f"/data/{text.replace('/', '')}"
     prompt = {"template": text + "{instruction}{source}", "instructions": {text: text, "a": "b"}}
-    changed = {"model": {"source": source}, "data": {"source": source}, "forget": {"source": source}, "prompt": prompt}
+    changed: dict[str, dict[str, Any]] = {"model": {"source": source}, "data": {"source": source}, "prompt": prompt}
+    changed["forget"] = {"probes": [content.given.forget.probes[0].model_copy(update={"source": source})]}
     return card.render(
         replace(
             content,

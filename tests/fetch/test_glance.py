@@ -396,7 +396,14 @@ def test_a_folder_is_seen_without_its_weights_and_vocabulary(
 
 EARLY: dict[str, tuple[dict[str, Any], str]] = {
     "context": ({"prompt": {"max_tokens": 513}}, "prompt.max_tokens = 513, but the model's context is 512 tokens"),
-    "window": ({"forget": {"tokens": 513, "window": 513}}, "forget.window = 513, but the model's context is 512"),
+    "window": (
+        {"probe": {"tokens": 513, "window": 513}},
+        "forget.probes.general.window = 513, but the model's context is 512 tokens",
+    ),
+    "talk": (
+        {"probe": {"style": "chat"}},
+        "forget.probes.general.style = 'chat', but the model's tokenizer has no chat template: take this probe out of",
+    ),
     "template": ({"prompt": {"style": "chat"}}, "prompt.style = 'chat', but the model's tokenizer has no chat"),
     "no pin": ({"model": {"sha256": None}}, "model.sha256 is null: pin the content of"),
     "another pin": ({"model": {"sha256": "0" * 64}}, "If the change is meant, set model.sha256 to it"),
@@ -414,11 +421,11 @@ def test_what_is_cheap_to_see_is_said_before_torch_is_imported(
     source = shutil.copytree(tiny_model, tmp_path / "m")
     if kind == "family":
         changed(source, model_type="gpt2")
-    if kind == "template":
+    if kind in ("template", "talk"):
         (source / "chat_template.jinja").unlink()
     if gguf_file and kind != "family":
         words = trained_words(tmp_path / "tokenizer.model", "bpe")
-        template = None if kind == "template" else "{{ messages }}"
+        template = None if kind in ("template", "talk") else "{{ messages }}"
         write_gguf(source, tmp_path / "m.gguf", words=words, template=template)
         source = tmp_path / "m.gguf"
     yaml = YAML()
@@ -426,7 +433,7 @@ def test_what_is_cheap_to_see_is_said_before_torch_is_imported(
     content["model"] |= {"source": str(source), "sha256": records.sha256_path(source)}
     change, message = EARLY[kind]
     for section, values in change.items():
-        content[section] |= values
+        (content["forget"]["probes"][0] if section == "probe" else content[section]).update(values)
     if kind != "template":
         content["prompt"]["style"] = "plain"
     yaml.dump(content, paths.PARAMS)

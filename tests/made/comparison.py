@@ -3,6 +3,7 @@
 from dataclasses import replace
 from typing import Any
 
+from pipeline.core import contracts
 from pipeline.core.contracts import Absent, NotInSource
 from pipeline.score.comparison import (
     Aspect,
@@ -64,12 +65,15 @@ TRAINING = Training(
     gap=0.047,
 )
 FORGETTING = Forgetting(
+    name="encyclopedia",
     source="pip:texts==1/texts",
     tokens=8192,
     window=128,
     bos=True,
+    read=contracts.probe_read("plain", 128, bos=True),
     texts=33,
     units="texts",
+    groups=33,
     base_loss=2.9,
     tuned_loss=2.895,
     base_perplexity=18.2,
@@ -77,6 +81,26 @@ FORGETTING = Forgetting(
     diff=Interval(-0.005, -0.012, 0.002),
     cross_entropy=Interval(2.95, 2.9, 3.0),
     kl=Interval(0.05, 0.04, 0.06),
+    p=0.2,
+    p_holm=0.4,
+    direction="none",
+)
+DIALOGUE = replace(
+    FORGETTING,
+    name="dialogue",
+    source="pip:talks==1/talks",
+    tokens=1024,
+    window=256,
+    read=contracts.probe_read("chat", 256, bos=True),
+    texts=80,
+    units="conversations",
+    groups=80,
+    base_loss=3.1,
+    tuned_loss=3.4,
+    diff=Interval(0.3, 0.2, 0.4),
+    p=0.0002,
+    p_holm=0.0004,
+    direction="higher",
 )
 
 
@@ -154,7 +178,7 @@ def comparison(**change: Any) -> Comparison:
             reference_words=22.2,
             best=[pair],
             worst=[],
-            cost=Cost(4_884_480, 19_600_000, [TRAINING], FORGETTING),
+            cost=Cost(4_884_480, 19_600_000, [TRAINING], [FORGETTING, DIALOGUE]),
             guards=GUARDS,
             known=Known(0, 0),
             notices=[],

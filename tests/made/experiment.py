@@ -74,7 +74,7 @@ def plant(rows: list[Example], keep: dict[str, float], evaluate: Evaluate = EVAL
             conditions = replace(conditions, **change)
             trained = int(variant.removeprefix("tuned-"))
             contracts.write(paths.training_summary(trained), training(trained))
-            contracts.write(paths.forgetting(trained), Forgetting(trained, None, "b" * 64, "c" * 64))
+            contracts.write(paths.forgetting(trained), Forgetting(trained, "b" * 64, "c" * 64, []))
         contracts.write(paths.decoding(variant), conditions)
         score_variant(variant, evaluate)
 

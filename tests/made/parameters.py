@@ -24,8 +24,9 @@ def tiny_params(tiny_model: Path, data: Path) -> dict[str, Any]:
     content["prompt"] |= {"max_tokens": 200, "instructions": {"what": "Say what.", "who": "Say who."}}
     content["lora"] |= {"r": 4, "alpha": 8}
     content["train"] |= {"batch_size": 4, "micro_batch_tokens": 64, "learning_rate": 1e-2}
-    content["forget"] |= {"source": str(data), "sha256": records.sha256_tree(data), "files": "general.jsonl"}
-    content["forget"] |= {"column": "text", "html": False, "tokens": 200, "window": 32}
+    probe = {"name": "general", "style": "plain", "source": str(data), "sha256": records.sha256_tree(data)}
+    probe |= {"files": "general.jsonl", "encoding": "utf-8", "column": "text", "html": False}
+    content["forget"] = {"probes": [probe | {"tokens": 200, "window": 32}]}
     content["generation"] |= {"max_new_tokens": 8, "batch_size": 4}
     content["baseline"] |= {"shots": 2, "rows": 4}
     content["compare"] |= {"bootstrap_samples": 1000, "examples": 2}
@@ -39,6 +40,25 @@ def edit(**sections: dict[str, Any]) -> None:
     for name, values in sections.items():
         content[name] |= values
     YAML().dump(content, paths.PARAMS)
+
+
+def edit_probe(**change: Any) -> None:
+    """Change values of the first probe of forgetting in params.yaml."""
+    content = yaml12.read(paths.PARAMS)
+    content["forget"]["probes"][0] |= change
+    YAML().dump(content, paths.PARAMS)
+
+
+def probe_of(folder: Path, files: str | list[str], **change: Any) -> params.Probe:
+    """A probe `own` of the files of a folder: plain text, 64 tokens in windows of 16."""
+    given: dict[str, Any] = {"name": "own", "style": "plain", "source": str(folder), "files": files}
+    given |= {"sha256": records.sha256_tree(folder), "encoding": "utf-8", "column": None, "html": False}
+    return params.Probe.model_validate(given | {"tokens": 64, "window": 16} | change)
+
+
+def with_probe(given: params.Forget, **change: Any) -> params.Forget:
+    """Forgetting by the first probe alone, with some of its values changed."""
+    return given.model_copy(update={"probes": [given.probes[0].model_copy(update=change)]})
 
 
 def runtime(**settings: Any) -> params.Runtime:

@@ -11,7 +11,7 @@ RECORDS: dict[str, Any] = {
     "base": records.base_facts(),
     "quantized": records.quantized_facts(perplexity_after=9.5),
     "training": records.training(17, rows=3, final_loss=1.25),
-    "forgetting": contracts.Forgetting(17, None, "b" * 64, "c" * 64),
+    "forgetting": contracts.Forgetting(17, "b" * 64, "c" * 64, []),
     "decoding": records.decoding("base"),
     "scores": records.scores("base"),
 }

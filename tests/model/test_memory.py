@@ -316,7 +316,10 @@ def test_inference_that_does_not_fit_is_told_what_does(monkeypatch: pytest.Monke
 
 def test_general_text_that_does_not_fit_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     memory.require_reading(cuda(monkeypatch, 20), llama(), 512, 0)
-    with pytest.raises(UserError, match="forget takes about .* lower forget.window .* or set runtime.keep_dequantized"):
+    with pytest.raises(
+        UserError,
+        match="forget takes about .* lower the largest window of forget.probes .* or set runtime.keep_dequantized",
+    ):
         memory.require_reading(cuda(monkeypatch, 14), llama(), 4096, 0)
 
 

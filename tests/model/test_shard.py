@@ -128,11 +128,11 @@ def test_beam_search_with_a_shared_base(packed: Params) -> None:
 
 
 def test_processes_agree_that_nothing_is_measured(packed: Params) -> None:
-    nothing = packed.forget.model_copy(update={"source": None})
-    edit(forget={"source": None}, runtime={"processes": 2})
+    nothing = packed.forget.model_copy(update={"probes": []})
+    edit(forget={"probes": []}, runtime={"processes": 2})
     paths.adapter(17).mkdir(parents=True)
     assert members(packed.model_copy(update={"forget": nothing}), untold) == [0, 0]
-    assert records.read_json(paths.forgetting(17))["source"] is None
+    assert records.read_json(paths.forgetting(17))["probes"] == []
 
 
 # Heads and columns
@@ -166,9 +166,8 @@ def test_heads_over_processes_train_and_write_what_one_process_does(unquantized:
     }  # fmt: skip
     for name, tensor in load_file(paths.adapter(17) / adapter.WEIGHTS).items():
         assert torch.allclose(tensor, weights[name], atol=1e-4), name
-    assert records.read_json(paths.forgetting(17))["measured"]["kl"] == pytest.approx(
-        forgotten["measured"]["kl"], rel=1e-3
-    )
+    (found,), (whole,) = records.read_json(paths.forgetting(17))["probes"], forgotten["probes"]
+    assert found["kl"] == pytest.approx(whole["kl"], rel=1e-3)
     assert records.read_json(paths.decoding("base"))["generation"]["tensor_parallel"] == 2
 
 

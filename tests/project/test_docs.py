@@ -15,7 +15,7 @@ from ruamel.yaml import YAML
 from typer.exceptions import TyperException
 from typer.main import get_command
 
-from pipeline import forget
+from pipeline import probes
 from pipeline.commands.cli import app
 from pipeline.core import contracts, params, yaml12
 from pipeline.core.errors import UserError
@@ -46,12 +46,12 @@ def test_every_test_that_a_page_names_exists(page: Path) -> None:
 def test_what_happens_to_a_row_is_told_for_every_reader_format_and_count() -> None:
     text = (ROOT / "docs" / "data.md").read_text(encoding="utf-8").partition("## What happens to a row")[2]
     readers = re.findall(r"\.\w+", tables.SUFFIXES)
-    assert len(readers) == 7
+    assert len(readers) == 9
     formats = get_args(params.Data.model_fields["format"].annotation)
     assert len(formats) == 3
     counts = [one.name for one in fields(contracts.Split) if one.default is None]
     assert len(counts) == 5
-    named = [*readers, *forget.PLAIN, *(f"format: {one}" for one in formats), *counts]
+    named = [*readers, *probes.PLAIN, *(f"format: {one}" for one in formats), *counts]
     named += [*chats.SYSTEM, "filtered", "dropped", "held_out", "merged"]
     assert [name for name in named if f"`{name}`" not in text] == []
 

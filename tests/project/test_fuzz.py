@@ -22,7 +22,7 @@ from xml.etree import ElementTree
 import pytest
 from ruamel.yaml import YAML
 
-from pipeline import forget
+from pipeline import probes
 from pipeline.core import git, params, paths, progress, records
 from pipeline.core import text as sentences
 from pipeline.core.errors import UserError, without_passwords
@@ -502,7 +502,7 @@ class TestText:
 
     @pytest.mark.parametrize(
         "read",
-        [sentences.sentences, sentences.lead, sentences.words, forget.without_tags, wording.markdown, wording.html,
+        [sentences.sentences, sentences.lead, sentences.words, probes.without_tags, wording.markdown, wording.html,
          wording.shown, page.embedded, splits.plain, lambda text: leaks.Overlap([text], 0.5).kind(f"{text} more"),
          without_passwords],
         ids=["sentences", "lead", "words", "without_tags", "markdown", "html", "shown", "embedded", "plain", "overlap",

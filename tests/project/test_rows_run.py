@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from pipeline import forget
+from pipeline import probes
 from pipeline.core import contracts, params, paths, records
 from pipeline.core.contracts import DataCard
 from pipeline.core.errors import UserError
@@ -82,7 +82,7 @@ def test_so_it_is_in_general_text_and_in_a_model(project: params.Params, tmp_pat
         with pytest.raises(UserError, match=r"R\\udce9sum\\udce9\.txt' has a line feed or is not UTF-8: rename it"):
             if kind == "forget":
                 change = {"source": str(folder), "sha256": "0" * 64, "files": "a.txt", "column": None}
-                forget.texts(project.forget.model_copy(update=change), str(folder))
+                probes.texts(project.forget.probes[0].model_copy(update=change))
             else:
                 with source.resolved(str(folder), "0" * 64, kind="model", key="model"):
                     pass

@@ -24,7 +24,7 @@ from tests.made import meta_files
 from tests.made.data import SPLIT_GROUPS
 from tests.made.gguf_files import GGUF_SIZES, WINDOW, write_gguf
 from tests.made.models import of_family, sharded, trained_words
-from tests.made.parameters import edit
+from tests.made.parameters import edit, edit_probe
 
 pytestmark = pytest.mark.slow
 
@@ -141,7 +141,7 @@ def test_the_whole_experiment_runs_on(
     summary, forgetting = (records.read_json(file) for file in (paths.training_summary(17), paths.forgetting(17)))
     assert summary["kept_loss"] < summary["validation"][0]["loss"]
     assert summary["logit_change"] > 1e-2
-    assert forgetting["measured"]["kl"] > 1e-5
+    assert forgetting["probes"][0]["kl"] > 1e-5
     test = [row.id for row in records.read_rows(paths.split("test"), records.Example)]
     assert len(test) == 2 * SPLIT_GROUPS["test"]
     for variant, of in (("base", None), ("tuned-17", adapter.Saved(paths.adapter(17)).sha256)):
@@ -170,8 +170,8 @@ LATER: dict[str, tuple[Callable[[Path, Path], Path], dict[str, dict[str, Any]], 
     "prompt": (gemma3, {}, "prompt.max_tokens = 200, but the model's context is 96 tokens"),
     "forget": (
         gemma3,
-        {"prompt": {"max_tokens": 64}, "forget": {"window": 100}},
-        "forget.window = 100, but the model's context is 96 tokens",
+        {"prompt": {"max_tokens": 64}, "probe": {"window": 100}},
+        "forget.probes.general.window = 100, but the model's context is 96 tokens",
     ),
     "llama.cpp": (
         gemma3,
@@ -201,7 +201,11 @@ def test_what_a_later_stage_would_refuse_is_refused_before_the_weights_are_read(
 ) -> None:
     source, sections, message = LATER[reason]
     path = source(tmp_path / "m", tiny_model)
-    edit(model={"source": str(path), "sha256": records.sha256_path(path)}, **sections)
+    edit_probe(**sections.get("probe", {}))
+    edit(
+        model={"source": str(path), "sha256": records.sha256_path(path)},
+        **{name: values for name, values in sections.items() if name != "probe"},
+    )
     monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", None)
     monkeypatch.setattr("pipeline.fetch.meta_layout._whole", None)
     with pytest.raises(SystemExit, match="1"):

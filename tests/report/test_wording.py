@@ -21,6 +21,7 @@ from pipeline.score.comparison import Aspect, Pair, Specific
 from pipeline.score.side_effects import Cost
 from pipeline.score.significance import Interval
 from tests.made.comparison import (
+    DIALOGUE,
     FIRST,
     FORGETTING,
     NASTY,
@@ -511,44 +512,53 @@ def test_what_it_cost_is_in_the_report_and_in_the_numbers() -> None:
     text = paths.COMPARISON_MD.read_text()
     for line in (
         "4,884,480 trainable parameters, an adapter of 19,600,000 bytes.",
-        "| loss | 2.900 | 2.895 | −0.005 | −0.012 to +0.002 |",
-        "| perplexity | 18.2 | 18.0 | −0.2 | |",
-        "| cross-entropy against the base's distribution | 2.900 | 2.950 | +0.050 (KL) | +0.040 to +0.060 |",
+        "| encyclopedia: loss | 2.900 | 2.895 | −0.005 | −0.012 to +0.002 | 0.400 |",
+        "| perplexity | 18.2 | 18.0 | −0.2 | | |",
+        "| cross-entropy against the base's distribution | 2.900 | 2.950 | +0.050 (KL) | +0.040 to +0.060 | |",
+        "| dialogue: loss | 3.100 | 3.400 | +0.300 | +0.200 to +0.400 | ≤ 0.001 |",
         "| 17 | 1 | 3.552 | 2.748 after 1 epoch | 2.748 after 1 epoch | 2.701 | +0.047 |",
+        "- encyclopedia: 8,192 tokens of 33 texts of pip:texts==1/texts, read without a chat template, in windows of "
+        "128 tokens, each with a BOS first; intervals over texts",
+        "- dialogue: 1,024 tokens of 80 conversations of pip:talks==1/talks, read through the chat template, in "
+        "conversations of at most 256 tokens, of which the last answer counts; intervals over conversations",
     ):
-        assert f"\n{line}" in text
-    assert (
-        "over 8,192 tokens of general text (33 texts of pip:texts==1/texts, read without a chat template in windows of "
-        "128 tokens, each with a BOS first)"
-    ) in text
+        assert f"\n{line}\n" in text
+    assert "Losses are in nats a token; p is corrected for 2 probes (Holm)." in text
     numbers = json.loads(paths.METRICS.read_text())["cost"]
-    assert numbers["general_loss"] | {"base": 2.9, "diff": -0.005, "kl_ci_high": 0.06} == numbers["general_loss"]
+    found = numbers["general_loss"]
+    assert list(found) == ["dialogue", "encyclopedia"]
+    assert found["encyclopedia"] | {"base": 2.9, "diff": -0.005, "kl_ci_high": 0.06} == found["encyclopedia"]
+    assert found["dialogue"] | {"p": 0.0002, "p_holm": 0.0004} == found["dialogue"]
     assert (numbers["gap"], numbers["validation_loss"], numbers["adapter_bytes"]) == (0.047, 2.748, 19_600_000)
-    assert not any(word in text for word in ("made the model worse at general text", "past its best"))
+    assert not any(word in text for word in ("on the probe encyclopedia", "past its best"))
 
 
-def test_general_text_forgotten_and_training_gone_too_far_are_to_be_read_with_care() -> None:
-    forgot = replace(FORGETTING, tuned_loss=3.1, tuned_perplexity=22.2, diff=Interval(0.2, 0.15, 0.26))
+def test_a_probe_that_was_forgotten_and_training_gone_too_far_are_to_be_read_with_care() -> None:
     late = replace(TRAINING, epochs=3.0, kept_epoch=3.0, kept_loss=2.9, last_loss=2.9)
-    found = wording.caveats(comparison(cost=Cost(1000, 4000, [late], forgot)))
+    few = replace(FORGETTING, name="own", groups=6, direction="few")
+    found = wording.caveats(comparison(cost=Cost(1000, 4000, [late], [FORGETTING, DIALOGUE, few])))
     assert (
-        "Fine-tuning made the model worse at general text: 2.900 → 3.100 nats a token (+0.200, +0.150 to +0.260), a "
-        "perplexity of 18.2 → 22.2."
+        "Fine-tuning made the model worse at text that is not of the task, on the probe dialogue: 3.100 → 3.400 nats a "
+        "token (+0.300, +0.200 to +0.400), a perplexity of 18.2 → 18.0."
     ) in found
+    assert [one for one in found if "on the probe" in one][1:] == [
+        "Whether fine-tuning made the model worse on the probe own cannot be shown: 6 texts are too few, 10 are needed "
+        "at least."
+    ]
     assert (
         "The adapter is trained past its best: the validation loss was 2.748 after 1 epoch and is 2.900 after 3 "
         "epochs, which is what was kept. train.early_stopping keeps the best."
     ) in found
     kept = replace(late, kept_loss=2.748, kept_epoch=1.0)
-    assert not any("past its best" in one for one in wording.caveats(comparison(cost=Cost(1, 1, [kept], FORGETTING))))
+    assert not any("past its best" in one for one in wording.caveats(comparison(cost=Cost(1, 1, [kept], [FORGETTING]))))
 
 
 def test_forgetting_that_was_not_measured_is_said() -> None:
-    one = comparison(cost=Cost(1000, 4000, [replace(TRAINING, steps=20)], None))
+    one = comparison(cost=Cost(1000, 4000, [replace(TRAINING, steps=20)], []))
     wording.write(one)
     text = paths.COMPARISON_MD.read_text()
-    assert "Forgetting was not measured: `forget.source` is null." in text
-    assert "- Forgetting was not measured (forget.source is null)" in text
+    assert "Forgetting was not measured: `forget.probes` is empty." in text
+    assert "- Forgetting was not measured (forget.probes is empty)" in text
     assert "| 17 | 1 (stopped early) | " in text
     assert "general_loss" not in json.loads(paths.METRICS.read_text())["cost"]
 

@@ -253,3 +253,36 @@ def test_a_whole_table_in_one_record_is_told_by_its_shape() -> None:
     assert not shape({"text": "a", "of": {"n": 1}})
     assert not shape({"text": "a", "summary": ["b"]})
     assert tables.shape([]) is None
+
+
+# YAML
+
+
+def test_yaml_is_one_list_of_mappings_or_one_mapping_and_its_words_are_words(tmp_path: Path) -> None:
+    listed = written(tmp_path, "a.yml", b"- text: 'no'\n  answer: no\n- {text: 1963, answer: '1963'}\n")
+    found = [(where, dict(record)) for where, record in tables.records(listed, "utf-8")]
+    of = {"__file__": "a.yml", "__source__": found[0][1]["__source__"]}
+    assert found == [
+        ("a.yml, item 1", {"text": "no", "answer": "no"} | of),
+        ("a.yml, item 2", {"text": 1963, "answer": "1963"} | of),
+    ]
+    alone = written(tmp_path, "b.yaml", "talks: [[caf\u00e9, ouvert]]\n".encode("cp1252"))
+    ((where, record),) = tables.records(alone, "cp1252")
+    assert (where, record["talks"]) == ("b.yaml", [["caf\u00e9", "ouvert"]])
+
+
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [
+        (b"a: [1", r"a.yml is not YAML: "),
+        (b"a: 1\na: 2\n", r"a.yml is not YAML: "),
+        (b"just words\n", r"a.yml: must be a mapping with the columns as keys, not str"),
+        (b"- 1\n", r"a.yml, item 1: must be a mapping with the columns as keys, not int"),
+        (b"- {1: a}\n", r"a.yml, item 1: the key 1 is not a text: put it in quotation marks"),
+        (b"a: &x [1]\nb: *x\n", r"a.yml:2: the alias \*x stands for another part of the file"),
+        (b"caf\xe9: 1\n", r"a.yml:1 is not UTF-8"),
+    ],
+)
+def test_what_is_no_table_of_yaml_is_told(tmp_path: Path, content: bytes, told: str) -> None:
+    with pytest.raises(UserError, match=told):
+        list(tables.records(written(tmp_path, "a.yml", content), "utf-8"))
