@@ -17,7 +17,6 @@ from pipeline.core.errors import UserError
 from pipeline.core.progress import say
 from pipeline.fetch import glance
 from pipeline.fetch.unfit import named
-from pipeline.lora import optimizer
 from pipeline.model import memory
 from pipeline.model.memory import GB, Device, Parts, total
 from pipeline.model.shape import Shape
@@ -59,6 +58,11 @@ class Plan:
         answers = max(1, len(self.given.prompt.instructions)) if shared else 1
         return self.prompt + answers * self.given.generation.max_new_tokens
 
+    @property
+    def supervised(self) -> float:
+        """The share of a micro-batch's tokens whose logits are computed."""
+        return 1.0 if self.given.train.prompt_weight else memory.ANSWERS
+
     def quantize(self) -> Parts:
         return memory.quantizing(self.base, self.device)
 
@@ -68,7 +72,7 @@ class Plan:
 
     def train(self, micro_batch_tokens: int | None = None) -> Parts:
         tokens = max(micro_batch_tokens or self.given.train.micro_batch_tokens, self.longest)
-        load = memory.Load(tokens, round(memory.ANSWERS * tokens), self.longest)
+        load = memory.Load(tokens, round(self.supervised * tokens), self.longest)
         recomputed = self.given.runtime.gradient_checkpointing
         return memory.training(self.base, self.given.lora, self.given.train, load, self.device, recomputed)
 
@@ -171,7 +175,7 @@ def lines(name: str, given: params.Params, shape: Shape) -> Iterator[str]:
     yield ""
     yield (
         f"Assumed: prompts of {plan.prompt} tokens, groups of {plan.longest}; at most "
-        f"{memory.ANSWERS:.0%} of a micro-batch are answers. A stage counts its own rows before it loads the model."
+        f"{plan.supervised:.0%} of a micro-batch are supervised. A stage counts its own rows before it loads the model."
     )
     yield "Predictions were compared with peaks on a CPU (docs/memory.md); on CUDA and MPS nothing has been measured."
 
@@ -213,7 +217,7 @@ def _quantize(plan: Plan, room: float) -> str:
 
 
 def _train(plan: Plan, room: float) -> str:
-    if plan.device not in optimizer.DEVICES[plan.given.train.optimizer]:
+    if plan.device not in params.OPTIMIZERS[plan.given.train.optimizer]:
         return "other optimizer"
     return _tokens(memory.largest(plan.train, room, memory.TILE, MOST), plan.longest)
 

@@ -39,6 +39,19 @@ Share = Annotated[float, Field(ge=0, le=1)]
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 GgufType = Literal["F32", "BF16", "F16", "Q8_0", "Q5_1", "Q5_0", "Q4_1", "Q4_0"]
 GGUF_TYPES: tuple[str, ...] = get_args(GgufType)
+OPTIMIZERS: dict[str, tuple[str, ...]] = {
+    "adamw": ("cpu", "cuda", "mps"),
+    "adamw8bit": ("cpu", "cuda"),
+    "paged-adamw8bit": ("cuda",),
+    "adafactor": ("cpu", "cuda", "mps"),
+    "muon": ("cpu", "cuda", "mps"),
+}
+"""The values of `train.optimizer`, and the devices that have them. bitsandbytes 0.50.2 updates 8-bit states on no
+other, and would silently ignore paging on a CPU."""
+WITHOUT_BETA2 = ("adafactor", "muon")
+"""Optimizers that do not read `train.beta2`."""
+DECAY = 0.2
+"""`train.decay` where it is null and the schedule is wsd."""
 Split = Literal["test", "validation"]
 """A split that base and tuned can answer, and be scored on."""
 Metric = Literal["rouge1", "rouge2", "rougeL", "rougeLsum", "chrf", "bleu", "exact_match", "token_f1", "bertscore"]
@@ -228,21 +241,51 @@ class Lora(Section):
     target_modules: Literal["all-linear"] | Annotated[list[str], Field(min_length=1)]
 
 
+def _share_or_steps(number: float) -> float:
+    if number >= 1 and not number.is_integer():
+        raise ValueError(f"{number:g} is neither a share, which is below 1, nor a whole number of steps")
+    return number
+
+
 class Train(Section):
     key = "train"
     epochs: Annotated[int, Field(ge=1, le=1000)]
     batch_size: Annotated[int, Field(ge=1, le=4096)]
     micro_batch_tokens: Annotated[int, Field(ge=64, le=1_000_000)]
-    optimizer: Literal["adamw", "adamw8bit", "paged-adamw8bit"]
+    turns: Literal["last", "all"]
+    prompt_weight: Share
+    label_smoothing: Annotated[float, Field(ge=0, lt=1)]
+    neftune_alpha: Annotated[float, Field(ge=0, le=1000)]
+    optimizer: Literal["adamw", "adamw8bit", "paged-adamw8bit", "adafactor", "muon"]
     learning_rate: Annotated[float, Field(gt=0, le=1)]
-    schedule: Literal["linear", "cosine", "constant"]
-    warmup: Annotated[float, Field(ge=0, lt=1)]
+    schedule: Literal["linear", "cosine", "constant", "wsd"]
+    warmup: Annotated[float, Field(ge=0, le=1_000_000), AfterValidator(_share_or_steps)]
+    decay: Annotated[float, Field(gt=0, le=1)] | None
     weight_decay: Share
-    beta2: Annotated[float, Field(gt=0, lt=1)]
+    beta2: Annotated[float, Field(gt=0, lt=1)] | None
     max_grad_norm: Annotated[float, Field(gt=0, le=1000)]
     max_dropped_share: Share
     validate_every: Annotated[int, Field(ge=0, le=1_000_000)]
     early_stopping: Annotated[int, Field(ge=0, le=1000)]
+
+    @model_validator(mode="after")
+    def nothing_is_ignored(self) -> Self:
+        if self.decay is not None and self.schedule != "wsd":
+            raise ValueError(
+                f"decay = {self.decay:g} with schedule = {self.schedule!r}, which has no phase of decay: set decay to "
+                "null, or schedule to wsd"
+            )
+        if self.beta2 is not None and self.optimizer in WITHOUT_BETA2:
+            raise ValueError(
+                f"beta2 = {self.beta2:g} with optimizer = {self.optimizer!r}, which has no such setting: set beta2 to "
+                "null"
+            )
+        decay = DECAY if self.decay is None else self.decay
+        if self.schedule == "wsd" and self.warmup < 1 < self.warmup + decay:
+            raise ValueError(
+                f"warmup = {self.warmup:g} and decay = {decay:g} are more than all steps: lower one of them"
+            )
+        return self
 
 
 class Probe(Section):
@@ -565,6 +608,28 @@ def _a_base_is_shared_where_that_can_be_honoured(given: Params) -> str | None:
     return None
 
 
+def _the_optimizer_runs_on_the_device(given: Params) -> str | None:
+    device, optimizer = given.runtime.device, given.train.optimizer
+    if device != "auto" and device not in OPTIMIZERS[optimizer]:
+        return (
+            f"train.optimizer = {optimizer!r} needs {' or '.join(OPTIMIZERS[optimizer])}, and runtime.device = "
+            f"{device!r}: set train.optimizer to another, or runtime.device to auto"
+        )
+    return None
+
+
+def _all_turns_are_those_of_conversations(given: Params) -> str | None:
+    if given.train.turns == "last":
+        return None
+    for name, value in (("data.format", given.data.format), ("prompt.style", given.prompt.style)):
+        if value != "chat":
+            return (
+                f"train.turns = 'all' with {name} = {value!r}, which has no conversations, and so no earlier answers: "
+                "set train.turns to last"
+            )
+    return None
+
+
 def _published_figures_have_a_counterpart(given: Params) -> str | None:
     missing = sorted({figure.metric for figure in given.compare.published}.difference(given.evaluate.metrics))
     if missing:
@@ -578,6 +643,8 @@ RULES: tuple[Callable[[Params], str | None], ...] = (
     _other_backends_compute_with_plain_weights,
     _other_backends_compute_in_one_process,
     _a_base_is_shared_where_that_can_be_honoured,
+    _the_optimizer_runs_on_the_device,
+    _all_turns_are_those_of_conversations,
     _published_figures_have_a_counterpart,
 )
 """Each says what does not fit together in the parameters, or None."""

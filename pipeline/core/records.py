@@ -31,7 +31,8 @@ class Example:
     `group` names the source that rows share, such as a paper. Shuffling, prefix sharing and the bootstrap keep its rows
     together. `aspect` selects the instruction. `lead` is the first sentence of `source`, a reference line. `references`
     are all right answers, `target` first; training uses only `target`. `history` holds the earlier messages of a
-    conversation, each `{"role": ..., "content": ...}` with the role system, user or assistant.
+    conversation, each `{"role": ..., "content": ...}` with the role system, user or assistant; an answer that is not to
+    be learnt has `"weight": "0"` as well.
     """
 
     id: str

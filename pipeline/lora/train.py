@@ -1,8 +1,9 @@
 """LoRA training: only the adapter is optimized, on a frozen and possibly 4-bit base (QLoRA, arXiv 2305.14314).
 
-The loss of a step is the mean over all supervised tokens of its batch, however the batch is split for memory. The
-adapter computes in the model's dtype; gradients are summed, and the update is made, in float32. The order, dropout and
-learning rate of a step depend only on the seed and the step's number, so training can be interrupted anywhere.
+The loss of a step is the mean over all supervised tokens of its batch, by their weights, however the batch is split for
+memory: each part gives its sum, divided by the weight of the whole batch. The adapter computes in the model's dtype;
+gradients are summed, and the update is made, in float32. The order, dropout, noise and learning rate of a step depend
+only on the seed and the step's number, so training can be interrupted anywhere.
 
 Several processes (`pipeline.model.processes`) divide the groups of each batch, and of validation, among them. They sum
 gradients and losses over the supervised tokens of all, which equals one process up to rounding. Only dropout differs,
@@ -11,13 +12,14 @@ since each process draws its own.
 The loss on the validation split shows overfitting. `early_stopping` ends training after that many validations without a
 lower loss, and keeps the adapter with the lowest one. It never keeps the state before the first step, which is the
 base. The training loss is measured like the validation loss: in evaluation mode, with the kept adapter, on training
-groups spread evenly through the split, with about as many rows as validation has.
+groups spread evenly through the split, with about as many rows as validation has. Both are plain means over the tokens
+of the last answers, whatever a step's loss counts, so that experiments can be compared.
 """
 
 import hashlib
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -29,7 +31,7 @@ from pipeline.core.contracts import QuantizedFacts, Step, TrainingSummary, Valid
 from pipeline.core.errors import UserError
 from pipeline.core.progress import bar, publish_validation, say
 from pipeline.core.records import Encoded, Example
-from pipeline.lora import adapter, optimizer
+from pipeline.lora import adapter, neftune, optimizer, schedule
 from pipeline.model import checkpoint, devices, load, loss, memory, pack, packed, processes, resume, shard
 from pipeline.model.prompt import Encoder, Row, notices
 
@@ -60,7 +62,7 @@ class Plan:
     """What will be computed.
 
     `steps` has the epochs before each step, and its batch. `validation` and `sample`, training groups spread evenly
-    through the split, are the groups of the two losses.
+    through the split, are the groups of the two losses. In these the last answers alone are supervised.
     """
 
     steps: list[tuple[float, list[pack.Tree]]]
@@ -123,7 +125,8 @@ def fit(seed: int, prompt: params.Prompt, lora: params.Lora, train: params.Train
 
 def _rows(encoder: Encoder, train: params.Train) -> Rows:
     """The rows of both splits. UserError if too many do not fit."""
-    everything, of_train = encoder.rows(records.read_rows(paths.split("train"), Example))
+    encode = encoder.conversations if train.turns == "all" else encoder.rows
+    everything, of_train = encode(records.read_rows(paths.split("train"), Example))
     fitting = [row for row in everything if encoder.fits(row.prompt) and encoder.holds(row)]
     validation, of_validation = encoder.rows(records.read_rows(paths.split("validation"), Example))
     longest_answer = max(len(row.completion) for row in validation)
@@ -150,8 +153,11 @@ def _too_long(encoder: Encoder, rows: Sequence[Row], dropped: int, share: float)
 
 
 def _plan(rows: Rows, train: params.Train, seed: int) -> Plan:
-    """The plan of one seed. UserError if `train.early_stopping` would wait longer than training lasts."""
-    groups, validation = pack.trees(rows.train), pack.trees(rows.validation)
+    """The plan of one seed.
+
+    UserError if `train.early_stopping` would wait longer than training lasts, or the schedule has too few steps.
+    """
+    groups, validation = pack.weighed(rows.train, train.prompt_weight), pack.trees(rows.validation)
     epochs = [batches(groups, train.batch_size, _mix(seed, -1 - epoch)) for epoch in range(train.epochs)]
     steps = [(epoch + at / len(some), batch) for epoch, some in enumerate(epochs) for at, batch in enumerate(some)]
     after_the_first = sum(_is_due(step, epoch, train) for step, (epoch, _) in enumerate(steps))
@@ -161,7 +167,8 @@ def _plan(rows: Rows, train: params.Train, seed: int) -> Plan:
             f"its first step, which are too few: lower it, raise train.epochs, or validate more often with "
             f"train.validate_every (training has {len(steps)} steps)"
         )
-    return Plan(steps, train.epochs, validation, evenly(groups, len(rows.validation)))
+    schedule.require(len(steps), train)
+    return Plan(steps, train.epochs, validation, evenly(pack.trees(rows.train), len(rows.validation)))
 
 
 def _device_for(
@@ -260,7 +267,7 @@ def _summary(
         kept_epoch=plan.epochs_at(kept.step),
         kept_loss=kept.loss,
         training_loss=training_loss,
-        training_loss_rows=sum(len(tree.branches) for tree in plan.sample),
+        training_loss_rows=sum(tree.rows for tree in plan.sample),
         gap=kept.loss - training_loss,
         logit_change=logit_change,
     )
@@ -299,26 +306,28 @@ class Trainer:
             raise UserError(
                 f"training diverged at step {number}: loss {mean}, gradient norm {norm}; lower train.learning_rate"
             )
-        rate = learning_rate(number, self.steps, self.train)
+        rate = schedule.learning_rate(number, self.steps, self.train)
         self._update(gradients, rate, min(1.0, self.train.max_grad_norm / (norm + 1e-6)))
-        rows = sum(len(tree.branches) for tree in batch)
+        rows = sum(tree.rows for tree in batch)
         self.log.append(Step(number, epoch, mean, rate, norm, rows, sum(tree.tokens for tree in batch)))
 
     def _gradients(self, batch: Sequence[pack.Tree]) -> tuple[float, "dict[str, torch.Tensor]"]:
-        """The mean loss over the supervised tokens of a batch, and its gradients in float32, over all processes."""
+        """The mean loss over the supervised tokens of a batch, by weight, and its gradients in float32, over all
+        processes."""
         import torch
 
         self.model.train()
         torch.manual_seed(_mix(self.seed, len(self.log)) + processes.rank())  # for dropout
-        supervised = sum(tree.supervised for tree in batch)
+        weight = sum(tree.weight for tree in batch)
         gradients = {name: torch.zeros_like(master) for name, master in self.masters.items()}
         total = 0.0
         own = processes.share(batch, lambda tree: tree.tokens)
+        noise = {id(tree): _mix(self.seed, len(self.log), number) for number, tree in enumerate(batch)}
         # Gradients below 6e-8 vanish in float16: there, take the gradient of the sum and divide it in float32.
-        unit = 1 / supervised if self.model.dtype is torch.float16 else 1.0
+        unit = 1 / weight if self.model.dtype is torch.float16 else 1.0
         with shard.together(self.model, backward=True):
             for part in pack.micro_batches(own, self.train.micro_batch_tokens):
-                part_loss = loss.summed(self.model, pack.pack(part, self.model.device)) / supervised
+                part_loss = self._summed(part, noise) / weight
                 with devices.repeatable(self.model.device):
                     (part_loss if unit == 1.0 else part_loss / unit).backward()
                 total += part_loss.item()
@@ -329,6 +338,13 @@ class Trainer:
                         tensor.grad = None
         self.model.zero_grad()  # `shard.together` may have made gradients while this process waited
         return processes.add_up(total, list(gradients.values())), gradients
+
+    def _summed(self, part: Sequence[pack.Tree], noise: Mapping[int, int]) -> "torch.Tensor":
+        """The loss of one micro-batch, summed over its supervised tokens. `noise`: the seed of each tree, by its id."""
+        packed = pack.pack(part, self.model.device)
+        seeds = [noise[id(tree)] for tree in part]
+        with neftune.noisy(self.model, packed, part, self.train.neftune_alpha, seeds):
+            return loss.summed(self.model, packed, self.train.label_smoothing)
 
     def _update(self, gradients: "dict[str, torch.Tensor]", rate: float, scale: float) -> None:
         """Step the optimizer, with gradients scaled in place, and give the model the new values."""
@@ -364,7 +380,7 @@ class Trainer:
             for part in parts:
                 total += loss.summed(self.model, pack.pack(part, self.model.device)).item()
                 advance(1)
-        return processes.add_up(total) / sum(tree.supervised for tree in trees)
+        return processes.add_up(total) / sum(tree.weight for tree in trees)
 
     def keep_best(self) -> None:
         """With early stopping, return to the state with the lowest validation loss."""
@@ -425,7 +441,7 @@ def batches(trees: Sequence[pack.Tree], rows: int, seed: int) -> list[list[pack.
     order = torch.randperm(len(trees), generator=torch.Generator().manual_seed(seed)).tolist()
     filled: list[list[pack.Tree]] = [[]]
     for tree in (trees[index] for index in order):
-        if filled[-1] and sum(len(other.branches) for other in [*filled[-1], tree]) > rows:
+        if filled[-1] and sum(other.rows for other in [*filled[-1], tree]) > rows:
             filled.append([])
         filled[-1].append(tree)
     return filled
@@ -433,7 +449,7 @@ def batches(trees: Sequence[pack.Tree], rows: int, seed: int) -> list[list[pack.
 
 def evenly(trees: Sequence[pack.Tree], rows: int) -> list[pack.Tree]:
     """Groups spread evenly through `trees`, with about `rows` rows in total, or all groups if they have fewer."""
-    share = min(1.0, rows / sum(len(tree.branches) for tree in trees))
+    share = min(1.0, rows / sum(tree.rows for tree in trees))
     count = max(1, round(share * len(trees)))
     return [trees[at * len(trees) // count] for at in range(count)]
 
@@ -453,16 +469,6 @@ def _is_due(step: int, epoch: float, train: params.Train) -> bool:
     return step % train.validate_every == 0 if train.validate_every else epoch.is_integer()
 
 
-def learning_rate(step: int, steps: int, train: params.Train) -> float:
-    """The learning rate of step `step` (from 0) of `steps`: a linear warm-up, then the schedule."""
-    warmup = round(train.warmup * steps)
-    if step < warmup:
-        return train.learning_rate * (step + 1) / warmup
-    progress = (step - warmup) / max(1, steps - warmup)
-    decay = {"linear": 1 - progress, "cosine": (1 + math.cos(math.pi * progress)) / 2, "constant": 1.0}
-    return train.learning_rate * decay[train.schedule]
-
-
-def _mix(seed: int, number: int) -> int:
-    """A seed for one step or epoch of one run, unrelated to those of other numbers."""
-    return int.from_bytes(hashlib.sha256(f"{seed}/{number}".encode()).digest()[:8], "big") >> 1
+def _mix(*numbers: int) -> int:
+    """A seed for one step or epoch of one run (the run's seed comes first), unrelated to those of other numbers."""
+    return int.from_bytes(hashlib.sha256("/".join(map(str, numbers)).encode()).digest()[:8], "big") >> 1

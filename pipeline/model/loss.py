@@ -1,4 +1,8 @@
-"""Cross-entropy where there is a label, and nowhere else; perplexity from it."""
+"""Cross-entropy where there is a label, and nowhere else; perplexity from it.
+
+With label smoothing (arXiv 1512.00567, section 7) the target is the label with the probability 1 - smoothing, and any
+token of the vocabulary, the label included, with the rest.
+"""
 
 import math
 from typing import TYPE_CHECKING, Any
@@ -26,12 +30,15 @@ def logits(model: Any, packed: pack.Packed) -> "torch.Tensor":
     return logits_1xNxV
 
 
-def summed(model: Any, packed: pack.Packed) -> "torch.Tensor":
-    """Cross-entropy summed over the supervised tokens."""
-    import torch
+def summed(model: Any, packed: pack.Packed, smoothing: float = 0.0) -> "torch.Tensor":
+    """Cross-entropy in nats, summed over the supervised tokens, each times its weight. `smoothing`: [0, 1)."""
+    from torch.nn.functional import cross_entropy
 
-    logits_1xNxV = logits(model, packed)
-    return torch.nn.functional.cross_entropy(logits_1xNxV[0].float(), packed.target_N, reduction="sum")
+    logits_NxV = logits(model, packed)[0].float()
+    if packed.weight_N is None:
+        return cross_entropy(logits_NxV, packed.target_N, reduction="sum", label_smoothing=smoothing)
+    nats_N = cross_entropy(logits_NxV, packed.target_N, reduction="none", label_smoothing=smoothing)
+    return nats_N @ packed.weight_N
 
 
 def perplexity(model: Any, windows: list[list[int]], label: str) -> float:

@@ -184,7 +184,7 @@ def training(
     parts = {
         "weights": base.weights,
         "adapter": float(parameters * (s + 4)),  # in the model's dtype, and the float32 masters
-        "optimizer": parameters * _state(train.optimizer),
+        "optimizer": _state(train.optimizer, shape, lora),
         "gradients": float(parameters * (s + 4)),
     }
     if train.early_stopping:
@@ -195,7 +195,8 @@ def training(
         + full * _joined(shape, lora) * s
         + (tokens * shape.layers * shape.hidden_size * s if recomputed else 0)
     )
-    logits = float(load.answers * shape.vocabulary * 12)  # log-probabilities, and the gradients of both
+    # Log-probabilities, and the gradients of both; with smoothing these have two terms.
+    logits = float(load.answers * shape.vocabulary * (16 if train.label_smoothing else 12))
     backward = float(tokens * ((4 * shape.intermediate_size + 2 * shape.hidden_size) * s + 16 * shape.hidden_size))
     update = 8.0 * parameters if device == "cuda" and train.optimizer == "adamw" else 0.0
     parts["logits"] = logits
@@ -268,9 +269,17 @@ def _adapted(name: str, lora: params.Lora) -> bool:
     return lora.target_modules == "all-linear" or name in lora.target_modules
 
 
-def _state(optimizer: str) -> float:
-    """Bytes for each parameter: two moments in float32, or in 8 bits with a constant for each block of 256."""
-    return 8.0 if optimizer == "adamw" else 2 * (1 + 4 / 256)
+def _state(optimizer: str, shape: Shape, lora: params.Lora) -> float:
+    """Bytes of the optimizer's state.
+
+    Two moments in float32, or in 8 bits with a constant for each block of 256; with Muon one in float32; with Adafactor
+    a row and a column of each matrix.
+    """
+    if optimizer == "adafactor":
+        adapted = [size for name, size in shape.linears.items() if _adapted(name, lora)]
+        return 4.0 * shape.layers * sum(2 * lora.r + inputs + outputs for inputs, outputs in adapted)
+    each = {"adamw": 8.0, "muon": 4.0}.get(optimizer, 2 * (1 + 4 / 256))
+    return each * adapter_parameters(shape, lora)
 
 
 def _kept_a_token(base: Base, lora: params.Lora, longest: int, device: Device) -> float:

@@ -9,7 +9,7 @@ text in the data (`pipeline.model.controls`).
 
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from pipeline.core import params
@@ -29,12 +29,16 @@ DATE = "26 Jul 2024"
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """A training or validation row: token ids of the prompt, and of the completion with its closing EOS."""
+    """A training or validation row: token ids of the prompt, and of the completion with its closing EOS.
+
+    `earlier` holds the same of the earlier answers of its conversation, if they are learnt too.
+    """
 
     id: str
     group: str
     prompt: list[int]
     completion: list[int]
+    earlier: list[tuple[list[int], list[int]]] = field(default_factory=list)
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,12 +122,16 @@ class Encoder:
         def marked(text: str) -> str:
             return self.controls.marked(text) if controls else text
 
-        earlier = [message | {"content": marked(message["content"])} for message in example.history]
+        earlier = self._marked(example.history) if controls else example.history
         return [
             *earlier[_systems(earlier) :],
             {"role": "user", "content": self._fill(example, marked(example.source))},
             {"role": "assistant", "content": marked(example.target)},
         ]
+
+    def _marked(self, history: Sequence[Message]) -> list[Message]:
+        """Messages with marks for the control tokens in them."""
+        return [message | {"content": self.controls.marked(message["content"])} for message in history]
 
     def _holds_controls(self, example: Example) -> bool:
         texts = (example.source, example.target, *(message["content"] for message in example.history))
@@ -138,6 +146,18 @@ class Encoder:
         """The rows of examples, and what became of them. UserError as `row`."""
         made = [self.made(example) for example in examples]
         rows = [self._row(example, one) for example, one in zip(examples, made, strict=True)]
+        return rows, _counted(examples, made)
+
+    def conversations(self, examples: Sequence[Example]) -> tuple[list[Row], Encoded]:
+        """As `rows`, with the earlier answers that each prompt holds, but for those with weight 0.
+
+        UserError as `row`, and for an answer before which the chat template makes no prompt.
+        """
+        made = [self.made(example) for example in examples]
+        rows = [
+            replace(self._row(example, one), earlier=self._earlier(example, one))
+            for example, one in zip(examples, made, strict=True)
+        ]
         return rows, _counted(examples, made)
 
     def fits(self, prompt: list[int]) -> bool:
@@ -158,9 +178,31 @@ class Encoder:
             )
         return Row(example.id, example.group, prompt.ids, [*completion, self.end])
 
+    def _earlier(self, example: Example, prompt: Prompt) -> list[tuple[list[int], list[int]]]:
+        """Prompt and completion of each answer in the history, as the model would be asked for it there.
+
+        The prompt is made anew, since a template may write an answer of the history in another way than behind a
+        prompt. The user's messages stand in it as they are, without `prompt.template`.
+        """
+        found = []
+        for at, message in enumerate(prompt.history):
+            if message["role"] != "assistant" or message.get("weight") == "0":
+                continue
+            completion = self.controls.plain(message["content"])
+            before = self._marked(prompt.history[:at]) if prompt.controls else prompt.history[:at]
+            ids = self._tokenized(self._rendered(example, before), prompt.controls)
+            if not completion or not ids:
+                raise UserError(
+                    f"message {at + 1} of {example.id}, an answer, has no token, or no prompt before it, with this "
+                    "model's tokenizer and chat template: give it weight 0 in the data, or set train.turns to last"
+                )
+            found.append((ids, [*completion, self.end]))
+        return found
+
     def holds(self, row: Row) -> bool:
-        """Whether the model's context holds the whole row."""
-        return len(row.prompt) + len(row.completion) <= self.context
+        """Whether the model's context holds the whole row, and each earlier answer behind its prompt."""
+        sequences = ((row.prompt, row.completion), *row.earlier)
+        return all(len(prompt) + len(completion) <= self.context for prompt, completion in sequences)
 
     def require_fit(self, prompts: dict[str, list[int]], split: str, new_tokens: int) -> None:
         """UserError unless every prompt fits, with `new_tokens` after it. `prompts`: token ids by example id."""
@@ -204,21 +246,27 @@ class Encoder:
         `turns` stand before the history, after its system messages, and are marked already.
         """
         if controls:
-            history = [message | {"content": self.controls.marked(message["content"])} for message in history]
-            source = self.controls.marked(source)
+            history, source = self._marked(history), self.controls.marked(source)
         text = self._fill(example, source)
         if self.params.style == "chat":
             at = _systems(history)
             text = self._rendered(example, [*history[:at], *turns, *history[at:], {"role": "user", "content": text}])
-        ids: list[int]
-        ids = self.controls.mixed(text) if controls else self.tokenizer(text, add_special_tokens=False).input_ids
+        ids = self._tokenized(text, controls)
         if self.params.style == "plain" and starts_with_bos(self.tokenizer):
             ids = [self.tokenizer.bos_token_id, *ids]
         return ids
 
-    def _rendered(self, example: Example, messages: list[Message]) -> str:
+    def _tokenized(self, text: str, controls: bool) -> list[int]:
+        """The token ids of a text in which names of control tokens are tokens. `controls`: it may hold marks."""
+        ids: list[int]
+        ids = self.controls.mixed(text) if controls else self.tokenizer(text, add_special_tokens=False).input_ids
+        return ids
+
+    def _rendered(self, example: Example, messages: Sequence[Message]) -> str:
+        # Chat templates know these two fields: they may read others, such as a weight, for a part of the message.
+        plain = [{name: message[name] for name in ("role", "content")} for message in messages]
         try:
-            return rendered(self.tokenizer, messages, add_generation_prompt=True, enable_thinking=self.params.thinking)
+            return rendered(self.tokenizer, plain, add_generation_prompt=True, enable_thinking=self.params.thinking)
         except TemplateError as error:
             roles = ", ".join(message["role"] for message in messages)
             raise UserError(

@@ -135,7 +135,10 @@ def _turns(
         if text not in message:
             raise UserError(f"{at}: has no {text}: write one, or take the record out")
         _require_weight(message, at)
-        turns.append({"role": ROLES[role], "content": _content(message[text], f"{at}: {text}", account)})
+        turn = {"role": ROLES[role], "content": _content(message[text], f"{at}: {text}", account)}
+        if turn["role"] == "assistant" and _is_not_learnt(message):
+            turn["weight"] = "0"  # read by `train.turns: all`
+        turns.append(turn)
     turns = _after_system(record, turns, where, account)
     if [turn["role"] for turn in turns[-2:]] != ["user", "assistant"]:
         ends = ", ".join(turn["role"] for turn in turns[-2:]) or "nothing"

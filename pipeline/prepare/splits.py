@@ -175,13 +175,18 @@ def merge(split: Split) -> None:
     alike: dict[tuple[str, ...], list[Example]] = {}
     for row in split.rows:
         usable = is_visible(row.source) and is_visible(row.target)
-        key = (canonical(row.source), row.aspect, canonical(repr(row.history))) if usable else (row.id,)
+        key = (canonical(row.source), row.aspect, _said_before(row)) if usable else (row.id,)
         alike.setdefault(key, []).append(row)
     split.merged = len(split.rows) - len(alike)
     split.rows = [
         replace(rows[0], references=_different(text for row in rows for text in row.references))
         for rows in alike.values()
     ]
+
+
+def _said_before(row: Example) -> str:
+    """Who said what before the source, in a form that all histories have which read alike."""
+    return canonical(repr([{name: message[name] for name in ("role", "content")} for message in row.history]))
 
 
 def _different(texts: Iterable[str]) -> list[str]:
@@ -222,7 +227,7 @@ def clean(split: Split) -> None:
             return "empty source"
         if not is_visible(row.target):
             return "empty target"
-        content = (canonical(row.source), row.aspect, canonical(row.target), canonical(repr(row.history)))
+        content = (canonical(row.source), row.aspect, canonical(row.target), _said_before(row))
         if content in seen:
             return "duplicate"
         seen.add(content)

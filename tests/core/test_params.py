@@ -169,6 +169,22 @@ def test_a_base_is_shared_where_that_can_be_honoured(changes: dict[str, Any], me
         ("lora", "r", True, "lora.r = True"),
         ("train", "learning_rate", float("nan"), "learning_rate"),
         ("train", "learning_rate", float("inf"), "learning_rate"),
+        ("train", "warmup", 1.5, "train.warmup: 1.5 is neither a share, which is below 1, nor a whole number of steps"),
+        ("train", "warmup", -0.1, "train.warmup = -0.1: input should be greater than or equal to 0"),
+        ("train", "decay", 0.2, "decay = 0.2 with schedule = 'linear', which has no phase of decay: set decay to null"),
+        (
+            "train",
+            "optimizer",
+            "muon",
+            "beta2 = 0.999 with optimizer = 'muon', which has no such setting: set beta2 to",
+        ),
+        ("train", "optimizer", "adafactor", "beta2 = 0.999 with optimizer = 'adafactor'"),
+        ("train", "label_smoothing", 1.0, "train.label_smoothing = 1.0: input should be less than 1"),
+        ("train", "prompt_weight", -0.1, "train.prompt_weight = -0.1"),
+        ("train", "prompt_weight", 1.1, "train.prompt_weight = 1.1"),
+        ("train", "neftune_alpha", -1.0, "train.neftune_alpha = -1.0"),
+        ("train", "turns", "first", "train.turns = 'first': input should be 'last' or 'all'"),
+        ("train", "turns", "all", "train.turns = 'all' with data.format = 'aclsum', which has no conversations"),
         ("tracking", "uri", "https://me:a-secret@host", "tracking.uri: an address with a user name or password"),
         ("tracking", "uri", "postgresql://host/db?password=a-secret", "give the address as MLFLOW_TRACKING_URI"),
     ],
@@ -180,6 +196,43 @@ def test_what_is_illegal_is_refused(section: str, key: str, value: Any, message:
         params.check(content, "params.yaml")
     assert message in str(caught.value)
     assert "a-secret" not in str(caught.value)
+
+
+@pytest.mark.parametrize("warmup", [0, 0.0, 0.1, 0.999, 1, 1.0, 40])
+def test_a_warmup_is_a_share_or_a_number_of_steps(warmup: float) -> None:
+    content = default()
+    content["train"]["warmup"] = warmup
+    assert params.check(content, "params.yaml").train.warmup == warmup
+
+
+def test_a_setting_of_training_that_would_be_ignored_is_refused() -> None:
+    content = default()
+    content["train"] |= {"schedule": "wsd", "warmup": 0.5, "decay": 0.6}
+    with pytest.raises(UserError, match="warmup = 0.5 and decay = 0.6 are more than all steps"):
+        params.check(content, "params.yaml")
+    content["train"] |= {"warmup": 0.85, "decay": None}
+    with pytest.raises(UserError, match="warmup = 0.85 and decay = 0.2 are more than all steps"):
+        params.check(content, "params.yaml")
+    content["train"] |= {"warmup": 20, "optimizer": "muon", "beta2": None}
+    assert params.check(content, "params.yaml").train.decay is None
+    content["data"] |= {"format": "chat"}
+    content["prompt"] |= {"style": "plain"}
+    content["train"] |= {"turns": "all"}
+    with pytest.raises(UserError, match="train.turns = 'all' with prompt.style = 'plain', which has no conversations"):
+        params.check(content, "params.yaml")
+    content["prompt"] |= {"style": "chat"}
+    assert params.check(content, "params.yaml").train.turns == "all"
+
+
+@pytest.mark.parametrize(("optimizer", "device"), [("paged-adamw8bit", "cpu"), ("adamw8bit", "mps")])
+def test_an_optimizer_that_the_named_device_lacks_is_refused_before_anything_runs(optimizer: str, device: str) -> None:
+    content = default()
+    content["train"]["optimizer"] = optimizer
+    content["runtime"]["device"] = device
+    with pytest.raises(UserError, match=f"train.optimizer = '{optimizer}' needs .* runtime.device = '{device}'"):
+        params.check(content, "params.yaml")
+    content["runtime"]["device"] = "auto"
+    assert params.check(content, "params.yaml").train.optimizer == optimizer
 
 
 def test_thinking_is_a_switch_of_chat_templates_and_must_be_given() -> None:

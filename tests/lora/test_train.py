@@ -2,6 +2,7 @@
 
 import csv
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,20 +13,57 @@ from pipeline.core import params, paths, records
 from pipeline.core.contracts import Validation
 from pipeline.core.errors import UserError
 from pipeline.lora import adapter, train
-from pipeline.model import devices, pack
-from tests.made.trainer import section, some_trees, trainer
+from pipeline.model import checkpoint, devices, pack
+from pipeline.model.prompt import Row
+from tests.made.trainer import some_trees, trainer
+
+COUNTED: dict[str, dict[str, Any]] = {
+    "answers": {},
+    "prompts": {"prompt_weight": 0.3},
+    "smoothed": {"label_smoothing": 0.1},
+    "noisy": {"neftune_alpha": 10.0},
+    "all": {"prompt_weight": 0.3, "label_smoothing": 0.1, "neftune_alpha": 10.0},
+}
 
 
-def test_a_step_does_not_depend_on_how_its_batch_is_split(tiny_model: Path) -> None:
+@pytest.mark.parametrize("counted", COUNTED.values(), ids=COUNTED)
+def test_a_step_does_not_depend_on_how_its_batch_is_split(tiny_model: Path, counted: dict[str, Any]) -> None:
     """Gradient accumulation equals the large batch (the loss is a mean over tokens, not over parts)."""
-    whole, split = trainer(tiny_model, micro_batch_tokens=100_000), trainer(tiny_model, micro_batch_tokens=64)
-    assert len(pack.micro_batches(some_trees(), 64)) == 3
+    whole, split = (trainer(tiny_model, micro_batch_tokens=tokens, **counted) for tokens in (100_000, 64))
+    trees = pack.weighed(uneven_rows(), counted.get("prompt_weight", 0.0))
+    assert len(pack.micro_batches(trees, 100_000)) == 1
+    assert len(pack.micro_batches(trees, 64)) == 4
     for one in (whole, split):
-        one.step(some_trees(), 0.0)
-        one.step(some_trees(), 0.0)
+        with_values(one)
+    (mean, gradients), (other_mean, others) = whole._gradients(trees), split._gradients(trees)
+    assert other_mean == pytest.approx(mean, rel=1e-6)
+    for name, gradient in gradients.items():
+        assert float(gradient.norm()) > 0
+        assert float((others[name] - gradient).norm() / gradient.norm()) < 1e-5, name
+    # Planted: the mean of the parts' means, which is what the loss would be if each part had its own divisor.
+    means = [whole._gradients(part)[0] for part in pack.micro_batches(trees, 64)]
+    assert abs(sum(means) / len(means) - mean) > 1e-4 * mean
+    for one in (whole, split):
+        one.step(trees, 0.0)
+        one.step(trees, 0.0)
     assert split.log[1].loss == pytest.approx(whole.log[1].loss, rel=1e-5)
-    for name, master in whole.masters.items():
-        assert torch.allclose(master, split.masters[name], atol=1e-5), name
+
+
+def uneven_rows() -> list[Row]:
+    """Rows of 5 to 150 tokens, with answers of 1 to 90."""
+    return [
+        Row(f"{group}/{n}", str(group), [*range(20, 23 + size), 60 + n], [80 + n, 30, 31][: n + 1] * answer + [1])
+        for group, (size, answer) in enumerate([(0, 1), (40, 1), (5, 45), (100, 4), (12, 2)])
+        for n in range(2)
+    ]
+
+
+def with_values(one: train.Trainer) -> None:
+    """Give the adapter values: B begins at zero, with which A has no gradient."""
+    draw = torch.Generator().manual_seed(5)
+    for master in one.masters.values():
+        master.normal_(std=0.05, generator=draw)
+    one._write_rounded()
 
 
 def test_training_lowers_the_loss_and_changes_the_adapter_alone(tiny_model: Path) -> None:
@@ -71,19 +109,6 @@ def test_an_epoch_holds_every_group_once_and_whole() -> None:
     assert filled != train.batches(trees, rows=4, seed=2)
     assert filled == train.batches(trees, rows=4, seed=1)
     assert [len(batch) for batch in train.batches(trees, rows=1, seed=1)] == [1] * 6
-
-
-@pytest.mark.parametrize(
-    ("schedule", "expected"),
-    [
-        ("linear", [0.5, 1.0, 1.0, 0.75, 0.5, 0.25]),
-        ("cosine", [0.5, 1.0, 1.0, 0.8536, 0.5, 0.1464]),
-        ("constant", [0.5, 1.0, 1.0, 1.0, 1.0, 1.0]),
-    ],
-)
-def test_the_learning_rate_climbs_then_follows_its_schedule(schedule: str, expected: list[float]) -> None:
-    given = section(schedule=schedule, warmup=1 / 3, learning_rate=1.0)
-    assert [train.learning_rate(step, 6, given) for step in range(6)] == pytest.approx(expected, abs=1e-4)
 
 
 def run(project: params.Params, **changes: Any) -> None:
@@ -139,15 +164,28 @@ def killed_at(step: int, call: Callable[[], None], monkeypatch: pytest.MonkeyPat
         call()
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"prompt_weight": 0.2, "label_smoothing": 0.1, "neftune_alpha": 5.0, "schedule": "wsd", "warmup": 2},
+        {"optimizer": "adafactor", "beta2": None},
+        {"optimizer": "muon", "beta2": None},
+    ],
+    ids=["default", "losses", "adafactor", "muon"],
+)
 def test_a_killed_run_goes_on_and_ends_as_an_uninterrupted_one(
-    quantized: params.Params, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    quantized: params.Params,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    changes: dict[str, Any],
 ) -> None:
-    run(quantized)
+    run(quantized, **changes)
     expected = outputs()
     for step in (3, 6):
-        killed_at(step, lambda: run(quantized), monkeypatch)
+        killed_at(step, lambda: run(quantized, **changes), monkeypatch)
     torch.manual_seed(99)  # the global state of the random generator must not matter
-    run(quantized)
+    run(quantized, **changes)
     assert "going on from step 6" in capsys.readouterr().out
     assert outputs() == expected
 
@@ -340,3 +378,55 @@ def test_the_remedy_for_long_rows_is_not_what_is_set_already(quantized: params.P
     records.write_rows(paths.split("train"), [answer])
     with pytest.raises(UserError, match="1 of 1 training prompts exceed the model's context of 512 tokens with their"):
         run(quantized)
+
+
+# What the loss counts
+
+
+def talks() -> list[records.Example]:
+    """Training rows, each after another question and its answer; the first one's is not to be learnt."""
+    examples = records.read_rows(paths.split("train"), records.Example)
+    earlier = [{"role": "user", "content": "red cat?"}, {"role": "assistant", "content": "blue dog runs"}]
+    marked = [earlier[0], earlier[1] | {"weight": "0"}]
+    return [replace(one, history=earlier if at else marked) for at, one in enumerate(examples)]
+
+
+def test_all_answers_of_a_conversation_are_learnt_and_losses_that_are_compared_stay_plain(
+    quantized: params.Params,
+) -> None:
+    examples = talks()
+    records.write_rows(paths.split("train"), examples)
+    found = {}
+    for turns in ("last", "all"):
+        run(quantized, turns=turns, learning_rate=1e-30)
+        found[turns] = records.read_json(paths.training_summary(17))
+    last, all_of_them = found["last"], found["all"]
+    tokenizer = checkpoint.tokenizer(paths.QUANTIZED)
+    answer = len(tokenizer("blue dog runs", add_special_tokens=False).input_ids) + 1
+    # Those of a group stand in what its rows share, and are predicted once.
+    groups = {one.group for one in examples}
+    assert all_of_them["supervised_tokens"] == last["supervised_tokens"] + 2 * answer * len(groups)
+    for name in ("rows", "steps", "tokens", "training_loss", "training_loss_rows", "kept_loss", "best_loss"):
+        assert all_of_them[name] == last[name], name
+    assert all_of_them["final_loss"] != last["final_loss"]
+
+
+@pytest.mark.parametrize("counted", [one for name, one in COUNTED.items() if name != "answers"])
+def test_validation_and_training_loss_stay_plain_whatever_a_step_counts(
+    quantized: params.Params, counted: dict[str, Any]
+) -> None:
+    found = []
+    for changes in ({}, counted):
+        run(quantized, learning_rate=1e-30, **changes)
+        found.append(records.read_json(paths.training_summary(17)))
+    for name in ("validation", "training_loss", "gap", "rows", "tokens"):
+        assert found[0][name] == found[1][name], name
+    assert found[0]["final_loss"] != found[1]["final_loss"]
+
+
+def test_a_warmup_that_is_longer_than_training_is_refused(quantized: params.Params) -> None:
+    with pytest.raises(UserError, match=r"train.warmup = 9 steps, and training has 8: lower it, or raise train.epochs"):
+        run(quantized, warmup=9.0)
+    run(quantized, warmup=8.0)
+    rates = [float(row["learning_rate"]) for row in csv.DictReader(paths.training_log(17).read_text().splitlines())]
+    assert rates == pytest.approx([(step + 1) / 8 * 1e-2 for step in range(8)])

@@ -19,10 +19,7 @@ from pipeline.core import contracts, params, paths, records
 from pipeline.core.errors import UserError
 from pipeline.fetch import hub_layout
 from pipeline.infer import backend_transformers, infer, scheduler
-from pipeline.lora import (
-    optimizer,
-    train,  # fmt: skip
-)
+from pipeline.lora import train
 from pipeline.model import attention, checkpoint, devices, memory, pack
 from pipeline.model import load as models
 from pipeline.model.prompt import Row
@@ -155,6 +152,26 @@ def _saved_bytes(model: Any, packed: pack.Packed) -> int:
     return sum(storage.nbytes() for pointer, storage in saved.items() if pointer not in own)
 
 
+@pytest.mark.parametrize("name", [name for name in params.OPTIMIZERS if name != "paged-adamw8bit"])
+def test_the_state_of_each_optimizer_is_what_it_takes(tiny_model: Path, name: str) -> None:
+    """Tensors that it keeps after a step, each storage once. All matrices are large enough for 8 bits."""
+    modules = ["gate_proj", "up_proj", "down_proj"]
+    lora = params.Lora(r=64, alpha=8.0, rslora=False, dropout=0.0, target_modules=modules)
+    given = sections(optimizer=name, beta2=None)[1]
+    trainer = train.Trainer(_attached(deeper(tiny_model, 2), lora), given, 7, 1)
+    trainer.step([pack.tree([Row("", "", [20, 21, 22], [23, 1])])], 0.0)
+    states: Any = trainer.optimizer.state.values()  # type: ignore[union-attr]
+    kept = {
+        one.untyped_storage().data_ptr(): one.untyped_storage().nbytes()
+        for state in states
+        for key, one in state.items()
+        if isinstance(one, torch.Tensor) and one.ndim and not key.startswith("qmap")
+    }
+    base = memory.Base(Shape.read(tiny_model), "float32", "none", False, keep_dequantized=True)
+    predicted = memory.training(base, lora, given, memory.Load(64, 2, 64), "cpu")["optimizer"]
+    assert sum(kept.values()) == pytest.approx(predicted, rel=0.02)
+
+
 def test_the_numbers_of_other_modules_are_theirs() -> None:
     assert memory.KEPT_WEIGHTS == attention.Short.COLUMNS
     assert memory.PREFILL == scheduler.PREFILL_TOKENS
@@ -177,11 +194,18 @@ def test_each_part_grows_with_what_it_depends_on() -> None:
     eight = memory.training(llama(), lora, sections(optimizer="adamw8bit")[1], load, "cuda")
     packed = memory.training(llama(keep_dequantized=False), lora, settings, load, "cuda")
     patient = memory.training(llama(), lora, sections(early_stopping=2)[1], load, "cuda")
+    muon, adafactor = (
+        memory.training(llama(), lora, sections(optimizer=name)[1], load, "cuda") for name in ("muon", "adafactor")
+    )
+    smoothed = memory.training(llama(), lora, sections(label_smoothing=0.1)[1], load, "cuda")
     assert wider["optimizer"] == 4 * base["optimizer"]
     assert wider["adapter"] == 4 * base["adapter"]
     assert 1.9 < longer["activations"] / base["activations"] <= 2
     assert answers["logits"] == 2 * base["logits"]
     assert eight["optimizer"] < 0.26 * base["optimizer"]
+    assert muon["optimizer"] == 0.5 * base["optimizer"]
+    assert adafactor["optimizer"] < 0.04 * base["optimizer"]
+    assert smoothed["logits"] > base["logits"]
     assert packed["weights"] < 0.3 * base["weights"]
     assert "best adapter" not in base
     assert patient["best adapter"] > 0
@@ -439,7 +463,18 @@ def test_an_optimizer_that_a_device_lacks_is_not_planned_there() -> None:
     printed = list(plan.lines("x", paged, bench._shape()))
     row = next(line for line in printed if line.startswith("train.micro_batch_tokens"))
     assert row.endswith("other optimizer")
-    assert set(optimizer.DEVICES) == {"adamw", "adamw8bit", "paged-adamw8bit"}
+    assert set(params.OPTIMIZERS) == {"adamw", "adamw8bit", "paged-adamw8bit", "adafactor", "muon"}
+
+
+@pytest.mark.usefixtures("root")
+def test_where_prompts_are_learnt_all_tokens_are_planned_with_their_logits() -> None:
+    given = params.load(use.DEFAULT)
+    prompts = given.model_copy(update={"train": given.train.model_copy(update={"prompt_weight": 0.1})})
+    parts = {one: plan.Plan(each, bench._shape(), "cpu", True).train() for one, each in enumerate((given, prompts))}
+    assert parts[1]["logits"] == pytest.approx(2 * parts[0]["logits"])
+    assert any(
+        "at most 100% of a micro-batch are supervised" in line for line in plan.lines("x", prompts, bench._shape())
+    )
 
 
 def test_the_plan_reads_the_architecture_where_it_can(project: params.Params, tiny_model: Path) -> None:

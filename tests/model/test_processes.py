@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +53,13 @@ def quantized(quantized: params.Params) -> params.Params:
             "generation": quantized.generation.model_copy(update={"batch_size": 1}),
         }
     )
+
+
+def talked() -> None:
+    """Put earlier turns before every training row."""
+    earlier = [{"role": "user", "content": "red cat?"}, {"role": "assistant", "content": "blue dog runs"}]
+    examples = records.read_rows(paths.split("train"), records.Example)
+    records.write_rows(paths.split("train"), [replace(one, history=earlier) for one in examples])
 
 
 def trained(project: params.Params) -> None:
@@ -135,7 +143,16 @@ def outputs() -> dict[str, str]:
 
 
 @pytest.mark.slow
-def test_two_processes_train_the_adapter_of_one(quantized: params.Params) -> None:
+@pytest.mark.parametrize(
+    "counted",
+    [{}, {"prompt_weight": 0.3, "label_smoothing": 0.1, "neftune_alpha": 5.0, "turns": "all"}],
+    ids=["answers", "everything"],
+)
+def test_two_processes_train_the_adapter_of_one(quantized: params.Params, counted: dict[str, Any]) -> None:
+    """With the same noise: a group's does not depend on the process that computes it."""
+    quantized = quantized.model_copy(update={"train": quantized.train.model_copy(update=counted)})
+    if counted:
+        talked()
     trained(quantized)
     losses, summary = curve(), records.read_json(paths.training_summary(17))
     weights = load_file(paths.adapter(17) / adapter.WEIGHTS)

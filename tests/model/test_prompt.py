@@ -505,3 +505,103 @@ def test_an_environment_in_which_templates_cannot_be_tried_is_one_error(
     monkeypatch.setattr(apart_worker, "__file__", str(tmp_path / "broken.py"))
     with soon(), pytest.raises(UserError, match="the process that tries chat templates and tokenizers ended with 3"):
         Encoder(tokenizer, section(), 512)
+
+
+# All turns of a conversation
+
+QUESTION = {"role": "user", "content": "red cat?"}
+ANSWER = {"role": "assistant", "content": "blue dog"}
+LONG = replace(EXAMPLE, history=[{"role": "system", "content": "red"}, QUESTION, ANSWER, QUESTION, ANSWER])
+TRIMMED = "{% for m in messages %}<|{{ m.role }}|>{{ m.content | upper }}<|end|>{% endfor %}" + (
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+"""It writes the history in capital letters."""
+
+
+def earlier(tokenizer: Any, example: Example, **changes: Any) -> list[tuple[str, str]]:
+    """The earlier answers of a row as text: the prompt of each, and its completion."""
+    [row], _ = Encoder(tokenizer, section(**changes), 512).conversations([example])
+    return [(tokenizer.decode(prompt), tokenizer.decode(completion)) for prompt, completion in row.earlier]
+
+
+def test_each_earlier_answer_has_the_prompt_that_inference_would_give_it(tokenizer: Any) -> None:
+    first = "<|system|>red<|end|><|user|>red cat?<|end|><|assistant|>"
+    second = f"{first}blue dog<|end|><|user|>red cat?<|end|><|assistant|>"
+    assert earlier(tokenizer, LONG) == [(first, "blue dog<|end|>"), (second, "blue dog<|end|>")]
+    encoder = Encoder(tokenizer, section(template="{source}"), 512)
+    [row], counted = encoder.conversations([LONG])
+    asked = replace(LONG, history=LONG.history[:3], source="red cat?", target="blue dog")
+    assert row.earlier[1] == (encoder.row(asked).prompt, encoder.row(asked).completion)
+    assert replace(row, earlier=[]) == encoder.row(LONG)
+    assert counted == encoder.rows([LONG])[1]
+
+
+def held(tokenizer: Any, example: Example) -> list[bool]:
+    """For each earlier answer, whether the row's prompt holds it behind its own prompt, token by token."""
+    [row], _ = Encoder(tokenizer, section(), 512).conversations([example])
+    return [row.prompt[: len(prompt + completion)] == prompt + completion for prompt, completion in row.earlier]
+
+
+def test_a_template_that_rewrites_history_does_not_change_what_is_learnt(tokenizer: Any) -> None:
+    assert held(tokenizer, LONG) == [True, True]
+    for template in (TAGGED, TRIMMED):
+        tokenizer.chat_template = template
+        assert held(tokenizer, LONG) == [False, False]
+        answers = earlier(tokenizer, LONG)
+        assert [completion for _, completion in answers] == ["blue dog<|end|>"] * 2
+        asked = replace(LONG, history=LONG.history[:3], source="red cat?")
+        assert answers[1][0] == tokenizer.decode(Encoder(tokenizer, section(template="{source}"), 512).prompt(asked))
+
+
+def test_a_thought_that_the_template_takes_out_of_the_history_is_learnt_as_it_was_given(tokenizer: Any) -> None:
+    tokenizer.chat_template = TAGGED
+    thought = "<think>\nred\n</think>\n\nblue"
+    example = replace(LONG, history=[QUESTION, ANSWER | {"content": thought}])
+    [(prompt, completion)] = earlier(tokenizer, example, thinking=True)
+    assert prompt == "<|user|>red cat?<|end|><|assistant|>"
+    assert completion == f"{thought}<|end|>"
+    assert held(tokenizer, example) == [False]
+
+
+def test_an_earlier_answer_with_weight_0_is_read_and_not_learnt(tokenizer: Any) -> None:
+    marked = replace(LONG, history=[QUESTION, ANSWER | {"weight": "0"}, QUESTION, ANSWER])
+    tokenizer.chat_template = tokenizer.chat_template.replace(
+        "{{ message.content }}", "{{ message.content }}{{ message.weight }}"
+    )
+    [(prompt, _)] = earlier(tokenizer, marked)
+    assert prompt.count("blue dog<|end|>") == 1, "the template does not see the weight"
+
+
+def test_control_tokens_in_earlier_turns_are_characters(tokenizer: Any) -> None:
+    example = replace(LONG, history=[QUESTION | {"content": "a<|end|>b"}, ANSWER | {"content": "c<|user|>d"}])
+    [row], _ = Encoder(tokenizer, section(), 512).conversations([example])
+    [(prompt, completion)] = row.earlier
+    end, user = (tokenizer.convert_tokens_to_ids(name) for name in ("<|end|>", "<|user|>"))
+    assert (prompt.count(end), prompt.count(user), completion.count(user)) == (1, 1, 0)
+    assert tokenizer.decode(completion) == "c<|user|>d<|end|>"
+    assert held(tokenizer, example) == [True]
+
+
+def test_turns_that_a_prompt_has_lost_are_not_learnt(tokenizer: Any) -> None:
+    long = replace(LONG, history=[QUESTION, ANSWER | {"content": "blue dog " * 40}, QUESTION, ANSWER])
+    found = earlier(tokenizer, long, max_tokens=60, truncate_source=True)
+    assert found == [("<|user|>red cat?<|end|><|assistant|>", "blue dog<|end|>")]
+
+
+def test_an_earlier_answer_that_cannot_be_learnt_is_refused(tokenizer: Any) -> None:
+    empty = replace(LONG, history=[QUESTION, ANSWER | {"content": ""}])
+    with pytest.raises(UserError, match=r"message 2 of a/what, an answer, has no token.*weight 0 in the data"):
+        earlier(tokenizer, empty)
+    tokenizer.chat_template = (
+        "{% if not messages or messages[0].role == 'assistant' %}{{ raise_exception('who asks?') }}{% endif %}"
+        + tokenizer.chat_template
+    )
+    with pytest.raises(UserError, match=r"chat template refuses the messages of a/what.*who asks\?"):
+        earlier(tokenizer, replace(LONG, history=[ANSWER, *LONG.history[1:]]))
+
+
+def test_a_row_fits_if_each_of_its_answers_does(tokenizer: Any) -> None:
+    encoder = Encoder(tokenizer, section(), 512)
+    row = encoder.row(EXAMPLE)
+    assert encoder.holds(replace(row, earlier=[([1] * 500, [1] * 12)]))
+    assert not encoder.holds(replace(row, earlier=[([1] * 500, [1] * 13)]))

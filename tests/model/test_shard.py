@@ -171,6 +171,28 @@ def test_heads_over_processes_train_and_write_what_one_process_does(unquantized:
     assert records.read_json(paths.decoding("base"))["generation"]["tensor_parallel"] == 2
 
 
+def trained(project: Params) -> None:
+    train.fit(17, project.prompt, project.lora, project.train, project.runtime)
+
+
+COUNTED = {"prompt_weight": 0.3, "label_smoothing": 0.1, "neftune_alpha": 5.0, "optimizer": "muon", "beta2": None}
+
+
+def test_a_shared_base_is_trained_with_weights_smoothing_and_noise_as_a_whole_one(unquantized: Params) -> None:
+    """The noise of a group is the same in every process."""
+    project = unquantized.model_copy(update={"train": unquantized.train.model_copy(update=COUNTED)})
+    trained(project)
+    alone = records.read_json(paths.training_summary(17))
+    expected = with_whole_bases(project, trained)
+    assert members(shared(project), trained) == [0, 0]
+    assert written() == expected
+    shutil.rmtree(paths.OUT / "adapters")
+    assert members(shared(project, sharding="tensor"), trained) == [0, 0]
+    split = records.read_json(paths.training_summary(17))
+    for name in ("final_loss", "best_loss", "training_loss", "largest_grad_norm"):
+        assert split[name] == pytest.approx(alone[name], rel=1e-3), name
+
+
 def dying(project: Params) -> None:
     """Process 1 is gone when it has written a round."""
     add = infer.Written.add

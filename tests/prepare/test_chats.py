@@ -120,11 +120,13 @@ def test_a_last_answer_that_is_not_to_be_learnt_is_dropped_and_counted(mark: Cha
     assert dropped(record) == {"answer with weight 0": ["train-1"]}
 
 
-def test_the_weight_of_earlier_messages_changes_nothing_since_only_the_last_is_learnt() -> None:
-    earlier: list[Chat] = [{"role": "user", "content": "u", "weight": 0}, ANSWER | {"weight": 0, "train": False}]
+@pytest.mark.parametrize("mark", [{"weight": 0}, {"train": False}, {"weight": 0, "loss": False}])
+def test_an_earlier_answer_that_is_not_to_be_learnt_keeps_its_mark_and_other_messages_have_none(mark: Chat) -> None:
+    user = {"role": "user", "content": "u"}
     account = Account()
+    earlier: list[Chat] = [user | mark, ANSWER | mark, user, ANSWER | {"weight": 1}]
     [row] = rows(chat(*earlier, answer={"weight": 1, "train": True}), account=account)
-    assert [turn["content"] for turn in row.history] == ["u", "answer"]
+    assert row.history == [user, ANSWER | {"weight": "0"}, user, ANSWER]
     assert account == Account()
 
 
