@@ -49,6 +49,32 @@ def test_a_step_does_not_depend_on_how_its_batch_is_split(tiny_model: Path, coun
     assert split.log[1].loss == pytest.approx(whole.log[1].loss, rel=1e-5)
 
 
+@pytest.mark.parametrize("tokens", [64, 100_000])
+@pytest.mark.parametrize(("prompt_weight", "smoothing"), [(0.0, 0.0), (0.3, 0.0), (0.0, 0.1), (0.3, 0.1)])
+def test_a_step_is_the_mean_of_its_tokens_by_their_weights_as_plain_torch_has_it(
+    tiny_model: Path, prompt_weight: float, smoothing: float, tokens: int
+) -> None:
+    """A row a sequence, all logits, and one mean over the batch; each row with an earlier answer that is learnt too."""
+    one = trainer(
+        tiny_model, micro_batch_tokens=tokens, prompt_weight=prompt_weight, label_smoothing=smoothing, turns="all"
+    )
+    with_values(one)
+    rows = [replace(row, earlier=[(row.prompt[:1], row.prompt[1:3])]) for row in uneven_rows()]
+    mean, gradients = one._gradients(pack.weighed(rows, prompt_weight))
+    nats, weights = [], []
+    for row in rows:
+        ids = torch.tensor([*row.prompt, *row.completion])
+        logits = one.model(input_ids=ids[None]).logits[0, :-1]
+        nats.append(torch.nn.functional.cross_entropy(logits, ids[1:], reduction="none", label_smoothing=smoothing))
+        weights += [1.0, 1.0, *[prompt_weight] * (len(row.prompt) - 3), *[1.0] * len(row.completion)]
+    expected = torch.cat(nats) @ torch.tensor(weights) / sum(weights)
+    expected.backward()
+    assert mean == pytest.approx(expected.item(), rel=1e-5)
+    for name, tensor in one.tensors.items():
+        assert tensor.grad is not None
+        assert float((gradients[name] - tensor.grad).norm() / tensor.grad.norm()) < 1e-4, name
+
+
 def uneven_rows() -> list[Row]:
     """Rows of 5 to 150 tokens, with answers of 1 to 90."""
     return [
