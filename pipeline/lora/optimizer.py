@@ -6,8 +6,8 @@ section 3). After a resumed run they have the same values, but lie unpaged on th
 always counts them there.
 """
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 from pipeline.core import params
 from pipeline.core.errors import UserError
@@ -29,8 +29,17 @@ def require(name: str, device: "torch.device") -> None:
         )
 
 
-def build(tensors: "Sequence[torch.Tensor]", train: params.Train) -> "torch.optim.Optimizer":
-    """The optimizer of `train` over float32 tensors. The learning rate must be set at each step."""
+def groups(tensors: "Mapping[str, torch.Tensor]", plus_ratio: float) -> list[dict[str, Any]]:
+    """The parameter groups, each with the `ratio` of its learning rate: LoRA+ (arXiv 2402.12354) raises that of B."""
+    if plus_ratio == 1:
+        return [{"params": list(tensors.values()), "ratio": 1.0}]
+    of_b = {name: tensor for name, tensor in tensors.items() if ".lora_B." in name}
+    others = [tensor for name, tensor in tensors.items() if name not in of_b]
+    return [{"params": others, "ratio": 1.0}, {"params": list(of_b.values()), "ratio": plus_ratio}]
+
+
+def build(tensors: "Sequence[torch.Tensor] | Sequence[dict[str, Any]]", train: params.Train) -> "torch.optim.Optimizer":
+    """The optimizer of `train` over float32 tensors, or groups of them. The learning rate must be set at each step."""
     import torch
 
     if train.optimizer == "adamw":

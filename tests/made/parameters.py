@@ -33,6 +33,16 @@ def tiny_params(tiny_model: Path, data: Path) -> dict[str, Any]:
     return content
 
 
+def lora(**settings: Any) -> params.Lora:
+    """Plain LoRA of rank 4 on every linear layer, unless `settings` have it otherwise."""
+    given: dict[str, Any] = {
+        "r": 4, "alpha": 8.0, "rslora": False, "dropout": 0.0, "target_modules": "all-linear", "layers": None,
+        "rank_pattern": {}, "alpha_pattern": {}, "dora": False, "init": "default", "train_only": None,
+        "plus_ratio": 1.0, "bias": "none", "modules_to_save": [],
+    }  # fmt: skip
+    return params.Lora.model_validate(given | settings)
+
+
 def edit(**sections: dict[str, Any]) -> None:
     """Change values of params.yaml, as a user does."""
     content = yaml12.read(paths.PARAMS)
