@@ -18,7 +18,7 @@ from typing import Any
 from pipeline.core import contracts, params, paths, records
 from pipeline.core.contracts import QuantizedFacts
 from pipeline.infer import backend_transformers, infer, scheduler
-from pipeline.lora import adapter, train
+from pipeline.lora import adapter, start, train
 from pipeline.model import checkpoint, devices, fused, load, pack, packed
 from pipeline.model.prompt import Encoder, Row
 from pipeline.sources import source
@@ -89,7 +89,7 @@ def train_ours(sharing: str) -> dict[str, Any]:
     settings = task.params.train.model_copy(
         update={"learning_rate": LEARNING_RATE, "schedule": "constant", "warmup": 0.0}
     )
-    model = adapter.attach(load.quantized(task.device, task.params.runtime.keep_dequantized), task.params.lora, 17)
+    model = start.attach(load.quantized(task.device, task.params.runtime.keep_dequantized), task.params.lora, 17)
     trainer = train.Trainer(model, settings, 17, STEPS + WARM_UP)
     if sharing == "rows":
         rows = task.rows(BATCH * (STEPS + WARM_UP))
@@ -130,7 +130,7 @@ def train_trl(_: str) -> dict[str, Any]:
         ]
     )
     setattr(fused, "apply", lambda _: None)  # noqa: B010  # the adapter as PEFT computes it
-    model = adapter.attach(task.plain_model(dense=False), task.params.lora, 17)
+    model = start.attach(task.plain_model(dense=False), task.params.lora, 17)
     marks: list[float] = []
 
     class Clock(TrainerCallback):  # type: ignore[misc]
@@ -183,7 +183,7 @@ def train_scaling(setting: str) -> dict[str, Any]:
     task = Task()
     settings = task.params.train.model_copy(update={"warmup": 0.0})
     lora = task.params.lora.model_copy(update={"r": rank})
-    model = adapter.attach(load.quantized(task.device, task.params.runtime.keep_dequantized), lora, 17)
+    model = start.attach(load.quantized(task.device, task.params.runtime.keep_dequantized), lora, 17)
     trainer = train.Trainer(model, settings, 17, SCALING_STEPS + WARM_UP)
     answer = length // 8
     for number in range(SCALING_STEPS + WARM_UP):

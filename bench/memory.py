@@ -19,7 +19,7 @@ from bench.engines import Task, peak_mb
 from pipeline import quantize
 from pipeline.commands import use
 from pipeline.core import params, paths
-from pipeline.lora import adapter
+from pipeline.lora import start
 from pipeline.lora import train as training
 from pipeline.model import checkpoint, loss, memory, pack, packed
 from pipeline.model import load as models
@@ -120,7 +120,7 @@ def train(setting: Setting) -> None:
     task = Task()
     tokens, rows, answer = setting["tokens"], setting["rows"], _answer(setting)
     model = models.quantized(task.device, setting.get("keep_dequantized", True))
-    adapted = adapter.attach(model, _of(task.params.lora, setting), 17)
+    adapted = start.attach(model, _of(task.params.lora, setting), 17)
     if setting.get("gradient_checkpointing", False):
         adapted.get_base_model().activation_checkpointing_enable()
     settings = _of(task.params.train, {**setting, "micro_batch_tokens": tokens * rows})

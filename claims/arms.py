@@ -23,7 +23,7 @@ from pipeline import forget, probes
 from pipeline.core import contracts, params, paths, records, stage
 from pipeline.core.contracts import QuantizedFacts
 from pipeline.core.progress import bar, say
-from pipeline.lora import adapter, train
+from pipeline.lora import start, train
 from pipeline.model import checkpoint, devices, load, loss, pack, resume, windows
 from pipeline.model.prompt import Encoder, Row
 
@@ -119,7 +119,7 @@ def tuned(bench: Bench, seed: str) -> Run:
     else:
         lora = bench.experiment.lora.model_copy(update=bench.arm.lora.model_dump())
         base = load.quantized(device, bench.experiment.runtime.keep_dequantized)
-        model = trained = adapter.attach(base, lora, number)
+        model = trained = start.attach(base, lora, number)
     plan = [
         (epoch + at / len(steps), batch)
         for epoch in range(given.epochs)

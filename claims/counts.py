@@ -5,7 +5,7 @@ from typing import Any
 from claims import evidence
 from claims.evidence import Evidence
 from pipeline.core import params
-from pipeline.lora import adapter
+from pipeline.lora import adapter, start
 from pipeline.model import attention, checkpoint, devices
 
 GPT2_WORDS, GPT2_PLACES = 50_257, 2048
@@ -19,6 +19,11 @@ SMOLLM2 = {
     "num_attention_heads": 9, "num_key_value_heads": 3, "tie_word_embeddings": True,
 }  # fmt: skip
 QUERY_AND_VALUE = ["q_proj", "v_proj"]
+PLAIN = {
+    "rslora": False, "dropout": 0.0, "layers": None, "rank_pattern": {}, "alpha_pattern": {}, "dora": False,
+    "init": "default", "train_only": None, "plus_ratio": 1, "bias": "none", "modules_to_save": [],
+}  # fmt: skip
+"""LoRA as its paper has it."""
 
 
 def lora_gpt3() -> Evidence:
@@ -81,8 +86,8 @@ def llama() -> Evidence:
 
 def trainable(model: Any, rank: int, targets: list[str] | str) -> int:
     """Parameters of the adapter that training would use."""
-    given = {"r": rank, "alpha": rank, "rslora": False, "dropout": 0.0, "target_modules": targets}
-    adapted = adapter.attach(model, params.Lora.model_validate(given), seed=0)
+    given = PLAIN | {"r": rank, "alpha": rank, "target_modules": targets}
+    adapted = start.attach(model, params.Lora.model_validate(given), seed=0)
     return sum(tensor.numel() for tensor in adapter.tensors(adapted).values())
 
 

@@ -17,7 +17,7 @@ from pipeline.core import contracts, params, records
 from pipeline.core.contracts import BaseFacts
 from pipeline.core.records import Example
 from pipeline.infer import backend_transformers, infer
-from pipeline.lora import adapter
+from pipeline.lora import start
 from pipeline.model import checkpoint, devices, fused, packed
 from pipeline.model.prompt import Encoder
 
@@ -143,7 +143,7 @@ def twins(base: Any, lora: params.Lora) -> tuple[Any, Any]:
 
 def adapt(model: Any, lora: params.Lora) -> Any:
     """The model with an adapter that changes it: A as training starts, B random, of the size that training leaves."""
-    adapted = adapter.attach(model, lora, SEED).eval().requires_grad_(False)
+    adapted = start.attach(model, lora, SEED).eval().requires_grad_(False)
     draw = torch.Generator().manual_seed(SEED)
     for name, tensor in adapted.named_parameters():
         if "lora_B" in name:

@@ -186,7 +186,7 @@ def measure(model: Any, chosen: Sequence[Row], label: str) -> list[Window]:
         for part in own:
             packed = pack.pack(part, model.device)
             tuned_NxV = loss.logits(model, packed)[0]
-            with model.disable_adapter():
+            with adapter.off(model):
                 base_NxV = loss.logits(model, packed)[0]
             nats_4xN = torch.cat(
                 [_nats(base_NxV[at], tuned_NxV[at], packed.target_N[at]) for at in _chunks(len(base_NxV))], dim=1

@@ -1,8 +1,9 @@
 """GGUF, the file format of llama.cpp: base, adapter and merged model, written with the `gguf` library.
 
 GGUF has no type for NF4. So a base in 4 bits is written with the unpacked values that its layers compute with, and both
-backends multiply by the same numbers. LoRA becomes a separate adapter file, which llama.cpp scales by alpha / r: with
-rslora, whose scale is alpha / sqrt(r), the file's alpha is alpha * sqrt(r).
+backends multiply by the same numbers. LoRA becomes a separate adapter file. There llama.cpp scales each B A by alpha /
+its rank: with rslora, whose scale is alpha / sqrt(r), the file's alpha is alpha * sqrt(r). Where a layer's own rank or
+alpha asks for another scale, its B is multiplied by what is missing.
 
 For Llama, llama.cpp rotates pairs of neighbouring dimensions, where transformers rotates the two halves of a head. So
 the rows of q_proj and k_proj are reordered, and those of the adapter's B. For Qwen both rotate halves.
@@ -22,7 +23,7 @@ from numpy.typing import NDArray
 
 from pipeline.core import params, records
 from pipeline.core.errors import UserError
-from pipeline.model import checkpoint, packed
+from pipeline.model import adapted, checkpoint, packed
 from pipeline.model.shape import Shape
 
 if TYPE_CHECKING:
@@ -75,7 +76,7 @@ def write_adapter(adapter: Path, base: Path, path: Path, kind: str) -> None:
     """Write the PEFT adapter in `adapter` as a GGUF adapter for the base in `base`, whose configuration is read.
 
     `kind` is one of `ADAPTER_TYPES`. UserError for what a GGUF adapter cannot hold: anything but plain LoRA of the
-    linear layers with one rank and one alpha.
+    linear layers.
     """
     import gguf
 
@@ -87,10 +88,12 @@ def write_adapter(adapter: Path, base: Path, path: Path, kind: str) -> None:
         writer = gguf.GGUFWriter(temporary, checkpoint.architecture)
         writer.add_type(gguf.GGUFType.ADAPTER)
         writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
-        writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, lora.scale * lora.rank)
+        writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, lora.alpha)
         tensors: list[tuple[str, Array]] = []
         for name, (a_RxI, b_OxR) in sorted(lora.pairs.items()):
             target = checkpoint.name(name)
+            missing = lora.scales[name] * len(a_RxI) / lora.alpha
+            b_OxR = b_OxR if math.isclose(missing, 1) else b_OxR * np.float32(missing)
             tensors += [(f"{target}.lora_a", a_RxI), (f"{target}.lora_b", checkpoint.ordered(name, b_OxR))]
         _write(writer, [(name, array.shape, kind) for name, array in tensors], (array for _, array in tensors))
 
@@ -191,30 +194,31 @@ class _Checkpoint:
 
 @dataclass(frozen=True)
 class _Lora:
-    """An adapter: `pairs` maps transformers' name of a weight to A (RxI) and B (OxR), in float32."""
+    """An adapter: `pairs` maps transformers' name of a weight to A (RxI) and B (OxR), in float32, and `scales` to the
+    factor of B A. `alpha` is the product of rank and scale in a layer without a rank or alpha of its own."""
 
-    rank: int
-    scale: float
+    alpha: float
     pairs: dict[str, tuple[Array, Array]]
+    scales: dict[str, float]
 
 
 def _read_lora(adapter: Path) -> _Lora:
-    """UserError unless it is plain LoRA of the blocks' linear layers with one rank and one alpha."""
+    """UserError unless it is plain LoRA of the blocks' linear layers."""
     from safetensors import safe_open
 
     config = records.read_json(adapter / "adapter_config.json")
     asked = (
-        "use_dora", "lora_bias", "fan_in_fan_out", "modules_to_save", "alpha_pattern", "rank_pattern",
-        "target_parameters", "use_qalora", "use_bdlora", "layer_replication", "trainable_token_indices",
+        "use_dora", "lora_bias", "fan_in_fan_out", "modules_to_save", "target_parameters", "use_qalora", "use_bdlora",
+        "layer_replication", "trainable_token_indices",
     )  # fmt: skip
     held = [name for name in asked if config.get(name)]
-    if config.get("peft_type") != "LORA" or config.get("bias", "none") != "none" or held:
+    if (bias := config.get("bias", "none")) != "none":
+        held.append(f"bias {bias}")
+    if config.get("peft_type") != "LORA" or held:
         raise UserError(
             f"{adapter} is not plain LoRA ({', '.join(held) or config.get('peft_type')}), and a GGUF adapter holds "
             "nothing else"
         )
-    rank, alpha = config["r"], config["lora_alpha"]
-    scale = alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank
     halves: dict[str, dict[str, Array]] = {}
     with safe_open(adapter / "adapter_model.safetensors", framework="pt") as file:
         for key in file.keys():  # noqa: SIM118  # not a mapping
@@ -225,7 +229,21 @@ def _read_lora(adapter: Path) -> _Lora:
     for name, pair in halves.items():
         if ".layers." not in name or set(pair) != {"A", "B"}:
             raise UserError(f"{adapter} adapts {name}, which is not a linear layer of a block: a GGUF adapter cannot")
-    return _Lora(rank, scale, {name: (pair["A"], pair["B"]) for name, pair in halves.items()})
+
+    def scale(alpha: float, rank: int) -> float:
+        return alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank
+
+    own = config.get("alpha_pattern") or {}
+    return _Lora(
+        alpha=scale(config["lora_alpha"], config["r"]) * config["r"],
+        pairs={name: (pair["A"], pair["B"]) for name, pair in halves.items()},
+        scales={
+            name: scale(
+                own.get(adapted.pattern_of(own, name.removesuffix(".weight")), config["lora_alpha"]), len(pair["A"])
+            )
+            for name, pair in halves.items()
+        },
+    )
 
 
 def _write_model(folder: Path, path: Path, kind: str, lora: _Lora | None) -> None:
@@ -272,7 +290,7 @@ def _write_model(folder: Path, path: Path, kind: str, lora: _Lora | None) -> Non
                 array = tensor.float().numpy()
                 if lora and name in pairs:
                     a_RxI, b_OxR = pairs[name]
-                    array = array + lora.scale * (b_OxR @ a_RxI)
+                    array = array + lora.scales[name] * (b_OxR @ a_RxI)
                 yield checkpoint.ordered(name, array)
 
         _write(writer, listed, arrays())

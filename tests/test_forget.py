@@ -15,23 +15,23 @@ from pipeline.core import contracts, params, paths, records
 from pipeline.core.contracts import Forgetting
 from pipeline.core.errors import UserError
 from pipeline.fetch import fetch
-from pipeline.lora import adapter
+from pipeline.lora import adapter, start
 from pipeline.model import attention, checkpoint, load, loss, pack
 from pipeline.model.windows import Tokens
 from pipeline.sources.account import Account
 from tests.made.data import WORDS
 from tests.made.models import reading_bos
-from tests.made.parameters import probe_of, with_probe
+from tests.made.parameters import lora, probe_of, with_probe
 from tests.made.records import quantized_facts
 from tests.made.variants import trained
 
-LORA = params.Lora(r=4, alpha=8.0, rslora=False, dropout=0.0, target_modules="all-linear")
+LORA = lora()
 
 
 def adapted(folder: Path, strength: float = 0.1) -> Any:
     """The tiny model with an adapter that acts."""
     base = AutoModelForCausalLM.from_pretrained(folder, attn_implementation=attention.NAME).requires_grad_(False)
-    model = adapter.attach(base, LORA, 7)
+    model = start.attach(base, LORA, 7)
     with torch.no_grad(), torch.random.fork_rng():
         torch.manual_seed(1)
         for name, tensor in adapter.tensors(model).items():

@@ -196,7 +196,7 @@ def test_types_are_those_that_a_file_can_have(tiny_model: Path, tmp_path: Path) 
     [
         ({"use_dora": True}, "not plain LoRA \\(use_dora\\)"),
         ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
-        ({"rank_pattern": {"q_proj": 2}}, "rank_pattern"),
+        ({"bias": "lora_only"}, "bias lora_only"),
         ({"peft_type": "LOHA"}, "not plain LoRA \\(LOHA\\)"),
     ],
 )

@@ -17,16 +17,17 @@ from pipeline.core import contracts, params, paths, records
 from pipeline.core.contracts import QuantizedFacts
 from pipeline.core.errors import UserError
 from pipeline.fetch import fetch
-from pipeline.lora import adapter
+from pipeline.lora import adapter, start
 from pipeline.model import attention, loss, memory, pack, packed
 from pipeline.model.prompt import Row
 from tests.made.data import WORDS
 from tests.made.models import reading_bos
+from tests.made.parameters import lora
 from tests.made.records import base_facts, quantized_facts
 
 CPU = torch.device("cpu")
 ROWS = [Row("a", "a", list(range(20, 40)), [50, 51, 52, 1]), Row("b", "b", list(range(60, 75)), [80, 81, 1])]
-LORA = params.Lora(r=4, alpha=8.0, rslora=False, dropout=0.0, target_modules="all-linear")
+LORA = lora()
 
 
 def nf4(folder: Path, double: bool = True) -> Any:
@@ -65,7 +66,7 @@ def adapted_pair(folder: Path) -> tuple[Any, Any]:
     kept, plain = nf4(folder), nf4(folder)
     packed.keep_unpacked(kept)
     packed.dequantize(plain)
-    pair = adapter.attach(kept, LORA, 1), adapter.attach(plain, LORA, 1)
+    pair = start.attach(kept, LORA, 1), start.attach(plain, LORA, 1)
     generator = torch.Generator().manual_seed(3)
     noise = {name: torch.randn(t.shape, generator=generator) * 0.05 for name, t in adapter.tensors(pair[0]).items()}
     for one in pair:
@@ -166,7 +167,7 @@ def int8(folder: Path, threshold: float = 6.0) -> Any:
 
 def with_adapter(model: Any) -> Any:
     """The same adapter, B not zero, on whatever model."""
-    adapted = adapter.attach(model.requires_grad_(False), LORA, 1)
+    adapted = start.attach(model.requires_grad_(False), LORA, 1)
     generator = torch.Generator().manual_seed(3)
     for _, tensor in sorted(adapter.tensors(adapted).items()):
         tensor.data = (torch.randn(tensor.shape, generator=generator) * 0.05).to(torch.bfloat16)

@@ -11,7 +11,7 @@ from pipeline.sources import address, hub, source
 
 
 def examine(draft: params.Draft, report: Report) -> None:
-    """Check the sections `model`, `prompt` and `forget` against the model, where it is on this machine."""
+    """Check the sections `model`, `prompt`, `lora` and `forget` against the model, where it is on this machine."""
     model = draft.get(params.Model)
     if model is None:
         return
@@ -30,6 +30,9 @@ def examine(draft: params.Draft, report: Report) -> None:
         report.seen.append("the model's header" if place.is_file() else "the model's configuration")
         if (given := draft.get(params.Prompt)) is not None:
             report.problems += prompt.model_faults(given, seen.context, seen.chat_template)
+        if (lora := draft.get(params.Lora)) is not None:
+            with report.part():
+                glance.require_adaptable(seen, lora)
         if (general := draft.get(params.Forget)) is not None:
             with report.part():
                 general.require_model(seen.context, seen.chat_template)

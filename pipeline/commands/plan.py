@@ -17,7 +17,7 @@ from pipeline.core.errors import UserError
 from pipeline.core.progress import say
 from pipeline.fetch import glance
 from pipeline.fetch.unfit import named
-from pipeline.model import memory
+from pipeline.model import adapted, memory
 from pipeline.model.memory import GB, Device, Parts, total
 from pipeline.model.shape import Shape
 
@@ -98,8 +98,8 @@ class Plan:
 
     @property
     def _added(self) -> int:
-        """Parameters of the adapter."""
-        return memory.adapter_parameters(self.shape, self.given.lora)
+        """Values of the saved adapter."""
+        return adapted.size(self.shape, self.given.lora).saved
 
     def stages(self) -> dict[str, Parts]:
         """The stages that load a model; `unquantized` and `shots` are infer-unquantized and infer-shots."""
@@ -154,7 +154,7 @@ def lines(name: str, given: params.Params, shape: Shape) -> Iterator[str]:
     """The lines of the plan: the settings, the peak of each stage by parts, and the settings that fit each device."""
     keep = given.runtime.keep_dequantized
     plan = Plan(given, shape, "cuda", keep)
-    adapter = memory.adapter_parameters(shape, given.lora)
+    adapter = adapted.size(shape, given.lora).trained
     yield (
         f"{name}: {shape.family}, {shape.parameters / 1e6:,.0f} M parameters, {given.model.dtype}; "
         f"{given.quantize.method}; adapter of rank {given.lora.r}, {adapter / 1e6:,.1f} M; {given.train.optimizer}"

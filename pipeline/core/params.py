@@ -232,13 +232,147 @@ class Prompt(Section):
         return self
 
 
+INITS = ("default", "gaussian", "orthogonal", "pissa", "pissa_niter_<n>", "olora", "loftq", "eva")
+"""The legal values of `lora.init`, in PEFT's names."""
+ITERATIONS = re.compile(r"pissa_niter_([1-9][0-9]?)")
+
+
+def _init(name: str) -> str:
+    if name not in INITS[:4] + INITS[5:] and not ITERATIONS.fullmatch(name):
+        raise ValueError(f"{name!r} is none of {', '.join(INITS)} (n: 1 to 99)")
+    return name
+
+
+def _pattern(key: str) -> str:
+    """Return `key` if PEFT can match it against the names of layers; else ValueError."""
+    try:
+        re.compile(key)
+    except re.error as error:
+        raise ValueError(f"{key!r} is not a regular expression ({error})") from None
+    if not key:
+        raise ValueError("an empty name matches no layer")
+    return key
+
+
+Rank = Annotated[int, Field(ge=1, le=1024)]
+Alpha = Annotated[float, Field(ge=1, le=4096)]
+Pattern = Annotated[str, AfterValidator(_pattern)]
+
+
 class Lora(Section):
     key = "lora"
-    r: Annotated[int, Field(ge=1, le=1024)]
-    alpha: Annotated[float, Field(ge=1, le=4096)]
+    r: Rank
+    alpha: Alpha
     rslora: bool
     dropout: Annotated[float, Field(ge=0, lt=1)]
     target_modules: Literal["all-linear"] | Annotated[list[str], Field(min_length=1)]
+    layers: Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)] | None
+    rank_pattern: dict[Pattern, Rank]
+    alpha_pattern: dict[Pattern, Alpha]
+    dora: bool
+    init: Annotated[str, AfterValidator(_init)]
+    train_only: Literal["A", "B"] | None
+    plus_ratio: Annotated[float, Field(gt=0, le=1000)]
+    bias: Literal["none", "all", "lora_only"]
+    modules_to_save: list[Literal["embed_tokens", "lm_head"]]
+
+    @property
+    def decomposes(self) -> bool:
+        """Whether the start is taken out of the base's own weights, so that B A is not zero before the first step."""
+        return self.init.startswith(("pissa", "olora"))
+
+    @property
+    def reads_weights(self) -> list[str]:
+        """The settings, as `key = value`, that need the whole weights of the layers they adapt, or their inputs."""
+        asked = [f"lora.init = {self.init!r}"] if self.decomposes or self.init in ("loftq", "eva") else []
+        return [*asked, *(["lora.dora = true"] if self.dora else [])]
+
+    @property
+    def changes_the_base(self) -> list[str]:
+        """The settings, as `key = value`, that train copies of the base's own tensors."""
+        asked = [f"lora.bias = {self.bias!r}"] if self.bias != "none" else []
+        return [*asked, *([f"lora.modules_to_save = {self.modules_to_save}"] if self.modules_to_save else [])]
+
+    @property
+    def patterns(self) -> list[str]:
+        """The settings, as `key = value`, that give layers ranks or alphas of their own."""
+        names = ("rank_pattern", "alpha_pattern")
+        return [f"lora.{name} = {getattr(self, name)}" for name in names if getattr(self, name)]
+
+    @model_validator(mode="after")
+    def start_and_training_agree(self) -> Self:
+        found = [why for rule in LORA_RULES if (why := rule(self))]
+        if found:
+            raise ValueError("; ".join(found))
+        return self
+
+
+def _orthogonal_ranks_are_even(lora: Lora) -> str | None:
+    odd = [rank for rank in (lora.r, *lora.rank_pattern.values()) if rank % 2]
+    if lora.init == "orthogonal" and odd:
+        return f"init = 'orthogonal' halves the rank, and {odd[0]} is odd: set r and rank_pattern to even numbers"
+    return None
+
+
+def _zero_is_not_all_that_is_trained_through(lora: Lora) -> str | None:
+    if lora.train_only == "A" and lora.init in ("default", "gaussian", "eva"):
+        return (
+            f"train_only = 'A' with init = {lora.init!r}, which sets B to zero: A would have no effect and no "
+            "gradient; set init to orthogonal, pissa, olora or loftq, or train_only to B"
+        )
+    return None
+
+
+def _two_rates_are_for_two_matrices(lora: Lora) -> str | None:
+    if lora.plus_ratio != 1 and lora.train_only:
+        return (
+            f"plus_ratio = {lora.plus_ratio} with train_only = {lora.train_only!r}: it acts where A and B are trained"
+        )
+    return None
+
+
+def _magnitudes_are_those_of_the_base(lora: Lora) -> str | None:
+    if lora.dora and lora.init not in ("default", "gaussian"):
+        return (
+            f"dora = true with init = {lora.init!r}: DoRA takes its magnitudes from the base, and this start changes "
+            "what they are taken from; set init to default or gaussian"
+        )
+    return None
+
+
+def _one_adapter_trains_the_biases(lora: Lora) -> str | None:
+    if lora.bias != "none" and lora.decomposes:
+        return (
+            f"bias = {lora.bias!r} with init = {lora.init!r}: PEFT holds the start as a second adapter, and trains "
+            "biases beside one alone; set bias to none"
+        )
+    return None
+
+
+def _eva_has_one_rank(lora: Lora) -> str | None:
+    if lora.init == "eva" and lora.rank_pattern:
+        return "rank_pattern with init = 'eva', where layers that read one input share their directions: set it to {}"
+    return None
+
+
+def _layers_are_named_once(lora: Lora) -> str | None:
+    for name in ("layers", "modules_to_save"):
+        values = getattr(lora, name) or []
+        if len(set(values)) < len(values):
+            return f"{name} names a value twice"
+    return None
+
+
+LORA_RULES: tuple[Callable[[Lora], str | None], ...] = (
+    _orthogonal_ranks_are_even,
+    _zero_is_not_all_that_is_trained_through,
+    _two_rates_are_for_two_matrices,
+    _magnitudes_are_those_of_the_base,
+    _one_adapter_trains_the_biases,
+    _eva_has_one_rank,
+    _layers_are_named_once,
+)
+"""Each says what does not fit together in the section `lora`, or None."""
 
 
 def _share_or_steps(number: float) -> float:
@@ -574,6 +708,55 @@ def _other_backends_compute_in_one_process(given: Params) -> str | None:
     return None
 
 
+def _a_start_fits_the_base(given: Params) -> str | None:
+    lora, method = given.lora, given.quantize.method
+    if lora.decomposes and method != "none":
+        return (
+            f"lora.init = {lora.init!r} with quantize.method = {method!r}: PEFT takes the start out of the weights, "
+            "which would have to be quantized again for each adapter (as QPiSSA does), while base and adapters are "
+            "compared on one base; set quantize.method to none, or lora.init to loftq"
+        )
+    packed = method == "int8" or (method != "none" and not given.runtime.keep_dequantized)
+    if lora.init == "orthogonal" and packed:
+        return (
+            f"lora.init = 'orthogonal' with packed weights (quantize.method = {method!r}, runtime.keep_dequantized = "
+            f"{str(given.runtime.keep_dequantized).lower()}): PEFT would round A and B to the type that holds them; "
+            "set runtime.keep_dequantized to true with nf4 or fp4, or lora.init to gaussian"
+        )
+    if lora.init == "loftq" and method not in ("nf4", "fp4"):
+        return (
+            f"lora.init = 'loftq' with quantize.method = {method!r}: LoftQ makes up for what 4 bits round away; set "
+            "quantize.method to nf4 or fp4, or lora.init to default"
+        )
+    return None
+
+
+def _an_adapter_is_one_that_the_backend_reads(given: Params) -> str | None:
+    """llama.cpp holds A and B of a layer with their rank. vLLM knows one rank and one alpha, and neither DoRA nor
+    trained parts of the base."""
+    lora, backend = given.lora, given.generation.backend
+    asked = [*(["lora.dora = true"] if lora.dora else []), *lora.changes_the_base]
+    asked += lora.patterns if backend == "vllm" else []
+    if backend == "transformers" or not asked:
+        return None
+    return (
+        f"{' and '.join(asked)} with generation.backend = {backend!r}, which cannot apply such an adapter: set "
+        "generation.backend to transformers"
+    )
+
+
+def _an_adapter_is_divided_as_it_can_be(given: Params) -> str | None:
+    lora, sharding = given.lora, given.runtime.sharding
+    asked = [*lora.reads_weights, *lora.changes_the_base]
+    if sharding == "tensor":
+        asked += [f"lora.init = {lora.init!r}"] if lora.init in ("gaussian", "orthogonal") else []
+        asked += [f"lora.train_only = {lora.train_only!r}"] if lora.train_only else []
+    if sharding == "none" or not asked:
+        return None
+    why = "need whole layers" if sharding == "fsdp" else "are not divided by heads and columns"
+    return f"{' and '.join(asked)} with runtime.sharding = {sharding!r}: they {why}; set runtime.sharding to none"
+
+
 def _a_base_is_shared_where_that_can_be_honoured(given: Params) -> str | None:
     runtime, method = given.runtime, given.quantize.method
     if runtime.sharding == "none":
@@ -642,6 +825,9 @@ RULES: tuple[Callable[[Params], str | None], ...] = (
     _verdict_rests_on_scores,
     _other_backends_compute_with_plain_weights,
     _other_backends_compute_in_one_process,
+    _a_start_fits_the_base,
+    _an_adapter_is_one_that_the_backend_reads,
+    _an_adapter_is_divided_as_it_can_be,
     _a_base_is_shared_where_that_can_be_honoured,
     _the_optimizer_runs_on_the_device,
     _all_turns_are_those_of_conversations,
@@ -902,9 +1088,13 @@ def _shown(given: Any) -> str:
 
 
 def _is_branch(part: str | int) -> bool:
-    """Whether a part of an error's location is the name of a union's branch, which is not a key of the file."""
+    """Whether a part of an error's location is the name of a union's branch, which is not a key of the file.
+
+    `[key]` says that the part before it is wrong as a key.
+    """
     return isinstance(part, str) and bool(
-        part in BRANCHES or re.match(r"(literal|list|constrained|function|str|int)\b.*[\[\]]|^(str|int)$", part)
+        part in (*BRANCHES, "[key]")
+        or re.match(r"(literal|list|constrained|function|str|int)\b.*[\[\]]|^(str|int)$", part)
     )
 
 

@@ -47,6 +47,7 @@ def base() -> tuple[Any, str]:
 
 def merged(model: Any, folder: Path) -> Any:
     """`model` with the adapter in `folder` added to its weights, in place."""
+    import torch
     from peft import PeftModel
     from peft.tuners.lora import LoraLayer
 
@@ -56,7 +57,11 @@ def merged(model: Any, folder: Path) -> Any:
         [name] = layer.active_adapters
         change_OxI = layer.scaling[name] * layer.lora_B[name].weight.data @ layer.lora_A[name].weight.data
         weight = layer.get_base_layer().weight
-        weight.data = (weight.data.float() + change_OxI).to(weight.dtype)
+        sum_OxI = weight.data.float() + change_OxI
+        if layer.use_dora[name]:  # DoRA (arXiv 2402.09353, equation 5): every row gets the length that was trained
+            length_O = layer.lora_magnitude_vector[name].weight.data
+            sum_OxI *= (length_O / torch.linalg.vector_norm(sum_OxI, dim=1))[:, None]
+        weight.data = sum_OxI.to(weight.dtype)
     return adapted.unload()
 
 

@@ -14,10 +14,15 @@ from pydantic import ValidationError
 from pipeline.core import params
 from pipeline.fetch import gguf_layout, hub_layout, meta_layout
 from pipeline.fetch.unfit import UnfitError, require_content
-from pipeline.model import prompt
+from pipeline.model import adapted, prompt
 from pipeline.model.shape import Shape
 
 NOT_A_MODEL = "a model is a folder in the Hugging Face layout or a .gguf file"
+
+BIASES = ("attention_bias", "mlp_bias")
+"""The keys of a configuration that give linear layers biases."""
+ALWAYS_BIASED = ("qwen2",)
+"""Families whose queries, keys and values have biases, without a key for them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,7 +31,7 @@ class Glance:
 
     `family` is transformers' name. `context` is in tokens, and the one that `fetch` writes. `vocabulary` counts the
     token ids that the model embeds. A stored output head counts as one of its own in `shape`, also where its numbers
-    are those of the embedding.
+    are those of the embedding. `biases`: whether linear layers have any.
     """
 
     family: str
@@ -34,6 +39,7 @@ class Glance:
     chat_template: bool | None
     vocabulary: int | None
     shape: Shape | None
+    biases: bool | None = None
 
 
 def glance(path: Path) -> Glance | None:
@@ -69,6 +75,13 @@ def require_usable(seen: Glance, experiment: params.Params) -> None:
     """UserError for what a later stage would refuse in a model, as far as it is known at a glance."""
     prompt.require_model(experiment.prompt, seen.context, seen.chat_template)
     experiment.forget.require_model(seen.context, seen.chat_template)
+    require_adaptable(seen, experiment.lora)
+
+
+def require_adaptable(seen: Glance, lora: params.Lora) -> None:
+    """UserError for settings of the adapter that the model cannot honour, as far as it is known at a glance."""
+    if seen.shape is not None:
+        adapted.require_shape(lora, seen.shape, seen.biases)
 
 
 def _of_hub(folder: Path) -> Glance:
@@ -88,7 +101,8 @@ def _of(config: dict[str, Any], chat_template: bool | None) -> Glance:
         shape = Shape.of(config)
     except (ValidationError, LookupError, TypeError, ValueError, AttributeError, ZeroDivisionError):
         return Glance(str(config["model_type"]), None, chat_template, None, None)
-    return Glance(shape.family, shape.context, chat_template, shape.vocabulary, shape)
+    biases = shape.family in ALWAYS_BIASED or any(config.get(name) for name in BIASES)
+    return Glance(shape.family, shape.context, chat_template, shape.vocabulary, shape, biases)
 
 
 def _has_template(folder: Path) -> bool | None:

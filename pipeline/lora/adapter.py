@@ -1,14 +1,20 @@
-"""LoRA adapters (arXiv 2106.09685) through PEFT: make, save, and load them with a proof that they act."""
+"""LoRA adapters (arXiv 2106.09685) through PEFT: save them, and load them with a proof that they act.
 
-from collections.abc import Mapping
+`pipeline.lora.start` makes them.
+"""
+
+import math
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipeline.core import contracts, params, records
+from pipeline.core import contracts, records
 from pipeline.core.contracts import AdapterOrigin
 from pipeline.core.errors import UserError
-from pipeline.model import checkpoint, shard
+from pipeline.model import shard
 
 if TYPE_CHECKING:
     import torch
@@ -18,53 +24,27 @@ CONFIG = "adapter_config.json"
 ORIGIN = "origin.json"
 """The digest of the base (`contracts.AdapterOrigin`), beside PEFT's two files. PEFT ignores it."""
 
-
-def attach(model: Any, lora: params.Lora, seed: int) -> Any:
-    """Put a fresh adapter on a loaded base: A is drawn from `seed` and B is zero, so the model starts as the base.
-
-    Returns PEFT's model. UserError for a target module that the base does not have.
-    """
-    import torch
-    from peft import LoraConfig, get_peft_model
-
-    from pipeline.model import fused
-
-    config = LoraConfig(
-        r=lora.r,
-        lora_alpha=lora.alpha,
-        use_rslora=lora.rslora,
-        lora_dropout=lora.dropout,
-        target_modules=targets(model, lora),
-        bias="none",
-        task_type="CAUSAL_LM",
-    )
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        adapted = get_peft_model(model, config)
-    if shard.kind(adapted) == "tensor":
-        shard.fit(adapted)
-        shard.draw(adapted, seed)
-    fused.apply(adapted)
-    return adapted
-
-
-def targets(model: Any, lora: params.Lora) -> list[str]:
-    """The names of the layers to adapt. UserError for a name that the model does not have."""
-    known = checkpoint.linear_layers(model)
-    if lora.target_modules == "all-linear":
-        return known
-    unknown = sorted(set(lora.target_modules) - set(known))
-    if unknown:
-        raise UserError(
-            f"lora.target_modules names {', '.join(unknown)}, which this model does not have; "
-            f"it has {', '.join(known)} (all-linear takes all of them)"
-        )
-    return sorted(set(lora.target_modules))
+NAME, START = "default", "start"
+"""PEFT's names of the adapter, and of the frozen one that takes its start away again (`pipeline.lora.start`)."""
+MAGNITUDE = "lora_magnitude_vector"
+"""DoRA's lengths of weights. They stay in float32, as in PEFT: a step is less than the rounding of bfloat16."""
 
 
 def tensors(adapted: Any) -> dict[str, "torch.nn.Parameter"]:
     """The trainable tensors by name, which are the adapter's."""
     return {name: tensor for name, tensor in adapted.named_parameters() if tensor.requires_grad}
+
+
+def frozen(adapted: Any) -> dict[str, "torch.nn.Parameter"]:
+    """The adapter's tensors that are not trained, by name."""
+    return {name: one for name, one in adapted.named_parameters() if "lora_" in name and not one.requires_grad}
+
+
+def dtype(name: str, model: Any) -> "torch.dtype":
+    """The type in which a tensor of an adapter on `model` is multiplied."""
+    import torch
+
+    return torch.float32 if MAGNITUDE in name else model.dtype
 
 
 def save(adapted: Any, values: Mapping[str, "torch.Tensor"], folder: Path, model_sha256: str) -> None:
@@ -77,12 +57,74 @@ def save(adapted: Any, values: Mapping[str, "torch.Tensor"], folder: Path, model
     bad = [name for name, tensor in values.items() if not torch.isfinite(tensor).all()]
     if bad:
         raise UserError(f"the trained adapter holds NaN or infinity (in {bad[0]}): lower train.learning_rate")
-    adapted.save_pretrained(folder, state_dict=dict(values))
+    held = {name: tensor.detach() for name, tensor in adapted.named_parameters() if "lora_" in name}
+    state = {name: shard.whole(tensor).float() for name, tensor in held.items() if f".{NAME}." in name} | dict(values)
+    changes: dict[str, Any] = {}
+    if START in adapted.peft_config:
+        state = {name: _with_start(name, tensor, held) for name, tensor in state.items()}
+        changes = _twice_the_rank(adapted.peft_config[NAME])
+    adapted.save_pretrained(folder, state_dict=state, selected_adapters=[NAME])
     (folder / "README.md").unlink(missing_ok=True)  # PEFT's empty model card
     # PEFT keeps the layers' names in a set, whose order differs between processes.
     config = records.read_json(folder / CONFIG)
-    records.write_json(folder / CONFIG, config | {"target_modules": sorted(config["target_modules"])})
+    changes["target_modules"] = sorted(config["target_modules"])
+    records.write_json(folder / CONFIG, config | changes)
     contracts.write(folder / ORIGIN, AdapterOrigin(model_sha256))
+
+
+def _with_start(name: str, tensor: "torch.Tensor", held: Mapping[str, "torch.Tensor"]) -> "torch.Tensor":
+    """A or B with the frozen start beside it: B A - B0 A0 = [B, -B0] [A; A0], as in PEFT's `subtract_mutated_init`."""
+    import torch
+
+    start = held[name.replace(f".{NAME}.", f".{START}.")].to(tensor)
+    return torch.cat([tensor, start], 0 if ".lora_A." in name else 1)
+
+
+def _twice_the_rank(config: Any) -> dict[str, Any]:
+    """The changes of PEFT's configuration that keep every layer's scale at twice its rank."""
+    factor = math.sqrt(2) if config.use_rslora else 2
+    return {
+        "r": 2 * config.r,
+        "lora_alpha": factor * config.lora_alpha,
+        "rank_pattern": {key: 2 * rank for key, rank in config.rank_pattern.items()},
+        "alpha_pattern": {key: factor * alpha for key, alpha in config.alpha_pattern.items()},
+    }
+
+
+def base_biases(model: Any, trained: str) -> dict[str, "torch.Tensor"]:
+    """The base's biases by name, if an adapter will train them (`lora.bias`). PEFT trains them in place."""
+    if trained == "none":
+        return {}
+    return {name: tensor.detach().clone() for name, tensor in model.named_parameters() if name.endswith(".bias")}
+
+
+@contextmanager
+def off(adapted: Any) -> Iterator[None]:
+    """Within it, a model with an adapter computes what its base does, biases included.
+
+    PEFT then lets every tensor of the adapter require gradients; here those that are frozen stay so.
+    """
+    own = getattr(adapted, "base_biases", {})
+    still = frozen(adapted).values() if hasattr(adapted, "peft_config") else []
+    there = {name.replace(".base_layer.", "."): tensor for name, tensor in _base_parameters(adapted)} if own else {}
+    trained = {name: there[name].data for name in own}
+    try:
+        for name, tensor in own.items():
+            there[name].data = tensor
+        with ExitStack() as disabled:
+            with warnings.catch_warnings():  # PEFT says that biases stay; here they do not
+                warnings.filterwarnings("ignore", "Careful, disabling adapter layers with bias", UserWarning)
+                disabled.enter_context(adapted.disable_adapter())
+            yield
+    finally:
+        for name, tensor in trained.items():
+            there[name].data = tensor
+        for tensor in still:
+            tensor.requires_grad = False
+
+
+def _base_parameters(adapted: Any) -> Any:
+    return adapted.get_base_model().named_parameters()
 
 
 @dataclass(frozen=True)
@@ -113,7 +155,7 @@ class Saved:
         """Put the adapter on the base it was trained on, and prove that it acts.
 
         A base with adapters keeps them, and this one becomes the active one. On the returned model, `set_adapter(name)`
-        switches between adapters, and within `disable_adapter()` the model is the base.
+        switches between adapters, and within `off` the model is the base.
 
         UserError if the adapter belongs to another base, if the model has an adapter of that name, if a tensor is
         missing, superfluous, not finite or not loaded as saved, or if the logits do not change.
@@ -132,14 +174,18 @@ class Saved:
             model.set_adapter(name)
             adapted = model
         else:
+            biases = base_biases(model, records.read_json(self.folder / CONFIG).get("bias", "none"))
             adapted = PeftModel.from_pretrained(model, self.folder, name, autocast_adapter_dtype=False)
+            adapted.base_biases = biases
         if shard.kind(adapted) == "tensor":
             shard.fit(adapted)
         state = get_peft_model_state_dict(adapted, adapter_name=name)
         self._require_loaded(saved, {key: shard.whole(tensor) for key, tensor in state.items()})
         for key, tensor in adapted.named_parameters():
-            if "lora_" in key:
-                tensor.data = tensor.data.to(model.dtype)
+            if MAGNITUDE in key and f".{name}." in key:  # PEFT has rounded it
+                tensor.data = saved[key.removesuffix(f".{name}.weight")].to(tensor.device)
+            elif "lora_" in key:
+                tensor.data = tensor.data.to(dtype(key, model))
         fused.apply(adapted.eval())
         if logit_change(adapted) == 0.0:
             raise UserError(f"{self.folder} does not change the model's logits: it was not trained, or is not applied")
@@ -165,6 +211,6 @@ def logit_change(adapted: Any) -> float:
     ids = torch.arange(3, 19, device=adapted.device)[None] % adapted.config.vocab_size
     with torch.no_grad():
         with_adapter = adapted(input_ids=ids).logits
-        with adapted.disable_adapter():
+        with off(adapted):
             without = adapted(input_ids=ids).logits
     return float((with_adapter - without).abs().max())

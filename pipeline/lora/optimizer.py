@@ -36,8 +36,21 @@ def require(name: str, device: "torch.device") -> None:
         )
 
 
-def build(tensors: "Sequence[torch.Tensor]", train: params.Train) -> "torch.optim.Optimizer | Both":
-    """The optimizer of `train` over float32 tensors. The learning rate must be set at each step."""
+Group = dict[str, Any]
+"""Tensors under `params`, with the `ratio` of their learning rate to that of the schedule."""
+
+
+def groups(tensors: "Mapping[str, torch.Tensor]", plus_ratio: float) -> list[Group]:
+    """The parameter groups of an adapter: LoRA+ (arXiv 2402.12354) raises the learning rate of B."""
+    if plus_ratio == 1:
+        return [{"params": list(tensors.values()), "ratio": 1.0}]
+    of_b = {name: tensor for name, tensor in tensors.items() if ".lora_B." in name}
+    others = [tensor for name, tensor in tensors.items() if name not in of_b]
+    return [{"params": others, "ratio": 1.0}, {"params": list(of_b.values()), "ratio": plus_ratio}]
+
+
+def build(tensors: Sequence[Any], train: params.Train) -> "torch.optim.Optimizer | Both":
+    """The optimizer of `train` over float32 tensors, or groups of them. The learning rate must be set at each step."""
     if train.optimizer == "adafactor":
         return _adafactor(tensors, train)
     if train.optimizer == "muon":
@@ -45,7 +58,7 @@ def build(tensors: "Sequence[torch.Tensor]", train: params.Train) -> "torch.opti
     return _adamw(tensors, train)
 
 
-def _adamw(tensors: "Sequence[torch.Tensor]", train: params.Train) -> "torch.optim.Optimizer":
+def _adamw(tensors: Sequence[Any], train: params.Train) -> "torch.optim.Optimizer":
     import torch
 
     options: dict[str, Any] = {
@@ -61,7 +74,7 @@ def _adamw(tensors: "Sequence[torch.Tensor]", train: params.Train) -> "torch.opt
     return made
 
 
-def _adafactor(tensors: "Sequence[torch.Tensor]", train: params.Train) -> "torch.optim.Optimizer":
+def _adafactor(tensors: Sequence[Any], train: params.Train) -> "torch.optim.Optimizer":
     from transformers.optimization import Adafactor
 
     made: torch.optim.Optimizer = Adafactor(
@@ -74,11 +87,20 @@ def _adafactor(tensors: "Sequence[torch.Tensor]", train: params.Train) -> "torch
     return made
 
 
-def _muon(tensors: "Sequence[torch.Tensor]", train: params.Train) -> "torch.optim.Optimizer | Both":
+def _muon(tensors: Sequence[Any], train: params.Train) -> "torch.optim.Optimizer | Both":
     import torch
 
-    matrices = [tensor for tensor in tensors if tensor.ndim == 2]
-    others = [tensor for tensor in tensors if tensor.ndim != 2]
+    of_groups: list[Group] = list(tensors)
+    if not isinstance(tensors[0], dict):
+        of_groups = [{"params": list(tensors), "ratio": 1.0}]
+    matrices, others = (
+        [
+            {**group, "params": kept}
+            for group in of_groups
+            if (kept := [one for one in group["params"] if (one.ndim == 2) is wanted])
+        ]
+        for wanted in (True, False)
+    )
     muon = torch.optim.Muon(matrices, weight_decay=train.weight_decay, adjust_lr_fn="match_rms_adamw")
     return Both([muon, _adamw(others, train)]) if others else muon
 

@@ -31,8 +31,8 @@ from pipeline.core.contracts import QuantizedFacts, Step, TrainingSummary, Valid
 from pipeline.core.errors import UserError
 from pipeline.core.progress import bar, publish_validation, say
 from pipeline.core.records import Encoded, Example
-from pipeline.lora import adapter, neftune, optimizer, schedule
-from pipeline.model import checkpoint, devices, load, loss, memory, pack, packed, processes, resume, shard
+from pipeline.lora import adapter, neftune, optimizer, schedule, start
+from pipeline.model import adapted, checkpoint, devices, load, loss, memory, pack, packed, processes, resume, shard
 from pipeline.model.prompt import Encoder, Row, notices
 
 if TYPE_CHECKING:
@@ -89,10 +89,11 @@ def fit(seed: int, prompt: params.Prompt, lora: params.Lora, train: params.Train
     processes.require_same(resume.key("train", identity), "experiment")
     with resume.folder(f"train-{seed}", identity) as scratch:
         # 2. Load the model with a fresh adapter, or with the state of an interrupted run.
-        model = adapter.attach(load.quantized(device, runtime.keep_dequantized, runtime.sharding), lora, seed)
+        base = load.quantized(device, runtime.keep_dequantized, runtime.sharding)
+        model = start.attach(base, lora, seed, rows.train)
         if runtime.gradient_checkpointing:
             model.get_base_model().activation_checkpointing_enable()
-        trainer = Trainer(model, train, seed, len(plan.steps))
+        trainer = Trainer(model, train, seed, len(plan.steps), lora.plus_ratio)
         trainer.resume(scratch)
         processes.require_same(len(trainer.log), "checkpoint")
         if processes.rank() == 0:
@@ -185,6 +186,7 @@ def _device_for(
     devices.require(device, facts.dtype)
     optimizer.require(train.optimizer, device)
     base = memory.held(memory.Base.quantized(facts), runtime, device)
+    adapted.require_shape(lora, base.shape)
     largest = memory.load([*(batch for _, batch in plan.steps), plan.validation], train.micro_batch_tokens)
     memory.require_training(device, base, lora, train, largest, runtime.gradient_checkpointing)
     return device
@@ -276,16 +278,17 @@ def _summary(
 class Trainer:
     """The state of a training run, with its steps, validations and checkpoints.
 
-    `masters` are the adapter's values in float32. `steps` is the planned number, which the learning rate depends on.
+    `masters` are the adapter's values in float32. `steps` is the planned number, which the learning rate depends on;
+    that of B is `plus_ratio` times as high.
     """
 
-    def __init__(self, model: Any, train: params.Train, seed: int, steps: int) -> None:
+    def __init__(self, model: Any, train: params.Train, seed: int, steps: int, plus_ratio: float = 1.0) -> None:
         self.model, self.train, self.seed, self.steps = model, train, seed, steps
         self.tensors = adapter.tensors(model)
         self.masters = {name: shard.whole(tensor.detach()).float().clone() for name, tensor in self.tensors.items()}
-        for tensor in self.tensors.values():
-            tensor.data = tensor.data.to(model.dtype)
-        self.optimizer = optimizer.build(list(self.masters.values()), train)
+        for name, tensor in self.tensors.items():
+            tensor.data = tensor.data.to(adapter.dtype(name, model))
+        self.optimizer = optimizer.build(optimizer.groups(self.masters, plus_ratio), train)
         self.log: list[Step] = []
         self.validation: list[Validation] = []
         self.best: dict[str, torch.Tensor] = {}
@@ -351,7 +354,7 @@ class Trainer:
         for name, master in self.masters.items():
             master.grad = gradients[name].mul_(scale)
         for group in self.optimizer.param_groups:
-            group["lr"] = rate
+            group["lr"] = rate * group["ratio"]
         self.optimizer.step()
         self._write_rounded()
 
@@ -391,7 +394,10 @@ class Trainer:
     def write_masters(self) -> None:
         """Give the model the float32 values, which are saved."""
         for name, tensor in self.tensors.items():
-            tensor.data = shard.part(self.masters[name].clone(), tensor)
+            values = shard.part(self.masters[name].clone(), tensor)
+            tensor.data = values if "lora_" in name else values.to(tensor.dtype)
+        for tensor in adapter.frozen(self.model).values():
+            tensor.data = tensor.data.float()
 
     def save(self, scratch: Path) -> None:
         """Write the state to `scratch`, atomically."""

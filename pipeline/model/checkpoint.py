@@ -4,6 +4,7 @@ transformers' causal language models cover LLaMA (RMSNorm, rotary embeddings, Sw
 relatives with grouped-query attention (Llama 2, arXiv 2307.09288).
 """
 
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -71,6 +72,20 @@ def pretrained(folder: Path, device: "torch.device | None", **options: Any) -> A
         trust_remote_code=False,
         **options,
     )
+
+
+def stored(folder: Path, names: Iterable[str]) -> Iterator[tuple[str, "torch.Tensor"]]:
+    """The tensors of these names in a checkpoint, one after another. UserError for one that it does not hold."""
+    from safetensors import safe_open
+
+    wanted = set(names)
+    for file in sorted(folder.glob("*.safetensors")):
+        with safe_open(file, framework="pt") as opened:
+            for name in sorted(wanted.intersection(opened.keys())):
+                wanted.remove(name)
+                yield name, opened.get_tensor(name)
+    if wanted:
+        raise UserError(f"{folder} holds no tensor named {min(wanted)}: run `dvc repro --force fetch`")
 
 
 def require_intact(folder: Path, sha256: str) -> None:

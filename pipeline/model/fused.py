@@ -5,7 +5,8 @@ Each step computes what transformers and PEFT compute, keeps only its inputs for
 Dimensions: L tokens, I and O a layer's inputs and outputs, R the adapter's rank.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -40,6 +41,18 @@ def apply(model: Any) -> None:
             layer.forward = partial(_lora, layer, layer.forward)
 
 
+@contextmanager
+def apart(model: Any) -> Iterator[None]:
+    """Within it, layers that read one input are called one by one, so that hooks on them are."""
+    joined = [layer for layer in model.modules() if type(layer).__name__ in SWIGLUS | ATTENTIONS]
+    held = {layer: vars(layer).pop("forward") for layer in joined if "forward" in vars(layer)}
+    try:
+        yield
+    finally:
+        for layer, forward in held.items():
+            layer.forward = forward
+
+
 class LoraLinear(torch.autograd.Function):
     """x W' + b + (x A') B', with W and b frozen (arXiv 2106.09685, equation 3; B comes scaled).
 
@@ -58,7 +71,8 @@ class LoraLinear(torch.autograd.Function):
         x_LxI = x.reshape(-1, x.shape[-1])
         hidden_LxR = x_LxI @ a_RxI.T
         y_LxO = torch.nn.functional.linear(x_LxI, weight_OxI(), bias_O).addmm_(hidden_LxR, b_OxR.T)
-        ctx.save_for_backward(x_LxI, hidden_LxR, a_RxI, b_OxR)
+        # Without a gradient of A the input is not needed again (LoRA-FA, arXiv 2308.03303).
+        ctx.save_for_backward(x_LxI if ctx.needs_input_grad[3] else None, hidden_LxR, a_RxI, b_OxR)
         ctx.weight_OxI = weight_OxI
         return y_LxO.view(*x.shape[:-1], -1)
 
@@ -71,7 +85,9 @@ class LoraLinear(torch.autograd.Function):
         grad_x = None
         if ctx.needs_input_grad[0]:
             grad_x = (grad_LxO @ ctx.weight_OxI()).addmm_(back_LxR, a_RxI).view(*grad.shape[:-1], -1)
-        return grad_x, None, None, back_LxR.T @ x_LxI, grad_LxO.T @ hidden_LxR
+        grad_a = None if x_LxI is None else back_LxR.T @ x_LxI
+        grad_b = grad_LxO.T @ hidden_LxR if ctx.needs_input_grad[4] else None
+        return grad_x, None, None, grad_a, grad_b
 
 
 class Siblings:
@@ -106,7 +122,7 @@ class Siblings:
 
     def _weight(self, bases: list[Any]) -> torch.Tensor:
         if not self.join or any(type(base) is not torch.nn.Linear for base in bases):
-            return torch.cat([_dense(base) for base in bases])
+            return torch.cat([dense(base) for base in bases])
         if self.joined is None:
             self.joined = torch.cat([base.weight for base in bases])
             for base, part in zip(bases, self.joined.split([base.out_features for base in bases]), strict=True):
@@ -175,20 +191,25 @@ def _rotate(x: torch.Tensor, cosine: torch.Tensor, sine: torch.Tensor) -> torch.
 
 
 def _adapter(layer: Any, x: torch.Tensor) -> tuple[torch.Tensor, ...] | None:
-    """A (RxI) and the scaled B (OxR) that act on a layer; () without an adapter, None for more than equation 3."""
+    """A (RxI) and the scaled B (OxR) that act on a layer; () without an adapter, None for more than equation 3.
+
+    Several adapters that act at once are one of their ranks' sum.
+    """
     if not hasattr(layer, "lora_A") or layer.disable_adapters:
         return None if getattr(layer, "merged", False) else ()
     active = [name for name in layer.active_adapters if name in layer.lora_A]
-    if len(active) > 1 or layer.merged:
+    if layer.merged or (layer.base_layer.bias is not None and layer.base_layer.bias.requires_grad):
         return None
-    if not active:
-        return ()
-    (name,) = active
-    a, b, dropout = layer.lora_A[name], layer.lora_B[name], layer.lora_dropout[name]
-    drops = dropout.training and not isinstance(dropout, torch.nn.Identity)
-    if drops or name in layer.lora_variant or a.bias is not None or b.bias is not None or a.weight.dtype != x.dtype:
-        return None
-    return a.weight, b.weight * layer.scaling[name]
+    pairs = []
+    for name in active:
+        a, b, dropout = layer.lora_A[name], layer.lora_B[name], layer.lora_dropout[name]
+        drops = dropout.training and not isinstance(dropout, torch.nn.Identity)
+        if drops or name in layer.lora_variant or a.bias is not None or b.bias is not None or a.weight.dtype != x.dtype:
+            return None
+        pairs.append((a.weight, b.weight * layer.scaling[name]))
+    if len(pairs) < 2:
+        return pairs[0] if pairs else ()
+    return torch.cat([a for a, _ in pairs]), torch.cat([b for _, b in pairs], 1)
 
 
 def _lora(layer: Any, plain: Callable[..., Any], x: torch.Tensor, *arguments: Any, **options: Any) -> Any:
@@ -196,7 +217,7 @@ def _lora(layer: Any, plain: Callable[..., Any], x: torch.Tensor, *arguments: An
     adapter = _adapter(layer, x)
     if not adapter or arguments or options or not _is_linear(layer.base_layer):
         return plain(x, *arguments, **options)
-    return LoraLinear.apply(x, partial(_dense, layer.base_layer), layer.base_layer.bias, *adapter)
+    return LoraLinear.apply(x, partial(dense, layer.base_layer), layer.base_layer.bias, *adapter)
 
 
 def _is_linear(layer: Any) -> bool:
@@ -205,7 +226,7 @@ def _is_linear(layer: Any) -> bool:
     return type(layer) in (torch.nn.Linear, Linear4bit)
 
 
-def _dense(layer: Any) -> torch.Tensor:
+def dense(layer: Any) -> torch.Tensor:
     """The weight of a linear layer, unpacked if it is held in 4 bits."""
     if type(layer) is torch.nn.Linear:
         return layer.weight

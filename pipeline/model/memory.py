@@ -7,7 +7,7 @@ columns that the scheduler allots (`pipeline.infer.scheduler`). It errs to the s
 predictions with peaks measured on a CPU, and `python -m bench.memory` measures them again.
 
 Letters: s bytes of a value in the model's dtype, h hidden, i intermediate, a all query heads, k all key heads, r rank,
-P parameters of the adapter, N supervised tokens, V vocabulary.
+N supervised tokens, V vocabulary.
 """
 
 import itertools
@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Literal
 from pipeline.core import params, paths
 from pipeline.core.contracts import Loadable, QuantizedFacts
 from pipeline.core.errors import UserError
-from pipeline.model import pack, processes
+from pipeline.model import adapted, pack, processes
 from pipeline.model.shape import Shape
 
 if TYPE_CHECKING:
@@ -168,39 +168,39 @@ def load(batches: Sequence[Sequence[pack.Tree]], micro_batch_tokens: int) -> Loa
 Parts = dict[str, float]
 
 
-def adapter_parameters(shape: Shape, lora: params.Lora) -> int:
-    """P: the sum of r (inputs + outputs) over all adapted layers."""
-    adapted = [size for name, size in shape.linears.items() if _adapted(name, lora)]
-    return shape.layers * lora.r * sum(inputs + outputs for inputs, outputs in adapted)
-
-
 def training(
     base: Base, lora: params.Lora, train: params.Train, load: Load, device: Device, recomputed: bool = False
 ) -> Parts:
     """The parts of a training step's peak, in bytes; `recomputed`: with gradient checkpointing."""
     shape, s = base.shape, base.itemsize
-    parameters = adapter_parameters(shape, lora)
+    size = adapted.size(shape, lora)
+    parameters = size.trained
     tokens = _whole(load.tokens)
     parts = {
         "weights": base.weights,
-        "adapter": float(parameters * (s + 4)),  # in the model's dtype, and the float32 masters
+        "adapter": float(parameters * (s + 4) + size.frozen * s),  # in the model's dtype, and the float32 masters
         "optimizer": _state(train.optimizer, shape, lora),
         "gradients": float(parameters * (s + 4)),
     }
     if train.early_stopping:
         parts["best adapter"] = 4.0 * parameters
-    full = 1 if recomputed else shape.layers
-    parts["activations"] = (
-        tokens * (full * _kept_a_token(base, lora, load.longest, device) + 2 * shape.hidden_size * s)
-        + full * _joined(shape, lora) * s
-        + (tokens * shape.layers * shape.hidden_size * s if recomputed else 0)
+    alike = adapted.blocks(shape, lora)
+    kept = {
+        ranks: tokens * _kept_a_token(base, lora, ranks, load.longest, device) + _joined(shape, lora, ranks) * s
+        for ranks in alike
+    }
+    parts["activations"] = tokens * 2 * shape.hidden_size * s + (
+        max(kept.values()) + tokens * shape.layers * shape.hidden_size * s
+        if recomputed
+        else sum(count * kept[ranks] for ranks, count in alike.items())
     )
     # Log-probabilities, and the gradients of both; with smoothing these have two terms.
     logits = float(load.answers * shape.vocabulary * (16 if train.label_smoothing else 12))
     backward = float(tokens * ((4 * shape.intermediate_size + 2 * shape.hidden_size) * s + 16 * shape.hidden_size))
     update = 8.0 * parameters if device == "cuda" and train.optimizer == "adamw" else 0.0
     parts["logits"] = logits
-    parts["at the peak"] = max(backward + base.unpacking, update) - min(logits, backward)
+    weighing = _weighing(shape, lora) * s if lora.dora else 0.0
+    parts["at the peak"] = max(backward + base.unpacking + weighing, update) - min(logits, backward)
     return _with_margin(parts, device, recomputed)
 
 
@@ -265,33 +265,36 @@ def demand(parts: Mapping[str, float]) -> float:
     return total(parts) - parts.get(MAPPED, 0.0)
 
 
-def _adapted(name: str, lora: params.Lora) -> bool:
-    return lora.target_modules == "all-linear" or name in lora.target_modules
-
-
 def _state(optimizer: str, shape: Shape, lora: params.Lora) -> float:
     """Bytes of the optimizer's state.
 
     Two moments in float32, or in 8 bits with a constant for each block of 256; with Muon one in float32; with Adafactor
     a row and a column of each matrix.
     """
-    if optimizer == "adafactor":
-        adapted = [size for name, size in shape.linears.items() if _adapted(name, lora)]
-        return 4.0 * shape.layers * sum(2 * lora.r + inputs + outputs for inputs, outputs in adapted)
-    each = {"adamw": 8.0, "muon": 4.0}.get(optimizer, 2 * (1 + 4 / 256))
-    return each * adapter_parameters(shape, lora)
+    size = adapted.size(shape, lora)
+    if optimizer != "adafactor":
+        each = {"adamw": 8.0, "muon": 4.0}.get(optimizer, 2 * (1 + 4 / 256))
+        return each * size.trained
+    edges = 0
+    for ranks, count in adapted.blocks(shape, lora).items():
+        for name, rank in ranks:
+            inputs, outputs = shape.linears[name]
+            edges += count * ((lora.train_only != "B") * (rank + inputs) + (lora.train_only != "A") * (rank + outputs))
+            edges += count * outputs * lora.dora
+    edges += len(lora.modules_to_save) * (shape.vocabulary + shape.hidden_size)
+    return 4.0 * edges
 
 
-def _kept_a_token(base: Base, lora: params.Lora, longest: int, device: Device) -> float:
-    """Bytes that one layer keeps for each token for the backward pass."""
+def _kept_a_token(base: Base, lora: params.Lora, ranks: adapted.Ranks, longest: int, device: Device) -> float:
+    """Bytes that one block with these adapters keeps for each token for the backward pass."""
     shape, s = base.shape, base.itemsize
     h, i, a, k = shape.hidden_size, shape.intermediate_size, shape.queries, shape.keys
-    adapted = {name: size for name, size in shape.linears.items() if _adapted(name, lora)}
+    changed = {name: shape.linears[name] for name, _ in ranks}
     read = {  # inputs of adapted layers, counted once for layers that read the same
-        "attention": h * any(name in adapted for name in ("q_proj", "k_proj", "v_proj", "qkv_proj")),
-        "attended": a * ("o_proj" in adapted),
-        "mlp": h * any(name in adapted for name in ("gate_proj", "up_proj", "gate_up_proj")),
-        "gated": i * ("down_proj" in adapted),
+        "attention": h * any(name in changed for name in ("q_proj", "k_proj", "v_proj", "qkv_proj")),
+        "attended": a * ("o_proj" in changed),
+        "mlp": h * any(name in changed for name in ("gate_proj", "up_proj", "gate_up_proj")),
+        "gated": i * ("down_proj" in changed),
     }
     values = (
         2 * h  # the residual before each norm
@@ -299,8 +302,8 @@ def _kept_a_token(base: Base, lora: params.Lora, longest: int, device: Device) -
         + (a + k)  # turned
         + a  # queries, the heads of a group below each other
         + 2 * i  # gate and up
-        + lora.r * len(adapted)
-        + (0 if lora.dropout else sum(read.values()))
+        + (2 if lora.decomposes else 1) * sum(rank for _, rank in ranks)
+        + (0 if lora.dropout or lora.train_only == "B" else sum(read.values()))
     )
     kept = float(values * s + 8)
     # The weights of attention; or the mask in the model's dtype, once for each query head of a group.
@@ -309,21 +312,34 @@ def _kept_a_token(base: Base, lora: params.Lora, longest: int, device: Device) -
     else:
         kept += (a + shape.group * longest) * s
     if lora.dropout:  # PEFT's own steps: each layer keeps its own input, and the mask of what was dropped
-        kept += sum(inputs for inputs, _ in adapted.values()) * (s + (1 if device == "cuda" else s))
+        kept += sum(inputs for inputs, _ in changed.values()) * (s + (1 if device == "cuda" else s))
+    if lora.dora:  # PEFT's own steps: what each layer gives without its adapter, and what the adapter adds
+        kept += sum(2 * outputs for _, outputs in changed.values()) * s
     if shape.family not in FUSED:
         kept += 2 * (4 * h + 4) + (i + a + k) * s + 4 * h
     return kept
 
 
-def _joined(shape: Shape, lora: params.Lora) -> float:
-    """Values that one layer keeps of its adapters: joined if they read one input (`fused.Siblings`), and scaled B."""
-    adapted = {name: size for name, size in shape.linears.items() if _adapted(name, lora)}
+def _joined(shape: Shape, lora: params.Lora, ranks: adapted.Ranks) -> float:
+    """Values that a block keeps of its adapters: joined if they read one input (`fused.Siblings`), and scaled B."""
+    times = 2 if lora.decomposes else 1
+    rank_of = {name: times * rank for name, rank in ranks}
     values = 0.0
     for names in (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj")):
-        several = [adapted[name] for name in names if name in adapted]
-        values += lora.r * len(several) * sum(shape.linears[name][1] for name in names if name in shape.linears)
-        values += lora.r * sum(inputs for inputs, _ in several)
-    return values + lora.r * sum(outputs for _, outputs in adapted.values())
+        several = [name for name in names if name in rank_of]
+        together = sum(rank_of[name] for name in several)
+        values += together * sum(shape.linears[name][1] for name in names if name in shape.linears)
+        values += sum(rank_of[name] * shape.linears[name][0] for name in several)
+    if lora.decomposes:  # the adapter and its start are joined in every layer
+        values += sum(rank * sum(shape.linears[name]) for name, rank in rank_of.items())
+    return values + sum(rank * shape.linears[name][1] for name, rank in rank_of.items())
+
+
+def _weighing(shape: Shape, lora: params.Lora) -> float:
+    """Values that DoRA holds at once while PEFT measures the weights of one layer: B A by an identity matrix of the
+    inputs, scaled, added to the weights."""
+    changed = [shape.linears[name] for ranks in adapted.blocks(shape, lora) for name, _ in ranks]
+    return float(max((4 * inputs * outputs + inputs * inputs for inputs, outputs in changed), default=0))
 
 
 def _passing(shape: Shape, s: int) -> float:

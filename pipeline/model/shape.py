@@ -80,6 +80,14 @@ class Shape(params.Section):
             **{"gate_proj": (h, i), "up_proj": (h, i), "down_proj": (i, h)},
         }
 
+    def names(self, block: int) -> dict[str, str]:
+        """The full name, as in transformers, of each linear layer of a block (from 0)."""
+        parts = {
+            name: "self_attn" if name in ("q_proj", "k_proj", "v_proj", "o_proj", "qkv_proj") else "mlp"
+            for name in self.linears
+        }
+        return {name: f"model.layers.{block}.{part}.{name}" for name, part in parts.items()}
+
     @property
     def linear_parameters(self) -> int:
         return self.layers * sum(inputs * outputs for inputs, outputs in self.linears.values())

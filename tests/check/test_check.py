@@ -87,6 +87,23 @@ def test_mistakes_of_all_kinds_are_named_at_once(repository: params.Params, clos
     assert [text for text in planted if not any(text in one for one in found)] == []
 
 
+@pytest.mark.parametrize(
+    ("lora", "named"),
+    [
+        ({"target_modules": ["q_prj"]}, "lora.target_modules names q_prj, which this model does not have"),
+        ({"layers": [2]}, "lora.layers names block 2, but this model has 2: 0 to 1"),
+        ({"rank_pattern": {"layers.7.mlp.up_proj": 2}}, "which matches no adapted layer"),
+        ({"bias": "all"}, "lora.bias = 'all', but this model has no biases"),
+        ({"modules_to_save": ["lm_head"]}, "but embeddings and head of this model are one tensor"),
+    ],
+)
+@pytest.mark.usefixtures("repository")
+def test_an_adapter_that_the_model_cannot_have_is_named(lora: dict[str, Any], named: str) -> None:
+    edit(lora=lora)
+    [problem] = mistakes()
+    assert named in problem
+
+
 def test_no_model_library_is_loaded(repository: params.Params, closed_port: int) -> None:
     """Loading torch and transformers takes seconds, and more on a slow disk."""
     program = (

@@ -16,7 +16,7 @@ from claims.results import Look, Result, Run
 from pipeline import forget
 from pipeline.core import contracts, params, paths, records
 from pipeline.core.errors import UserError
-from pipeline.lora import adapter, train
+from pipeline.lora import adapter, start, train
 from pipeline.model import checkpoint, devices, pack, windows
 from pipeline.model.prompt import Encoder
 from pipeline.score import reference_lines
@@ -177,7 +177,7 @@ def test_sums_are_the_trainer_s_loss(inputs_made: params.Params) -> None:
         rows = [encoder.row(one) for one in records.read_rows(paths.split("validation"), records.Example)]
         trees = pack.trees(rows)
         base = checkpoint.pretrained(paths.QUANTIZED, torch.device("cpu")).requires_grad_(False).eval()
-        trainer = train.Trainer(adapter.attach(base, inputs_made.lora, 17), inputs_made.train, 17, 1)
+        trainer = train.Trainer(start.attach(base, inputs_made.lora, 17), inputs_made.train, 17, 1)
         found = arms.sums(trainer.model, trees, 64)
         assert sum(found) / sum(tree.supervised for tree in trees) == pytest.approx(trainer.loss(trees, "all"))
         alone = [arms.sums(trainer.model, [tree], 64)[0] for tree in trees]

@@ -235,6 +235,95 @@ def test_an_optimizer_that_the_named_device_lacks_is_refused_before_anything_run
     assert params.check(content, "params.yaml").train.optimizer == optimizer
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"init": "pisa"}, "lora.init: 'pisa' is none of default, gaussian, orthogonal, pissa, pissa_niter_<n>, olora"),
+        ({"init": "pissa_niter_0"}, "lora.init: 'pissa_niter_0' is none of"),
+        ({"init": "eva", "rank_pattern": {"q_proj": 2}}, "rank_pattern with init = 'eva'"),
+        ({"init": "eva", "train_only": "A"}, "train_only = 'A' with init = 'eva', which sets B to zero"),
+        ({"init": "orthogonal", "r": 7}, "init = 'orthogonal' halves the rank, and 7 is odd"),
+        ({"init": "orthogonal", "rank_pattern": {"q_proj": 3}}, "init = 'orthogonal' halves the rank, and 3 is odd"),
+        ({"train_only": "A"}, "train_only = 'A' with init = 'default', which sets B to zero"),
+        ({"train_only": "A", "init": "gaussian"}, "train_only = 'A' with init = 'gaussian', which sets B to zero"),
+        ({"train_only": "B", "plus_ratio": 2.0}, "plus_ratio = 2.0 with train_only = 'B'"),
+        ({"dora": True, "init": "pissa"}, "dora = true with init = 'pissa': DoRA takes its magnitudes from the base"),
+        ({"bias": "all", "init": "pissa"}, "bias = 'all' with init = 'pissa'"),
+        ({"bias": "some"}, "lora.bias = 'some': input should be 'none', 'all' or 'lora_only'"),
+        ({"layers": []}, "lora.layers = []"),
+        ({"layers": [-1]}, "lora.layers.0 = -1"),
+        ({"layers": [1, 1]}, "layers names a value twice"),
+        ({"rank_pattern": {"q_proj": 0}}, "lora.rank_pattern.q_proj = 0"),
+        ({"rank_pattern": {"q_proj": 2.5}}, "lora.rank_pattern.q_proj = 2.5"),
+        ({"rank_pattern": {"(": 2}}, "is not a regular expression"),
+        ({"alpha_pattern": {"": 2.0}}, "an empty name matches no layer"),
+        ({"modules_to_save": ["q_proj"]}, "lora.modules_to_save.0 = 'q_proj': input should be 'embed_tokens' or"),
+        ({"plus_ratio": 0}, "lora.plus_ratio = 0"),
+    ],
+)
+def test_settings_of_an_adapter_that_cannot_be_are_refused(changes: dict[str, Any], message: str) -> None:
+    content = default()
+    content["quantize"] |= {"method": "none", "double_quantization": False}
+    params.check(content, "params.yaml")
+    content["lora"] |= changes
+    with pytest.raises(UserError) as told:
+        params.check(content, "params.yaml")
+    assert message in str(told.value)
+
+
+@pytest.mark.parametrize(
+    ("lora", "others", "message"),
+    [
+        ({"init": "pissa"}, {"quantize": {"method": "nf4"}}, "lora.init = 'pissa' with quantize.method = 'nf4'"),
+        ({"init": "olora"}, {"quantize": {"method": "int8"}}, "lora.init = 'olora' with quantize.method = 'int8'"),
+        ({"init": "loftq"}, {"quantize": {"method": "int8"}}, "lora.init = 'loftq' with quantize.method = 'int8'"),
+        ({"init": "loftq"}, {"quantize": {"method": "nf4"}}, None),
+        ({"init": "orthogonal"}, {"quantize": {"method": "nf4"}}, None),
+        ({"init": "orthogonal"}, {"quantize": {"method": "int8"}}, "lora.init = 'orthogonal' with packed weights"),
+        (
+            {"init": "orthogonal"},
+            {"quantize": {"method": "nf4"}, "runtime": {"keep_dequantized": False, "processes": 1}},
+            "lora.init = 'orthogonal' with packed weights (quantize.method = 'nf4', runtime.keep_dequantized = false)",
+        ),
+        ({"init": "loftq"}, {"quantize": {"method": "fp4"}}, None),
+        ({"dora": True}, {"generation": {"backend": "vllm"}}, "lora.dora = true with generation.backend = 'vllm'"),
+        (
+            {"rank_pattern": {"q_proj": 4}},
+            {"generation": {"backend": "vllm"}},
+            "lora.rank_pattern = {'q_proj': 4} with",
+        ),
+        ({"rank_pattern": {"q_proj": 4}}, {"generation": {"backend": "llama.cpp"}}, None),
+        (
+            {"dora": True, "modules_to_save": ["lm_head"]},
+            {"generation": {"backend": "llama.cpp"}},
+            "'llama.cpp', which",
+        ),
+        ({"dora": True}, {"runtime": {"sharding": "fsdp"}}, "lora.dora = true with runtime.sharding = 'fsdp'"),
+        ({"init": "pissa"}, {"runtime": {"sharding": "fsdp"}}, "lora.init = 'pissa' with runtime.sharding = 'fsdp'"),
+        ({"init": "gaussian"}, {"runtime": {"sharding": "fsdp"}}, None),
+        ({"init": "gaussian"}, {"runtime": {"sharding": "tensor"}}, "lora.init = 'gaussian' with runtime.sharding"),
+        ({"train_only": "B"}, {"runtime": {"sharding": "tensor"}}, "lora.train_only = 'B' with runtime.sharding"),
+        ({"plus_ratio": 16}, {"runtime": {"sharding": "tensor"}}, None),
+        ({"bias": "all"}, {"runtime": {"sharding": "fsdp"}}, "lora.bias = 'all' with runtime.sharding = 'fsdp'"),
+    ],
+)
+def test_an_adapter_that_base_backend_or_sharding_cannot_have_is_refused(
+    lora: dict[str, Any], others: dict[str, dict[str, Any]], message: str | None
+) -> None:
+    content = default()
+    content["lora"] |= lora
+    content["quantize"] |= {"method": "none"} | others.get("quantize", {})
+    content["quantize"]["double_quantization"] = content["quantize"]["method"] in ("nf4", "fp4")
+    content["generation"] |= others.get("generation", {})
+    content["runtime"] |= {"processes": 2 if "runtime" in others else 1} | others.get("runtime", {})
+    if message is None:
+        params.check(content, "params.yaml")
+        return
+    with pytest.raises(UserError) as told:
+        params.check(content, "params.yaml")
+    assert message in str(told.value)
+
+
 def test_thinking_is_a_switch_of_chat_templates_and_must_be_given() -> None:
     content = default()
     for style, thinking in (("chat", True), ("chat", False), ("plain", False)):

@@ -11,7 +11,7 @@ from pipeline import quantize
 from pipeline.core import params, paths, records
 from pipeline.export import merge
 from pipeline.fetch import fetch
-from pipeline.lora import adapter
+from pipeline.lora import adapter, start
 from pipeline.model import checkpoint, load
 from tests.made.variants import act
 
@@ -25,7 +25,7 @@ def prepared(project: params.Params, method: str, dtype: str = "float32", rslora
     quantize.write_quantized(project.quantize.model_copy(update=update), project.runtime)
     facts = records.read_json(paths.QUANTIZED_FACTS)
     lora = project.lora.model_copy(update={"rslora": rslora})
-    model = act(adapter.attach(load.quantized(CPU, keep_dequantized=True), lora, 1))
+    model = act(start.attach(load.quantized(CPU, keep_dequantized=True), lora, 1))
     adapter.save(model, adapter.tensors(model), paths.adapter(17), facts["sha256"])
 
 

@@ -14,16 +14,16 @@ from pipeline.core import params, paths, records
 from pipeline.core.errors import UserError
 from pipeline.fetch import fetch, hub_layout
 from pipeline.infer import scheduler
-from pipeline.lora import adapter
+from pipeline.lora import adapter, start
 from pipeline.model import load, loss, pack, packed
 from pipeline.model.prompt import Row
 from tests.made.models import of_family
-from tests.made.parameters import runtime
+from tests.made.parameters import lora, runtime
 from tests.made.variants import act
 
 CPU = torch.device("cpu")
 STOPS = [7, 30, 61, 83, 111, 140, 170, 200, 222, 250]
-LORA = params.Lora(r=4, alpha=8.0, rslora=False, dropout=0.0, target_modules="all-linear")
+LORA = lora()
 
 
 def taken(folder: Path, method: str) -> Any:
@@ -85,7 +85,7 @@ def row_by_row(model: Any) -> torch.Tensor:
 def test_a_family_trains_writes_and_saves_as_its_libraries_do(
     family: str, tied: bool, method: str, tiny_model: Path, tmp_path: Path
 ) -> None:
-    ours = act(adapter.attach(taken(of_family(family, tied, tiny_model, tmp_path / "m"), method), LORA, 1))
+    ours = act(start.attach(taken(of_family(family, tied, tiny_model, tmp_path / "m"), method), LORA, 1))
     plain = as_it_comes(method)
     adapter.save(ours, adapter.tensors(ours), tmp_path / "adapter", "x")
     theirs = PeftModel.from_pretrained(plain, tmp_path / "adapter", is_trainable=True).eval()

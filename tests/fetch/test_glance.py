@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 from ruamel.yaml import YAML
+from safetensors.torch import load_file
 from transformers import AutoConfig, AutoTokenizer
 
 from pipeline.core import params, paths, records
@@ -44,6 +45,8 @@ def agrees(path: Path) -> Glance:
     assert (found.family, found.context, found.vocabulary) == (facts.family, facts.context, facts.vocabulary)
     assert found.chat_template == bool(tokenizer.chat_template)
     assert found.shape is not None
+    held = [name for file in paths.BASE.glob("*.safetensors") for name in load_file(file)]
+    assert found.biases == any(name.endswith(".bias") for name in held)
     for name, value in found.shape.model_dump().items():
         assert value == getattr(facts, name), name
     return found

@@ -9,15 +9,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from pipeline.core import params
 from pipeline.core.errors import UserError
-from pipeline.lora import adapter
+from pipeline.lora import adapter, start
 from pipeline.model import attention
-
-
-def lora(**changes: Any) -> params.Lora:
-    base = {"r": 4, "alpha": 8.0, "rslora": False, "dropout": 0.0, "target_modules": "all-linear"}
-    return params.Lora.model_validate(base | changes)
+from tests.made.parameters import lora
 
 
 @pytest.fixture
@@ -27,7 +22,7 @@ def base(tiny_model: Path) -> Any:
 
 def made(tiny_model: Path, folder: Path, seed: int, **changes: Any) -> Path:
     """An adapter that acts, in `folder`, of a base with the digest abc."""
-    adapted = adapter.attach(AutoModelForCausalLM.from_pretrained(tiny_model), lora(**changes), seed)
+    adapted = start.attach(AutoModelForCausalLM.from_pretrained(tiny_model), lora(**changes), seed)
     for name, tensor in adapter.tensors(adapted).items():
         if "lora_B" in name:
             tensor.data.fill_(0.01)
@@ -41,7 +36,7 @@ def saved(tiny_model: Path, tmp_path: Path) -> Path:
 
 
 def test_all_linear_is_every_linear_layer_but_the_head(base: Any) -> None:
-    adapted = adapter.attach(base, lora(), 1)
+    adapted = start.attach(base, lora(), 1)
     # 2 layers, 7 matrices each; r (in + out) parameters a matrix, hidden 64, kv 32, MLP 128.
     each = 4 * ((64 + 64) * 2 + (64 + 32) * 2 + (64 + 128) * 3)
     assert sum(tensor.numel() for tensor in adapter.tensors(adapted).values()) == 2 * each
@@ -50,8 +45,8 @@ def test_all_linear_is_every_linear_layer_but_the_head(base: Any) -> None:
 
 def test_named_layers_alone_are_adapted_and_unknown_ones_refused(base: Any) -> None:
     with pytest.raises(UserError, match=r"lora.target_modules names qproj, .*it has down_proj, gate_proj"):
-        adapter.attach(base, lora(target_modules=["qproj"]), 1)
-    adapted = adapter.attach(base, lora(target_modules=["q_proj", "v_proj"]), 1)
+        start.attach(base, lora(target_modules=["qproj"]), 1)
+    adapted = start.attach(base, lora(target_modules=["q_proj", "v_proj"]), 1)
     assert {name.split(".lora_")[0].rpartition(".")[2] for name in adapter.tensors(adapted)} == {"q_proj", "v_proj"}
 
 
@@ -59,7 +54,7 @@ def test_initialization_depends_on_the_seed_alone(tiny_model: Path) -> None:
     def first(seed: int, global_seed: int) -> torch.Tensor:
         torch.manual_seed(global_seed)
         fresh = AutoModelForCausalLM.from_pretrained(tiny_model)
-        return next(iter(adapter.tensors(adapter.attach(fresh, lora(), seed)).values())).detach()
+        return next(iter(adapter.tensors(start.attach(fresh, lora(), seed)).values())).detach()
 
     assert torch.equal(first(1, 10), first(1, 20))
     assert not torch.equal(first(1, 10), first(2, 10))
@@ -145,7 +140,7 @@ def test_an_adapter_that_is_not_applied_whole_is_refused(saved: Path, base: Any,
 
 
 def test_a_broken_adapter_is_not_saved(base: Any, tmp_path: Path) -> None:
-    adapted = adapter.attach(base, lora(), 1)
+    adapted = start.attach(base, lora(), 1)
     next(iter(adapter.tensors(adapted).values())).data[0] = float("inf")
     with pytest.raises(UserError, match="NaN or infinity"):
         adapter.save(adapted, adapter.tensors(adapted), tmp_path / "bad", "abc")

@@ -24,7 +24,12 @@ def tiny_params(tiny_model: Path, data: Path) -> dict[str, Any]:
     content["prompt"] |= {"max_tokens": 200, "instructions": {"what": "Say what.", "who": "Say who."}}
     content["lora"] |= {"r": 4, "alpha": 8}
     content["train"] |= {"batch_size": 4, "micro_batch_tokens": 64, "learning_rate": 1e-2}
-    probe: dict[str, Any] = {"name": "general", "style": "plain", "source": str(data), "sha256": records.sha256_tree(data)}
+    probe: dict[str, Any] = {
+        "name": "general",
+        "style": "plain",
+        "source": str(data),
+        "sha256": records.sha256_tree(data),
+    }
     probe |= {"files": "general.jsonl", "encoding": "utf-8", "column": "text", "html": False}
     content["forget"] = {"probes": [probe | {"tokens": 200, "window": 32}]}
     content["generation"] |= {"max_new_tokens": 8, "batch_size": 4}
@@ -32,6 +37,16 @@ def tiny_params(tiny_model: Path, data: Path) -> dict[str, Any]:
     content["compare"] |= {"bootstrap_samples": 1000, "examples": 2}
     content["runtime"] |= {"device": "cpu", "threads": 1}
     return content
+
+
+def lora(**settings: Any) -> params.Lora:
+    """Plain LoRA of rank 4 on every linear layer, unless `settings` have it otherwise."""
+    given: dict[str, Any] = {
+        "r": 4, "alpha": 8.0, "rslora": False, "dropout": 0.0, "target_modules": "all-linear", "layers": None,
+        "rank_pattern": {}, "alpha_pattern": {}, "dora": False, "init": "default", "train_only": None,
+        "plus_ratio": 1.0, "bias": "none", "modules_to_save": [],
+    }  # fmt: skip
+    return params.Lora.model_validate(given | settings)
 
 
 def edit(**sections: dict[str, Any]) -> None:

@@ -6,11 +6,12 @@ from typing import Any
 from transformers import AutoModelForCausalLM
 
 from pipeline.core import params
-from pipeline.lora import adapter, train
+from pipeline.lora import start, train
 from pipeline.model import attention, pack
 from pipeline.model.prompt import Row
+from tests.made import parameters
 
-LORA = params.Lora(r=4, alpha=8.0, rslora=False, dropout=0.1, target_modules="all-linear")
+LORA = parameters.lora(dropout=0.1)
 
 
 def section(**changes: Any) -> params.Train:
@@ -47,7 +48,7 @@ def some_trees() -> list[pack.Tree]:
 
 def fresh(folder: Path, lora: params.Lora = LORA) -> Any:
     base = AutoModelForCausalLM.from_pretrained(folder, attn_implementation=attention.NAME).requires_grad_(False)
-    return adapter.attach(base, lora, 7)
+    return start.attach(base, lora, 7)
 
 
 def trainer(folder: Path, **changes: Any) -> train.Trainer:

@@ -10,8 +10,9 @@ from pipeline import quantize
 from pipeline.core import contracts, params, paths, records
 from pipeline.core.records import Prediction
 from pipeline.infer import infer
-from pipeline.lora import adapter
+from pipeline.lora import adapter, start
 from pipeline.model import load
+from tests.made import parameters
 from tests.made.records import base_facts
 
 
@@ -34,8 +35,8 @@ def quantized(project: params.Params, checkpoint: Path, method: str = "none") ->
 
 def trained(rslora: bool, seed: int = 17) -> adapter.Saved:
     """An adapter whose B is not zero."""
-    lora = params.Lora(r=4, alpha=8.0, rslora=rslora, dropout=0.0, target_modules="all-linear")
-    adapted = adapter.attach(load.quantized(torch.device("cpu"), keep_dequantized=True), lora, seed)
+    lora = parameters.lora(rslora=rslora)
+    adapted = start.attach(load.quantized(torch.device("cpu"), keep_dequantized=True), lora, seed)
     with torch.no_grad(), torch.random.fork_rng():
         torch.manual_seed(seed)
         for tensor in adapter.tensors(adapted).values():

@@ -19,8 +19,10 @@ from pipeline.core import contracts, params, paths, records
 from pipeline.core.errors import UserError
 from pipeline.fetch import hub_layout
 from pipeline.infer import backend_transformers, infer, scheduler
-from pipeline.lora import train
-from pipeline.model import attention, checkpoint, devices, memory, pack
+from pipeline.lora import (
+    train,  # fmt: skip
+)
+from pipeline.model import adapted, attention, checkpoint, devices, memory, pack
 from pipeline.model import load as models
 from pipeline.model.prompt import Row
 from pipeline.model.shape import Shape
@@ -101,7 +103,7 @@ def test_weights_in_4_bits_take_what_is_measured_of_them() -> None:
 @pytest.mark.parametrize("length", [256, 832], ids=["kept weights", "tiled"])
 def test_activations_are_what_a_layer_keeps(tiny_model: Path, length: int) -> None:
     """Tensors saved for the backward pass, each storage once, of the layers that training computes."""
-    lora = params.Lora(r=4, alpha=8.0, rslora=False, dropout=0.0, target_modules="all-linear")
+    lora = parameters.lora()
     shape = Shape.read(tiny_model)
     saved = []
     for layers in (2, 4):
@@ -113,7 +115,9 @@ def test_activations_are_what_a_layer_keeps(tiny_model: Path, length: int) -> No
         saved.append(_saved_bytes(trainer.model, packed))
     tokens = packed.input_ids_1xL.numel()
     base = memory.Base(shape, "float32", "none", False, keep_dequantized=True)
-    predicted = tokens * memory._kept_a_token(base, lora, length, "cpu") + 4 * memory._joined(shape, lora)
+    [ranks] = adapted.blocks(shape, lora)
+    kept = memory._kept_a_token(base, lora, ranks, length, "cpu")
+    predicted = tokens * kept + 4 * memory._joined(shape, lora, ranks)
     assert (saved[1] - saved[0]) / 2 == pytest.approx(predicted, rel=0.05)
 
 
@@ -130,9 +134,9 @@ def deeper(tiny_model: Path, layers: int) -> Any:
 
 
 def _attached(model: Any, lora: params.Lora) -> Any:
-    from pipeline.lora import adapter
+    from pipeline.lora import start
 
-    return adapter.attach(model, lora, 7)
+    return start.attach(model, lora, 7)
 
 
 def _saved_bytes(model: Any, packed: pack.Packed) -> int:
@@ -156,7 +160,7 @@ def _saved_bytes(model: Any, packed: pack.Packed) -> int:
 def test_the_state_of_each_optimizer_is_what_it_takes(tiny_model: Path, name: str) -> None:
     """Tensors that it keeps after a step, each storage once. All matrices are large enough for 8 bits."""
     modules = ["gate_proj", "up_proj", "down_proj"]
-    lora = params.Lora(r=64, alpha=8.0, rslora=False, dropout=0.0, target_modules=modules)
+    lora = parameters.lora(r=64, target_modules=modules)
     given = sections(optimizer=name, beta2=None)[1]
     trainer = train.Trainer(_attached(deeper(tiny_model, 2), lora), given, 7, 1)
     trainer.step([pack.tree([Row("", "", [20, 21, 22], [23, 1])])], 0.0)

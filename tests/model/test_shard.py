@@ -20,7 +20,7 @@ from pipeline.core.errors import UserError
 from pipeline.core.params import Params
 from pipeline.fetch import hub_layout
 from pipeline.infer import infer
-from pipeline.lora import adapter, train
+from pipeline.lora import adapter, start, train
 from pipeline.model import checkpoint, fused, loss, pack, processes, shard
 from pipeline.model import load as models
 from pipeline.model.prompt import Row
@@ -266,7 +266,7 @@ def learning(project: Params) -> None:
     row = pack.pack([pack.tree([Row("", "", [5, 9, 30, 31, 32], [40, 41, 42, 7])])], CPU)
 
     def learned(model: Any) -> tuple[float, dict[str, torch.Tensor]]:
-        adapted = adapter.attach(model.requires_grad_(False), project.lora, 3).train()
+        adapted = start.attach(model.requires_grad_(False), project.lora, 3).train()
         for tensor in adapter.tensors(adapted).values():
             tensor.data.add_(0.05)
         total = loss.summed(adapted, row)

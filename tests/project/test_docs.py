@@ -22,6 +22,7 @@ from pipeline.core.errors import UserError
 from pipeline.prepare import chats
 from pipeline.sources import tables
 from tests import ROOT
+from tests.made import methods
 
 PAGES = sorted([*(ROOT / "docs").glob("*.md"), ROOT / "README.md", ROOT / "CONTRIBUTING.md"])
 NAMED = re.compile(r"`(tests/[\w/]+\.py)((?:::\w+)*)`(?: \(`(\w+)`\))?")
@@ -390,6 +391,13 @@ def test_every_relative_link_leads_somewhere(page: Path) -> None:
 def test_a_link_that_leads_nowhere_is_found(link: str, told: str | None) -> None:
     found = list(broken_links(ROOT / "docs" / "export.md", f"# A title\n\n{link}\n"))
     assert found == [] if told is None else told in "".join(found)
+
+
+def test_the_table_of_methods_is_that_of_their_tests() -> None:
+    text = methods.PAGE.read_text(encoding="utf-8")
+    assert methods.page(text) == text
+    assert methods.table() in text
+    assert len(methods.METHODS) > 15
 
 
 def test_every_page_is_listed_in_the_readme_on_the_first_page_and_in_the_site() -> None:
