@@ -24,11 +24,17 @@ def tiny_params(tiny_model: Path, data: Path) -> dict[str, Any]:
     content["prompt"] |= {"max_tokens": 200, "instructions": {"what": "Say what.", "who": "Say who."}}
     content["lora"] |= {"r": 4, "alpha": 8}
     content["train"] |= {"batch_size": 4, "micro_batch_tokens": 64, "learning_rate": 1e-2}
-    probe = {"name": "general", "style": "plain", "source": str(data), "sha256": records.sha256_tree(data)}
+    probe: dict[str, Any] = {
+        "name": "general",
+        "style": "plain",
+        "source": str(data),
+        "sha256": records.sha256_tree(data),
+    }
     probe |= {"files": "general.jsonl", "encoding": "utf-8", "column": "text", "html": False}
     content["forget"] = {"probes": [probe | {"tokens": 200, "window": 32}]}
     content["generation"] |= {"max_new_tokens": 8, "batch_size": 4}
     content["baseline"] |= {"shots": 2, "rows": 4}
+    content["contamination"] |= {"tokens": 64}
     content["compare"] |= {"bootstrap_samples": 1000, "examples": 2}
     content["runtime"] |= {"device": "cpu", "threads": 1}
     return content
