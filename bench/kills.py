@@ -32,7 +32,7 @@ from tests.made.clone import make_clone
 from tests.made.models import tiny_llama
 
 STAGES = [
-    "prepare", "fetch", "prompts", "quantize", "infer@base", "evaluate@base",
+    "prepare", "fetch", "prompts", "contamination", "quantize", "infer@base", "evaluate@base",
     "infer-unquantized", "evaluate-unquantized", "infer-shots", "evaluate-shots",
     "train@17", "infer-tuned@17", "forget@17", "evaluate-tuned@17", "compare", "track",
 ]  # fmt: skip

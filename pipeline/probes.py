@@ -110,7 +110,7 @@ def _conversations(file: tables.File, probe: params.Probe, account: Account) -> 
     if file.path.suffix.lower() in PLAIN:
         raise UserError(f"{probe.at}.style = 'chat', but {file.name} is plain text: name a table with conversations")
     for where, value, record in _values(file, probe, account):
-        if value is None:
+        if value is None or value == []:
             account.left_out["records without a conversation"] += 1
             continue
         beside = {
@@ -126,9 +126,11 @@ def _conversations(file: tables.File, probe: params.Probe, account: Account) -> 
 
 def _listed(value: Any, where: str, probe: params.Probe) -> Iterator[tuple[str, list[Any]]]:
     """The conversations in one value, each a list of messages or of texts, with its place."""
-    fault = f"{probe.at}.column = {probe.column!r}: at {where} it is {{}}, not a list of messages, or of texts"
     if not isinstance(value, list):
-        raise UserError(fault.format(type(value).__name__))
+        raise UserError(
+            f"{probe.at}.column = {probe.column!r}: at {where} it is {type(value).__name__}, not a list of messages, "
+            "or of texts"
+        )
     if not all(isinstance(one, list) for one in value):
         yield where, value
         return

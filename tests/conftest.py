@@ -23,7 +23,7 @@ from tests.made.records import base_facts
 
 COMPUTE = ("claims", "export", "fetch", "infer", "lora", "model", "search")
 """The rooms whose tests compute with a model, or run a search."""
-KEEP = ("test_forget", "test_gguf", "test_promote", "test_quantize", "test_store", "test_track")
+KEEP = ("test_contamination", "test_forget", "test_gguf", "test_promote", "test_quantize", "test_store", "test_track")
 """Modules of other tests that compute with a model, or keep an MLflow store."""
 
 

@@ -150,9 +150,9 @@ def test_texts_are_by_user_and_assistant_in_turn_and_a_list_of_conversations_is_
     assert talks(tmp_path, [{"talks": several}]) == ([HELLO, longer], left_out)
     yaml = "categories: [own]\ntalks:\n- - Hello\n  - Hi\n- - When?\n  - '1963'\n"
     assert talks(tmp_path, yaml, "talks.yml")[0] == [HELLO, ["user: When?", "assistant: 1963"]]
-    assert talks(tmp_path, [{"talks": ["Hello", "Hi"]}, {"talks": None}]) == (
+    assert talks(tmp_path, [{"talks": ["Hello", "Hi"]}, {"talks": None}, {"talks": []}]) == (
         [HELLO],
-        {"records without a conversation": 1},
+        {"records without a conversation": 2},
     )
 
 
@@ -160,7 +160,7 @@ def test_messages_are_read_as_a_format_of_chats_is(tmp_path: Path) -> None:
     said = [{"from": "human", "value": "Hello"}, {"from": "gpt", "value": "Hi"}]
     other = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Who?"}]
     other.append({"role": "assistant", "content": "Me."})
-    rows = [{"talks": said, "id": "a"}, {"talks": other}, {"talks": said, "tools": "[]"}]
+    rows = [{"talks": said, "id": "a"}, {"talks": other}, {"talks": said, "tools": '[{"name": "f"}]'}]
     found, left_out = talks(tmp_path, rows)
     assert found == [["system: Be brief.", "user: Who?", "assistant: Me."], HELLO]
     assert left_out == {"conversation with tools": 1}

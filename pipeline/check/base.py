@@ -11,7 +11,7 @@ from pipeline.sources import address, hub, source
 
 
 def examine(draft: params.Draft, report: Report) -> None:
-    """Check the sections `model`, `prompt`, `lora` and `forget` against the model, where it is on this machine."""
+    """Check `model`, `prompt`, `lora`, `forget` and `contamination` against the model, where it is on this machine."""
     model = draft.get(params.Model)
     if model is None:
         return
@@ -36,6 +36,9 @@ def examine(draft: params.Draft, report: Report) -> None:
         if (general := draft.get(params.Forget)) is not None:
             with report.part():
                 general.require_model(seen.context, seen.chat_template)
+        if (test := draft.get(params.Contamination)) is not None:
+            with report.part():
+                test.require_context(seen.context)
 
 
 def _place(model: params.Model) -> Path | None:

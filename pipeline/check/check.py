@@ -8,6 +8,7 @@ from pipeline.check.report import Report
 from pipeline.core import params, paths, yaml12
 from pipeline.core.errors import UserError
 from pipeline.core.params import (
+    Contamination,
     Data,
     Draft,
     Evaluate,
@@ -24,7 +25,7 @@ from pipeline.record import lockfile
 
 PARTS: dict[Callable[[Draft, Report], None], tuple[type[Section], ...]] = {
     rows.examine: (Data, Prompt, Evaluate, Forget),
-    base.examine: (Model, Prompt, Lora, Forget),
+    base.examine: (Model, Prompt, Lora, Forget, Contamination),
     place.examine: (Generation, Runtime, Evaluate, Tracking),
 }
 """Each check that looks beyond the file, with the sections that decide its outcome."""

@@ -96,6 +96,10 @@ class Plan:
         tokens = max(reading.TOGETHER, *(probe.window for probe in self.given.forget.probes))
         return memory.reading(self.base, tokens, self._added, self.device)
 
+    def contamination(self) -> Parts:
+        dense = replace(self.base, method="none", double_quantization=False)
+        return memory.likelihoods(dense, self.given.contamination.tokens, self.device)
+
     @property
     def _added(self) -> int:
         """Values of the saved adapter."""
@@ -109,6 +113,8 @@ class Plan:
             stages["unquantized"] = self.infer_unquantized()
         if baseline.shots_off(asked.shots) is None:
             stages["shots"] = self.infer_shots()
+        if self.given.contamination.shards:
+            stages["contamination"] = self.contamination()
         return {**stages, "forget": self.forget()} if self.given.forget.probes else stages
 
 

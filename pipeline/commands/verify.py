@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.core import contracts, params, paths, records, yaml12
-from pipeline.core.contracts import AdapterOrigin, BaseFacts, Forgetting, QuantizedFacts, Receipt, Scores
+from pipeline.core.contracts import AdapterOrigin, BaseFacts, Contamination, Forgetting, QuantizedFacts, Receipt, Scores
 from pipeline.core.errors import UserError
 from pipeline.core.progress import say
 from pipeline.core.records import Decoding
@@ -177,6 +177,7 @@ def _links(seeds: Sequence[int]) -> Iterator[Link]:
         if _is_on(variant):
             kind = variant.removeprefix("base-")
             yield from _links_of_variant(variant, f"infer-{kind}", f"evaluate-{kind}", model, lambda: None)
+    yield Link("contamination", paths.CONTAMINATION, Contamination, "model_sha256", "base", partial(tree, paths.BASE))
     for seed in seeds:
         adapter = partial(tree, paths.adapter(seed))
         origin, forgetting, forget = paths.adapter(seed) / ORIGIN, paths.forgetting(seed), f"forget@{seed}"

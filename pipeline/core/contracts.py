@@ -337,6 +337,49 @@ class Forgetting:
     probes: list[Probed]
 
 
+# contamination
+
+
+@dataclass(frozen=True, slots=True)
+class ShardOrders:
+    """Some consecutive groups of test references: the log-likelihood of their `tokens` in the order of the files, and
+    in shuffled orders, in nats."""
+
+    groups: int
+    rows: int
+    tokens: int
+    in_order: float
+    shuffled: list[float]
+
+
+@dataclass(frozen=True, slots=True)
+class OrderTest:
+    """How likely the base finds the test references in the order of their files (`pipeline.contamination`).
+
+    `difference` is the log-likelihood in that order minus the mean of the `permutations` shuffled ones, in nats a
+    token. `p` is one-sided. `groups`, `rows` and `tokens` are those of all shards.
+    """
+
+    device: str
+    threads: int
+    permutations: int
+    groups: int
+    rows: int
+    tokens: int
+    difference: float
+    p: float
+    shards: list[ShardOrders]
+
+
+@dataclass(frozen=True, slots=True)
+class Contamination:
+    """The test for test references that the base knows, or in `not_tested` why it was not made."""
+
+    model_sha256: str
+    not_tested: str | None = None
+    tested: OrderTest | None = None
+
+
 # infer and evaluate
 
 

@@ -555,6 +555,36 @@ class Baseline(Section):
     rows: Annotated[int, Field(ge=1)] | None
 
 
+class Contamination(Section):
+    key = "contamination"
+    shards: Annotated[int, Field(ge=0, le=1000)]
+    permutations: Annotated[int, Field(ge=1, le=1000)]
+    tokens: Annotated[int, Field(ge=64, le=32768)]
+
+    SMALLEST: ClassVar[float] = 0.001
+
+    @model_validator(mode="after")
+    def p_can_be_small(self) -> Self:
+        if self.shards and self.smallest(self.shards) > self.SMALLEST:
+            raise ValueError(
+                f"with shards = {self.shards} and permutations = {self.permutations} p can be no smaller than "
+                f"{self.smallest(self.shards):.2g}: raise one of them, or set shards to 0, which turns the test off"
+            )
+        return self
+
+    def smallest(self, shards: int) -> float:
+        """The smallest p-value that a test over so many shards can give."""
+        return float((1 + self.permutations) ** -float(shards))
+
+    def require_context(self, context: int | None) -> None:
+        """UserError if a shard is longer than the model's `context`, in tokens. None is a context that is not known."""
+        if self.shards and context is not None and self.tokens >= context:
+            raise UserError(
+                f"contamination.tokens = {self.tokens}, which with the token before it must fit into the model's "
+                f"context of {context} tokens: lower it"
+            )
+
+
 class Bertscore(Section):
     """An encoder in a folder, whose layer `layer` (from 1 on) gives the embeddings of BERTScore."""
 
@@ -656,6 +686,7 @@ class Params(Section):
     forget: Forget
     generation: Generation
     baseline: Baseline
+    contamination: Contamination
     evaluate: Evaluate
     compare: Compare
     runtime: Runtime

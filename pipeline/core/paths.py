@@ -29,6 +29,7 @@ TRAINING = OUT / "training"
 PREDICTIONS = OUT / "predictions"
 SCORES = OUT / "scores"
 FORGETTING = OUT / "forgetting"
+CONTAMINATION = OUT / "contamination.json"
 COSTS = OUT / "costs"
 RECEIPT = OUT / "receipt.json"
 

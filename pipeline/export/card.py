@@ -160,13 +160,12 @@ def _parameters(content: Content) -> dict[str, str]:
     """All parameters of the run, without paths of this machine. A value that does not fit in a line is quoted."""
     given = content.given
     sources = {"data.source": [name for name, _ in given.data.pinned], "model.source": [given.model.source]}
-    probes = [probe.model_dump(mode="json") | {"source": shown(probe.source)} for probe in given.forget.probes]
+    sources |= {f"{probe.at}.source": [probe.source] for probe in given.forget.probes}
     locked = {name: value for name, value in content.origin.params.items() if not name.startswith(tuple(sources))}
     locked = {
         name: json.dumps(value, ensure_ascii=False) if "\n" in value or value != value.strip() else value
         for name, value in locked.items()
     }
-    locked["forget.probes"] = json.dumps(probes, ensure_ascii=False)
     return locked | {name: ", ".join(map(shown, names)) for name, names in sources.items()}
 
 

@@ -102,6 +102,7 @@ def _require_usable(empty: Any, tokenizer: Any, experiment: params.Params) -> No
         say(f"fetch: the context ends at {context} tokens, with the model's sliding window or longrope's first length")
     prompt.Encoder(tokenizer, experiment.prompt, context)
     experiment.forget.require_model(context, bool(tokenizer.chat_template))
+    experiment.contamination.require_context(context)
     if experiment.runtime.sharding == "tensor":
         shard.require_divisible(empty.config, experiment.runtime.processes)
     if experiment.generation.backend == "llama.cpp":

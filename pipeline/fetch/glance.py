@@ -75,6 +75,7 @@ def require_usable(seen: Glance, experiment: params.Params) -> None:
     """UserError for what a later stage would refuse in a model, as far as it is known at a glance."""
     prompt.require_model(experiment.prompt, seen.context, seen.chat_template)
     experiment.forget.require_model(seen.context, seen.chat_template)
+    experiment.contamination.require_context(seen.context)
     require_adaptable(seen, experiment.lora)
 
 

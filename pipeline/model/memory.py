@@ -242,6 +242,17 @@ def reading(base: Base, tokens: int, adapter_parameters: int, device: Device) ->
     return _with_margin(parts, device)
 
 
+def likelihoods(base: Base, tokens: int, device: Device) -> Parts:
+    """The parts of the stage contamination, in bytes: it holds the logits of `tokens` tokens, in float32 as well."""
+    shape, s = base.shape, base.itemsize
+    parts = {
+        "weights": base.weights,
+        "logits": float(tokens * shape.vocabulary * (s + 8)),
+        "at the peak": tokens * (_passing(shape, s) + shape.group * tokens * (s + 2)) + base.unpacking,
+    }
+    return _with_margin(parts, device)
+
+
 def quantizing(base: Base, device: Device, base_elsewhere: bool = False) -> Parts:
     """The parts of the stage quantize, in bytes: the quantized base, and the dense one unless it lies elsewhere."""
     shape, s = base.shape, base.itemsize
@@ -495,6 +506,13 @@ def require_reading(device: "torch.device", base: Base, tokens: int, adapter_par
         return " or ".join(remedies) or f"{_more(base)}, or set forget.probes to []"
 
     return _require("forget", _loaded(reading(base, tokens, adapter_parameters, kind(device))), device, remedy)
+
+
+def require_likelihoods(device: "torch.device", base: Base, tokens: int) -> Parts:
+    """What the stage contamination is predicted to take for shards of `tokens` tokens; UserError if the device has
+    less."""
+    parts = _loaded(likelihoods(base, tokens, kind(device)))
+    return _require("contamination", parts, device, lambda _: "lower contamination.tokens, or set its shards to 0")
 
 
 def _require(stage: str, parts: Parts, device: "torch.device", remedy: Callable[[float], str]) -> Parts:

@@ -15,6 +15,7 @@ def of_stages(seeds: Sequence[int], root: Path = Path()) -> dict[str, Cost | Non
     results = {"prepare": paths.DATA_CARD, "fetch": paths.BASE_FACTS, "quantize": paths.QUANTIZED_FACTS}
     results |= {"infer-base": paths.predictions(paths.variant(None))}
     results |= {f"infer-{name}": paths.predictions(f"base-{name}") for name in ("unquantized", "shots")}
+    results["contamination"] = paths.CONTAMINATION
     for seed in seeds:
         results[f"train-{seed}"] = paths.training_summary(seed)
         results[f"infer-tuned-{seed}"] = paths.predictions(paths.variant(seed))

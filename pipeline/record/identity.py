@@ -39,7 +39,7 @@ def here(seeds: Sequence[int]) -> Stages:
 def stages_of(lock: str, seeds: Sequence[int]) -> Stages:
     """The stages of a complete experiment, without `track`, in the text of a `dvc.lock`; UserError as of `chosen`."""
     of_seeds = ("train", "infer-tuned", "forget", "evaluate-tuned")
-    names = [*UPSTREAM, "infer@base", "evaluate@base", *BASELINES, "compare"]
+    names = [*UPSTREAM, "infer@base", "evaluate@base", *BASELINES, "contamination", "compare"]
     return chosen(lock, names + [f"{stage}@{seed}" for seed in seeds for stage in of_seeds])
 
 
@@ -123,14 +123,25 @@ def params_of(stages: Stages) -> dict[str, str]:
 
 
 def flat(values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    """Parameters by dotted name. Text stays; all else becomes JSON, also a mapping with keys that MLflow refuses."""
+    """Parameters by dotted name. Text stays; all else becomes JSON, also a mapping with keys that MLflow refuses.
+
+    The items of a list that have names, as the probes of forgetting, stand under these: `forget.probes.code.tokens`.
+    """
     for name, value in values.items():
         yield from _leaves(value, name)
 
 
 def _leaves(value: Any, name: str) -> Iterator[tuple[str, str]]:
+    if isinstance(value, list) and _has_names(value):
+        value = {item["name"]: {key: inner for key, inner in item.items() if key != "name"} for item in value}
     if isinstance(value, Mapping) and value and all(re.fullmatch(r"[\w\- ]+", str(key)) for key in value):
         for key, inner in value.items():
             yield from _leaves(inner, f"{name}.{key}")
     else:
         yield name, value if isinstance(value, str) else json.dumps(value, sort_keys=True, ensure_ascii=False)
+
+
+def _has_names(items: list[Any]) -> bool:
+    """Whether each item of a list is a mapping with a name, and these differ."""
+    names = [item.get("name") if isinstance(item, Mapping) and len(item) > 1 else None for item in items]
+    return all(isinstance(name, str) for name in names) and len(set(names)) == len(names) > 0

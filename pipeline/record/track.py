@@ -139,6 +139,7 @@ def gather(seeds: Sequence[int]) -> Record:
 def _files(seeds: Sequence[int]) -> Files:
     """The files and folders of a complete experiment's run."""
     files: Files = [(paths.DVC_LOCK, None), (paths.PARAMS, None), (paths.DATA_CARD, "data")]
+    files += [(paths.CONTAMINATION, None)]
     files += [(path, "models") for path in (paths.BASE_FACTS, paths.QUANTIZED_FACTS)]
     reports = (paths.METRICS, paths.COMPARISON_JSON, paths.COMPARISON_MD, paths.REPORT_HTML, paths.COMPARISON_SVG)
     files += [(path, "reports") for path in reports]

@@ -78,6 +78,7 @@ def of_both(comparison: Comparison) -> dict[str, Any]:
         "power": power(comparison),
         "equal_length": equal_length(comparison),
         "between_baselines": between_baselines(comparison),
+        "contamination": contamination(comparison),
         "beyond": beyond(comparison),
         "labels": LABELS,
         "interval": f"{100 * comparison.confidence:g} % interval",
@@ -138,6 +139,8 @@ def metrics(comparison: Comparison) -> dict[str, Any]:
                 f"{name}_ci_low": ahead.low,
                 f"{name}_ci_high": ahead.high,
             }
+    if (order := comparison.contamination.tested) is not None:
+        content["contamination"] = {"diff": order.difference, "p": order.p, "shards": len(order.shards)}
     content["cost"] = costs(comparison.cost)
     content["words"] = {"references": comparison.reference_words}
     content["stopped_by_cap"] = {}
@@ -398,6 +401,11 @@ def caveats(comparison: Comparison) -> list[str]:
             f"{sources:,} of {comparison.n:,} {comparison.split} rows have a short source that is a training source as "
             "well, but for its numbers."
         )
+    if (order := comparison.contamination.tested) is not None and knows_order(comparison):
+        found.append(
+            "The base finds the test references more likely in the order of their files than shuffled (one-sided p "
+            f"{probability(order.p)}): it may have seen them in pretraining, unless the files are sorted."
+        )
     if comparison.not_nfc:
         found.append(
             f"{comparison.not_nfc:,} of {comparison.n:,} {comparison.split} rows have references that are not in the "
@@ -492,6 +500,38 @@ def between_baselines(comparison: Comparison) -> str:
         label = second.label[0].upper() + second.label[1:]
         found.append(f"{label} scores {listed(parts)} against {first.label}{said}.")
     return " ".join(found)
+
+
+def knows_order(comparison: Comparison) -> bool:
+    """Whether it is shown that the base finds the test references more likely in the order of their files."""
+    order = comparison.contamination.tested
+    return order is not None and order.p <= 1 - comparison.confidence
+
+
+def contamination(comparison: Comparison) -> str:
+    """What the order of the test references says of pretraining, in sentences."""
+    order = comparison.contamination.tested
+    if order is None:
+        return (
+            "Whether the base has seen the test references in pretraining was not tested: "
+            f"{comparison.contamination.not_tested}."
+        )
+    measured = (
+        f"The base without quantization read the references of {order.groups:,} groups, in {len(order.shards)} shards, "
+        f"in the order of the files and in {order.permutations} shuffled orders of each shard. The log-likelihood in "
+        f"the order of the files, minus that shuffled, is {change(order.difference)} nats a token; one-sided p "
+        f"{probability(order.p)}."
+    )
+    if knows_order(comparison):
+        return (
+            f"{measured} So the base knows something of this order. Either it has seen these files in pretraining, and "
+            "the scores of base and tuned may rest on memory; or the files are sorted, so that neighbours are alike. "
+            "Files whose rows are in a random order rule out the second."
+        )
+    return (
+        f"{measured} This is no sign that the base knows the order of the files. It does not show that the texts were "
+        "unseen: the test finds a memorized order alone, not a text that was seen by itself or in another order."
+    )
 
 
 def equal_length(comparison: Comparison) -> str:

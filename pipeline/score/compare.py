@@ -100,6 +100,7 @@ def compare_variants(seeds: Sequence[int], evaluate: params.Evaluate, settings: 
         not_scored=guard_record.not_scored(evaluate.split),
         shared_groups=contracts.read(paths.DATA_CARD, DataCard).shared_groups,
         known=known.counted(test, training),
+        contamination=contracts.read(paths.CONTAMINATION, contracts.Contamination),
         notices=scored[0].notices,
         references_not_in_source=scored[0].references_not_in_source,
         not_nfc=not_nfc(row.references for row in test) if metrics.sees_code_points(evaluate) else 0,

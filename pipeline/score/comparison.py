@@ -188,7 +188,8 @@ class Comparison:
     first seed, since texts have no mean. `published` holds figures of papers, `guards` those of all stages, in order.
     `encoded` tells what became of the examples of each split as prompts.
     `not_scored` counts what the test split's files hold and no row of it has, by reason; None if there is nothing.
-    `shared_groups` are those of the data's card. `known` counts what training knows of the test split.
+    `shared_groups` are those of the data's card. `known` counts what training knows of the test split,
+    `contamination` is the test for what the base knows of it.
     `notices` and `references_not_in_source` are those of the scores. `not_nfc` counts
     the test rows with a reference that is not in the normal form NFC, if a metric compares code points. `slices` are
     thirds of the rows by length and novelty, in the deciding metrics.
@@ -225,6 +226,7 @@ class Comparison:
     guards: list[Guard]
     encoded: dict[str, Encoded]
     known: Known
+    contamination: contracts.Contamination
     notices: list[str]
     references_not_in_source: contracts.NotInSource | None
     not_scored: dict[str, int] | None = None

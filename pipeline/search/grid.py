@@ -31,7 +31,7 @@ SECONDS_WITHOUT_A_WORKER = 30.0
 RESTARTS = 3
 
 BASE = ("evaluate@base", "evaluate-unquantized", "evaluate-shots")
-NOT_OF_THE_BASE = {"lora", "train", "seeds", "forget", "compare", "tracking"}
+NOT_OF_THE_BASE = {"lora", "train", "seeds", "forget", "contamination", "compare", "tracking"}
 """The sections of parameters that neither `BASE` nor a stage before them reads."""
 
 QUEUED, RUNNING, SUCCESS, FAILED, LOST = "Queued", "Running", "Success", "Failed", "Lost"

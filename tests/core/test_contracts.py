@@ -8,11 +8,20 @@ from typing import Any
 import pytest
 
 from pipeline.core import contracts
-from pipeline.core.contracts import DataCard, Forgetting, Probed, QuantizedFacts, Step, TrainingSummary, Window
+from pipeline.core.contracts import (
+    Contamination,
+    DataCard,
+    Forgetting,
+    Probed,
+    QuantizedFacts,
+    Step,
+    TrainingSummary,
+    Window,
+)
 from pipeline.core.errors import UserError
 from pipeline.score.comparison import Comparison
 from tests.made import records
-from tests.made.comparison import comparison, several_seeds
+from tests.made.comparison import ORDER, comparison, several_seeds
 
 WINDOWS = [Window("a", 10, 30.0, 31.0, 32.0, 29.0)]
 PROBED = Probed("general", "plain", "some", "cpu", 2, 10, 128, True, 1, 3.0, 3.1, 20.1, 22.2, 3.2, 2.9, 0.3, WINDOWS)
@@ -22,6 +31,8 @@ WHOLE: list[Any] = [
     records.quantized_facts(int8_threshold=6.0),
     records.training(17),
     Forgetting(17, "b" * 64, "c" * 64, [PROBED]),
+    Contamination("b" * 64, tested=ORDER),
+    Contamination("b" * 64, not_tested="contamination.shards is 0"),
     records.decoding("base"),
     records.scores("base"),
     comparison(),

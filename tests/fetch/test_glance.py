@@ -408,6 +408,10 @@ EARLY: dict[str, tuple[dict[str, Any], str]] = {
         "forget.probes.general.style = 'chat', but the model's tokenizer has no chat template: take this probe out of",
     ),
     "template": ({"prompt": {"style": "chat"}}, "prompt.style = 'chat', but the model's tokenizer has no chat"),
+    "shard": (
+        {"contamination": {"tokens": 512}},
+        "contamination.tokens = 512, which with the token before it must fit into the model's context of 512 tokens",
+    ),
     "no pin": ({"model": {"sha256": None}}, "model.sha256 is null: pin the content of"),
     "another pin": ({"model": {"sha256": "0" * 64}}, "If the change is meant, set model.sha256 to it"),
     "family": ({}, "not a causal language model of a known family"),

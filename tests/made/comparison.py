@@ -96,11 +96,23 @@ DIALOGUE = replace(
     units="conversations",
     groups=80,
     base_loss=3.1,
-    tuned_loss=3.4,
-    diff=Interval(0.3, 0.2, 0.4),
-    p=0.0002,
-    p_holm=0.0004,
-    direction="higher",
+    tuned_loss=3.11,
+    diff=Interval(0.01, -0.02, 0.04),
+    p=0.3,
+    p_holm=0.6,
+)
+
+
+ORDER = contracts.OrderTest(
+    device="cpu",
+    threads=2,
+    permutations=2,
+    groups=8,
+    rows=24,
+    tokens=700,
+    difference=0.0021,
+    p=0.31,
+    shards=[contracts.ShardOrders(4, 12, 350, -900.0, [-901.5, -900.2])] * 2,
 )
 
 
@@ -181,6 +193,7 @@ def comparison(**change: Any) -> Comparison:
             cost=Cost(4_884_480, 19_600_000, [TRAINING], [FORGETTING, DIALOGUE]),
             guards=GUARDS,
             known=Known(0, 0),
+            contamination=contracts.Contamination("b" * 64, tested=ORDER),
             notices=[],
             references_not_in_source=NotInSource(Absent(0, 0), Absent(1200, 400), Absent(80, 20)),
             encoded={"train": encoded(300), "validation": encoded(150), "test": encoded(300)},

@@ -5,7 +5,7 @@ from dataclasses import replace
 from typing import Any
 
 from pipeline.core import contracts, paths, records
-from pipeline.core.contracts import Forgetting, Scores, Skipped
+from pipeline.core.contracts import Contamination, Forgetting, Scores, Skipped
 from pipeline.core.params import Compare, Evaluate
 from pipeline.core.records import Example, Prediction
 from pipeline.score import baselines, compare
@@ -57,6 +57,7 @@ def plant(rows: list[Example], keep: dict[str, float], evaluate: Evaluate = EVAL
     records.write_rows(paths.split("train"), [replace(row, id=f"t-{row.id}", group=f"t-{row.group}") for row in rows])
     contracts.write(paths.DATA_CARD, data_card())
     contracts.write(paths.QUANTIZED_FACTS, quantized_facts())
+    contracts.write(paths.CONTAMINATION, Contamination("b" * 64, not_tested="contamination.shards is 0"))
     for variant in baselines.VARIANTS:
         contracts.write(paths.decoding(variant), Skipped(variant, "baseline.shots is 0"))
         contracts.write(paths.scores(variant), Skipped(variant, "baseline.shots is 0"))

@@ -34,6 +34,7 @@ def tiny_params(tiny_model: Path, data: Path) -> dict[str, Any]:
     content["forget"] = {"probes": [probe | {"tokens": 200, "window": 32}]}
     content["generation"] |= {"max_new_tokens": 8, "batch_size": 4}
     content["baseline"] |= {"shots": 2, "rows": 4}
+    content["contamination"] |= {"tokens": 64}
     content["compare"] |= {"bootstrap_samples": 1000, "examples": 2}
     content["runtime"] |= {"device": "cpu", "threads": 1}
     return content

@@ -11,6 +11,7 @@ RECORDS: dict[str, Any] = {
     "base": records.base_facts(),
     "quantized": records.quantized_facts(perplexity_after=9.5),
     "training": records.training(17, rows=3, final_loss=1.25),
+    "contamination": contracts.Contamination("b" * 64, not_tested="contamination.shards is 0"),
     "forgetting": contracts.Forgetting(17, "b" * 64, "c" * 64, []),
     "decoding": records.decoding("base"),
     "scores": records.scores("base"),
@@ -49,6 +50,8 @@ def run(stage, seed=None):
         write("out/models/base.json", RECORDS["base"])
     elif stage == "quantize":
         write("out/models/quantized.json", RECORDS["quantized"])
+    elif stage == "contamination":
+        write("out/contamination.json", RECORDS["contamination"])
     elif stage == "train":
         write(f"out/adapters/{seed}/adapter_config.json", {"r": p["lora"]["r"]})
         write(f"out/adapters/{seed}/adapter_model.safetensors", f"weights {seed} {p['lora']['r']}")
@@ -103,6 +106,10 @@ stages:
   prepare: {cmd: python toy.py prepare, params: [data], outs: [out/data]}
   fetch: {cmd: python toy.py fetch, outs: [out/models/base.json]}
   quantize: {cmd: python toy.py quantize, deps: [out/models/base.json], outs: [out/models/quantized.json]}
+  contamination:
+    cmd: python toy.py contamination
+    deps: [out/models/base.json, out/data]
+    outs: [out/contamination.json]
   train:
     matrix: {seed: "${seeds}"}
     cmd: python toy.py train ${item.seed}
@@ -165,7 +172,7 @@ stages:
     cmd: python toy.py track
     params: [seeds, data, prompt, lora, train]
     deps: [out/adapters, out/data, out/models/base.json, out/models/quantized.json, out/predictions, out/scores,
-      out/training, out/forgetting, out/comparison, reports/metrics.json]
+      out/training, out/forgetting, out/contamination.json, out/comparison, reports/metrics.json]
     outs:
       - out/receipt.json: {cache: false}
       - reports/comparison.md: {cache: false}

@@ -18,7 +18,7 @@ from tests import ROOT
 STAGES: dict[str, Any] = YAML(typ="safe", pure=True).load((ROOT / "dvc.yaml").read_text())["stages"]
 TEMPLATES: dict[str, Any] = YAML(typ="safe", pure=True).load((ROOT / "claims/dvc.yaml").read_text())["stages"]
 CLAIMS: dict[str, Any] = {name: template.get("do", template) for name, template in TEMPLATES.items()}
-COMPUTES = {"quantize", "train", "infer", "infer-tuned", "infer-unquantized", "infer-shots", "forget"}
+COMPUTES = {"quantize", "contamination", "train", "infer", "infer-tuned", "infer-unquantized", "infer-shots", "forget"}
 
 
 def command(definition: dict[str, Any]) -> str:
@@ -83,6 +83,7 @@ MAY_IMPORT = {
     "fetch": {"core", "sources", "model", "gguf"},
     "lora": {"core", "model"},
     "infer": {"core", "model", "gguf"},
+    "contamination": {"core", "model"},
     "probes": {"core", "sources", "prepare", "model"},
     "forget": {"core", "sources", "model", "lora", "probes"},
     "score": {"core"},
@@ -208,6 +209,7 @@ def test_the_graph_is_the_whole_design() -> None:
         "fetch",
         "prompts",
         "quantize",
+        "contamination",
         "train",
         "infer",
         "infer-tuned",
@@ -239,7 +241,7 @@ def test_the_parameters_are_checked_before_any_other_stage_starts() -> None:
 def test_prompts_are_checked_before_anything_is_computed_with_the_model() -> None:
     """`train` and `infer` declare the output of the check, and so does `quantize`: the stages after them follow."""
     waiting = {name for name in STAGES if "out/fitting.json" in STAGES[name]["deps"]}
-    assert waiting == {"quantize", "train", "infer", "infer-unquantized", "infer-shots"}
+    assert waiting == {"quantize", "contamination", "train", "infer", "infer-unquantized", "infer-shots"}
     assert set(STAGES["prompts"]["params"]) == {"prompt", "generation.max_new_tokens", "baseline", "evaluate.split"}
     assert not {"out/data", "out/data/test.jsonl"} & set(STAGES["train"]["deps"]), (
         "a new test split trains nothing anew"
@@ -254,7 +256,7 @@ def test_two_stages_write_files_of_a_seed_that_differ_by_their_folder_alone() ->
 
 def test_every_script_is_short() -> None:
     scripts = sorted((ROOT / "stages").glob("*.py"))
-    assert len(scripts) == 18
+    assert len(scripts) == 19
     for path in scripts:
         assert len(path.read_text().splitlines()) <= 40, path
 

@@ -32,6 +32,7 @@ SCRIPTS: dict[str, Identity] = {
     "fetch": ("stages.fetch",),
     "prompts": ("stages.prompts",),
     "quantize": ("stages.quantize",),
+    "contamination": ("stages.contamination",),
     "infer@base": ("stages.infer",),
     "evaluate@base": ("stages.evaluate",),
     "infer-unquantized": ("stages.infer_unquantized",),
@@ -48,7 +49,7 @@ KILLS = (
     dict.fromkeys(SCRIPTS, 2)
     | {"train@17": 5}
     | dict.fromkeys(("infer-unquantized", "infer-shots", "evaluate-unquantized", "evaluate-shots"), 1)
-    | dict.fromkeys(("prepare", "prompts", "evaluate@base", "forget@17", "compare"), 1)
+    | dict.fromkeys(("prepare", "prompts", "contamination", "evaluate@base", "forget@17", "compare"), 1)
 )
 
 

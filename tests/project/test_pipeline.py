@@ -68,11 +68,11 @@ def finished_runs(clone: Path) -> list[Any]:
 
 
 EVERY = [
-    "check", "prepare", "fetch", "prompts", "quantize", "infer@base", "evaluate@base",
+    "check", "prepare", "fetch", "prompts", "contamination", "quantize", "infer@base", "evaluate@base",
     "infer-unquantized", "evaluate-unquantized", "infer-shots", "evaluate-shots",
     "train@17", "infer-tuned@17", "evaluate-tuned@17", "forget@17", "compare", "track",
 ]  # fmt: skip
-OF_TRAINING = ["check", *EVERY[11:]]
+OF_TRAINING = ["check", *EVERY[12:]]
 
 
 def test_a_mistake_in_the_parameters_is_one_clear_error(tmp_path: Path, tiny_model: Path) -> None:

@@ -47,6 +47,7 @@ OUTS_OF: dict[str, Callable[[str], list[str]]] = {
     "prepare": lambda _: ["out/data/test.jsonl", "out/data/card.json"],
     "fetch": lambda _: ["out/models/base.json"],
     "quantize": lambda _: ["out/models/quantized.json"],
+    "contamination": lambda _: ["out/contamination.json"],
     "train": lambda at: [
         f"out/adapters/{at}/adapter_model.safetensors",
         f"out/training/{at}.json",
@@ -259,7 +260,7 @@ class TestOneRun:
             names |= {f"scores/{variant}.json": f"out/scores/{variant}.json"}
             names |= {f"predictions/{variant}.jsonl": f"out/predictions/{variant}.jsonl"}
         names |= {f"training/17.{kind}": f"out/training/17.{kind}" for kind in ("json", "csv")}
-        names |= {"forgetting/17.json": "out/forgetting/17.json"}
+        names |= {"forgetting/17.json": "out/forgetting/17.json", "contamination.json": "out/contamination.json"}
         names |= {f"models/{name}.json": f"out/models/{name}.json" for name in ("base", "quantized")}
         names |= {"data/card.json": "out/data/card.json", "dvc.lock": "dvc.lock", "params.yaml": "params.yaml"}
         names |= {

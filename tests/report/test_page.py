@@ -290,14 +290,15 @@ def test_what_it_cost_in_general_ability_is_shown_where_it_was_measured() -> Non
     text = render(content())
     loss = '<th scope="row">encyclopedia: loss</th><td>2.900</td><td>2.895</td><td>−0.005</td><td>−0.012 to +0.002</td>'
     assert f"{loss}<td>0.400</td>" in text
-    assert '<th scope="row">dialogue: loss</th><td>3.100</td><td>3.400</td><td>+0.300</td>' in text
+    assert '<th scope="row">dialogue: loss</th><td>3.100</td><td>3.110</td><td>+0.010</td>' in text
     assert "read through the chat template, in conversations of at most 256 tokens, of which the last answer" in text
     assert "2.748<small>after 1 epoch</small>" in text
+    assert "no sign that the base knows the order of the files. It does not show that the texts were unseen" in text
     cost = comparison().cost
     unknown = comparison(cost=Cost(cost.trainable_parameters, cost.adapter_bytes, cost.training, []))
     assert "Forgetting was not measured: forget.probes is empty." in Tags(render(content(unknown))).shown()
     assert "forgetting" not in csv_tables.tables(unknown)
-    assert csv_tables.tables(comparison())["forgetting"].count("dialogue") == 1
+    assert [one["probe"] for one in csv_tables.tables(comparison())["forgetting"]] == ["encyclopedia", "dialogue"]
 
 
 @pytest.mark.parametrize(

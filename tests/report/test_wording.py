@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from pipeline.core import paths
+from pipeline.core import contracts, paths
 from pipeline.core.contracts import SharedGroups
 from pipeline.core.errors import UserError
 from pipeline.core.params import Published
@@ -26,6 +26,7 @@ from tests.made.comparison import (
     FORGETTING,
     NASTY,
     NOT_SPECIFIC,
+    ORDER,
     SPECIFIC,
     TRAINING,
     comparison,
@@ -515,28 +516,31 @@ def test_what_it_cost_is_in_the_report_and_in_the_numbers() -> None:
         "| encyclopedia: loss | 2.900 | 2.895 | −0.005 | −0.012 to +0.002 | 0.400 |",
         "| perplexity | 18.2 | 18.0 | −0.2 | | |",
         "| cross-entropy against the base's distribution | 2.900 | 2.950 | +0.050 (KL) | +0.040 to +0.060 | |",
-        "| dialogue: loss | 3.100 | 3.400 | +0.300 | +0.200 to +0.400 | ≤ 0.001 |",
+        "| dialogue: loss | 3.100 | 3.110 | +0.010 | −0.020 to +0.040 | 0.600 |",
         "| 17 | 1 | 3.552 | 2.748 after 1 epoch | 2.748 after 1 epoch | 2.701 | +0.047 |",
         "- encyclopedia: 8,192 tokens of 33 texts of pip:texts==1/texts, read without a chat template, in windows of "
         "128 tokens, each with a BOS first; intervals over texts",
         "- dialogue: 1,024 tokens of 80 conversations of pip:talks==1/talks, read through the chat template, in "
         "conversations of at most 256 tokens, of which the last answer counts; intervals over conversations",
     ):
-        assert f"\n{line}\n" in text
+        assert f"\n{line}" in text
+    assert "; intervals over texts\n- dialogue: 1,024" in text
+    assert "; intervals over conversations\n\n| probe | base |" in text
     assert "Losses are in nats a token; p is corrected for 2 probes (Holm)." in text
     numbers = json.loads(paths.METRICS.read_text())["cost"]
     found = numbers["general_loss"]
     assert list(found) == ["dialogue", "encyclopedia"]
     assert found["encyclopedia"] | {"base": 2.9, "diff": -0.005, "kl_ci_high": 0.06} == found["encyclopedia"]
-    assert found["dialogue"] | {"p": 0.0002, "p_holm": 0.0004} == found["dialogue"]
+    assert found["dialogue"] | {"p": 0.3, "p_holm": 0.6} == found["dialogue"]
     assert (numbers["gap"], numbers["validation_loss"], numbers["adapter_bytes"]) == (0.047, 2.748, 19_600_000)
-    assert not any(word in text for word in ("on the probe encyclopedia", "past its best"))
+    assert not any(word in text for word in ("on the probe", "past its best"))
 
 
 def test_a_probe_that_was_forgotten_and_training_gone_too_far_are_to_be_read_with_care() -> None:
     late = replace(TRAINING, epochs=3.0, kept_epoch=3.0, kept_loss=2.9, last_loss=2.9)
+    forgot = replace(DIALOGUE, tuned_loss=3.4, diff=Interval(0.3, 0.2, 0.4), p_holm=0.0004, direction="higher")
     few = replace(FORGETTING, name="own", groups=6, direction="few")
-    found = wording.caveats(comparison(cost=Cost(1000, 4000, [late], [FORGETTING, DIALOGUE, few])))
+    found = wording.caveats(comparison(cost=Cost(1000, 4000, [late], [FORGETTING, forgot, few])))
     assert (
         "Fine-tuning made the model worse at text that is not of the task, on the probe dialogue: 3.100 → 3.400 nats a "
         "token (+0.300, +0.200 to +0.400), a perplexity of 18.2 → 18.0."
@@ -561,6 +565,34 @@ def test_forgetting_that_was_not_measured_is_said() -> None:
     assert "- Forgetting was not measured (forget.probes is empty)" in text
     assert "| 17 | 1 (stopped early) | " in text
     assert "general_loss" not in json.loads(paths.METRICS.read_text())["cost"]
+
+
+def test_what_the_order_of_the_references_says_is_said_as_it_is() -> None:
+    wording.write(comparison())
+    text, numbers = paths.COMPARISON_MD.read_text(), json.loads(paths.METRICS.read_text())
+    said = text.partition("## Contamination\n\n")[2].partition("\n")[0]
+    assert "the references of 8 groups, in 2 shards, in the order of the files and in 2 shuffled orders" in said
+    assert "minus that shuffled, is +0.002 nats a token; one-sided p 0.310. This is no sign" in said
+    assert "It does not show that the texts were unseen: the test finds a memorized order alone" in said
+    assert numbers["contamination"] == {"diff": 0.0021, "p": 0.31, "shards": 2}
+    assert "in pretraining, unless the files are sorted" not in text
+    known = comparison(
+        contamination=contracts.Contamination("b" * 64, tested=replace(ORDER, difference=0.05, p=0.0004))
+    )
+    wording.write(known)
+    text = paths.COMPARISON_MD.read_text()
+    care, said = text.partition("## Contamination\n\n")[::2]
+    assert "(one-sided p ≤ 0.001): it may have seen them in pretraining, unless the files are sorted." in care
+    assert "Either it has seen these files in pretraining, and the scores of base and tuned may rest on memory" in said
+
+
+def test_a_test_of_the_order_that_was_not_made_has_no_p() -> None:
+    wording.write(comparison(contamination=contracts.Contamination("b" * 64, not_tested="contamination.shards is 0")))
+    said = paths.COMPARISON_MD.read_text().partition("## Contamination\n\n")[2].partition("\n")[0]
+    assert said == (
+        "Whether the base has seen the test references in pretraining was not tested: contamination.shards is 0."
+    )
+    assert "contamination" not in json.loads(paths.METRICS.read_text())
 
 
 def test_a_small_difference_of_losses_keeps_its_sign() -> None:
