@@ -194,8 +194,7 @@ def training(
         if recomputed
         else sum(count * kept[ranks] for ranks, count in alike.items())
     )
-    # Log-probabilities, and the gradients of both; with smoothing these have two terms.
-    logits = float(load.answers * shape.vocabulary * (16 if train.label_smoothing else 12))
+    logits = float(load.answers * shape.vocabulary * 12)  # log-probabilities, and the gradients of both
     backward = float(tokens * ((4 * shape.intermediate_size + 2 * shape.hidden_size) * s + 16 * shape.hidden_size))
     update = 8.0 * parameters if device == "cuda" and train.optimizer == "adamw" else 0.0
     parts["logits"] = logits

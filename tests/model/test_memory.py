@@ -201,7 +201,6 @@ def test_each_part_grows_with_what_it_depends_on() -> None:
     muon, adafactor = (
         memory.training(llama(), lora, sections(optimizer=name)[1], load, "cuda") for name in ("muon", "adafactor")
     )
-    smoothed = memory.training(llama(), lora, sections(label_smoothing=0.1)[1], load, "cuda")
     assert wider["optimizer"] == 4 * base["optimizer"]
     assert wider["adapter"] == 4 * base["adapter"]
     assert 1.9 < longer["activations"] / base["activations"] <= 2
@@ -209,7 +208,6 @@ def test_each_part_grows_with_what_it_depends_on() -> None:
     assert eight["optimizer"] < 0.26 * base["optimizer"]
     assert muon["optimizer"] == 0.5 * base["optimizer"]
     assert adafactor["optimizer"] < 0.04 * base["optimizer"]
-    assert smoothed["logits"] > base["logits"]
     assert packed["weights"] < 0.3 * base["weights"]
     assert "best adapter" not in base
     assert patient["best adapter"] > 0
