@@ -42,8 +42,8 @@ class Table:
         ends = np.cumsum([len(some) for some in texts])[:-1]
         found = []
         for metric in chosen:
-            parts = np.split(metric.statistics(flat, references), ends)
-            found.append(np.array([part.mean(axis=0) for part in parts]))
+            parts = np.split(metric.statistics(flat, references), ends)[: len(texts)]  # of no texts it makes one part
+            found.append(np.array([part.mean(axis=0) for part in parts]).reshape(len(texts), metric.width))
         return cls(chosen, found)
 
     def rows(self, chosen: Sequence[int]) -> "Table":
