@@ -93,7 +93,7 @@ class Plan:
         return memory.inference(self.base, limits, max(self.prompt, longest), 0, self.device)
 
     def forget(self) -> Parts:
-        tokens = max(reading.TOGETHER, *(probe.window for probe in self.given.forget.probes))
+        tokens = max([reading.TOGETHER, *(probe.window for probe in self.given.forget.probes)])
         return memory.reading(self.base, tokens, self._added, self.device)
 
     def contamination(self) -> Parts:

@@ -140,6 +140,15 @@ def test_a_sound_experiment_is_said_to_be_checked(
     )
 
 
+def test_conversations_are_counted_as_such(repository: params.Params, capsys: pytest.CaptureFixture[str]) -> None:
+    source = Path(str(repository.data.source))
+    (source / "talks.yml").write_text("talks:\n- [Hello, Hi]\n- [Who?, Me.]\n- [And?]\n")
+    edit(data={"sha256": records.sha256_tree(source)})
+    edit_probe(sha256=records.sha256_tree(source), style="chat", files="talks.yml", column="talks")
+    check.require_sound()
+    assert "2 conversations of forget.probes.general, the model's configuration" in capsys.readouterr().out
+
+
 class TestEachKind:
     @pytest.mark.parametrize(
         ("section", "change", "said"),
