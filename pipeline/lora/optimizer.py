@@ -38,7 +38,7 @@ def groups(tensors: "Mapping[str, torch.Tensor]", plus_ratio: float) -> list[dic
     return [{"params": others, "ratio": 1.0}, {"params": list(of_b.values()), "ratio": plus_ratio}]
 
 
-def build(tensors: "Sequence[torch.Tensor] | Sequence[dict[str, Any]]", train: params.Train) -> "torch.optim.Optimizer":
+def build(tensors: Sequence[Any], train: params.Train) -> "torch.optim.Optimizer":
     """The optimizer of `train` over float32 tensors, or groups of them. The learning rate must be set at each step."""
     import torch
 
