@@ -19,7 +19,7 @@ SMOLLM2 = {
     "num_attention_heads": 9, "num_key_value_heads": 3, "tie_word_embeddings": True,
 }  # fmt: skip
 QUERY_AND_VALUE = ["q_proj", "v_proj"]
-PLAIN = {
+PLAIN: dict[str, Any] = {
     "rslora": False, "dropout": 0.0, "layers": None, "rank_pattern": {}, "alpha_pattern": {}, "dora": False,
     "init": "default", "train_only": None, "plus_ratio": 1, "bias": "none", "modules_to_save": [],
 }  # fmt: skip

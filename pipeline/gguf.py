@@ -103,6 +103,24 @@ def stored(kind: str) -> str:
     return f"{kind} with the output head in {HEAD_TYPES[kind]}" if kind in HEAD_TYPES else kind
 
 
+def refuse_adapter(adapter: Path) -> dict[str, Any]:
+    """The configuration of the PEFT adapter in `adapter`. UserError unless it is plain LoRA. No weights are read."""
+    config: dict[str, Any] = records.read_json(adapter / "adapter_config.json")
+    asked = (
+        "use_dora", "lora_bias", "fan_in_fan_out", "modules_to_save", "target_parameters", "use_qalora", "use_bdlora",
+        "layer_replication", "trainable_token_indices",
+    )  # fmt: skip
+    held = [name for name in asked if config.get(name)]
+    if (bias := config.get("bias", "none")) != "none":
+        held.append(f"bias {bias}")
+    if config.get("peft_type") != "LORA" or held:
+        raise UserError(
+            f"{adapter} is not plain LoRA ({', '.join(held) or config.get('peft_type')}), and a GGUF adapter holds "
+            "nothing else: export it as adapter or merged"
+        )
+    return config
+
+
 def refuse(folder: Path) -> None:
     """UserError with the reason if the checkpoint in `folder` cannot be written; its weights are not read."""
     checkpoint = _Checkpoint.read(folder)
@@ -206,19 +224,7 @@ def _read_lora(adapter: Path) -> _Lora:
     """UserError unless it is plain LoRA of the blocks' linear layers."""
     from safetensors import safe_open
 
-    config = records.read_json(adapter / "adapter_config.json")
-    asked = (
-        "use_dora", "lora_bias", "fan_in_fan_out", "modules_to_save", "target_parameters", "use_qalora", "use_bdlora",
-        "layer_replication", "trainable_token_indices",
-    )  # fmt: skip
-    held = [name for name in asked if config.get(name)]
-    if (bias := config.get("bias", "none")) != "none":
-        held.append(f"bias {bias}")
-    if config.get("peft_type") != "LORA" or held:
-        raise UserError(
-            f"{adapter} is not plain LoRA ({', '.join(held) or config.get('peft_type')}), and a GGUF adapter holds "
-            "nothing else"
-        )
+    config = refuse_adapter(adapter)
     halves: dict[str, dict[str, Array]] = {}
     with safe_open(adapter / "adapter_model.safetensors", framework="pt") as file:
         for key in file.keys():  # noqa: SIM118  # not a mapping

@@ -81,6 +81,7 @@ def write(asked: Asked, destination: Path, overwrite: bool) -> None:
     seed = _seed(asked.seed, given.seeds)
     if asked.what == "gguf":
         gguf.refuse(paths.QUANTIZED)
+        gguf.refuse_adapter(paths.adapter(seed))
     origin = Origin.read(given.seeds)
     # 2. The files, their card and their record.
     with _written(destination) as folder:

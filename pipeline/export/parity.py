@@ -108,6 +108,7 @@ def measure(given: params.Params, types: Sequence[str], rows: int | None, merged
     facts = contracts.read(paths.QUANTIZED_FACTS, QuantizedFacts)
     saved = adapter.Saved(paths.adapter(given.seeds[0]))
     saved.require_of(facts.sha256)
+    gguf.refuse_adapter(saved.folder)
     chosen = _rows(given, facts, rows)
     # 2. Base and tuned in each backend.
     variants = {paths.variant(None): None, paths.variant(given.seeds[0]): saved}

@@ -58,7 +58,9 @@ def save(adapted: Any, values: Mapping[str, "torch.Tensor"], folder: Path, model
     if bad:
         raise UserError(f"the trained adapter holds NaN or infinity (in {bad[0]}): lower train.learning_rate")
     held = {name: tensor.detach() for name, tensor in adapted.named_parameters() if "lora_" in name}
-    state = {name: shard.whole(tensor).float() for name, tensor in held.items() if f".{NAME}." in name} | dict(values)
+    # Those that are not trained are whole in every process, so this one can read them alone.
+    state = {name: one.float() for name, one in held.items() if f".{NAME}." in name and name not in values}
+    state |= dict(values)
     changes: dict[str, Any] = {}
     if START in adapted.peft_config:
         state = {name: _with_start(name, tensor, held) for name, tensor in state.items()}

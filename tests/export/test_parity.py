@@ -102,6 +102,17 @@ def test_a_family_that_is_not_written_is_refused_before_anything_is_decoded(
         parity.measure(project, ["F16"], None, False, 0.01)
 
 
+def test_an_adapter_that_is_not_written_is_refused_before_anything_is_decoded(
+    project: params.Params, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    quantized(project, tiny_model)
+    config = trained(rslora=False).folder / "adapter_config.json"
+    records.write_json(config, records.read_json(config) | {"use_dora": True})
+    monkeypatch.setattr(parity, "_side", lambda *_: 1 / 0)
+    with pytest.raises(UserError, match="use_dora.*: export it as adapter or merged"):
+        parity.measure(project, ["F16"], None, False, 0.01)
+
+
 def test_an_experiment_that_has_changed_since_it_ran_is_not_compared(project: params.Params) -> None:
     assert project
     result = CliRunner().invoke(cli.app, ["parity"])

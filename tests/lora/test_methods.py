@@ -33,14 +33,14 @@ CPU = torch.device("cpu")
 IDS = torch.arange(20, 44).view(2, 12)
 
 
-def cases(*columns: str) -> Any:
+def cases(*columns: str) -> pytest.MarkDecorator:
     """Every method that works in one of the columns, with that column."""
     found = [(one, column) for column in columns for one in having(column)]
     ids = [f"{name}-{column}" for (_, column), name in zip(found, names([one for one, _ in found]), strict=True)]
     return pytest.mark.parametrize(("method", "column"), found, ids=ids)
 
 
-def each(methods: list[Method]) -> Any:
+def each(methods: list[Method]) -> pytest.MarkDecorator:
     return pytest.mark.parametrize("method", methods, ids=names(methods))
 
 
@@ -256,7 +256,9 @@ def test_plain_peft_computes_the_same_on_the_original_base_in_its_own_process(
     config = infer.configuration(
         project.generation.model_copy(update={"max_new_tokens": 8}), [1], checkpoint.tokenizer(tiny_model)
     )
-    methods, pairs, ours = having("adapter"), [], []
+    methods = having("adapter")
+    pairs: list[list[str]] = []
+    ours: list[tuple[torch.Tensor, list[int]]] = []
     for method in methods:
         for old in (paths.BASE, paths.QUANTIZED, paths.SCRATCH / "made"):
             shutil.rmtree(old, ignore_errors=True)
@@ -276,7 +278,7 @@ def test_plain_peft_computes_the_same_on_the_original_base_in_its_own_process(
     theirs = torch.load(tmp_path / "plain.pt")
     assert len(theirs) == len(methods) > 15
     for method, (logits, new), (expected, expected_new) in zip(methods, ours, theirs, strict=True):
-        torch.testing.assert_close(logits, expected, rtol=1e-3, atol=1e-3, msg=lambda text, at=method: f"{at}: {text}")
+        torch.testing.assert_close(logits, expected, rtol=1e-3, atol=1e-3, msg=f"other logits with {method}")
         assert new == expected_new, method
 
 
@@ -322,12 +324,10 @@ def test_llama_cpp_writes_what_transformers_writes(method: Method, project: para
 def test_what_gguf_cannot_hold_is_refused(method: Method, project: params.Params, tiny_model: Path) -> None:
     based(project, method, tiny_model, method.method)
     one = saved(settings(method))
-    for write in (
-        lambda: gguf.write_adapter(one.folder, paths.QUANTIZED, Path("adapter.gguf"), "F32"),
-        lambda: gguf.write_merged(paths.QUANTIZED, one.folder, Path("merged.gguf"), "F32"),
-    ):
-        with pytest.raises(UserError, match=method.refused["gguf"]):
-            write()
+    with pytest.raises(UserError, match=method.refused["gguf"]):
+        gguf.write_adapter(one.folder, paths.QUANTIZED, Path("adapter.gguf"), "F32")
+    with pytest.raises(UserError, match=method.refused["gguf"]):
+        gguf.write_merged(paths.QUANTIZED, one.folder, Path("merged.gguf"), "F32")
     assert list(Path().glob("*.gguf")) == []
 
 

@@ -100,10 +100,25 @@ def test_weights_in_4_bits_take_what_is_measured_of_them() -> None:
     assert memory.Base(base.shape, "bfloat16", "nf4", True, keep_dequantized=True).weights == base.dense_bytes
 
 
-@pytest.mark.parametrize("length", [256, 832], ids=["kept weights", "tiled"])
-def test_activations_are_what_a_layer_keeps(tiny_model: Path, length: int) -> None:
-    """Tensors saved for the backward pass, each storage once, of the layers that training computes."""
-    lora = parameters.lora()
+@pytest.mark.parametrize(
+    ("length", "changes", "most"),
+    [
+        (256, {}, 1.05),
+        (832, {}, 1.05),
+        (256, {"init": "pissa"}, 1.05),
+        (256, {"rank_pattern": {"q_proj": 32, "down_proj": 1}}, 1.05),
+        (256, {"train_only": "B"}, 1.15),
+        (256, {"train_only": "A", "init": "orthogonal"}, 1.05),
+        (256, {"dora": True}, 1.2),
+    ],
+)
+def test_activations_are_what_a_layer_keeps(
+    tiny_model: Path, length: int, changes: dict[str, Any], most: float
+) -> None:
+    """Tensors saved for the backward pass, each storage once, of the layers that training computes.
+
+    832 tokens are attended to in tiles; up to 768, the weights of attention are kept."""
+    lora = parameters.lora(**changes)
     shape = Shape.read(tiny_model)
     saved = []
     for layers in (2, 4):
@@ -118,7 +133,8 @@ def test_activations_are_what_a_layer_keeps(tiny_model: Path, length: int) -> No
     [ranks] = adapted.blocks(shape, lora)
     kept = memory._kept_a_token(base, lora, ranks, length, "cpu")
     predicted = tokens * kept + 4 * memory._joined(shape, lora, ranks)
-    assert (saved[1] - saved[0]) / 2 == pytest.approx(predicted, rel=0.05)
+    ratio = predicted / ((saved[1] - saved[0]) / 2)
+    assert 0.95 <= ratio <= most, ratio
 
 
 def deeper(tiny_model: Path, layers: int) -> Any:
