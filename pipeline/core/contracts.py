@@ -204,7 +204,8 @@ Loadable = BaseFacts | QuantizedFacts
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """One line of the training curve. `loss` is the mean over supervised tokens; `tokens` excludes padding."""
+    """One line of the training curve. `loss` is the mean over supervised tokens, by their weights; `tokens` excludes
+    padding."""
 
     step: int
     epoch: float
