@@ -61,7 +61,7 @@ class Plan:
     @property
     def supervised(self) -> float:
         """The share of a micro-batch's tokens whose logits are computed."""
-        return 1.0 if self.given.train.prompt_weight else memory.ANSWERS
+        return 1.0 if self.given.train.prompt_loss_weight else memory.ANSWERS
 
     def quantize(self) -> Parts:
         return memory.quantizing(self.base, self.device)

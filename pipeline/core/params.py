@@ -387,7 +387,7 @@ class Train(Section):
     batch_size: Annotated[int, Field(ge=1, le=4096)]
     micro_batch_tokens: Annotated[int, Field(ge=64, le=1_000_000)]
     turns: Literal["last", "all"]
-    prompt_weight: Share
+    prompt_loss_weight: Share
     label_smoothing: Annotated[float, Field(ge=0, lt=1)]
     neftune_alpha: Annotated[float, Field(ge=0, le=1000)]
     optimizer: Literal["adamw", "adamw8bit", "paged-adamw8bit", "adafactor", "muon"]

@@ -158,7 +158,7 @@ def _plan(rows: Rows, train: params.Train, seed: int) -> Plan:
 
     UserError if `train.early_stopping` would wait longer than training lasts, or the schedule has too few steps.
     """
-    groups, validation = pack.weighed(rows.train, train.prompt_weight), pack.trees(rows.validation)
+    groups, validation = pack.weighed(rows.train, train.prompt_loss_weight), pack.trees(rows.validation)
     epochs = [batches(groups, train.batch_size, _mix(seed, -1 - epoch)) for epoch in range(train.epochs)]
     steps = [(epoch + at / len(some), batch) for epoch, some in enumerate(epochs) for at, batch in enumerate(some)]
     after_the_first = sum(_is_due(step, epoch, train) for step, (epoch, _) in enumerate(steps))

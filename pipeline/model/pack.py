@@ -112,13 +112,13 @@ def tree(rows: Sequence[Row]) -> Tree:
     return _shared([(row.prompt, row.completion) for row in rows])
 
 
-def weighed(rows: Iterable[Row], prompt_weight: float) -> list[Tree]:
-    """The trees of `trees`, in which a prompt's tokens weigh `prompt_weight`, and earlier answers weigh 1 as well.
+def weighed(rows: Iterable[Row], prompt_loss_weight: float) -> list[Tree]:
+    """The trees of `trees`, in which a prompt's tokens weigh `prompt_loss_weight`, and earlier answers weigh 1 as well.
 
     An earlier answer that the row's prompt holds, token by token behind the prompt that it had, is predicted there: its
     tokens see what they would see in a row of their own. Any other becomes a branch of the tree.
     """
-    return [_weighed(list(group), prompt_weight) for _, group in groupby(rows, key=lambda row: row.group)]
+    return [_weighed(list(group), prompt_loss_weight) for _, group in groupby(rows, key=lambda row: row.group)]
 
 
 def _shared(sequences: Sequence[tuple[list[int], list[int]]]) -> Tree:
@@ -132,10 +132,10 @@ def _shared(sequences: Sequence[tuple[list[int], list[int]]]) -> Tree:
     return Tree(first[:shared], [(prompt[shared:], completion) for prompt, completion in sequences])
 
 
-def _weighed(rows: Sequence[Row], prompt_weight: float) -> Tree:
+def _weighed(rows: Sequence[Row], prompt_loss_weight: float) -> Tree:
     weights, apart = [], []
     for row in rows:
-        held = [prompt_weight] * len(row.prompt)
+        held = [prompt_loss_weight] * len(row.prompt)
         for prompt, completion in row.earlier:
             start, end = len(prompt), len(prompt) + len(completion)
             if row.prompt[:end] == prompt + completion:

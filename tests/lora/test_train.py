@@ -19,10 +19,10 @@ from tests.made.trainer import some_trees, trainer
 
 COUNTED: dict[str, dict[str, Any]] = {
     "answers": {},
-    "prompts": {"prompt_weight": 0.3},
+    "prompts": {"prompt_loss_weight": 0.3},
     "smoothed": {"label_smoothing": 0.1},
     "noisy": {"neftune_alpha": 10.0},
-    "all": {"prompt_weight": 0.3, "label_smoothing": 0.1, "neftune_alpha": 10.0},
+    "all": {"prompt_loss_weight": 0.3, "label_smoothing": 0.1, "neftune_alpha": 10.0},
 }
 
 
@@ -30,7 +30,7 @@ COUNTED: dict[str, dict[str, Any]] = {
 def test_a_step_does_not_depend_on_how_its_batch_is_split(tiny_model: Path, counted: dict[str, Any]) -> None:
     """Gradient accumulation equals the large batch (the loss is a mean over tokens, not over parts)."""
     whole, split = (trainer(tiny_model, micro_batch_tokens=tokens, **counted) for tokens in (100_000, 64))
-    trees = pack.weighed(uneven_rows(), counted.get("prompt_weight", 0.0))
+    trees = pack.weighed(uneven_rows(), counted.get("prompt_loss_weight", 0.0))
     assert len(pack.micro_batches(trees, 100_000)) == 1
     assert len(pack.micro_batches(trees, 64)) == 4
     for one in (whole, split):
@@ -50,23 +50,27 @@ def test_a_step_does_not_depend_on_how_its_batch_is_split(tiny_model: Path, coun
 
 
 @pytest.mark.parametrize("tokens", [64, 100_000])
-@pytest.mark.parametrize(("prompt_weight", "smoothing"), [(0.0, 0.0), (0.3, 0.0), (0.0, 0.1), (0.3, 0.1)])
+@pytest.mark.parametrize(("prompt_loss_weight", "smoothing"), [(0.0, 0.0), (0.3, 0.0), (0.0, 0.1), (0.3, 0.1)])
 def test_a_step_is_the_mean_of_its_tokens_by_their_weights_as_plain_torch_has_it(
-    tiny_model: Path, prompt_weight: float, smoothing: float, tokens: int
+    tiny_model: Path, prompt_loss_weight: float, smoothing: float, tokens: int
 ) -> None:
     """A row a sequence, all logits, and one mean over the batch; each row with an earlier answer that is learnt too."""
     one = trainer(
-        tiny_model, micro_batch_tokens=tokens, prompt_weight=prompt_weight, label_smoothing=smoothing, turns="all"
+        tiny_model,
+        micro_batch_tokens=tokens,
+        prompt_loss_weight=prompt_loss_weight,
+        label_smoothing=smoothing,
+        turns="all",
     )
     with_values(one)
     rows = [replace(row, earlier=[(row.prompt[:1], row.prompt[1:3])]) for row in uneven_rows()]
-    mean, gradients = one._gradients(pack.weighed(rows, prompt_weight))
+    mean, gradients = one._gradients(pack.weighed(rows, prompt_loss_weight))
     nats, weights = [], []
     for row in rows:
         ids = torch.tensor([*row.prompt, *row.completion])
         logits = one.model(input_ids=ids[None]).logits[0, :-1]
         nats.append(torch.nn.functional.cross_entropy(logits, ids[1:], reduction="none", label_smoothing=smoothing))
-        weights += [1.0, 1.0, *[prompt_weight] * (len(row.prompt) - 3), *[1.0] * len(row.completion)]
+        weights += [1.0, 1.0, *[prompt_loss_weight] * (len(row.prompt) - 3), *[1.0] * len(row.completion)]
     expected = torch.cat(nats) @ torch.tensor(weights) / sum(weights)
     expected.backward()
     assert mean == pytest.approx(expected.item(), rel=1e-5)
@@ -194,7 +198,7 @@ def killed_at(step: int, call: Callable[[], None], monkeypatch: pytest.MonkeyPat
     "changes",
     [
         {},
-        {"prompt_weight": 0.2, "label_smoothing": 0.1, "neftune_alpha": 5.0, "schedule": "wsd", "warmup": 2},
+        {"prompt_loss_weight": 0.2, "label_smoothing": 0.1, "neftune_alpha": 5.0, "schedule": "wsd", "warmup": 2},
         {"optimizer": "adafactor", "beta2": None},
         {"optimizer": "muon", "beta2": None},
     ],

@@ -20,7 +20,7 @@ def section(**changes: Any) -> params.Train:
         "batch_size": 4,
         "micro_batch_tokens": 64,
         "turns": "last",
-        "prompt_weight": 0.0,
+        "prompt_loss_weight": 0.0,
         "label_smoothing": 0.0,
         "neftune_alpha": 0.0,
         "optimizer": "adamw",

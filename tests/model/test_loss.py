@@ -38,9 +38,9 @@ def model(tiny_model: Path) -> torch.nn.Module:
     return loaded
 
 
-def sequences(row: Row, prompt_weight: float) -> Iterator[tuple[list[int], list[float]]]:
+def sequences(row: Row, prompt_loss_weight: float) -> Iterator[tuple[list[int], list[float]]]:
     """The definition: token ids, each with the weight of its prediction. The row; each earlier answer by itself."""
-    weights = [prompt_weight] * len(row.prompt) + [1.0] * len(row.completion)
+    weights = [prompt_loss_weight] * len(row.prompt) + [1.0] * len(row.completion)
     for prompt, completion in row.earlier:
         yield [*prompt, *completion], [0.0] * len(prompt) + [1.0] * len(completion)
         end = len(prompt) + len(completion)
@@ -50,12 +50,12 @@ def sequences(row: Row, prompt_weight: float) -> Iterator[tuple[list[int], list[
 
 
 def plain(
-    model: torch.nn.Module, rows: Sequence[Row], prompt_weight: float, smoothing: float
+    model: torch.nn.Module, rows: Sequence[Row], prompt_loss_weight: float, smoothing: float
 ) -> tuple[torch.Tensor, float]:
     """The sum of the losses, and of the weights: one sequence a row, no mask of ours, all logits."""
     total, weight = torch.zeros((), dtype=torch.float64), 0.0
     for row in rows:
-        for ids, weights in sequences(row, prompt_weight):
+        for ids, weights in sequences(row, prompt_loss_weight):
             log_LxV = model(input_ids=torch.tensor([ids])).logits[0, :-1].double().log_softmax(-1)
             own_L = -log_LxV[torch.arange(len(ids) - 1), torch.tensor(ids[1:])]
             nats_L = (1 - smoothing) * own_L - smoothing * log_LxV.mean(-1)
@@ -71,15 +71,15 @@ def gradient(model: torch.nn.Module, total: torch.Tensor) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.2])
-@pytest.mark.parametrize("prompt_weight", [0.0, 0.3, 1.0])
+@pytest.mark.parametrize("prompt_loss_weight", [0.0, 0.3, 1.0])
 @pytest.mark.parametrize("rows", ROWS.values(), ids=ROWS)
 def test_the_loss_of_packed_groups_is_that_of_their_rows_by_plain_torch(
-    model: torch.nn.Module, rows: list[Row], prompt_weight: float, smoothing: float
+    model: torch.nn.Module, rows: list[Row], prompt_loss_weight: float, smoothing: float
 ) -> None:
-    expected, weight = plain(model, rows, prompt_weight, smoothing)
+    expected, weight = plain(model, rows, prompt_loss_weight, smoothing)
     expected_gradient = gradient(model, expected)
-    together = [pack.weighed(rows, prompt_weight)]
-    alone = [pack.weighed([row], prompt_weight) for row in rows]
+    together = [pack.weighed(rows, prompt_loss_weight)]
+    alone = [pack.weighed([row], prompt_loss_weight) for row in rows]
     for parts in (together, alone):
         assert sum(tree.weight for part in parts for tree in part) == pytest.approx(weight)
         found = sum((loss.summed(model, pack.pack(part, CPU), smoothing) for part in parts), start=torch.zeros(()))

@@ -487,7 +487,7 @@ def test_an_optimizer_that_a_device_lacks_is_not_planned_there() -> None:
 @pytest.mark.usefixtures("root")
 def test_where_prompts_are_learnt_all_tokens_are_planned_with_their_logits() -> None:
     given = params.load(use.DEFAULT)
-    prompts = given.model_copy(update={"train": given.train.model_copy(update={"prompt_weight": 0.1})})
+    prompts = given.model_copy(update={"train": given.train.model_copy(update={"prompt_loss_weight": 0.1})})
     parts = {one: plan.Plan(each, bench._shape(), "cpu", True).train() for one, each in enumerate((given, prompts))}
     assert parts[1]["logits"] == pytest.approx(2 * parts[0]["logits"])
     assert any(

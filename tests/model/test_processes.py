@@ -145,7 +145,7 @@ def outputs() -> dict[str, str]:
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "counted",
-    [{}, {"prompt_weight": 0.3, "label_smoothing": 0.1, "neftune_alpha": 5.0, "turns": "all"}],
+    [{}, {"prompt_loss_weight": 0.3, "label_smoothing": 0.1, "neftune_alpha": 5.0, "turns": "all"}],
     ids=["answers", "everything"],
 )
 def test_two_processes_train_the_adapter_of_one(quantized: params.Params, counted: dict[str, Any]) -> None:

@@ -175,7 +175,7 @@ def trained(project: Params) -> None:
     train.fit(17, project.prompt, project.lora, project.train, project.runtime)
 
 
-COUNTED = {"prompt_weight": 0.3, "label_smoothing": 0.1, "neftune_alpha": 5.0, "optimizer": "muon", "beta2": None}
+COUNTED = {"prompt_loss_weight": 0.3, "label_smoothing": 0.1, "neftune_alpha": 5.0, "optimizer": "muon", "beta2": None}
 
 
 def test_a_shared_base_is_trained_with_weights_smoothing_and_noise_as_a_whole_one(unquantized: Params) -> None:
