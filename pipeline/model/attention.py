@@ -102,27 +102,31 @@ def _attend_behind(
     mask_Bx1xQxC: torch.Tensor,
     scaling: float,
 ) -> torch.Tensor:
-    """Attention to a beginning of P tokens that all sequences share, which is read once, and to C tokens of each.
+    """Attention to a beginning of P tokens that all sequences share, and to C tokens of each.
 
-    The softmax runs over both. `mask_Bx1xQxC` is added to the scores of the latter.
+    `mask_Bx1xQxC` is added to the scores of the latter. On a CPU, a step of one token a sequence reads the beginning
+    once for all of them: both parts are attended to by themselves, and weighed by the sums of their exponentials.
     """
     key_HxPxD, value_HxPxD = beginning
     batch, _, width, size = query_BxHGxQxD.shape
     heads, length = key_HxPxD.shape[:2]
-    query_BxHxGQxD = query_BxHGxQxD.reshape(batch, heads, -1, size)
-    rows = query_BxHxGQxD.shape[2]
-    together_HxBGQxD = query_BxHxGQxD.transpose(0, 1).reshape(heads, -1, size)
-    shared_HxBGQxP = torch.bmm(together_HxBGQxD, key_HxPxD.transpose(1, 2))
-    own_BxHxGQxC = query_BxHxGQxD @ key_BxHxCxD.transpose(2, 3)
-    hidden_Bx1xGQxC = mask_Bx1xQxC.repeat(1, 1, rows // width, 1)
-    shared_BxHxGQxP = shared_HxBGQxP.view(heads, batch, rows, length).transpose(0, 1)
-    scores = torch.cat([shared_BxHxGQxP.float() * scaling, own_BxHxGQxC.float() * scaling + hidden_Bx1xGQxC], -1)
-    weights = torch.softmax(scores, -1).to(query_BxHGxQxD.dtype)
-    together_HxBGQxP = weights[..., :length].transpose(0, 1).reshape(heads, -1, length)
-    shared_HxBGQxD = torch.bmm(together_HxBGQxP, value_HxPxD)
-    output_BxHxGQxD = shared_HxBGQxD.view(heads, batch, rows, size).transpose(0, 1)
-    output_BxHxGQxD = output_BxHxGQxD + weights[..., length:] @ value_BxHxCxD
-    return output_BxHxGQxD.reshape(batch, -1, width, size)
+    if width > 1 or query_BxHGxQxD.device.type != "cpu":
+        key_BxHxPCxD = torch.cat([key_HxPxD.expand(batch, -1, -1, -1), key_BxHxCxD], 2)
+        value_BxHxPCxD = torch.cat([value_HxPxD.expand(batch, -1, -1, -1), value_BxHxCxD], 2)
+        mask_Bx1xQxPC = torch.nn.functional.pad(mask_Bx1xQxC, (length, 0))
+        return _attend(query_BxHGxQxD, key_BxHxPCxD, value_BxHxPCxD, mask_Bx1xQxPC, scaling)
+    attend = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    query_BxHxGxD = query_BxHGxQxD.reshape(batch, heads, -1, size)
+    together_1xHxBGxD = query_BxHxGxD.transpose(0, 1).reshape(1, heads, -1, size)
+    shared_1xHxBGxD, shared_sums_1xHxBG = attend(together_1xHxBGxD, key_HxPxD[None], value_HxPxD[None], scale=scaling)
+    own_BxHxGxD, own_sums_BxHxG = attend(
+        query_BxHxGxD, key_BxHxCxD, value_BxHxCxD, attn_mask=mask_Bx1xQxC, scale=scaling
+    )
+    shared_BxHxGxD = shared_1xHxBGxD.view(heads, batch, -1, size).transpose(0, 1)
+    shared_sums_BxHxG = shared_sums_1xHxBG.view(heads, batch, -1).transpose(0, 1)
+    share_BxHxGx1 = torch.sigmoid(shared_sums_BxHxG - own_sums_BxHxG)[..., None]
+    output_BxHxGxD = torch.lerp(own_BxHxGxD.float(), shared_BxHxGxD.float(), share_BxHxGx1.float())
+    return output_BxHxGxD.to(query_BxHGxQxD.dtype).reshape(batch, -1, 1, size)
 
 
 def _flash(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> bool:
