@@ -12,7 +12,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from pipeline import forget, quantize
+from pipeline import forget
 from pipeline.core import contracts, params, paths, records
 from pipeline.core.contracts import Forgetting
 from pipeline.core.errors import UserError
@@ -21,6 +21,7 @@ from pipeline.lora import adapter
 from pipeline.model import attention, checkpoint, load, loss, pack
 from pipeline.model.prompt import Row
 from pipeline.model.windows import Tokens
+from pipeline.quantize import quantize
 from pipeline.sources.account import Account
 from tests.made.data import WORDS
 from tests.made.models import reading_bos

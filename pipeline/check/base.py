@@ -11,7 +11,7 @@ from pipeline.sources import address, hub, source
 
 
 def examine(draft: params.Draft, report: Report) -> None:
-    """Check the sections `model`, `prompt` and `forget` against the model, where it is on this machine."""
+    """Check the sections `model`, `quantize`, `prompt` and `forget` against the model, where it is on this machine."""
     model = draft.get(params.Model)
     if model is None:
         return
@@ -33,6 +33,9 @@ def examine(draft: params.Draft, report: Report) -> None:
         if (general := draft.get(params.Forget)) is not None and seen.context is not None:
             with report.part():
                 general.require_context(seen.context)
+        if (quantize := draft.get(params.Quantize)) is not None and quantize.groups and seen.shape is not None:
+            with report.part():
+                seen.shape.require_groups(quantize.groups)
 
 
 def _place(model: params.Model) -> Path | None:

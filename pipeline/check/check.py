@@ -7,12 +7,24 @@ from pipeline.check import base, place, rows
 from pipeline.check.report import Report
 from pipeline.core import params, paths, yaml12
 from pipeline.core.errors import UserError
-from pipeline.core.params import Data, Draft, Evaluate, Forget, Generation, Model, Prompt, Runtime, Section, Tracking
+from pipeline.core.params import (
+    Data,
+    Draft,
+    Evaluate,
+    Forget,
+    Generation,
+    Model,
+    Prompt,
+    Quantize,
+    Runtime,
+    Section,
+    Tracking,
+)
 from pipeline.record import lockfile
 
 PARTS: dict[Callable[[Draft, Report], None], tuple[type[Section], ...]] = {
     rows.examine: (Data, Prompt, Evaluate, Forget),
-    base.examine: (Model, Prompt, Forget),
+    base.examine: (Model, Quantize, Prompt, Forget),
     place.examine: (Generation, Runtime, Evaluate, Tracking),
 }
 """Each check that looks beyond the file, with the sections that decide its outcome."""

@@ -39,7 +39,7 @@ def test_every_mistake_is_named_at_once() -> None:
         "train.learning_rate = 'abc': input should be a valid number",
         "train.epoch = 3: unknown key; did you mean epochs?",
         "lora.r = 0: input should be greater than or equal to 1",
-        "quantize.method = 'int3': input should be 'nf4', 'fp4', 'int8' or 'none'",
+        "quantize.method = 'int3': input should be 'nf4', 'fp4', 'int8', 'gptq', 'hqq' or 'none'",
         "lora.target_modules",
         "data.files.trian = 'x': unknown key; did you mean train?",
         "model.dtype: missing",
@@ -88,6 +88,36 @@ def test_one_window_would_hold_all_the_general_text() -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
+        ({"method": "int8"}, "double_quantization must be false with method int8"),
+        ({"method": "gptq"}, "double_quantization must be false with method gptq"),
+        ({"method": "nf4", "group_size": 32}, "group_size must be 64 with method nf4: gptq and hqq alone have groups"),
+        (
+            {"method": "hqq", "double_quantization": False, "group_size": 48},
+            "group_size = 48: input should be 32, 64 or",
+        ),
+        (
+            {"method": "hqq", "double_quantization": False, "calibration_rows": 64},
+            "calibration_rows must be 128 with method hqq: gptq alone reads rows",
+        ),
+        ({"method": "gptq", "double_quantization": False, "group_size": 128, "calibration_rows": 64}, None),
+        ({"method": "hqq", "double_quantization": False, "group_size": 32}, None),
+        ({"method": "fp4"}, None),
+    ],
+)
+def test_what_a_quantization_method_does_not_read_is_refused(changes: dict[str, Any], message: str | None) -> None:
+    content = default()
+    content["quantize"] |= changes
+    if message is None:
+        assert params.check(content, "params.yaml").quantize.method == changes["method"]
+        return
+    with pytest.raises(UserError) as told:
+        params.check(content, "params.yaml")
+    assert message in str(told.value)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
         ({"sharding": "fsdp", "processes": 1}, "runtime.sharding = 'fsdp' divides the base among processes, and"),
         ({"sharding": "fsdp"}, "sends weights as they are packed: set runtime.keep_dequantized to false"),
         ({"sharding": "fsdp", "method": "int8"}, "'int8': bitsandbytes keeps the constants of 8-bit layers where FSDP"),
@@ -96,6 +126,9 @@ def test_one_window_would_hold_all_the_general_text() -> None:
         ({"sharding": "fsdp", "keep_dequantized": False}, None),
         ({"sharding": "fsdp", "method": "none", "dropout": 0.1}, None),
         ({"sharding": "tensor", "method": "none"}, None),
+        ({"sharding": "tensor", "method": "hqq"}, "with quantize.method = 'hqq': matrices that are packed in blocks"),
+        ({"sharding": "fsdp", "method": "gptq"}, "sends weights as they are packed: set runtime.keep_dequantized to"),
+        ({"sharding": "fsdp", "method": "hqq", "keep_dequantized": False}, None),
     ],
 )
 def test_a_base_is_shared_where_that_can_be_honoured(changes: dict[str, Any], message: str | None) -> None:
