@@ -12,11 +12,11 @@ that are mapped while a checkpoint is read. Neither CUDA nor MPS has been measur
 import json
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
 from bench.engines import Task, peak_mb
-from pipeline import quantize
 from pipeline.commands import use
 from pipeline.core import params, paths
 from pipeline.lora import start
@@ -25,6 +25,7 @@ from pipeline.model import checkpoint, loss, memory, pack, packed
 from pipeline.model import load as models
 from pipeline.model.prompt import Row
 from pipeline.model.shape import Shape
+from pipeline.quantize import blocks, grouped
 
 MEASURED = Path("bench/memory.json")
 PAGE = Path("docs/memory.md")
@@ -40,6 +41,7 @@ Setting = dict[str, Any]
 SETTINGS: list[tuple[str, Setting]] = [
     ("quantize", {"method": "nf4", "double_quantization": True}),
     ("quantize", {"method": "int8", "double_quantization": False}),
+    ("quantize", {"method": "hqq", "group_size": 64}),
     ("train", {"tokens": 512, "rows": 1}),
     ("train", {"tokens": 1024, "rows": 1}),
     ("train", {"tokens": 2048, "rows": 1}),
@@ -72,7 +74,9 @@ def predicted(stage: str, setting: Setting) -> memory.Parts:
     base = memory.Base(_shape(), "bfloat16", "nf4", True, setting.get("keep_dequantized", True))
     stage = stage.partition(" ")[0]
     if stage == "quantize":
-        return memory.quantizing(memory.Base(base.shape, base.dtype, **setting, keep_dequantized=False), "cpu")
+        double, group_size = setting.get("double_quantization", False), setting.get("group_size")
+        base = memory.Base(base.shape, base.dtype, setting["method"], double, False, group_size)
+        return memory.quantizing(base, "cpu", rows=setting.get("calibration_rows", 0))
     if stage == "train":
         lora, train = _of(given.lora, setting), _of(given.train, setting)
         tokens = setting["tokens"]
@@ -101,15 +105,23 @@ def _answer(setting: Setting) -> int:
 
 
 def quantizing(setting: Setting) -> None:
-    """Hold in memory what the stage quantize holds; nothing is written."""
+    """Hold in memory what the stage quantize holds; nothing is left on the disk."""
     task = Task()
     base = checkpoint.pretrained(paths.BASE, task.device)
     windows = [list(range(100, 100 + memory.WINDOW))] * 2
     loss.perplexity(base, windows, "before")
-    config = quantize._config(_of(task.params.quantize, setting), base.dtype)
-    quantized = checkpoint.pretrained(paths.BASE, task.device, quantization_config=config)
-    quantize._reconstruction(base, quantized)
-    packed.keep_unpacked(quantized)
+    given = _of(task.params.quantize, setting)
+    if given.method in params.GROUPED:
+        drawn = [list(range(at, at + memory.WINDOW)) for at in range(100, 100 + setting.get("calibration_rows", 0))]
+        grouped.replace(base, given, drawn)
+        with tempfile.TemporaryDirectory() as folder:
+            base.save_pretrained(folder)
+            quantized = checkpoint.pretrained(Path(folder), task.device)
+    else:
+        config = blocks.config(given, base.dtype)
+        quantized = checkpoint.pretrained(paths.BASE, task.device, quantization_config=config)
+        blocks.reconstruction(base, quantized)
+        packed.keep_unpacked(quantized)
     loss.perplexity(quantized, windows, "after")
 
 

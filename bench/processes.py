@@ -23,12 +23,12 @@ from typing import Any
 
 from ruamel.yaml import YAML
 
-from pipeline import quantize
 from pipeline.core import contracts, params, paths, records, yaml12
 from pipeline.core.contracts import QuantizedFacts, TrainingSummary
 from pipeline.model import checkpoint, devices, load
 from pipeline.model import processes as distributed
 from pipeline.model.prompt import text_ids
+from pipeline.quantize import quantize
 
 ROOT = Path(__file__).parent.parent
 TOLERANCE = 1e-4

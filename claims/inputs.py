@@ -3,10 +3,10 @@
 import argparse
 
 from claims import lab
-from pipeline import quantize
 from pipeline.core import params, paths, stage
 from pipeline.fetch import fetch
 from pipeline.prepare import prepare as data
+from pipeline.quantize import quantize
 
 
 def fetch_base() -> None:

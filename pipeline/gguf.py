@@ -148,7 +148,7 @@ class _Checkpoint:
         if (config.get("quantization_config") or {}).get("load_in_8bit"):
             raise UserError(
                 f"{folder} is quantized by LLM.int8(), which quantizes activations as well: a GGUF file would compute "
-                "other numbers; set quantize.method to nf4, fp4 or none"
+                "other numbers; set quantize.method to nf4, fp4, gptq, hqq or none"
             )
         if config["hidden_act"] != "silu":
             raise UserError(f"{folder} has the activation {config['hidden_act']!r}, where llama.cpp computes silu")
@@ -305,12 +305,11 @@ def _write_model(folder: Path, path: Path, kind: str, lora: _Lora | None) -> Non
 def weights(folder: Path) -> dict[str, "torch.Tensor"]:
     """A checkpoint's tensors by name, as its layers compute with them; without a head that is the embedding."""
     import torch
-    from transformers import AutoModelForCausalLM
 
     from pipeline.model import devices
 
     devices.quieten()
-    model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=False, device_map={"": torch.device("cpu")})
+    model = checkpoint.pretrained(folder, torch.device("cpu"))
     packed.dequantize(model)
     tied = model.get_output_embeddings().weight is model.get_input_embeddings().weight
     return {name: tensor for name, tensor in model.state_dict().items() if not (tied and name == "lm_head.weight")}

@@ -1,7 +1,7 @@
 """Stage quantize: the base is quantized, and the loss of quality is measured."""
 
-from pipeline import quantize
 from pipeline.core import params, paths, stage
+from pipeline.quantize import quantize
 
 if __name__ == "__main__":
     stage.run(

@@ -21,9 +21,9 @@ from tests.made.models import tiny_llama, trained_words
 from tests.made.parameters import tiny_params
 from tests.made.records import base_facts
 
-COMPUTE = ("claims", "export", "fetch", "infer", "lora", "model", "search")
+COMPUTE = ("claims", "export", "fetch", "infer", "lora", "model", "quantize", "search")
 """The rooms whose tests compute with a model, or run a search."""
-KEEP = ("test_contamination", "test_forget", "test_gguf", "test_promote", "test_quantize", "test_store", "test_track")
+KEEP = ("test_contamination", "test_forget", "test_gguf", "test_promote", "test_store", "test_track")
 """Modules of other tests that compute with a model, or keep an MLflow store."""
 
 
@@ -115,7 +115,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Fini
 @pytest.fixture
 def quantized(project: params.Params, tiny_model: Path) -> params.Params:
     """A project with the quantized base in place."""
-    from pipeline import quantize
+    from pipeline.quantize import quantize
 
     shutil.copytree(tiny_model, paths.BASE)
     contracts.write(paths.BASE_FACTS, base_facts(sha256=records.sha256_tree(paths.BASE)))

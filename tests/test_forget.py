@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from pipeline import forget, probes, quantize
+from pipeline import forget, probes
 from pipeline.core import contracts, params, paths, records
 from pipeline.core.contracts import Forgetting
 from pipeline.core.errors import UserError
@@ -18,6 +18,7 @@ from pipeline.fetch import fetch
 from pipeline.lora import adapter, start
 from pipeline.model import attention, checkpoint, load, loss, pack
 from pipeline.model.windows import Tokens
+from pipeline.quantize import quantize
 from pipeline.sources.account import Account
 from tests.made.data import WORDS
 from tests.made.models import reading_bos

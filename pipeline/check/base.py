@@ -11,7 +11,7 @@ from pipeline.sources import address, hub, source
 
 
 def examine(draft: params.Draft, report: Report) -> None:
-    """Check `model`, `prompt`, `lora`, `forget` and `contamination` against the model, where it is on this machine."""
+    """Check what is said of the model, and what must fit it, against the model, where it is on this machine."""
     model = draft.get(params.Model)
     if model is None:
         return
@@ -39,6 +39,9 @@ def examine(draft: params.Draft, report: Report) -> None:
         if (test := draft.get(params.Contamination)) is not None:
             with report.part():
                 test.require_context(seen.context)
+        if (quantize := draft.get(params.Quantize)) is not None and quantize.groups and seen.shape is not None:
+            with report.part():
+                seen.shape.require_groups(quantize.groups)
 
 
 def _place(model: params.Model) -> Path | None:

@@ -17,6 +17,7 @@ from pipeline.core.params import (
     Lora,
     Model,
     Prompt,
+    Quantize,
     Runtime,
     Section,
     Tracking,
@@ -25,7 +26,7 @@ from pipeline.record import lockfile
 
 PARTS: dict[Callable[[Draft, Report], None], tuple[type[Section], ...]] = {
     rows.examine: (Data, Prompt, Evaluate, Forget),
-    base.examine: (Model, Prompt, Lora, Forget, Contamination),
+    base.examine: (Model, Quantize, Prompt, Lora, Forget, Contamination),
     place.examine: (Generation, Runtime, Evaluate, Tracking),
 }
 """Each check that looks beyond the file, with the sections that decide its outcome."""

@@ -315,7 +315,7 @@ Seed = Annotated[int | None, typer.Option("--seed", help="The seed. [default: th
 Kind = Annotated[str | None, typer.Option("--type", help="gguf: the type, such as F16 or Q4_0. [default: Q8_0]")]
 Joined = Annotated[bool, typer.Option("--merged", help="gguf: one file with the adapter merged in.")]
 Base = Annotated[
-    bool | None, typer.Option("--base/--no-base", help="adapter: its base, too. [default: unless on the hub]")
+    bool | None, typer.Option("--base/--no-base", help="adapter: its base, too. [default: unless the hub has it]")
 ]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an earlier export in DEST.")]
 

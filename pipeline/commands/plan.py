@@ -41,7 +41,7 @@ class Plan:
     @property
     def base(self) -> memory.Base:
         quantize, dtype = self.given.quantize, self.given.model.dtype
-        base = memory.Base(self.shape, dtype, quantize.method, quantize.double_quantization, False)
+        base = memory.Base(self.shape, dtype, quantize.method, quantize.double_quantization, False, quantize.groups)
         runtime = self.given.runtime.model_copy(update={"keep_dequantized": self.keep_dequantized})
         return memory.loaded(base, runtime, self.device)
 
@@ -64,7 +64,7 @@ class Plan:
         return 1.0 if self.given.train.prompt_loss_weight else memory.ANSWERS
 
     def quantize(self) -> Parts:
-        return memory.quantizing(self.base, self.device)
+        return memory.quantizing(self.base, self.device, rows=self.given.quantize.read_rows)
 
     def quantize_alone(self) -> Parts:
         """As `quantize`, with the unquantized base in main memory."""
@@ -83,7 +83,7 @@ class Plan:
         return memory.inference(self.base, limits, self.prompt, self._added, self.device)
 
     def infer_unquantized(self) -> Parts:
-        dense = replace(self.base, method="none", double_quantization=False)
+        dense = replace(self.base, method="none", double_quantization=False, group_size=None)
         return memory.inference(dense, self.given.generation, self.prompt, 0, self.device)
 
     def infer_shots(self) -> Parts:

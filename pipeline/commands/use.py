@@ -517,7 +517,7 @@ def _needs_at_length(choice: Choice) -> Iterator[str]:
     if needs.gpu_gb:
         yield f"needs  a GPU with {needs.gpu_gb:g} GB: {_gpu_found(needs.gpu_gb)}"
         if needs.model:
-            packed = choice.content["quantize"]["method"] in ("nf4", "fp4")
+            packed = choice.content["quantize"]["method"] in params.FOUR_BITS
             setting = " with runtime.keep_dequantized: false" if packed else ""
             yield f"memory {needs.gpu_gb:g} GB at most{setting}, as predicted: lora-repro plan {choice.name}"
 

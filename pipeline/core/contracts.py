@@ -158,6 +158,10 @@ class BaseFacts(Architecture):
     def int8_threshold(self) -> None:
         return None
 
+    @property
+    def group_size(self) -> None:
+        return None
+
 
 @dataclass(frozen=True, slots=True)
 class QuantizedFacts:
@@ -167,7 +171,8 @@ class QuantizedFacts:
     `perplexity_tokens` predicted tokens of validation sources, read in windows of at most `perplexity_window` tokens;
     `perplexity_bos` says whether each begins with a BOS, as the model's texts do or do not. `bytes` is the size of the
     weights' files. `context`, `dtype` and `stop_ids` are the base's. `base_on` names the device that held the base if
-    another device quantized it.
+    another device quantized it. `group_size` is of gptq and hqq; `calibration_tokens` counts the tokens of training
+    sources that gptq read.
     """
 
     method: str
@@ -187,6 +192,8 @@ class QuantizedFacts:
     stop_ids: list[int]
     int8_threshold: float | None = None
     base_on: str | None = None
+    group_size: int | None = None
+    calibration_tokens: int | None = None
 
     @property
     def perplexity_read(self) -> str:

@@ -193,17 +193,50 @@ class Model(Section):
     dtype: Literal["bfloat16", "float16", "float32"]
 
 
+FOUR_BITS = ("nf4", "fp4", "gptq", "hqq")
+"""Methods whose layers can be held packed, or unpacked to plain ones of the same values."""
+GROUPED = ("gptq", "hqq")
+"""Those of them whose weights are whole numbers in groups, with a scale and a zero each."""
+GROUP_SIZE, CALIBRATION_ROWS = 64, 128
+"""What these parameters must be with methods that do not read them."""
+
+
 class Quantize(Section):
     key = "quantize"
-    method: Literal["nf4", "fp4", "int8", "none"]
+    method: Literal["nf4", "fp4", "int8", "gptq", "hqq", "none"]
     double_quantization: bool
+    group_size: Literal[32, 64, 128]
+    calibration_rows: Annotated[int, Field(ge=1, le=100_000)]
     int8_threshold: Annotated[float, Field(ge=0, le=100)]
     perplexity_tokens: Annotated[int, Field(ge=256, le=1_000_000)]
 
+    @property
+    def groups(self) -> int | None:
+        """The size of the groups; None for methods without."""
+        return self.group_size if self.method in GROUPED else None
+
+    @property
+    def read_rows(self) -> int:
+        """How many rows the method reads to choose its codes."""
+        return self.calibration_rows if self.method == "gptq" else 0
+
     @model_validator(mode="after")
     def constants_of_blocks_alone_are_quantized_twice(self) -> Self:
-        if self.method in ("int8", "none") and self.double_quantization:
+        if self.method not in ("nf4", "fp4") and self.double_quantization:
             raise ValueError(f"double_quantization must be false with method {self.method}")
+        return self
+
+    @model_validator(mode="after")
+    def other_methods_have_no_groups_and_no_calibration(self) -> Self:
+        if self.method not in GROUPED and self.group_size != GROUP_SIZE:
+            raise ValueError(
+                f"group_size must be {GROUP_SIZE} with method {self.method}: gptq and hqq alone have groups of a size "
+                "to choose"
+            )
+        if self.method != "gptq" and self.calibration_rows != CALIBRATION_ROWS:
+            raise ValueError(
+                f"calibration_rows must be {CALIBRATION_ROWS} with method {self.method}: gptq alone reads rows"
+            )
         return self
 
 
@@ -754,6 +787,12 @@ def _a_start_fits_the_base(given: Params) -> str | None:
             f"{str(given.runtime.keep_dequantized).lower()}): PEFT would round A and B to the type that holds them; "
             "set runtime.keep_dequantized to true with nf4 or fp4, or lora.init to gaussian"
         )
+    if lora.dora and method in GROUPED and not given.runtime.keep_dequantized:
+        return (
+            f"lora.dora = true with packed weights (quantize.method = {method!r}, runtime.keep_dequantized = false): "
+            "PEFT measures the weights themselves, and does not know how these are packed; set "
+            "runtime.keep_dequantized to true"
+        )
     if lora.init == "loftq" and method not in ("nf4", "fp4"):
         return (
             f"lora.init = 'loftq' with quantize.method = {method!r}: LoftQ makes up for what 4 bits round away; set "
@@ -812,7 +851,7 @@ def _a_base_is_shared_where_that_can_be_honoured(given: Params) -> str | None:
     if method == "int8":
         return (
             f"runtime.sharding = {runtime.sharding!r} with quantize.method = 'int8': bitsandbytes keeps the "
-            "constants of 8-bit layers where FSDP does not see them; set quantize.method to nf4, fp4 or none"
+            "constants of 8-bit layers where FSDP does not see them; set quantize.method to nf4, fp4, gptq, hqq or none"
         )
     if method != "none" and runtime.keep_dequantized:
         return (

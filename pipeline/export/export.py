@@ -36,7 +36,7 @@ class Asked:
     """The options of the command.
 
     For GGUF, `kind` is the type and `joined` merges the adapter into the file. For an adapter, `with_base` adds its
-    base (None: unless the hub has it).
+    base (None: unless its reader can have it from the hub).
     """
 
     what: What
@@ -49,6 +49,22 @@ class Asked:
     def stored(self) -> str | None:
         """The type of the GGUF file; None for other formats."""
         return (self.kind or "Q8_0") if self.what == "gguf" else None
+
+    def includes_base(self, given: params.Params) -> bool:
+        """Whether the base stands beside an adapter. UserError if it must and is not wanted.
+
+        bitsandbytes quantizes a base of the hub again to the same values. For gptq and hqq, no program of the reader
+        does that.
+        """
+        only_here = given.quantize.method in params.GROUPED
+        if only_here and self.with_base is False:
+            raise UserError(
+                f"--no-base with quantize.method = {given.quantize.method!r}: whoever loads the adapter has no other "
+                "way to the weights that it was trained on; leave --no-base out"
+            )
+        if self.with_base is not None:
+            return self.with_base
+        return only_here or card.hub(given.model.source) is None
 
     def check(self) -> None:
         """UserError for an option that would have no effect."""
@@ -72,6 +88,7 @@ def write(asked: Asked, destination: Path, overwrite: bool) -> None:
         paths.require_utf8(destination.absolute(), "cannot export to")
     stage.set_environment()
     given = params.load()
+    asked.includes_base(given)
     try:
         _require_room(destination, overwrite)
     except (OSError, RuntimeError) as error:
@@ -175,8 +192,7 @@ def _write(asked: Asked, seed: int, given: params.Params, folder: Path) -> tuple
         _save(merge.merged(model, trained), folder)
         _settings(seed).save_pretrained(folder)
         return None, f"{words}; the adapter was added in float32, and the sum rounded once"
-    with_base = asked.with_base if asked.with_base is not None else card.hub(given.model.source) is None
-    found = card.hub(given.model.source)
+    with_base, found = asked.includes_base(given), card.hub(given.model.source)
     _settings(seed).save_pretrained(folder)
     for name in (adapter.WEIGHTS, adapter.CONFIG):
         shutil.copyfile(trained / name, folder / name)

@@ -31,7 +31,7 @@ def base() -> tuple[Any, str]:
     checkpoint.require_intact(paths.BASE, contracts.read(paths.BASE_FACTS, BaseFacts).sha256)
     model = checkpoint.pretrained(paths.BASE, cpu)
     method, dtype = facts.method, facts.dtype
-    if method in ("nf4", "fp4"):
+    if method in params.FOUR_BITS:
         checkpoint.require_intact(paths.QUANTIZED, facts.sha256)
         quantized = checkpoint.pretrained(paths.QUANTIZED, cpu)
         packed.dequantize(quantized)

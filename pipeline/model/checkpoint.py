@@ -63,8 +63,9 @@ def pretrained(folder: Path, device: "torch.device | None", **options: Any) -> A
     """
     from transformers import AutoModelForCausalLM
 
-    from pipeline.model import attention
+    from pipeline.model import attention, groups
 
+    groups.register()
     return AutoModelForCausalLM.from_pretrained(
         folder,
         device_map=device and {"": device},

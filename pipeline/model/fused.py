@@ -15,6 +15,7 @@ from torch.autograd.function import once_differentiable
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from pipeline.model import shard
+from pipeline.model.groups import GroupLinear
 
 RMS_NORMS = frozenset({"LlamaRMSNorm", "MistralRMSNorm", "Qwen2RMSNorm", "Qwen3RMSNorm"})
 SWIGLUS = frozenset({"LlamaMLP", "MistralMLP", "Qwen2MLP", "Qwen3MLP"})
@@ -223,13 +224,15 @@ def _lora(layer: Any, plain: Callable[..., Any], x: torch.Tensor, *arguments: An
 def _is_linear(layer: Any) -> bool:
     from bitsandbytes.nn import Linear4bit
 
-    return type(layer) in (torch.nn.Linear, Linear4bit)
+    return type(layer) in (torch.nn.Linear, Linear4bit, GroupLinear)
 
 
 def dense(layer: Any) -> torch.Tensor:
     """The weight of a linear layer, unpacked if it is held in 4 bits."""
     if type(layer) is torch.nn.Linear:
         return layer.weight
+    if isinstance(layer, GroupLinear):
+        return layer.dense()
     from bitsandbytes.functional import dequantize_4bit
 
     return dequantize_4bit(layer.weight.data, layer.quant_state)

@@ -47,7 +47,7 @@ KEPT_WEIGHTS = 768
 PREFILL = 1024
 """Prompt tokens computed at once in decoding (`pipeline.infer.scheduler.PREFILL_TOKENS`)."""
 WINDOW = 256
-"""Tokens of a window in which `pipeline.quantize` measures perplexity."""
+"""Tokens of a window in which stage quantize measures perplexity."""
 MAPPED = "mapped file"
 PLACES = 32
 """Places whose distributions `pipeline.forget` holds in float32 at once: 6 MB each for a vocabulary of 49,152."""
@@ -55,6 +55,8 @@ GATHERED = 4
 """Copies of a divided base's blocks: the one that computes and the next, each as gathered and as used."""
 BLOCK, BLOCKS = 64, 256
 """Weights that share a constant in 4 bits; constants that share one with double quantization."""
+OF_GROUP = 2
+"""Bytes of a scale, and of a zero (`pipeline.model.groups.CONSTANTS`)."""
 FUSED = frozenset({"llama"})
 """Families whose attention is one step that keeps only its inputs (`pipeline.model.fused`)."""
 
@@ -71,6 +73,7 @@ class Base:
     method: str
     double_quantization: bool
     keep_dequantized: bool
+    group_size: int | None = None
     sharding: str = "none"
     devices: int = 1
 
@@ -80,17 +83,19 @@ class Base:
 
     @property
     def packed(self) -> bool:
-        return self.method in ("nf4", "fp4")
+        return self.method in params.FOUR_BITS
 
     @classmethod
-    def of(cls, folder: Path, dtype: str, method: str, double_quantization: bool) -> "Base":
+    def of(
+        cls, folder: Path, dtype: str, method: str, double_quantization: bool, group_size: int | None = None
+    ) -> "Base":
         """A checkpoint that is loaded so, packed and on one device."""
-        return cls(Shape.read(folder), dtype, method, double_quantization, False)
+        return cls(Shape.read(folder), dtype, method, double_quantization, False, group_size)
 
     @classmethod
     def stored(cls, folder: Path, facts: Loadable) -> "Base":
         """The checkpoint in `folder`, with its facts, packed and on one device."""
-        return cls.of(folder, facts.dtype, facts.method, facts.double_quantization)
+        return cls.of(folder, facts.dtype, facts.method, facts.double_quantization, facts.group_size)
 
     @classmethod
     def quantized(cls, facts: QuantizedFacts) -> "Base":
@@ -109,7 +114,10 @@ class Base:
 
     @property
     def _constants(self) -> float:
-        """Bytes of the constants: for 4 bits one for each block, quantized or not; for 8 bits one for each row."""
+        """Bytes of the constants: for 4 bits one for each block, quantized or not, or two for each group; for 8 bits
+        one for each row."""
+        if self.group_size is not None:
+            return self.shape.linear_parameters * 2 * OF_GROUP / self.group_size
         if self.packed:
             return self.shape.linear_parameters * (8 + 32 / BLOCKS if self.double_quantization else 32) / BLOCK / 8
         rows = sum(outputs for _, outputs in self.shape.linears.values())
@@ -134,7 +142,10 @@ class Base:
         """Bytes of weights unpacked on the fly: gate and up, each and joined; int8 in training on a CPU likewise."""
         if self.method == "none" or (self.packed and self.keep_dequantized):
             return 0.0
-        return 4.0 * self.shape.hidden_size * self.shape.intermediate_size * self.itemsize
+        both = self.shape.hidden_size * self.shape.intermediate_size
+        # In groups: gate as it is kept, and up while it is unpacked (codes, float32, and the result).
+        each = self.itemsize if self.group_size is None else max(self.itemsize, (2 * self.itemsize + 5) / 4)
+        return 4.0 * both * each
 
 
 def loaded(base: Base, runtime: params.Runtime, device: Device) -> Base:
@@ -252,8 +263,11 @@ def likelihoods(base: Base, tokens: int, device: Device) -> Parts:
     return _with_margin(parts, device)
 
 
-def quantizing(base: Base, device: Device, base_elsewhere: bool = False) -> Parts:
-    """The parts of the stage quantize, in bytes: the quantized base, and the dense one unless it lies elsewhere."""
+def quantizing(base: Base, device: Device, base_elsewhere: bool = False, rows: int = 0) -> Parts:
+    """The parts of the stage quantize, in bytes: the quantized base, and the dense one unless it lies elsewhere.
+
+    `rows`: windows of text that gptq reads where the dense base lies.
+    """
     shape, s = base.shape, base.itemsize
     parts = {
         "weights": 0.0 if base_elsewhere else base.dense_bytes,
@@ -261,9 +275,22 @@ def quantizing(base: Base, device: Device, base_elsewhere: bool = False) -> Part
         "logits": float(WINDOW * shape.vocabulary * (s + 8)),
         "at the peak": WINDOW * _passing(shape, s) + max(base.unpacking, 24.0 * _largest(shape)),
     }
+    if base.group_size is not None:  # it is written as a copy, and read again beside what was made
+        parts["written"] = 2 * base.packed_bytes
+    if rows and not base_elsewhere:
+        parts["calibration"] = _calibrating(base, rows)
     parts = _with_margin(parts, device)
     # The file is mapped while it is read: pages that the system takes back when it needs them.
     return parts if device == "cuda" else {**parts, MAPPED: base.dense_bytes}
+
+
+def _calibrating(base: Base, rows: int) -> float:
+    """Bytes that gptq holds beside the weights: what a block reads of all windows, and in float32 the products of what
+    its layers read, with three more of the largest while that is inverted."""
+    shape = base.shape
+    products = 2 * shape.hidden_size**2 + shape.queries**2 + shape.intermediate_size**2
+    inverted = 3 * max(inputs for inputs, _ in shape.linears.values()) ** 2
+    return float(rows * WINDOW * shape.hidden_size * base.itemsize + 4 * (products + inverted))
 
 
 def total(parts: Mapping[str, float]) -> float:
@@ -526,20 +553,24 @@ def _too_much(stage: str, parts: Parts, device: "torch.device", room: float, rem
     return UserError(f"{stage} takes about {_explain(parts)}, and {device.type} has {_gb(room)} left: {remedy}")
 
 
-def require_quantizing(device: "torch.device", base: Base) -> "torch.device":
-    """The device for the unquantized base: the one at hand, else main memory. UserError if neither has room."""
+def require_quantizing(device: "torch.device", base: Base, rows: int = 0) -> "torch.device":
+    """The device for the unquantized base: the one at hand, else main memory. UserError if neither has room.
+
+    `rows`: windows of text that gptq reads there.
+    """
     import torch
 
-    together, room = _loaded(quantizing(base, kind(device))), available(device)
+    together, room = _loaded(quantizing(base, kind(device), rows=rows)), available(device)
     if total(together) <= room:
         return device
     alone = _loaded(quantizing(base, kind(device), base_elsewhere=True))
     main = torch.device("cpu")
     if device.type == "cuda" and base.method != "none" and total(alone) <= room:
-        if base.dense_bytes * (1 + MARGIN) <= main_memory():
+        elsewhere = base.dense_bytes + (_calibrating(base, rows) if rows else 0.0)
+        if elsewhere * (1 + MARGIN) <= main_memory():
             return main
         remedy = (
-            f"the base by itself, {_gb(base.dense_bytes)}, does not fit into the main memory either, which has "
+            f"the base by itself, {_gb(elsewhere)}, does not fit into the main memory either, which has "
             f"{_gb(main_memory())} left: take a larger machine for this stage (others need less), or a smaller model"
         )
     else:

@@ -1,4 +1,4 @@
-"""The layers of a loaded model that bitsandbytes holds packed: checked, unpacked, and kept from being repacked."""
+"""The packed layers of a loaded model, by bitsandbytes or in groups: checked, unpacked, kept from being repacked."""
 
 from typing import Any
 
@@ -11,6 +11,7 @@ def require_effective(model: Any, facts: Loadable) -> None:
     methods = [
         *(str(layer.weight.quant_type) for _, layer in linear4bit(model)),
         *("int8" for _ in linear8bit(model)),
+        *(layer.method for _, layer in in_groups(model)),
     ]
     found, wanted = set(methods), set() if facts.method == "none" else {facts.method}
     if found != wanted or len(methods) != facts.quantized_layers:
@@ -18,6 +19,12 @@ def require_effective(model: Any, facts: Loadable) -> None:
             f"quantize.method = {facts.method!r} with {facts.quantized_layers} layers was asked for, but the "
             f"loaded model has {len(methods)} layers of {found or 'no quantized type'}: "
             f"run `dvc repro --force quantize`"
+        )
+    sizes = {layer.group_size for _, layer in in_groups(model)}
+    if sizes and sizes != {facts.group_size}:
+        raise UserError(
+            f"quantize.group_size = {facts.group_size} was asked for, but the loaded model has "
+            f"{', '.join(map(str, sorted(sizes)))}: run `dvc repro --force quantize`"
         )
     thresholds = {layer.state.threshold for _, layer in linear8bit(model)}
     if thresholds and thresholds != {facts.int8_threshold}:
@@ -33,12 +40,11 @@ def dequantize(model: Any) -> None:
     8-bit layers stay: they quantize their inputs as well, so plain ones would compute other numbers.
     """
     import torch
-    from bitsandbytes.functional import dequantize_4bit
 
-    names = [name for name, _ in linear4bit(model)]
+    names = [name for found in (linear4bit(model), in_groups(model)) for name, _ in found]
     for name in names:
         layer = model.get_submodule(name)
-        weight = dequantize_4bit(layer.weight.data, layer.weight.quant_state).to(model.dtype)
+        weight = _values(layer).to(model.dtype)
         plain = torch.nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta")
         plain.weight = torch.nn.Parameter(weight, requires_grad=False)
         plain.bias = layer.bias
@@ -48,6 +54,16 @@ def dequantize(model: Any) -> None:
         # Without this mark transformers and PEFT would still take the layers for 4-bit ones.
         model.is_loaded_in_4bit = model.is_quantized = False
         model.quantization_method = None
+
+
+def _values(layer: Any) -> Any:
+    """The weights that a 4-bit layer stands for."""
+    from bitsandbytes.functional import dequantize_4bit
+    from bitsandbytes.nn import Linear4bit
+
+    if isinstance(layer, Linear4bit):
+        return dequantize_4bit(layer.weight.data, layer.weight.quant_state)
+    return layer.dense()
 
 
 def keep_unpacked(model: Any) -> None:
@@ -83,3 +99,10 @@ def linear8bit(model: Any) -> Any:
     from bitsandbytes.nn import Linear8bitLt
 
     return ((name, layer) for name, layer in model.named_modules() if isinstance(layer, Linear8bitLt))
+
+
+def in_groups(model: Any) -> Any:
+    """Name and layer of each layer of a model that is held in groups."""
+    from pipeline.model.groups import GroupLinear
+
+    return ((name, layer) for name, layer in model.named_modules() if isinstance(layer, GroupLinear))

@@ -10,6 +10,7 @@ from typing import Annotated, Any, Self
 from pydantic import Field
 
 from pipeline.core import params
+from pipeline.core.errors import UserError
 
 Positive = Annotated[int, Field(ge=1)]
 
@@ -101,6 +102,15 @@ class Shape(params.Section):
     @property
     def parameters(self) -> int:
         return self.linear_parameters + self.other_parameters
+
+    def require_groups(self, group_size: int) -> None:
+        """UserError if groups of this many weights do not fill the rows of every linear layer."""
+        odd = sorted({inputs for inputs, _ in self.linears.values() if inputs % group_size})
+        if odd:
+            raise UserError(
+                f"quantize.group_size = {group_size} does not divide {' and '.join(map(str, odd))}, the inputs of "
+                "linear layers of this model: take a smaller one that does, or quantize.method nf4"
+            )
 
 
 def context(config: dict[str, Any]) -> int:

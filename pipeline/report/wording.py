@@ -27,7 +27,14 @@ from pipeline.score.significance import Direction, Interval
 
 TEMPLATES = Path(__file__).parent / "templates"
 
-BASES = {"none": "base", "nf4": "NF4 base", "fp4": "FP4 base", "int8": "int8 base"}
+BASES = {
+    "none": "base",
+    "nf4": "NF4 base",
+    "fp4": "FP4 base",
+    "int8": "int8 base",
+    "gptq": "GPTQ base",
+    "hqq": "HQQ base",
+}
 """What the adapter is compared with, by `quantize.method`."""
 FEW_GROUPS = 30
 """With fewer groups of test examples the verdict's first sentence says so."""

@@ -302,6 +302,13 @@ class TestWhatIsNotAtHand:
         assert problem.startswith("prompt.max_tokens = 100000, but the model's context is")
         assert capsys.readouterr().out == ""
 
+    def test_groups_that_do_not_fill_the_layers_of_the_model(self, quantized: params.Params) -> None:
+        assert quantized
+        edit(quantize={"method": "hqq", "double_quantization": False, "group_size": 128})
+        subprocess.run(["git", "init", "-q"], check=True)
+        (problem,) = mistakes()
+        assert problem.startswith("quantize.group_size = 128 does not divide 64, the inputs of linear layers of this")
+
 
 @pytest.mark.usefixtures("repository")
 def test_a_project_in_a_folder_that_dvc_cannot_name_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

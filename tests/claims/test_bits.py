@@ -10,10 +10,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from claims import bits, lab, register
-from pipeline import quantize
 from pipeline.core import params
 from pipeline.core.records import Example
 from pipeline.model import checkpoint
+from pipeline.quantize import blocks
 from pipeline.score.significance import Interval
 from tests import ROOT
 from tests.made.models import reading_bos
@@ -24,7 +24,7 @@ REGISTER = register.load(ROOT / register.FILE)
 @pytest.fixture
 def quantized(claims_base: params.Params) -> Path:
     """The base in NF4 with double quantization, written by the libraries."""
-    config = quantize._config(params.Quantize(**claims_base.quantize.model_dump() | {"method": "nf4"}), torch.float32)
+    config = blocks.config(params.Quantize(**claims_base.quantize.model_dump() | {"method": "nf4"}), torch.float32)
     model = checkpoint.pretrained(lab.BASE, torch.device("cpu"), quantization_config=config)
     model.save_pretrained(lab.quantized("nf4"))
     return lab.quantized("nf4") / "model.safetensors"

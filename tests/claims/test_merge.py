@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from claims import lab, merge, register
-from pipeline import quantize
 from pipeline.core import params
 from pipeline.model import checkpoint
+from pipeline.quantize import blocks
 from pipeline.score.significance import Interval
 from tests import ROOT
 
@@ -26,7 +26,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def placed(claims_base: params.Params) -> params.Params:
     """The claims' base, and the same in NF4."""
-    config = quantize._config(params.Quantize(**claims_base.quantize.model_dump() | {"method": "nf4"}), torch.float32)
+    config = blocks.config(params.Quantize(**claims_base.quantize.model_dump() | {"method": "nf4"}), torch.float32)
     model = checkpoint.pretrained(lab.BASE, torch.device("cpu"), quantization_config=config)
     model.save_pretrained(lab.quantized("nf4"))
     return claims_base

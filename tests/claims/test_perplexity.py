@@ -10,10 +10,10 @@ import torch
 
 from claims import lab, perplexity, register
 from claims.evidence import Evidence
-from pipeline import quantize
 from pipeline.core import params
 from pipeline.core.errors import UserError
 from pipeline.model import checkpoint, packed
+from pipeline.quantize import blocks
 from pipeline.score.significance import Interval
 from tests import ROOT
 from tests.made.models import reading_bos
@@ -142,7 +142,7 @@ def test_a_ratio_is_paired(experiment: params.Params) -> None:
 @pytest.mark.parametrize(("kind", "double"), [("nf4", False), ("nf4", True), ("fp4", False)])
 def test_four_bits_are_those_of_the_stage_quantize(experiment: params.Params, kind: str, double: bool) -> None:
     given = experiment.quantize.model_dump() | {"method": kind, "double_quantization": double}
-    config = quantize._config(params.Quantize(**given), torch.float32)
+    config = blocks.config(params.Quantize(**given), torch.float32)
     theirs = checkpoint.pretrained(lab.BASE, CPU, quantization_config=config)
     packed.dequantize(theirs)
     base = checkpoint.pretrained(lab.BASE, CPU)

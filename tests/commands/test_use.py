@@ -79,7 +79,7 @@ def change(old: str, new: str) -> str:
 
 
 def test_there_are_as_many_as_are_meant() -> None:
-    assert len(RECIPES) == 24
+    assert len(RECIPES) == 26
     assert [path.stem for path in RECIPES if not re.fullmatch(r"[a-z0-9]+(-[a-z0-9]+)*", path.stem)] == []
 
 
@@ -373,7 +373,7 @@ def test_a_recipe_of_ones_own_is_known_by_its_path_and_once_it_lies_with_the_oth
     [
         ("fp44", "no recipe is called fp44; did you mean fp4"),
         ("samsum", "did you mean samsum-"),
-        ("qqq", "there are default, "),
+        ("zzz", "there are default, "),
         ("recipes/none.yaml", "recipe recipes/none.yaml: there is no such file"),
     ],
 )

@@ -39,7 +39,7 @@ def test_every_mistake_is_named_at_once() -> None:
         "train.learning_rate = 'abc': input should be a valid number",
         "train.epoch = 3: unknown key; did you mean epochs?",
         "lora.r = 0: input should be greater than or equal to 1",
-        "quantize.method = 'int3': input should be 'nf4', 'fp4', 'int8' or 'none'",
+        "quantize.method = 'int3': input should be 'nf4', 'fp4', 'int8', 'gptq', 'hqq' or 'none'",
         "lora.target_modules",
         "data.files.trian = 'x': unknown key; did you mean train?",
         "model.dtype: missing",
@@ -119,6 +119,36 @@ def test_a_probe_that_cannot_be_honoured_is_refused(change: dict[str, Any], told
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
+        ({"method": "int8"}, "double_quantization must be false with method int8"),
+        ({"method": "gptq"}, "double_quantization must be false with method gptq"),
+        ({"method": "nf4", "group_size": 32}, "group_size must be 64 with method nf4: gptq and hqq alone have groups"),
+        (
+            {"method": "hqq", "double_quantization": False, "group_size": 48},
+            "group_size = 48: input should be 32, 64 or",
+        ),
+        (
+            {"method": "hqq", "double_quantization": False, "calibration_rows": 64},
+            "calibration_rows must be 128 with method hqq: gptq alone reads rows",
+        ),
+        ({"method": "gptq", "double_quantization": False, "group_size": 128, "calibration_rows": 64}, None),
+        ({"method": "hqq", "double_quantization": False, "group_size": 32}, None),
+        ({"method": "fp4"}, None),
+    ],
+)
+def test_what_a_quantization_method_does_not_read_is_refused(changes: dict[str, Any], message: str | None) -> None:
+    content = default()
+    content["quantize"] |= changes
+    if message is None:
+        assert params.check(content, "params.yaml").quantize.method == changes["method"]
+        return
+    with pytest.raises(UserError) as told:
+        params.check(content, "params.yaml")
+    assert message in str(told.value)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
         ({"sharding": "fsdp", "processes": 1}, "runtime.sharding = 'fsdp' divides the base among processes, and"),
         ({"sharding": "fsdp"}, "sends weights as they are packed: set runtime.keep_dequantized to false"),
         ({"sharding": "fsdp", "method": "int8"}, "'int8': bitsandbytes keeps the constants of 8-bit layers where FSDP"),
@@ -127,6 +157,9 @@ def test_a_probe_that_cannot_be_honoured_is_refused(change: dict[str, Any], told
         ({"sharding": "fsdp", "keep_dequantized": False}, None),
         ({"sharding": "fsdp", "method": "none", "dropout": 0.1}, None),
         ({"sharding": "tensor", "method": "none"}, None),
+        ({"sharding": "tensor", "method": "hqq"}, "with quantize.method = 'hqq': matrices that are packed in blocks"),
+        ({"sharding": "fsdp", "method": "gptq"}, "sends weights as they are packed: set runtime.keep_dequantized to"),
+        ({"sharding": "fsdp", "method": "hqq", "keep_dequantized": False}, None),
     ],
 )
 def test_a_base_is_shared_where_that_can_be_honoured(changes: dict[str, Any], message: str | None) -> None:
@@ -286,6 +319,13 @@ def test_settings_of_an_adapter_that_cannot_be_are_refused(changes: dict[str, An
             "lora.init = 'orthogonal' with packed weights (quantize.method = 'nf4', runtime.keep_dequantized = false)",
         ),
         ({"init": "loftq"}, {"quantize": {"method": "fp4"}}, None),
+        ({"init": "loftq"}, {"quantize": {"method": "hqq"}}, "lora.init = 'loftq' with quantize.method = 'hqq'"),
+        ({"dora": True}, {"quantize": {"method": "hqq"}}, None),
+        (
+            {"dora": True},
+            {"quantize": {"method": "gptq"}, "runtime": {"keep_dequantized": False, "processes": 1}},
+            "lora.dora = true with packed weights (quantize.method = 'gptq'",
+        ),
         ({"dora": True}, {"generation": {"backend": "vllm"}}, "lora.dora = true with generation.backend = 'vllm'"),
         (
             {"rank_pattern": {"q_proj": 4}},

@@ -322,6 +322,21 @@ def test_a_base_on_the_hub_is_named_by_its_revision(method: str) -> None:
     assert ("BitsAndBytesConfig(load_in_8bit=True" in code) == (method == "int8")
 
 
+@pytest.mark.parametrize(("method", "held"), [("nf4", False), ("int8", False), ("gptq", True), ("hqq", True)])
+def test_an_adapter_goes_with_its_base_where_its_reader_could_not_make_it(method: str, held: bool) -> None:
+    given = params.load(ROOT / "params.yaml")
+    model = given.model.model_copy(update={"source": f"hf:owner/base@{REVISION}"})
+    on_hub = given.model_copy(update={"model": model, "quantize": given.quantize.model_copy(update={"method": method})})
+    asked = export.Asked("adapter", None, None, False, None)
+    assert asked.includes_base(on_hub) == held
+    assert replace(asked, with_base=True).includes_base(on_hub)
+    if not held:
+        assert not replace(asked, with_base=False).includes_base(on_hub)
+        return
+    with pytest.raises(UserError, match=f"--no-base with quantize.method = '{method}': whoever loads the adapter"):
+        replace(asked, with_base=False).includes_base(on_hub)
+
+
 def content_of(given: params.Params) -> card.Content:
     missing: Any = None
     return card.Content(

@@ -7,12 +7,12 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
-from pipeline import quantize
 from pipeline.core import params, paths, records
 from pipeline.export import merge
 from pipeline.fetch import fetch
 from pipeline.lora import adapter, start
 from pipeline.model import checkpoint, load
+from pipeline.quantize import quantize
 from tests.made.variants import act
 
 CPU = torch.device("cpu")
@@ -33,6 +33,7 @@ def prepared(project: params.Params, method: str, dtype: str = "float32", rslora
     ("method", "rslora", "words"),
     [
         ("nf4", False, "the nf4 values that the adapter was trained on, unpacked to float32"),
+        ("hqq", False, "the hqq values that the adapter was trained on, unpacked to float32"),
         ("none", True, "the weights that the adapter was trained on, in float32"),
     ],
 )

@@ -138,7 +138,7 @@ def test_exports_have_the_head_that_was_fetched(
 ) -> None:
     import gguf
 
-    from pipeline import quantize
+    from pipeline.quantize import quantize
 
     folder = of_family("llama", True, tiny_model, tmp_path / "m")
     weights(folder, head)

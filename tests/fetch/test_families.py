@@ -9,7 +9,6 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, GenerationConfig
 
-from pipeline import quantize
 from pipeline.core import params, paths, records
 from pipeline.core.errors import UserError
 from pipeline.fetch import fetch, hub_layout
@@ -17,6 +16,7 @@ from pipeline.infer import scheduler
 from pipeline.lora import adapter, start
 from pipeline.model import load, loss, pack, packed
 from pipeline.model.prompt import Row
+from pipeline.quantize import quantize
 from tests.made.models import of_family
 from tests.made.parameters import lora, runtime
 from tests.made.variants import act
@@ -32,7 +32,8 @@ def taken(folder: Path, method: str) -> Any:
     four_bits = method != "none"
     quantize.write_quantized(
         params.Quantize(
-            method=method, double_quantization=four_bits, int8_threshold=6.0, perplexity_tokens=256  # type: ignore[arg-type]
+            method=method, double_quantization=four_bits, group_size=64,  # type: ignore[arg-type]
+            calibration_rows=128, int8_threshold=6.0, perplexity_tokens=256,
         ),
         runtime(),
     )  # fmt: skip

@@ -22,6 +22,7 @@ CPU = torch.device("cpu")
     [
         ("llama", True, "none", {"attention_bias": True, "mlp_bias": True}),
         ("llama", False, "nf4", {}),
+        ("llama", True, "hqq", {}),
         ("mistral", True, "none", {}),
         ("qwen2", True, "none", {}),
         ("qwen3", False, "none", {}),

@@ -6,12 +6,12 @@ from typing import Any
 
 import torch
 
-from pipeline import quantize
 from pipeline.core import contracts, params, paths, records
 from pipeline.core.records import Prediction
 from pipeline.infer import infer
 from pipeline.lora import adapter, start
 from pipeline.model import load
+from pipeline.quantize import quantize
 from tests.made import parameters
 from tests.made.records import base_facts
 
@@ -28,7 +28,7 @@ def quantized(project: params.Params, checkpoint: Path, method: str = "none") ->
     """The project with this base; float32 throughout, so that two engines can write the same tokens."""
     shutil.copytree(checkpoint, paths.BASE)
     contracts.write(paths.BASE_FACTS, base_facts(sha256=records.sha256_tree(paths.BASE)))
-    settings = {"method": method, "double_quantization": method != "none"}
+    settings = {"method": method, "double_quantization": method in ("nf4", "fp4")}
     quantize.write_quantized(project.quantize.model_copy(update=settings), project.runtime)
     return project
 

@@ -13,7 +13,6 @@ import torch
 from typer.testing import CliRunner
 
 from bench import memory as bench
-from pipeline import quantize
 from pipeline.commands import cli, plan, use
 from pipeline.core import contracts, params, paths, records
 from pipeline.core.errors import UserError
@@ -26,6 +25,7 @@ from pipeline.model import adapted, attention, checkpoint, devices, memory, pack
 from pipeline.model import load as models
 from pipeline.model.prompt import Row
 from pipeline.model.shape import Shape
+from pipeline.quantize import quantize
 from tests import ROOT
 from tests.made import parameters
 from tests.made.models import of_family
@@ -98,6 +98,18 @@ def test_weights_in_4_bits_take_what_is_measured_of_them() -> None:
     base = memory.Base(bench._shape(), "bfloat16", "nf4", True, keep_dequantized=False)
     assert base.packed_bytes == pytest.approx(111_879_761, rel=0.01)
     assert memory.Base(base.shape, "bfloat16", "nf4", True, keep_dequantized=True).weights == base.dense_bytes
+
+
+@pytest.mark.parametrize(("group_size", "bits"), [(32, 5.0), (64, 4.5), (128, 4.25)])
+def test_weights_in_groups_take_their_bits_and_are_unpacked_for_each_use_or_once(group_size: int, bits: float) -> None:
+    base = memory.Base(bench._shape(), "bfloat16", "hqq", False, False, group_size)
+    other = base.shape.other_parameters * 2
+    assert base.packed_bytes == base.shape.linear_parameters * bits / 8 + other
+    assert base.weights == base.packed_bytes
+    kept = replace(base, keep_dequantized=True)
+    assert kept.weights == base.dense_bytes
+    assert base.unpacking > 0 == kept.unpacking
+    assert memory.total(memory.quantizing(base, "cpu", rows=128)) > memory.total(memory.quantizing(base, "cpu"))
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from pipeline import forget, quantize
+from pipeline import forget
 from pipeline.core import params, paths, records
 from pipeline.core.errors import UserError
 from pipeline.core.params import Params
@@ -24,6 +24,7 @@ from pipeline.lora import adapter, start, train
 from pipeline.model import checkpoint, fused, loss, pack, processes, shard
 from pipeline.model import load as models
 from pipeline.model.prompt import Row
+from pipeline.quantize import quantize
 from tests.made.models import of_family
 from tests.made.parameters import edit
 from tests.made.processes import inferred, members
@@ -110,6 +111,17 @@ def test_processes_that_share_a_base_write_what_they_write_with_one_each(packed:
     expected = with_whole_bases(packed, everything)
     assert len(expected) >= 8
     assert members(shared(packed, gradient_checkpointing=recomputed), noted) == [0, 0]
+    assert written() == expected
+    require_half_held()
+
+
+def test_a_base_in_groups_is_shared_as_well(packed: Params) -> None:
+    shutil.rmtree(paths.QUANTIZED)
+    hqq = packed.quantize.model_copy(update={"method": "hqq", "double_quantization": False})
+    quantize.write_quantized(hqq, packed.runtime)
+    packed = packed.model_copy(update={"quantize": hqq})
+    expected = with_whole_bases(packed, everything)
+    assert members(shared(packed), noted) == [0, 0]
     assert written() == expected
     require_half_held()
 

@@ -12,7 +12,6 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
-from pipeline import quantize
 from pipeline.core import contracts, params, paths, records
 from pipeline.core.contracts import QuantizedFacts
 from pipeline.core.errors import UserError
@@ -20,6 +19,7 @@ from pipeline.fetch import fetch
 from pipeline.lora import adapter, start
 from pipeline.model import attention, loss, memory, pack, packed
 from pipeline.model.prompt import Row
+from pipeline.quantize import quantize
 from tests.made.data import WORDS
 from tests.made.models import reading_bos
 from tests.made.parameters import lora
