@@ -82,7 +82,7 @@ def stemming() -> Evidence:
 
 def _evaluate(name: str, stem: bool) -> Evaluate:
     given = {"metrics": [name], "use_stemmer": stem, "rouge_tokenizer": "latin", "bleu_tokenizer": "13a"}
-    return Evaluate.model_validate(given | {"language": None, "normal_form": "NFC"})
+    return Evaluate.model_validate(given | {"split": "test", "bertscore": None, "language": None, "normal_form": "NFC"})
 
 
 def _score(name: str, text: str, reference: str) -> float:

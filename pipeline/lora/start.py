@@ -15,7 +15,7 @@ from pipeline.core import contracts, params, paths
 from pipeline.core.contracts import BaseFacts
 from pipeline.core.errors import UserError
 from pipeline.lora import adapter
-from pipeline.model import adapted, checkpoint, fused, shard
+from pipeline.model import adapted, checkpoint, shard
 from pipeline.model.prompt import Row
 
 if TYPE_CHECKING:
@@ -36,6 +36,8 @@ def attach(model: Any, lora: params.Lora, seed: int, rows: Sequence[Row] = ()) -
     """
     import torch
     from peft import get_peft_model
+
+    from pipeline.model import fused
 
     require_fitting(model, lora)
     config, biases = configuration(model, lora), adapter.base_biases(model, lora.bias)
@@ -139,6 +141,8 @@ def _make_up(tuned: Any) -> None:
     """
     import torch
 
+    from pipeline.model import fused
+
     checkpoint.require_intact(paths.BASE, contracts.read(paths.BASE_FACTS, BaseFacts).sha256)
     original = dict(_named(tuned))
     with torch.no_grad():
@@ -160,6 +164,8 @@ def _explain(tuned: Any, rows: Sequence[Row]) -> None:
     UserError if the directions do not settle.
     """
     from peft import EvaConfig, initialize_lora_eva_weights
+
+    from pipeline.model import fused
 
     config = tuned.peft_config[adapter.NAME]
     asked = copy.deepcopy(config)

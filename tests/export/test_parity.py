@@ -51,7 +51,7 @@ def test_an_adapter_merged_into_the_file_is_the_adapter_beside_it(project: param
     assert not parity.measure(project, ["F32"], 4, True, 0.01)
     found = records.read_json(paths.PARITY_JSON)
     assert found["merged"]
-    assert (found["test_rows"], found["groups"], found["validation_rows"]) == (4, 2, 4)
+    assert (found["rows"], found["groups"], found["validation_rows"]) == (4, 2, 4)
     assert found["llama.cpp"]["F32"]["variants"]["tuned-17"]["agreement"]["tokens"] == 1.0
 
 

@@ -11,7 +11,7 @@ from pipeline.core.errors import UserError
 from pipeline.infer import backend_llamacpp
 from tests.made import parameters
 from tests.made.models import of_family
-from tests.made.variants import decoded, quantized, trained
+from tests.made.variants import decoded, quantized, ties, trained
 
 CPU = torch.device("cpu")
 
@@ -48,7 +48,11 @@ def test_base_and_adapted_write_what_transformers_writes(
         told = records.read_json(paths.decoding("tuned-17"))
         assert told["generation"]["backend"] == name
         assert told["recheck"] == {"examples": 4, "identical": 4}
-    assert written["llama.cpp"] == written["transformers"]
+    assert written["llama.cpp"][0] == written["transformers"][0]
+    near = ties(project, saved)  # in a random model two tokens may be as likely as each other, up to rounding
+    assert len(near) <= 2
+    pairs = zip(written["llama.cpp"][1], written["transformers"][1], strict=True)
+    assert [one.id for one, other in pairs if one != other and one.id not in near] == []
     assert written["llama.cpp"][0] != written["llama.cpp"][1]
     assert list(paths.SCRATCH.glob(".*.part")) == []
 

@@ -7,10 +7,12 @@ from typing import Any
 import torch
 
 from pipeline.core import contracts, params, paths, records
+from pipeline.core.contracts import QuantizedFacts
 from pipeline.core.records import Prediction
 from pipeline.infer import infer
 from pipeline.lora import adapter, start
-from pipeline.model import load
+from pipeline.model import checkpoint, load
+from pipeline.model.prompt import Encoder
 from pipeline.quantize import quantize
 from tests.made import parameters
 from tests.made.records import base_facts
@@ -51,3 +53,20 @@ def decoded(project: params.Params, variant: str, saved: adapter.Saved | None, *
     generation = project.generation.model_copy(update={"gguf_type": "F32", "max_new_tokens": 16} | changes)
     infer.decode(variant, project.prompt, generation, project.runtime, saved)
     return records.read_rows(paths.predictions(variant), Prediction)
+
+
+def ties(project: params.Params, saved: adapter.Saved, tokens: int = 16, apart: float = 1e-4) -> set[str]:
+    """The test rows in whose greedy answer two tokens are likeliest at once: their logits are less than `apart`."""
+    facts = contracts.read(paths.QUANTIZED_FACTS, QuantizedFacts)
+    encoder = Encoder(checkpoint.tokenizer(), project.prompt, facts.context)
+    model = saved.load(load.quantized(torch.device("cpu"), keep_dequantized=True), facts.sha256)
+    found = set()
+    for row in records.read_rows(paths.split("test"), records.Example):
+        ids = list(encoder.prompt(row))
+        for _ in range(tokens):
+            with torch.no_grad():
+                best = model(input_ids=torch.tensor([ids])).logits[0, -1].float().topk(2)
+            if float(best.values[0] - best.values[1]) < apart:
+                found.add(row.id)
+            ids.append(int(best.indices[0]))
+    return found

@@ -171,9 +171,9 @@ def test_a_killed_dvc_and_an_orphaned_trainer(clone: Path, project: Project, sec
     # Training alone, on what the other project has made.
     definitions = YAML(typ="safe", pure=True).load((clone / paths.DVC_YAML).read_text())["stages"]
     YAML().dump({"stages": {"train": definitions["train"]}}, clone / paths.DVC_YAML)
-    for made in (paths.DATA, paths.QUANTIZED):
+    for made in (paths.DATA, paths.BASE, paths.QUANTIZED):
         shutil.copytree(project.folder / made, clone / made)
-    for file in (paths.QUANTIZED_FACTS, paths.FITTING):
+    for file in (paths.BASE_FACTS, paths.QUANTIZED_FACTS, paths.FITTING):
         shutil.copy(project.folder / file, clone / file)
 
     def states() -> list[int]:

@@ -136,6 +136,7 @@ def test_the_whole_experiment_runs_on(
     for variant in ("unquantized", "shots"):
         run(monkeypatch, f"infer_{variant}")
         run(monkeypatch, f"evaluate_{variant}")
+    run(monkeypatch, "contamination")
     run(monkeypatch, "compare")
 
     summary, forgetting = (records.read_json(file) for file in (paths.training_summary(17), paths.forgetting(17)))
