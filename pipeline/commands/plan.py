@@ -169,11 +169,11 @@ def lines(name: str, given: params.Params, shape: Shape) -> Iterator[str]:
     yield ""
     stages = plan.stages()
     names = list(dict.fromkeys(part for parts in stages.values() for part in parts))
-    yield f"{'predicted peak on CUDA':30}" + "".join(f"{stage:>13}" for stage in stages)
+    yield f"{'predicted peak on CUDA':30}" + "".join(f"{stage:>14}" for stage in stages)
     for part in names:
         cells = (f"{parts[part] / GB:.2f}" if part in parts else "" for parts in stages.values())
-        yield f"{part:30}" + "".join(f"{cell:>13}" for cell in cells)
-    yield f"{'total':30}" + "".join(f"{total(parts) / GB:>13.2f}" for parts in stages.values())
+        yield f"{part:30}" + "".join(f"{cell:>14}" for cell in cells)
+    yield f"{'total':30}" + "".join(f"{total(parts) / GB:>14.2f}" for parts in stages.values())
     yield ""
     here = memory.main_memory() + memory.LIBRARIES["cpu"]
     cards: list[tuple[str, float, Device]] = [(f"{card} GB", card * GB, "cuda") for card in CARDS]
