@@ -94,8 +94,8 @@ def find(name: str, tracking: params.Tracking) -> Experiment:
     """
     if name == HERE:
         return _from_lock(name, lockfile.text(paths.DVC_LOCK), tracking)
-    if commit := _commit(name):
-        return _from_lock(name, _shown(commit), tracking)
+    if commit := commit_of(name):
+        return _from_lock(name, lock_at(commit), tracking)
     return _from_run(show.named(name, tracking), tracking)
 
 
@@ -175,7 +175,7 @@ def page(found: Sequence[Experiment], ranking: Ranking, settings: params.Compare
             reached = f"{wording.points(one.tuned.value)} ({low} to {high})"
             gained = f"{wording.signed(one.diff.value)} ({wording.span(one.deciding)})"
             rows.append([places[name], wording.markdown(name), reached, gained])
-        lines += ["", f"{label}, with {interval}:", "", *_table(["", "experiment", label, "tuned − its base"], rows)]
+        lines += ["", f"{label}, with {interval}:", "", *table(["", "experiment", label, "tuned − its base"], rows)]
         rows = [
             [
                 f"{places[pair.first]} − {places[pair.second]}",
@@ -187,7 +187,7 @@ def page(found: Sequence[Experiment], ranking: Ranking, settings: params.Compare
             for pair in ranking.pairs
             if pair.metric == metric
         ]
-        lines += ["", *_table(["", "difference", "p", "d", f"verdict in {label}"], rows)]
+        lines += ["", *table(["", "difference", "p", "d", f"verdict in {label}"], rows)]
     gains = ", ".join(
         f"{metrics.LABELS[name]} {wording.signed(one.diff.value)} ({wording.span(one.deciding)})"
         for name, one in ranking.best.items()
@@ -243,16 +243,16 @@ def _overview(ranked: Sequence[Experiment], ranking: Ranking, metric: str) -> li
 
     costs = [key for key, _, _ in COSTS]
     for names in (differing, []):
-        table = _table(["", "experiment", *names, *seeds, metrics.LABELS[metric], *costs], rows(names))
-        if len(table[0]) <= TERMINAL:
+        shown = table(["", "experiment", *names, *seeds, metrics.LABELS[metric], *costs], rows(names))
+        if len(shown[0]) <= TERMINAL:
             break
     if names == differing:
-        return table
+        return shown
     given = [
         (f"#{place}", [f"{key} = {one.params.get(key, '—')}" for key in differing])
         for place, one in enumerate(ranked, 1)
     ]
-    return [*table, "", *(f"- {place}: {wording.markdown(', '.join(values))}" for place, values in given)]
+    return [*shown, "", *(f"- {place}: {wording.markdown(', '.join(values))}" for place, values in given)]
 
 
 def _reversed(interval: Interval) -> str:
@@ -292,7 +292,7 @@ def _verdict(pair: Pair, settings: params.Compare) -> str:
     return f"{wording.markdown(better)} is better"
 
 
-def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
     """A Markdown table with aligned columns, readable in a terminal."""
     widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
 
@@ -358,7 +358,7 @@ def _loaded(text: str) -> Any:
 # Finding experiments
 
 
-def _commit(name: str) -> str | None:
+def commit_of(name: str) -> str | None:
     """The commit of a DVC experiment or of a git revision; None if git knows neither."""
     for sha, experiment in show.experiments():
         if experiment == name:
@@ -366,7 +366,8 @@ def _commit(name: str) -> str | None:
     return git.ask("rev-parse", "--verify", "--quiet", "--end-of-options", f"{name}^{{commit}}")
 
 
-def _shown(commit: str) -> str:
+def lock_at(commit: str) -> str:
+    """The text of the `dvc.lock` of a commit; UserError if it has none."""
     lock = git.ask("show", f"{commit}:./{paths.DVC_LOCK}")
     if not lock:
         raise UserError(f"{commit[:12]} has no {paths.DVC_LOCK}: name a commit in which the pipeline was run")

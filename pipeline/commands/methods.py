@@ -55,7 +55,7 @@ class Arm:
 def run(path: Path, jobs: int) -> None:
     """Run the comparison that `path` declares, and write and print its report. UserError as of `arms.compared`."""
     plan = arms.load(path)
-    tested = arms.compared(path, jobs)
+    tested = arms.compared(plan, path, jobs)
     given = params.load()
     found = gathered(plan, tested, given)
     page = markdown(path, plan, found, given.compare)
@@ -140,7 +140,7 @@ def markdown(path: Path, plan: arms.Arms, found: Sequence[Arm], settings: params
         "",
         f"![Scores over trainable parameters]({path.stem}.svg)",
         "",
-        *_table(header, rows),
+        *compare.table(header, rows),
         "",
         f"Scores are means over seeds; in brackets {interval} intervals over examples and seeds. Differences are "
         f"paired, and shown where the interval and p agree, corrected for {len(plan.arms) - 1} arms and {len(names)} "
@@ -219,11 +219,6 @@ def _with_interval(one: Result) -> str:
 
 def _difference(one: Result) -> str:
     return f"{wording.signed(one.diff.value)} ({wording.span(one.deciding)})"
-
-
-def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    lines = [header, ["---"] * len(header), *rows]
-    return ["| " + " | ".join(cells) + " |" for cells in lines]
 
 
 def table(found: Sequence[Arm], settings: params.Compare) -> str:

@@ -9,8 +9,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-from pipeline.commands import show
-from pipeline.core import git, params, paths
+from pipeline.commands import compare
+from pipeline.core import params
 from pipeline.core.errors import UserError
 from pipeline.core.progress import say
 from pipeline.record import current, identity, looks, store
@@ -70,9 +70,9 @@ def _tested(name: str, given: params.Params) -> Stored:
     }
     if failed := subprocess.run(command, env=environment, check=False).returncode:
         raise UserError(f"`dvc exp run` failed with exit code {failed}: see above")
-    commit = next((sha for sha, one in show.experiments() if one == name), None)
-    lock = commit and git.ask("show", f"{commit}:./{paths.DVC_LOCK}")
-    found = of_digest(identity.digest_of(lock, given.seeds), store.stored(given.tracking)) if lock else []
+    commit = compare.commit_of(name)
+    digest = None if commit is None else identity.digest_of(compare.lock_at(commit), given.seeds)
+    found = [] if digest is None else of_digest(digest, store.stored(given.tracking))
     if not found:
         raise UserError(f"{name} has no MLflow run: `dvc exp apply {name}`, then `dvc repro` records it")
     return found[0]

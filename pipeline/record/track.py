@@ -105,14 +105,15 @@ def _require_unchanged(made: Record, stages: Stages) -> None:
 def gather(seeds: Sequence[int]) -> Record:
     """The record of the experiment in the working directory; UserError as of `record`."""
     stages = identity.here(seeds)
-    digest = identity.digest(stages)
+    look = _look(stages)
+    digest = look[runs.DIGEST]
     sha, dirty = provenance.commit(Path())
     experiment = provenance.experiment()
     spent = costs.of_stages(seeds)
     # Many experiments share the commit that they differ from, so its name alone would not tell them apart.
     at_commit = sha and (f"{sha[:7]}+{digest[:7]}" if dirty else sha[:7])
     tags = {
-        **_look(stages),
+        **look,
         runs.EXPERIMENTS: experiment,
         runs.COMMITS: sha,
         "mlflow.source.name": "dvc repro",

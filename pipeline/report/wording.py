@@ -374,6 +374,38 @@ def caveats(comparison: Comparison) -> list[str]:
             "The validation split is for choosing among experiments, and training may have used it to stop. A gain on "
             "it is no evidence. `lora-repro unseal` scores this experiment on the test split, once."
         )
+    found.extend(_not_ahead(comparison))
+    found.extend(comparison.notices)
+    found.extend(
+        f"{share(one.stopped_by_cap)} of the outputs of {one.variant} were stopped by the token cap, so its scores "
+        "depend on generation.max_new_tokens."
+        for one in (comparison.base, *comparison.tuned)
+        if one.stopped_by_cap > MANY_CAPPED
+    )
+    found.extend(_texts(comparison))
+    found.extend(f"{one.counted}: {SHARED[one.split, one.other]}." for one in comparison.shared_groups)
+    found.extend(_known(comparison))
+    found.extend(_price(comparison))
+    if comparison.not_scored:
+        parts = ", ".join(f"{why} ({count:,})" for why, count in sorted(comparison.not_scored.items()))
+        found.append(f"Not all that the files of the {comparison.split} split hold was scored. Left out are: {parts}.")
+    for one in (comparison.base, *comparison.tuned):
+        expected = comparison.references_in_language
+        if one.in_language is not None and expected is not None and one.in_language < expected - OTHER_LANGUAGE:
+            found.append(
+                f"{share(one.in_language)} of the outputs of {one.variant} are identified as {comparison.language}, "
+                f"against {share(expected)} of the references."
+            )
+    if len(comparison.tuned) == 1:
+        found.append("One training seed: the intervals cover the choice of examples, not that of the seed.")
+    if len(comparison.tuned) == 2:
+        found.append("Two training seeds say little about their spread, which makes the intervals wide.")
+    return found
+
+
+def _not_ahead(comparison: Comparison) -> list[str]:
+    """What a tuned model that is called better is not shown to be better than."""
+    found: list[str] = []
     if comparison.verdict in ("better", "partly-better"):
         found.extend(
             f"Tuned is not shown to be ahead of the reference line “{line.label}” ({line.about}) in "
@@ -389,15 +421,12 @@ def caveats(comparison: Comparison) -> list[str]:
             for name in comparison.decide_by
             if one.tuned[name].direction != "higher"
         )
-    found.extend(comparison.notices)
-    found.extend(
-        f"{share(one.stopped_by_cap)} of the outputs of {one.variant} were stopped by the token cap, so its scores "
-        "depend on generation.max_new_tokens."
-        for one in (comparison.base, *comparison.tuned)
-        if one.stopped_by_cap > MANY_CAPPED
-    )
-    found.extend(_texts(comparison))
-    found.extend(f"{one.counted}: {SHARED[one.split, one.other]}." for one in comparison.shared_groups)
+    return found
+
+
+def _known(comparison: Comparison) -> list[str]:
+    """What tuned or base may know of the rows before they are asked, and what the form of the references does."""
+    found = []
     if answers := comparison.known.answers:
         found.append(
             f"{answers:,} of {comparison.n:,} {comparison.split} rows have an answer that is a training answer as "
@@ -419,21 +448,6 @@ def caveats(comparison: Comparison) -> list[str]:
             "normal form NFC. A model that writes é in their form gains by that alone, since a metric here compares "
             "code points."
         )
-    found.extend(_price(comparison))
-    if comparison.not_scored:
-        parts = ", ".join(f"{why} ({count:,})" for why, count in sorted(comparison.not_scored.items()))
-        found.append(f"Not all that the files of the {comparison.split} split hold was scored. Left out are: {parts}.")
-    for one in (comparison.base, *comparison.tuned):
-        expected = comparison.references_in_language
-        if one.in_language is not None and expected is not None and one.in_language < expected - OTHER_LANGUAGE:
-            found.append(
-                f"{share(one.in_language)} of the outputs of {one.variant} are identified as {comparison.language}, "
-                f"against {share(expected)} of the references."
-            )
-    if len(comparison.tuned) == 1:
-        found.append("One training seed: the intervals cover the choice of examples, not that of the seed.")
-    if len(comparison.tuned) == 2:
-        found.append("Two training seeds say little about their spread, which makes the intervals wide.")
     return found
 
 

@@ -74,16 +74,8 @@ def _score(
     examples: Sequence[records.Example],
     decoding: records.Decoding,
 ) -> None:
-    """Score a variant that answered `examples` of `split`. UserError also if it answered another split."""
-    if decoding.split != settings.split:
-        raise UserError(
-            f"{paths.decoding(variant)} is of the {decoding.split} split, and evaluate.split is {settings.split}: run "
-            "`dvc repro`"
-        )
-    predictions = records.read_rows(paths.predictions(variant), records.Prediction)
-    side_by_side.require_same_rows(
-        variant, [row.id for row in predictions], [row.id for row in examples], settings.split
-    )
+    """Score a variant that answered `examples` of `split`. UserError as of `_answered`."""
+    predictions = _answered(variant, settings, examples, decoding)
     references = [row.references for row in examples]
     require_script(references, settings)
     notices = noticed(examples, settings)
@@ -134,6 +126,22 @@ def _score(
         samples_sd={one.name: _spread(one, [found[m] for found in samples]) for m, one in enumerate(chosen)},
     )
     contracts.write(paths.scores(variant), scores)
+
+
+def _answered(
+    variant: str, settings: Evaluate, examples: Sequence[records.Example], decoding: records.Decoding
+) -> list[records.Prediction]:
+    """The predictions of a variant. UserError if it answered another split, or other rows than `examples`."""
+    if decoding.split != settings.split:
+        raise UserError(
+            f"{paths.decoding(variant)} is of the {decoding.split} split, and evaluate.split is {settings.split}: run "
+            "`dvc repro`"
+        )
+    predictions = records.read_rows(paths.predictions(variant), records.Prediction)
+    side_by_side.require_same_rows(
+        variant, [row.id for row in predictions], [row.id for row in examples], settings.split
+    )
+    return predictions
 
 
 def require_script(references: Sequence[Sequence[str]], settings: Evaluate) -> None:

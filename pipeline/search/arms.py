@@ -4,9 +4,6 @@ The rate of an arm is chosen by the validation loss of one seed. Then each arm's
 is tested: one experiment an arm. A comparison that was killed and started again repeats nothing.
 """
 
-import hashlib
-import json
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,10 +16,10 @@ from pipeline.core import params, yaml12
 from pipeline.core.errors import UserError, listing
 from pipeline.core.progress import say
 from pipeline.record import identity
-from pipeline.search import grid, run, trial
+from pipeline.search import grid, run, spec, trial
 from pipeline.search.printing import quoted
 from pipeline.search.spec import Value
-from pipeline.search.study import Judge, hydra
+from pipeline.search.study import Judge, digest, hydra
 
 RATE = "train.learning_rate"
 OF_ARMS = ("lora", "train", "quantize")
@@ -72,8 +69,7 @@ def is_comparison(path: Path) -> bool:
 
 def load(path: Path) -> Arms:
     """Read and check the file of a comparison; UserError lists every mistake, of all arms."""
-    if not re.fullmatch(r"[A-Za-z0-9][\w\-]*", path.stem):
-        raise UserError(f"{path}: experiments are named after the file, so use letters, digits, - and _ only")
+    spec.require_name(path)
     plan = params.checked(Arms, yaml12.read(path), str(path))
     problems: dict[str, None] = {}
     if plan.reference not in plan.arms:
@@ -81,7 +77,7 @@ def load(path: Path) -> Arms:
     content = params.load().model_dump(mode="json")
     problems |= dict.fromkeys(_unknown("common", plan.common, OF_ALL, content))
     for arm, values in plan.arms.items():
-        if not re.fullmatch(r"[A-Za-z0-9][\w\-]*", arm):
+        if not spec.is_name(arm):
             problems[f"arms.{arm}: an arm's name has letters, digits, - and _ only"] = None
         problems |= dict.fromkeys(_unknown(f"arms.{arm}", values, OF_ARMS, content))
     if not problems:
@@ -96,13 +92,12 @@ def load(path: Path) -> Arms:
     return plan
 
 
-def compared(path: Path, jobs: int) -> list[Chosen]:
-    """Run the comparison that the file `path` declares, or continue it; the arms in their order.
+def compared(plan: Arms, path: Path, jobs: int) -> list[Chosen]:
+    """Run the comparison `plan` that the file `path` declares, or continue it; the arms in their order.
 
-    `jobs` trials run at once. UserError for mistakes in the file, before anything runs, and if a trial fails, when the
-    others have ended.
+    `jobs` trials run at once. UserError for what is missing on this machine, before anything runs, and if a trial
+    fails, when the others have ended.
     """
-    plan = load(path)
     given = params.load()
     grid.require_git()
     examiner = Examiner()
@@ -166,23 +161,18 @@ def _job(
     plan: Arms, name: str, content: Mapping[str, Any], number: int, arm: str, rate: float, seeds: Sequence[int]
 ) -> trial.Job:
     given = _given(content, plan, arm, rate, seeds)
-    digest = hashlib.sha256(json.dumps(given, sort_keys=True).encode()).hexdigest()[:8]
-    values = {**plan.overrides(arm), RATE: rate, "seeds": list(seeds)}
-    return trial.Job(
-        number, f"{name}-{arm}-{digest}", tuple(f"{key}={hydra(one)}" for key, one in values.items()), given
-    )
+    overrides = tuple(f"{key}={hydra(one)}" for key, one in _values(plan, arm, rate, seeds).items())
+    return trial.Job(number, f"{name}-{arm}-{digest(given)}", overrides, given)
 
 
 def _given(content: Mapping[str, Any], plan: Arms, arm: str, rate: float, seeds: Sequence[int]) -> dict[str, Any]:
     """All parameters of an arm."""
-    made: dict[str, Any] = json.loads(json.dumps(content))
-    for name, value in {**plan.overrides(arm), RATE: rate, "seeds": list(seeds)}.items():
-        *sections, key = name.split(".")
-        inner = made
-        for section in sections:
-            inner = inner[section]
-        inner[key] = value
-    return made
+    return spec.replaced(content, _values(plan, arm, rate, seeds))
+
+
+def _values(plan: Arms, arm: str, rate: float, seeds: Sequence[int]) -> dict[str, Any]:
+    """What a trial of an arm has instead of the values in params.yaml, by dotted name."""
+    return {**plan.overrides(arm), RATE: rate, "seeds": list(seeds)}
 
 
 def _unknown(

@@ -3,6 +3,7 @@
 sweeps/example.yaml explains each key.
 """
 
+import copy
 import json
 import math
 import re
@@ -133,8 +134,7 @@ def load(path: Path) -> Search:
     """Read and check the file of a search; UserError lists every mistake."""
     if not path.is_file():
         raise UserError(f"{path} is not a file: name the file of a search, such as sweeps/example.yaml")
-    if not re.fullmatch(r"[A-Za-z0-9][\w\-]*", path.stem):
-        raise UserError(f"{path}: experiments are named after the file, so use letters, digits, - and _ only")
+    require_name(path)
     return params.checked(Search, yaml12.read(path), str(path))
 
 
@@ -167,10 +167,24 @@ def check(plan: Search, path: Path) -> params.Params:
     return params.check(content, str(paths.PARAMS))
 
 
-def replaced(content: Mapping[str, Any], values: Mapping[str, Value]) -> dict[str, Any]:
+def replaced(content: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
     """A copy of the parameters `content` with `values`, by dotted name, in place of its own."""
-    changed = {section: dict(value) if isinstance(value, Mapping) else value for section, value in content.items()}
+    changed = copy.deepcopy(dict(content))
     for name, value in values.items():
-        section, _, key = name.partition(".")
-        changed[section][key] = value
+        *sections, key = name.split(".")
+        inner = changed
+        for section in sections:
+            inner = inner[section]
+        inner[key] = value
     return changed
+
+
+def require_name(path: Path) -> None:
+    """UserError unless experiments can be named after the file `path`."""
+    if not is_name(path.stem):
+        raise UserError(f"{path}: experiments are named after the file, so use letters, digits, - and _ only")
+
+
+def is_name(text: str) -> bool:
+    """Whether a text can be a part of an experiment's name."""
+    return re.fullmatch(r"[A-Za-z0-9][\w\-]*", text) is not None

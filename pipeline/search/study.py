@@ -69,7 +69,7 @@ class Study:
         # A search stays the same with more trials, and on other machines.
         identity = plan.model_dump(mode="json", exclude={"trials", "cluster"})
         identity |= {"commit": commit, "given": self.content}
-        study_name = f"{name}-{_digest(identity)}"
+        study_name = f"{name}-{digest(identity)}"
         self.study = optuna.create_study(storage=_storage(), study_name=study_name, load_if_exists=True)
         for frozen in self.study.get_trials(deepcopy=False):
             number = frozen.user_attrs["number"]
@@ -97,7 +97,7 @@ class Study:
                 self.values[number] = self._drawn(number)
             values = self.values[number]
             content = replaced(self.content, values)
-            name = f"{self.name}-{_digest(content)}"
+            name = f"{self.name}-{digest(content)}"
             overrides = [f"{key}={hydra(value)}" for key, value in values.items()]
             overrides += [f"seeds={hydra(self.plan.seeds)}"]
             self.jobs[number] = trial.Job(number, name, tuple(overrides), content)
@@ -210,7 +210,8 @@ def hydra(value: Any) -> str:
     return json.dumps(value)
 
 
-def _digest(content: Any) -> str:
+def digest(content: Any) -> str:
+    """A short name for the parameters of a trial, or for those of a search."""
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:8]
 
 

@@ -117,7 +117,9 @@ def test_each_arm_is_tested_at_its_best_rate_and_nothing_is_repeated(
     monkeypatch.chdir(project)
     for key, value in (("LOG", str(log(project))), ("PYTHONPATH", str(ROOT)), ("DVC_NO_ANALYTICS", "1")):
         monkeypatch.setenv(key, value)
-    low, high = arms.compared(Path("arms.yaml"), 1)
+    path = Path("arms.yaml")
+    plan = arms.load(path)
+    low, high = arms.compared(plan, path, 1)
     assert (low.arm, low.rate, low.losses) == ("low", 1e-3, {1e-2: 2.21, 1e-3: 2.201})
     assert (high.arm, high.rate, high.losses) == ("high", 2e-2, {2e-2: 2.12})
     trained = [line for line in done(project) if line.startswith("train")]
@@ -128,7 +130,7 @@ def test_each_arm_is_tested_at_its_best_rate_and_nothing_is_repeated(
     assert low.experiment in refs
     assert high.experiment in refs
     count = len(done(project))
-    assert arms.compared(Path("arms.yaml"), 1) == [low, high]
+    assert arms.compared(plan, path, 1) == [low, high]
     assert len(done(project)) == count
     assert not [one for one in paths.SWEEPS.glob("arms/arms-*") if one.is_dir()], "a clone is left"
 
